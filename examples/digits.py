@@ -1,0 +1,64 @@
+"""What the examples share: scikit-learn's handwritten digits, a small CNN with batch norm, and the LightningModule around it."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def digits(batch_size: int = 32, *, seed: int = 0) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
+    """Return a shuffled training loader (1397 images of 1x8x8 in [0, 1]) and a validation loader (400), split by `seed`."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(data.target)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    training, validation = (TensorDataset(images[part], labels[part]) for part in (order[400:], order[:400]))
+    # drop_last: batch norm can't train on a last batch of one image behind a global pooling.
+    return (
+        DataLoader(training, batch_size, shuffle=True, drop_last=True, generator=generator),
+        DataLoader(validation, 200),
+    )
+
+
+class ConvNet(nn.Sequential):
+    """Four 3x3 convolutions, each with batch norm and ReLU, a global average pooling and a linear head."""
+
+    def __init__(self, width: int = 16) -> None:
+        def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+            convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+            return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+        blocks = [block(1, width), block(width, width, 2), block(width, 2 * width), block(2 * width, 2 * width, 2)]
+        super().__init__(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10))
+
+
+class Classifier(pl.LightningModule):
+    """Cross entropy and accuracy of `model` on images with labels, trained by plain SGD."""
+
+    def __init__(self, model: nn.Module, *, lr: float = 0.1) -> None:
+        super().__init__()
+        self.model = model
+        self.lr = lr
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.log("val_loss", F.cross_entropy(logits, labels), prog_bar=True)
+        self.log("val_acc", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)

@@ -1,0 +1,44 @@
+"""Batch normalization for PyTorch Lightning: running statistics that can be chosen, watched, guarded and repaired."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
+from lightning_bn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from lightning_bn.conversion import convert_batch_norm, to_torch
+from lightning_bn.modes import paused_statistics
+from lightning_bn.window import Window
+
+if TYPE_CHECKING:
+    pass
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Averaging",
+    "Batch",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "Cumulative",
+    "Exponential",
+    "Window",
+    "convert_batch_norm",
+    "paused_statistics",
+    "to_torch",
+]
+
+# Names that need lightning or torchmetrics, and the module of each: imported when first asked for, since those take seconds.
+_LAZY: dict[str, str] = {}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,235 @@
+"""Batch normalization layers whose running statistics are an average of the user's choice."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
+from lightning_bn.moments import Moments
+from lightning_bn.torch_internals import in_backward
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+# torch's rule for momentum=None; it keeps no state, so all layers share one.
+_CUMULATIVE = Cumulative()
+
+
+class _AveragedBatchNorm(_BatchNorm):
+    averaging: Averaging | None
+    skip_nonfinite: bool
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        averaging: Averaging | None = None,
+        skip_nonfinite: bool = True,
+        **torch_options: Any,  # `bias=`, which torch's layers take since 2.13
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **torch_options)
+        self.averaging = None
+        self.skip_nonfinite = skip_nonfinite
+        if averaging is not None:
+            check_averaging(averaging, f"{type(self).__name__}({num_features}, averaging={averaging!r})")
+            if self.running_mean is None:
+                raise ValueError(
+                    f"{type(self).__name__}({num_features}, track_running_stats=False, averaging={averaging!r}): there are no running "
+                    "statistics to average. Leave out track_running_stats=False, or averaging."
+                )
+            self.averaging = averaging.for_layer(self.running_mean)
+
+    # The value lives in the instance's __dict__, where torch's own layer keeps it: repr, pickle and a change of class find it there.
+    @property
+    def momentum(self) -> float | None:
+        """Weight of the new batch, None for a cumulative average: the exponential averaging's own where the layer has one."""
+        averaging = self.__dict__.get("_modules", {}).get("averaging")
+        return averaging.momentum if isinstance(averaging, Exponential) else self.__dict__["momentum"]
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self.__dict__["momentum"] = value
+        averaging = self.__dict__.get("_modules", {}).get("averaging")
+        if isinstance(averaging, Exponential) and value is not None:
+            averaging.momentum = value
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise `input`, (N, C, *spatial), and while training let the averaging take the batch's moments.
+
+        ``output = (input - mean) / sqrt(var + eps) * weight + bias``. In training, and where the layer has no running statistics, mean
+        and (biased) variance are the batch's; in eval they are the running ones, whose variance is unbiased.
+
+        Args:
+            input: (N, C, *spatial).
+            mask: boolean (N, *spatial), True where a position is valid. Statistics are those of the valid positions alone, and the
+                others come out as zero. A masked batch with fewer than two valid positions leaves the statistics as they are.
+
+        Returns:
+            Shape and dtype of `input`.
+
+        Raises:
+            ValueError: wrong number of dimensions; one value per channel in training; a mask of another shape.
+            TypeError: a mask that is not boolean.
+        """
+        self._check_input_dim(input)
+        if mask is not None:
+            _check_mask(input, mask)
+        batch_statistics = self.training or self.running_mean is None
+        if batch_statistics and input.numel() == input.shape[1]:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {input.shape}. "
+                f"{type(self).__name__} can't take a variance from one value: call it with a batch of at least 2 "
+                "(DataLoader(..., drop_last=True) drops a last batch of 1), or put it in eval mode with .eval()."
+            )
+        if mask is not None:
+            return self._masked_forward(input, mask, batch_statistics)
+        if not batch_statistics:
+            return self._normalise_with_running(input)
+        if not self._moves():
+            return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        return self._training_forward(input)
+
+    def _moves(self) -> bool:
+        """Whether the running statistics take this batch in."""
+        return self.training and self.track_running_stats and self.running_mean is not None and not in_backward()
+
+    def _normalise_with_running(self, input: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if torch.is_grad_enabled():
+            # Backward needs these very values, and a training batch may come before it and write into the buffers.
+            mean, var = mean.clone(), var.clone()
+        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _training_forward(self, input: Tensor) -> Tensor:
+        averaging = self.averaging
+        momentum = self.momentum if averaging is None else averaging.kernel_momentum
+        if momentum is not None:
+            return self._kernel_forward(input, momentum)
+        # With momentum 1 the kernel leaves the batch's mean and unbiased variance in the buffers it is given, for free. They start as
+        # zeros, since a NaN in fresh memory would survive being multiplied by 0.
+        dtype = torch.promote_types(self.running_mean.dtype, torch.float32)
+        mean, var = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind()
+        # 16-bit parameters go along to float32, so that the moments are not rounded before they are averaged.
+        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, self.eps)
+        if input.numel():
+            count = torch.full((), input.numel() // self.num_features, dtype=dtype, device=input.device)
+            valid = is_finite(var) if self.skip_nonfinite else None
+            step = self.num_batches_tracked + 1
+            advance(self, averaging or _CUMULATIVE, Batch(mean, var, count, step, valid))
+        return output
+
+    def _kernel_forward(self, input: Tensor, momentum: float) -> Tensor:
+        """Torch's own training forward, on copies that are kept only where the batch was finite."""
+        mean, var = self.running_mean, self.running_var
+        if self.skip_nonfinite:
+            mean, var = mean.clone(), var.clone()
+        output = F.batch_norm(input, mean, var, self.weight, self.bias, True, momentum, self.eps)
+        with torch.no_grad():
+            if self.skip_nonfinite:
+                valid = is_finite(var)
+                settle(self, mean, var, valid)
+            elif self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        return output
+
+    def _masked_forward(self, input: Tensor, mask: Tensor, batch_statistics: bool) -> Tensor:
+        kept = mask.unsqueeze(1)
+        # What stands in the padding may be NaN, and NaN * 0 is NaN in the gradient of weight.
+        input = torch.where(kept, input, 0.0)
+        if not batch_statistics:
+            return torch.where(kept, self._normalise_with_running(input), 0.0)
+        moments = Moments.of(input, mask)
+        if self._moves():
+            self._take_masked(moments.detach())
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        biased = moments.m2 / moments.count.clamp(min=1)
+        output = (input - moments.mean.reshape(shape)) * torch.rsqrt(biased + self.eps).reshape(shape)
+        if self.weight is not None:
+            output = output * self.weight.reshape(shape)
+        if self.bias is not None:
+            output = output + self.bias.reshape(shape)
+        return torch.where(kept, output, 0.0).to(input.dtype)
+
+    def _take_masked(self, moments: Moments) -> None:
+        averaging = self.averaging
+        if averaging is None:
+            averaging = _CUMULATIVE if self.momentum is None else Exponential(self.momentum)
+        var = moments.variance(unbiased=True)
+        valid = moments.count > 1
+        if self.skip_nonfinite:
+            valid = valid & is_finite(var)
+        step = self.num_batches_tracked + 1
+        advance(self, averaging, Batch(moments.mean, var, moments.count, step, valid))
+
+    def reset_running_stats(self) -> None:
+        """Put mean 0, variance 1 and no batches tracked into the buffers, and empty the averaging."""
+        super().reset_running_stats()
+        averaging = self.__dict__.get("_modules", {}).get("averaging")  # torch's __init__ calls this before there is one
+        if averaging is not None:
+            averaging.clear()
+
+    def extra_repr(self) -> str:
+        return str(super().extra_repr()) + ", skip_nonfinite=False" * (not self.skip_nonfinite)
+
+
+class BatchNorm1d(_AveragedBatchNorm, nn.BatchNorm1d):
+    __doc__ = "Batch normalization over (N, C) or (N, C, L)."
+
+
+class BatchNorm2d(_AveragedBatchNorm, nn.BatchNorm2d):
+    __doc__ = "Batch normalization over (N, C, H, W)."
+
+
+class BatchNorm3d(_AveragedBatchNorm, nn.BatchNorm3d):
+    __doc__ = "Batch normalization over (N, C, D, H, W)."
+
+
+def is_finite(var: Tensor) -> Tensor:
+    """Whether the moments of a batch are finite, as a tensor, so that nothing waits for the device: () bool.
+
+    The variance tells for both: it is a sum of squared differences from the mean, NaN or infinite as soon as that is.
+    """
+    return (var < math.inf).all()
+
+
+@torch.no_grad()
+def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
+    """Let `averaging` take `batch` in, and write the statistics it gives into the layer's buffers, in place."""
+    dtype = batch.mean.dtype
+    mean, var = averaging.update(layer.running_mean.to(dtype), layer.running_var.to(dtype), batch)
+    settle(layer, mean, var, batch.valid)
+
+
+def settle(layer: _BatchNorm, mean: Tensor, var: Tensor, valid: Tensor | None) -> None:
+    """Write new running statistics in place and count the batch, both only where `valid`; the device alone knows whether."""
+    for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
+        buffer.copy_(value if valid is None else torch.where(valid, value.to(buffer.dtype), buffer))
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1 if valid is None else valid)
+
+
+def check_averaging(averaging: object, call: str) -> None:
+    """Raise a TypeError that shows `call` unless `averaging` is an Averaging."""
+    if not isinstance(averaging, Averaging):
+        raise TypeError(f"{call}: averaging is an Averaging such as Window(20), Exponential(0.1) or Cumulative(), not {averaging!r}.")
+
+
+def _check_mask(input: Tensor, mask: Tensor) -> None:
+    expected = (input.shape[0], *input.shape[2:])
+    call = f"forward(input of shape {tuple(input.shape)}, mask of shape {tuple(mask.shape)} and dtype {mask.dtype})"
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{call}: mask is boolean, True where a position is valid; pass mask=mask.bool() if 1 means valid in yours.")
+    if tuple(mask.shape) != expected:
+        raise ValueError(f"{call}: mask has one entry a position and none for channels, here shape {expected}.")

@@ -1,0 +1,73 @@
+"""Context managers that change a model for a while, and put back every flag of every module on any way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+from lightning_bn.discovery import find_batch_norms
+
+__all__ = ["evaluating", "kept_modes", "paused_statistics"]
+
+
+@contextmanager
+def kept_attribute(modules: Iterable[nn.Module], name: str) -> Iterator[None]:
+    """Give each module its own value of the attribute `name` back at exit."""
+    before = [(module, getattr(module, name)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, value in before:
+            setattr(module, name, value)
+
+
+@contextmanager
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """Give every submodule its own ``training`` flag back at exit, whatever is done to the flags inside.
+
+    ``module.train()`` at the end would undo a deliberate freeze: each flag is restored by itself.
+    """
+    with kept_attribute(list(module.modules()), "training"):
+        yield
+
+
+@contextmanager
+def evaluating(module: nn.Module, *, training: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Put `module` and all below it in eval mode, but the modules of `training`; each flag is as before at exit."""
+    with kept_modes(module):
+        module.eval()
+        for submodule in training:
+            # Not .train(): that is recursive, and a layer may carry modules of its own (an activation, a dropout).
+            submodule.training = True
+        yield
+
+
+@contextmanager
+def paused_statistics(module: nn.Module) -> Iterator[None]:
+    """Let no forward move the running statistics of any batch-norm layer in `module`.
+
+    In training mode the layers still normalise with the batch; nothing else changes. For an extra forward that training
+    statistics should not see: a second pass of SAM, a gradient penalty, a metric on training batches. It works on torch's
+    layers, this package's and subclasses of either; it nests, and every layer gets its own flag back, also on an exception.
+
+    Args:
+        module: any module; its batch-norm layers are found at entry.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bn import BatchNorm1d, paused_statistics
+        >>> layer = BatchNorm1d(2)
+        >>> with paused_statistics(layer):
+        ...     _ = layer(torch.randn(8, 2) + 5)
+        >>> layer.running_mean, layer.num_batches_tracked.item()
+        (tensor([0., 0.]), 0)
+    """
+    layers = [layer.module for layer in find_batch_norms(module) if layer.tracks]
+    with ExitStack() as stack:
+        stack.enter_context(kept_attribute(layers, "track_running_stats"))
+        for layer in layers:
+            # A training forward of torch's layer hands its buffers to the kernel, and counts, only where this is set.
+            layer.track_running_stats = False
+        yield

@@ -1,0 +1,133 @@
+"""Averaging for batch-norm subclasses of others' making, which keep their class and run their own forward."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.averaging import Averaging, Batch
+from lightning_bn.batch_norm import advance, is_finite, settle
+from lightning_bn.torch_internals import in_backward
+
+__all__ = ["obstacle", "release", "serve"]
+
+
+class _Service:
+    """Two hooks around a layer's own forward: before it the buffers are made scratch space, after it they get the average.
+
+    A batch-norm forward that follows torch's pattern calls ``F.batch_norm`` with the module's own buffers and ``momentum``. With
+    zeroed buffers and momentum 1 it leaves the batch's mean and unbiased variance in them, whatever else it does (timm's also drop).
+    """
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        self._before: tuple[Tensor, Tensor, Tensor, float | None] | None = None
+        self._handles = [
+            layer.register_forward_pre_hook(self._enter, prepend=True),
+            # Called on an exception too: a forward that failed must not leave the scratch values behind.
+            layer.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _enter(self, layer: _BatchNorm, args: tuple[Any, ...]) -> None:
+        if not (layer.training and layer.track_running_stats):
+            return
+        self._before = (layer.running_mean.clone(), layer.running_var.clone(), layer.num_batches_tracked.clone(), layer.momentum)
+        if layer.averaging.kernel_momentum is None:
+            layer.running_mean.zero_()
+            layer.running_var.zero_()
+            layer.momentum = 1.0
+
+    @torch.no_grad()
+    def _leave(self, layer: _BatchNorm, args: tuple[Any, ...], output: Tensor | None) -> None:
+        if self._before is None:
+            return
+        dtype = torch.promote_types(layer.running_mean.dtype, torch.float32)
+        seen_mean, seen_var = layer.running_mean.to(dtype, copy=True), layer.running_var.to(dtype, copy=True)
+        mean, var, tracked, momentum = self._before
+        self._before = None
+        layer.momentum = momentum
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(var)
+        layer.num_batches_tracked.copy_(tracked)
+        if output is None or in_backward():
+            return
+        valid = is_finite(seen_var)
+        if layer.averaging.kernel_momentum is not None:
+            settle(layer, seen_mean, seen_var, valid)
+        elif args[0].numel():
+            count = torch.full((), args[0].numel() // layer.num_features, dtype=dtype, device=seen_mean.device)
+            advance(layer, layer.averaging, Batch(seen_mean, seen_var, count, tracked + 1, valid))
+
+
+def serve(layer: _BatchNorm, averaging: Averaging) -> None:
+    """Have `averaging` keep the running statistics of `layer` from now on."""
+    release(layer)
+    layer.averaging = averaging.for_layer(layer.running_mean)
+    if averaging.kernel_momentum is not None:
+        layer.momentum = averaging.kernel_momentum
+    layer.__dict__["_lightning_bn_service"] = _Service(layer)
+
+
+def release(layer: _BatchNorm) -> None:
+    """Undo `serve`; a layer that is not served stays as it is."""
+    service = layer.__dict__.pop("_lightning_bn_service", None)
+    if service is not None:
+        service.end()
+        del layer.averaging
+
+
+def obstacle(layer: _BatchNorm) -> str | None:
+    """Say why the subclass can't be served, or None where it can, after one forward of a copy with scratch buffers.
+
+    Whether a forward hands its buffers and its momentum to the kernel can't be seen from outside; whether they hold the batch's
+    moments afterwards can.
+    """
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return "it is lazy and has no buffers yet; run a batch through the model first"
+    if layer.running_mean is None:
+        return "it keeps no running statistics"
+    if layer.num_batches_tracked is None:
+        return "it does not count its batches (num_batches_tracked is None)"
+    if isinstance(layer, nn.SyncBatchNorm):
+        return None  # torch's own, known to follow the pattern; in a process group it can't be tried out by one rank alone
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        return _try_out(_plain_copy(layer))
+
+
+def _plain_copy(layer: _BatchNorm) -> _BatchNorm:
+    twin = copy.deepcopy(layer)
+    if layer.running_mean.is_meta:
+        twin = twin.to_empty(device="cpu")
+    twin = twin.cpu().float().train()
+    twin.track_running_stats = True
+    twin._forward_hooks.clear()
+    twin._forward_pre_hooks.clear()
+    return twin
+
+
+def _try_out(layer: _BatchNorm) -> str | None:
+    layer.running_mean.zero_()
+    layer.running_var.zero_()
+    layer.momentum = 1.0
+    rank = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5}.get(next((c for c in type(layer).__mro__ if c in _TORCH_LAYERS), None), 4)
+    data = torch.randn(4, layer.num_features, *[3] * (rank - 2)) + torch.arange(4.0).reshape(4, *[1] * (rank - 1))
+    try:
+        layer(data)
+    except Exception as error:  # another's forward may raise anything; the reason is passed on
+        return f"its forward, tried on a batch of shape {tuple(data.shape)}, raised {type(error).__name__}: {error}"
+    over = [0, *range(2, rank)]
+    var, mean = torch.var_mean(data, over, unbiased=True)
+    if torch.allclose(layer.running_mean, mean, atol=1e-4) and torch.allclose(layer.running_var, var, rtol=1e-3):
+        return None
+    return "its forward does not leave the batch's mean and unbiased variance in its buffers when momentum is 1"
+
+
+_TORCH_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -1,0 +1,132 @@
+"""The windowed moving average: exactly the last N training batches, at a cost per step that does not grow with N."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_bn.averaging import Averaging, Batch
+from lightning_bn.moments import Moments, wide_dtype
+
+__all__ = ["Window"]
+
+
+class Window(Averaging):
+    """Statistics of the last ``min(t, size)`` training batches, all with the same weight.
+
+    Args:
+        size: length of the window in batches, at least 1. It lags behind the weights like an exponential average of momentum
+            ``2 / (size + 1)``.
+        pooled: False, the mean of the batch means and the mean of the *unbiased within-batch* variances, each batch counted once. True, the
+            mean and the *unbiased pooled* variance of the data of those batches taken together, each sample counted once.
+
+    Memory: ``size + 2`` rows of ``2 * num_features + 1`` numbers per layer, float32 (float64 in a float64 layer).
+
+    Raises:
+        ValueError: size is not an integer of at least 1.
+
+    Example:
+        >>> from lightning_bn import BatchNorm1d, Window
+        >>> layer = BatchNorm1d(1, averaging=Window(2))
+        >>> for value in (0.0, 10.0, 20.0):
+        ...     _ = layer(torch.tensor([[value - 1], [value + 1]]))
+        >>> layer.running_mean, layer.running_var
+        (tensor([15.]), tensor([2.]))
+
+    How it works: sums are only ever added up, nothing is subtracted, so nothing drifts and an outlier that has left the window leaves no
+    residue. Time is cut into segments of ``size // 2`` batches, and a window always consists of
+
+    * the batches of the segment that is being written (`newest`, a running total),
+    * all of the segment before (`middle`, a total),
+    * the end of the segment before that, from the oldest batch still inside.
+
+    For the last part a total over each suffix of a segment is needed; they are made one a step, from the back, while the next
+    segment is being written (`turned`). This is a queue of two stacks, turned over in worst-case constant time (Tangwongsan, Hirzel &
+    Schneider 2021, "In-order sliding-window aggregation in worst-case constant time"), and it works for whatever can be merged: sums,
+    and with ``pooled=True`` moments. All indices are tensors, since a batch that is skipped may not move them and only the device
+    knows which is.
+    """
+
+    rows: Tensor
+    totals: Tensor
+    cursor: Tensor
+
+    def __init__(self, size: int = 20, *, pooled: bool = False) -> None:
+        super().__init__()
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"Window({size!r}): size is a number of batches, an integer of at least 1, as in Window(20).")
+        self.size = size
+        self.pooled = pooled
+
+    @property
+    def _segment(self) -> int:
+        return self.size // 2
+
+    def initial_state(self, num_features: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        if self.size == 1:
+            return {}
+        width = 2 * num_features + 1
+        return {
+            # Two segments, each with a row that stays zero: the total over no batches. Rows are (count, mean, variance or m2).
+            "rows": torch.zeros(2 * (self._segment + 1), width, dtype=dtype, device=device),
+            # Totals over `newest`, `middle` and `turned`, in the widest dtype: a float32 sum of 1000 rows is off by 1e-6.
+            "totals": torch.zeros(3, width, dtype=wide_dtype(device), device=device),
+            # Batches seen, modulo two segments.
+            "cursor": torch.zeros((), dtype=torch.int64, device=device),
+        }
+
+    def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.size == 1:
+            return batch.mean, batch.var
+        segment, place = self.cursor // self._segment, self.cursor % self._segment
+        here = segment * (self._segment + 1) + place
+        opposite = (1 - segment) * (self._segment + 1) + (self._segment - 1 - place)
+        # With an odd size the window holds one batch more: the one whose row is overwritten below.
+        oldest = here + 1 - self.size % 2
+        written, turning, oldest_total = self.rows.index_select(0, torch.stack((here, opposite, oldest))).unbind()
+
+        newest, middle, turned = self.totals.unbind()
+        opens = place == 0
+        middle = torch.where(opens, newest, middle)
+        newest, turned = torch.where(opens, 0.0, self.totals[::2]).unbind()
+        row = self._row(batch)
+        newest, turned = self._merge(newest, row), self._merge(turned, turning)
+        inside = self._merge(self._merge(newest, middle), oldest_total)
+
+        batch.write(self.totals, torch.stack((newest, middle, turned)))
+        self._write_rows(batch, torch.stack((here, opposite)), torch.stack((row, turned)), torch.stack((written, turning)))
+        batch.write(self.cursor, (self.cursor + 1) % (2 * self._segment))
+        return self._statistics(inside, running_mean.dtype)
+
+    def _write_rows(self, batch: Batch, index: Tensor, new: Tensor, old: Tensor) -> None:
+        new = new.to(old.dtype)
+        self.rows.index_copy_(0, index, new if batch.valid is None else torch.where(batch.valid, new, old))
+
+    def _row(self, batch: Batch) -> Tensor:
+        if self.pooled:
+            row = _flat(Moments.from_variance(batch.count, batch.mean, batch.var))
+        else:
+            row = torch.cat((torch.ones_like(batch.count).reshape(1), batch.mean, batch.var))
+        return row.to(self.totals.dtype)
+
+    def _merge(self, one: Tensor, other: Tensor) -> Tensor:
+        return _flat(_moments(one).merge(_moments(other))) if self.pooled else one + other
+
+    def _statistics(self, total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        if self.pooled:
+            moments = _moments(total)
+            return moments.mean.to(dtype), moments.variance(unbiased=True).to(dtype)
+        mean, var = (total[1:] / total[:1]).to(dtype).chunk(2)
+        return mean, var
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}" + ", pooled=True" * self.pooled
+
+
+def _flat(moments: Moments) -> Tensor:
+    return torch.cat((moments.count.reshape(1), moments.mean, moments.m2))
+
+
+def _moments(row: Tensor) -> Moments:
+    mean, m2 = row[1:].chunk(2)
+    return Moments(row[:1], mean, m2)
