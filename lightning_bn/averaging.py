@@ -27,7 +27,7 @@ __all__ = ["Averaging", "Batch", "Cumulative", "Exponential"]
 
 @dataclass(frozen=True)
 class Batch:
-    """What an averaging is told about one training batch; statistics are per channel, in at least float32."""
+    """What an averaging is told about one training batch; its statistics are per channel, and float32 at least."""
 
     mean: Tensor  # (C,)
     var: Tensor  # (C,), unbiased, within the batch

@@ -20,7 +20,7 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 _CUMULATIVE = Cumulative()
 
 
-class _AveragedBatchNorm(_BatchNorm):
+class AveragedBatchNorm(_BatchNorm):
     averaging: Averaging | None
     skip_nonfinite: bool
 
@@ -39,7 +39,6 @@ class _AveragedBatchNorm(_BatchNorm):
         **torch_options: Any,  # `bias=`, which torch's layers take since 2.13
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **torch_options)
-        self.averaging = None
         self.skip_nonfinite = skip_nonfinite
         if averaging is not None:
             check_averaging(averaging, f"{type(self).__name__}({num_features}, averaging={averaging!r})")
@@ -48,7 +47,13 @@ class _AveragedBatchNorm(_BatchNorm):
                     f"{type(self).__name__}({num_features}, track_running_stats=False, averaging={averaging!r}): there are no running "
                     "statistics to average. Leave out track_running_stats=False, or averaging."
                 )
-            self.averaging = averaging.for_layer(self.running_mean)
+        self.adopt(averaging)
+
+    def adopt(self, averaging: Averaging | None) -> None:
+        """Keep the running statistics with a fresh copy of `averaging` from now on; None is torch's rule, by ``momentum``."""
+        self._modules.pop("averaging", None)  # a module assigned None would stay in the repr
+        self.averaging = None if averaging is None else averaging.for_layer(self.running_mean)
+        self.momentum = self.momentum  # an exponential averaging's, for whoever reads the instance's __dict__, as torch's repr does
 
     # The value lives in the instance's __dict__, where torch's own layer keeps it: repr, pickle and a change of class find it there.
     @property
@@ -96,13 +101,12 @@ class _AveragedBatchNorm(_BatchNorm):
             return self._masked_forward(input, mask, batch_statistics)
         if not batch_statistics:
             return self._normalise_with_running(input)
-        if not self._moves():
+        if not self._tracks():
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         return self._training_forward(input)
 
-    def _moves(self) -> bool:
-        """Whether the running statistics take this batch in."""
-        return self.training and self.track_running_stats and self.running_mean is not None and not in_backward()
+    def _tracks(self) -> bool:
+        return self.training and self.track_running_stats and self.running_mean is not None
 
     def _normalise_with_running(self, input: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
@@ -118,12 +122,14 @@ class _AveragedBatchNorm(_BatchNorm):
             return self._kernel_forward(input, momentum)
         # With momentum 1 the kernel leaves the batch's mean and unbiased variance in the buffers it is given, for free. They start as
         # zeros, since a NaN in fresh memory would survive being multiplied by 0.
-        dtype = torch.promote_types(self.running_mean.dtype, torch.float32)
+        dtype = self.running_mean.dtype
+        if averaging is not None:
+            # 16-bit parameters go along to float32, so that the moments are not rounded before they are averaged.
+            dtype = torch.promote_types(dtype, torch.float32)
         mean, var = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind()
-        # 16-bit parameters go along to float32, so that the moments are not rounded before they are averaged.
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, self.eps)
-        if input.numel():
+        if input.numel() and not in_backward():
             count = torch.full((), input.numel() // self.num_features, dtype=dtype, device=input.device)
             valid = is_finite(var) if self.skip_nonfinite else None
             step = self.num_batches_tracked + 1
@@ -131,17 +137,22 @@ class _AveragedBatchNorm(_BatchNorm):
         return output
 
     def _kernel_forward(self, input: Tensor, momentum: float) -> Tensor:
-        """Torch's own training forward, on copies that are kept only where the batch was finite."""
+        """Torch's own training forward, on copies that are kept only where the batch was finite and is not a recomputation.
+
+        A recomputation has to run the same kernel on the same kinds of tensors: checkpointing compares what either pass saves.
+        """
+        again = in_backward()
         mean, var = self.running_mean, self.running_var
-        if self.skip_nonfinite:
+        if self.skip_nonfinite or again:
             mean, var = mean.clone(), var.clone()
         output = F.batch_norm(input, mean, var, self.weight, self.bias, True, momentum, self.eps)
-        with torch.no_grad():
-            if self.skip_nonfinite:
-                valid = is_finite(var)
-                settle(self, mean, var, valid)
-            elif self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+        if again:
+            return output
+        if self.skip_nonfinite:
+            with torch.no_grad():
+                settle(self, mean, var, is_finite(var))
+        elif self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
         return output
 
     def _masked_forward(self, input: Tensor, mask: Tensor, batch_statistics: bool) -> Tensor:
@@ -151,7 +162,7 @@ class _AveragedBatchNorm(_BatchNorm):
         if not batch_statistics:
             return torch.where(kept, self._normalise_with_running(input), 0.0)
         moments = Moments.of(input, mask)
-        if self._moves():
+        if self._tracks() and not in_backward():
             self._take_masked(moments.detach())
         shape = (1, -1, *[1] * (input.dim() - 2))
         biased = moments.m2 / moments.count.clamp(min=1)
@@ -184,15 +195,15 @@ class _AveragedBatchNorm(_BatchNorm):
         return str(super().extra_repr()) + ", skip_nonfinite=False" * (not self.skip_nonfinite)
 
 
-class BatchNorm1d(_AveragedBatchNorm, nn.BatchNorm1d):
+class BatchNorm1d(AveragedBatchNorm, nn.BatchNorm1d):
     __doc__ = "Batch normalization over (N, C) or (N, C, L)."
 
 
-class BatchNorm2d(_AveragedBatchNorm, nn.BatchNorm2d):
+class BatchNorm2d(AveragedBatchNorm, nn.BatchNorm2d):
     __doc__ = "Batch normalization over (N, C, H, W)."
 
 
-class BatchNorm3d(_AveragedBatchNorm, nn.BatchNorm3d):
+class BatchNorm3d(AveragedBatchNorm, nn.BatchNorm3d):
     __doc__ = "Batch normalization over (N, C, D, H, W)."
 
 

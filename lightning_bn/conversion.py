@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import subclasses
 from lightning_bn.averaging import Averaging
-from lightning_bn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, check_averaging
+from lightning_bn.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_averaging
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 
 __all__ = ["convert_batch_norm", "to_torch"]
@@ -81,7 +81,7 @@ def to_torch(module: nn.Module) -> nn.Module:
     refused = [
         (layer, "it subclasses this package's layer; there is no torch.nn class with its forward")
         for layer in layers
-        if isinstance(layer.module, tuple(_TORCHS)) and type(layer.module) not in _TORCHS
+        if isinstance(layer.module, AveragedBatchNorm) and type(layer.module) not in _TORCHS
     ]
     if refused:
         raise TypeError(f"to_torch(module) can't turn {_listing(refused)}. Nothing was changed.")
@@ -91,7 +91,7 @@ def to_torch(module: nn.Module) -> nn.Module:
 
 
 def _refusal(layer: _BatchNorm, averaging: Averaging | None) -> str | None:
-    if isinstance(layer, tuple(_TORCHS)) or type(layer) in _OURS:
+    if isinstance(layer, AveragedBatchNorm) or type(layer) in _OURS:
         return "it keeps no running statistics" if averaging is not None and layer.running_mean is None else None
     return subclasses.obstacle(layer) if averaging is not None else None
 
@@ -101,10 +101,9 @@ def _convert(layer: _BatchNorm, averaging: Averaging | None) -> None:
     if ours is not None:
         # A change of class and not a new module: whoever holds the layer (optimizers, hooks, lists) holds the converted one.
         layer.__class__ = ours
-        layer.__dict__.update(averaging=None, skip_nonfinite=True)
-    if isinstance(layer, tuple(_TORCHS)):
-        del layer.averaging  # the registered module, which would stay in the repr as None
-        setattr(layer, "averaging", None if averaging is None else averaging.for_layer(layer.running_mean))  # noqa: B010
+        layer.__dict__["skip_nonfinite"] = True
+    if isinstance(layer, AveragedBatchNorm):
+        layer.adopt(averaging)
     elif averaging is None:
         subclasses.release(layer)
     else:

@@ -16,19 +16,23 @@ from lightning_bn.torch_internals import in_backward
 __all__ = ["obstacle", "release", "serve"]
 
 
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
 class _Service:
-    """Two hooks around a layer's own forward: before it the buffers are made scratch space, after it they get the average.
+    """Two hooks around a layer's own forward: it runs with scratch tensors for buffers, and then its own get the average.
 
     A batch-norm forward that follows torch's pattern calls ``F.batch_norm`` with the module's own buffers and ``momentum``. With
     zeroed buffers and momentum 1 it leaves the batch's mean and unbiased variance in them, whatever else it does (timm's also drop).
+    The buffers are exchanged, not overwritten: autograd keeps those of the forward for backward, and finds them changed otherwise.
     """
 
     def __init__(self, layer: _BatchNorm) -> None:
-        self._before: tuple[Tensor, Tensor, Tensor, float | None] | None = None
+        self._own: dict[str, Any] | None = None
         self._handles = [
             layer.register_forward_pre_hook(self._enter, prepend=True),
-            # Called on an exception too: a forward that failed must not leave the scratch values behind.
-            layer.register_forward_hook(self._leave, always_call=True),
+            # Called on an exception too: a forward that failed must not leave the scratch tensors behind.
+            layer.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
 
     def end(self) -> None:
@@ -37,34 +41,35 @@ class _Service:
 
     @torch.no_grad()
     def _enter(self, layer: _BatchNorm, args: tuple[Any, ...]) -> None:
-        if not (layer.training and layer.track_running_stats):
+        if not layer.track_running_stats:
             return
-        self._before = (layer.running_mean.clone(), layer.running_var.clone(), layer.num_batches_tracked.clone(), layer.momentum)
-        if layer.averaging.kernel_momentum is None:
+        self._own = {name: getattr(layer, name) for name in (*_BUFFERS, "momentum")}
+        for name in _BUFFERS:
+            setattr(layer, name, getattr(layer, name).clone())
+        if layer.training and layer.averaging.kernel_momentum is None:
             layer.running_mean.zero_()
             layer.running_var.zero_()
             layer.momentum = 1.0
 
     @torch.no_grad()
-    def _leave(self, layer: _BatchNorm, args: tuple[Any, ...], output: Tensor | None) -> None:
-        if self._before is None:
+    def _leave(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None) -> None:
+        if self._own is None:
             return
-        dtype = torch.promote_types(layer.running_mean.dtype, torch.float32)
-        seen_mean, seen_var = layer.running_mean.to(dtype, copy=True), layer.running_var.to(dtype, copy=True)
-        mean, var, tracked, momentum = self._before
-        self._before = None
-        layer.momentum = momentum
-        layer.running_mean.copy_(mean)
-        layer.running_var.copy_(var)
-        layer.num_batches_tracked.copy_(tracked)
-        if output is None or in_backward():
+        mean, var = layer.running_mean, layer.running_var
+        for name, value in self._own.items():
+            setattr(layer, name, value)
+        self._own = None
+        if output is None or not layer.training or in_backward():
             return
-        valid = is_finite(seen_var)
+        dtype = torch.promote_types(mean.dtype, torch.float32)
+        mean, var = mean.to(dtype), var.to(dtype)
+        valid = is_finite(var)
+        (input, *_) = (*args, *kwargs.values())
         if layer.averaging.kernel_momentum is not None:
-            settle(layer, seen_mean, seen_var, valid)
-        elif args[0].numel():
-            count = torch.full((), args[0].numel() // layer.num_features, dtype=dtype, device=seen_mean.device)
-            advance(layer, layer.averaging, Batch(seen_mean, seen_var, count, tracked + 1, valid))
+            settle(layer, mean, var, valid)
+        elif input.numel():
+            count = torch.full((), input.numel() // layer.num_features, dtype=dtype, device=mean.device)
+            advance(layer, layer.averaging, Batch(mean, var, count, layer.num_batches_tracked + 1, valid))
 
 
 def serve(layer: _BatchNorm, averaging: Averaging) -> None:

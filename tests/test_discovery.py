@@ -1,0 +1,50 @@
+"""Discovery finds every batch norm once, and says what it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lightning_bn import BatchNorm1d, Window
+from lightning_bn.discovery import find_batch_norms
+
+
+def test_finds_each_layer_once() -> None:
+    """Torch's, this package's and synchronised layers, in registration order; instance and layer norm are none."""
+    shared = nn.BatchNorm1d(2)
+    model = nn.ModuleDict(
+        {
+            "a": shared,
+            "norms": nn.ModuleList([nn.InstanceNorm1d(2), nn.LayerNorm(2), nn.SyncBatchNorm(2)]),
+            "b": nn.Sequential(BatchNorm1d(2, averaging=Window(3)), shared),
+        }
+    )
+    found = find_batch_norms(model)
+    assert [layer.names for layer in found] == [("a", "b.1"), ("norms.2",), ("b.0",)]
+    assert [layer.shared for layer in found] == [True, False, False]
+    assert [layer.synced for layer in found] == [False, True, False]
+    assert [layer.kind for layer in found] == ["BatchNorm1d", "SyncBatchNorm", "BatchNorm1d"]
+
+
+def test_frozen_means_that_nothing_learns() -> None:
+    """Frozen: affine parameters exist and none requires grad. A layer without any is not frozen."""
+    layers = [nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False)]
+    layers[1].weight.requires_grad_(False)
+    layers[2].requires_grad_(False)
+    assert [layer.frozen for layer in find_batch_norms(nn.ModuleList(layers))] == [False, False, True, False]
+
+
+def test_tracks() -> None:
+    """Only where there are running statistics and training moves them."""
+    layers = [nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False), nn.BatchNorm1d(2)]
+    layers[2].track_running_stats = False
+    assert [layer.tracks for layer in find_batch_norms(nn.ModuleList(layers))] == [True, False, False]
+
+
+def test_names_through_torch_compile() -> None:
+    """A compiled model's layers have the names the user wrote, and a layer alone has the empty one."""
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm1d(2)))
+    model[0] = torch.compile(model[0])
+    assert find_batch_norms(torch.compile(model))[0].name == "0.0"
+    assert find_batch_norms(torch.compile(nn.BatchNorm1d(2)))[0].name == ""
+    assert find_batch_norms(nn.BatchNorm1d(2))[0].name == ""

@@ -1,0 +1,97 @@
+"""The house as a whole: what is public, what an import costs, and who may know whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_bn
+
+PACKAGE = Path(lightning_bn.__file__).parent
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+HEAVY = ("lightning", "torchmetrics", "tensorboard", "matplotlib", "pandas", "tqdm")
+
+
+def test_importing_is_light() -> None:
+    """import lightning_bn brings in none of the packages that take seconds."""
+    code = f"import sys, torch; before = set(sys.modules); import lightning_bn; print(*(set(sys.modules) - before) & set({HEAVY!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_all_is_what_a_user_can_see() -> None:
+    """__all__, dir() and the attributes agree, and every lazy name is there when asked for."""
+    assert sorted(lightning_bn.__all__) == sorted(set(lightning_bn.__all__))
+    assert set(dir(lightning_bn)) == set(lightning_bn.__all__)
+    assert set(lightning_bn._LAZY) <= set(lightning_bn.__all__)
+    for name in lightning_bn.__all__:
+        assert getattr(lightning_bn, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'Windows'"):
+        lightning_bn.Windows  # noqa: B018
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules a file imports when it is imported: those in functions and under TYPE_CHECKING are not."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
+            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        ):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.update(f"{node.module}.{alias.name}" if node.module == "lightning_bn" else str(node.module) for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def own(path: Path) -> set[str]:
+    """Return which of this package's modules a file imports, without the package's name."""
+    return {name.removeprefix("lightning_bn.") for name in imports(path) if name.startswith("lightning_bn.")}
+
+
+# Who may import whom among the layers of the core, from docs/design.md. A file that is not here may import any of them.
+MAY_IMPORT: dict[str, set[str]] = {
+    "torch_internals": set(),
+    "training_state": set(),
+    "moments": {"torch_internals"},
+    "averaging": {"moments", "training_state"},
+    "window": {"averaging", "moments"},
+    "batch_norm": {"averaging", "moments", "torch_internals", "training_state"},
+    "discovery": set(),
+    "modes": {"discovery"},
+    "subclasses": {"averaging", "batch_norm", "torch_internals"},
+    "conversion": {"averaging", "batch_norm", "discovery", "subclasses"},
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_point_one_way(path: Path) -> None:
+    """Nothing below imports from above; lightning is known to callbacks/, plugins/ and cli alone; callbacks don't know each other."""
+    place = path.relative_to(PACKAGE)
+    name = str(place.with_suffix("")).replace("/", ".")
+    outer = ("callbacks", "plugins", "cli")
+    assert own(path) <= MAY_IMPORT.get(name, own(path))
+    if place.parts[0].removesuffix(".py") not in outer:
+        assert not {module.split(".")[0] for module in imports(path)} & {"lightning", "pytorch_lightning"}
+        assert not {module.split(".")[0] for module in own(path)} & set(outer)
+    if place.parts[0] == "callbacks" and path.stem != "lightning_internals":
+        siblings = {module for module in own(path) if module.startswith("callbacks.")}
+        assert siblings <= {"callbacks.lightning_internals"}
+
+
+def test_arrows_test_goes_red(tmp_path: Path) -> None:
+    """The reader of imports sees both forms, and passes over what is imported late."""
+    file = tmp_path / "x.py"
+    file.write_text("import lightning.pytorch as pl\nfrom lightning_bn import modes\ndef f():\n    import tqdm\n")
+    assert imports(file) == {"lightning.pytorch", "lightning_bn.modes"}
+    assert own(file) == {"modes"}
