@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["BatchNormLayer", "find_batch_norms"]
+__all__ = ["BatchNormLayer", "find_batch_norms", "user_name"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,15 @@ def find_batch_norms(model: nn.Module) -> list[BatchNormLayer]:
     found: dict[_BatchNorm, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _BatchNorm):
-            # torch.compile puts a module of its own around the user's.
-            found.setdefault(module, []).append(path.replace("_orig_mod.", "").removesuffix("_orig_mod"))
+            found.setdefault(module, []).append(user_name(path))
     return [BatchNormLayer(tuple(names), module) for module, names in found.items()]
+
+
+def user_name(path: str) -> str:
+    """Return the path of a module as the user wrote it: without the module of its own that torch.compile puts around one.
+
+    Example:
+        >>> user_name("model._orig_mod.norm._orig_mod")
+        'model.norm'
+    """
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
