@@ -61,7 +61,8 @@ class Averaging(TrainingState, ABC):
         ...
         ...     def update(self, running_mean, running_var, batch):
         ...         weight = (self.eta + 1) / (batch.step + self.eta)
-        ...         return running_mean.lerp(batch.mean, weight), running_var.lerp(batch.var, weight)
+        ...         mean = running_mean + weight * (batch.mean - running_mean)
+        ...         return mean, running_var + weight * (batch.var - running_var)
         >>> layer = lightning_bn.BatchNorm1d(3, averaging=Polynomial())
         >>> _ = layer(torch.tensor([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]]))
         >>> layer.running_mean
@@ -123,7 +124,7 @@ class Exponential(Averaging):
         (tensor([5.]), tensor([2.]))
     """
 
-    weights: Tensor  # (2,), V1 and V2; only where pooled
+    weight_sums: Tensor  # (2,), V1 and V2; only where pooled
 
     def __init__(self, momentum: float = 0.1, *, debias: bool = False, pooled: bool = False) -> None:
         super().__init__()
@@ -141,14 +142,14 @@ class Exponential(Averaging):
         return None if self.debias or self.pooled else self.momentum
 
     def initial_state(self, num_features: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        return {"weights": torch.zeros(2, dtype=wide_dtype(device), device=device)} if self.pooled else {}
+        return {"weight_sums": torch.zeros(2, dtype=wide_dtype(device), device=device)} if self.pooled else {}
 
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if not self.pooled:
             weight = self._weight(batch.step) if self.debias else torch.full_like(batch.count, self.momentum)
             return _blend(running_mean, running_var, batch, weight)
         past = self._memory(batch.step - 1) if self.debias else 1.0
-        return _pool(running_mean, running_var, batch, self.weights, past, 1 - self.momentum, self.momentum)
+        return _pool(running_mean, running_var, batch, self.weight_sums, past, 1 - self.momentum, self.momentum)
 
     def _memory(self, step: Tensor) -> Tensor:
         """``1 - (1 - momentum)**step``: how much of the average is data after `step` batches."""
@@ -183,19 +184,19 @@ class Cumulative(Averaging):
         (4.0, 6.6667)
     """
 
-    weights: Tensor  # (2,), V1 and V2; only where pooled
+    weight_sums: Tensor  # (2,), V1 and V2; only where pooled
 
     def __init__(self, *, pooled: bool = False) -> None:
         super().__init__()
         self.pooled = pooled
 
     def initial_state(self, num_features: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        return {"weights": torch.zeros(2, dtype=wide_dtype(device), device=device)} if self.pooled else {}
+        return {"weight_sums": torch.zeros(2, dtype=wide_dtype(device), device=device)} if self.pooled else {}
 
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if not self.pooled:
             return _blend(running_mean, running_var, batch, batch.step.reciprocal())
-        return _pool(running_mean, running_var, batch, self.weights, batch.step - 1, 1.0, 1.0)
+        return _pool(running_mean, running_var, batch, self.weight_sums, batch.step - 1, 1.0, 1.0)
 
     def extra_repr(self) -> str:
         return "pooled=True" * self.pooled

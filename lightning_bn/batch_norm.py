@@ -21,6 +21,38 @@ _CUMULATIVE = Cumulative()
 
 
 class AveragedBatchNorm(_BatchNorm):
+    """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share: torch's layer, with a choice of running statistics.
+
+    ``output = (input - mean) / sqrt(var + eps) * weight + bias``, per channel. In training mean and *biased* variance are the batch's. In
+    eval they are the running statistics, which `averaging` makes of the batches' means and *unbiased* variances. What is averaged does
+    not touch training: outputs and gradients in training are torch's, whatever the average.
+
+    Args:
+        num_features: number of channels C.
+        eps: added to the variance, in its units.
+        momentum: weight of the new batch, for ``averaging=None``; None makes the average cumulative. Where `averaging` is an
+            `Exponential`, this attribute reads and writes that one's momentum.
+        affine: whether there are a learned weight and bias per channel.
+        track_running_stats: whether there are running statistics at all.
+        device: of parameters, buffers and the averaging's state.
+        dtype: of parameters and buffers.
+        averaging: how batches become running statistics; the layer keeps its own copy. None: torch's rule, by `momentum`, and the layer
+            is then a drop-in for torch's, to the bit.
+        skip_nonfinite: whether a batch whose mean or variance is NaN or infinite leaves the running statistics as they are. The device
+            decides; the host does not wait for it.
+
+    ``num_batches_tracked`` counts the batches that went into the statistics. They stand still in eval, inside `paused_statistics`,
+    for a non-finite batch, and in the recomputation of activation checkpointing.
+
+    Raises:
+        TypeError: averaging is not an `Averaging`.
+        ValueError: an averaging with ``track_running_stats=False``.
+
+    References:
+        Ioffe & Szegedy 2015, "Batch normalization: accelerating deep network training by reducing internal covariate shift",
+        algorithms 1 and 2.
+    """
+
     averaging: Averaging | None
     skip_nonfinite: bool
 
@@ -196,15 +228,37 @@ class AveragedBatchNorm(_BatchNorm):
 
 
 class BatchNorm1d(AveragedBatchNorm, nn.BatchNorm1d):
-    __doc__ = "Batch normalization over (N, C) or (N, C, L)."
+    """Batch normalization of (N, C) or (N, C, L), with a choice of running statistics; `AveragedBatchNorm` has the arguments.
+
+    Example:
+        >>> from lightning_bn import BatchNorm1d, Window
+        >>> layer = BatchNorm1d(3, averaging=Window(20))
+        >>> tokens, valid = torch.randn(8, 3, 5), torch.arange(5) < torch.tensor([[5]] * 6 + [[2]] * 2)
+        >>> layer(tokens, mask=valid).shape
+        torch.Size([8, 3, 5])
+    """
 
 
 class BatchNorm2d(AveragedBatchNorm, nn.BatchNorm2d):
-    __doc__ = "Batch normalization over (N, C, H, W)."
+    """Batch normalization of (N, C, H, W), with a choice of running statistics; `AveragedBatchNorm` has the arguments.
+
+    Example:
+        >>> from lightning_bn import BatchNorm2d, Window
+        >>> layer = BatchNorm2d(3, averaging=Window(20))
+        >>> layer(torch.randn(8, 3, 4, 4)).shape, layer.num_batches_tracked.item()
+        (torch.Size([8, 3, 4, 4]), 1)
+    """
 
 
 class BatchNorm3d(AveragedBatchNorm, nn.BatchNorm3d):
-    __doc__ = "Batch normalization over (N, C, D, H, W)."
+    """Batch normalization of (N, C, D, H, W), with a choice of running statistics; `AveragedBatchNorm` has the arguments.
+
+    Example:
+        >>> from lightning_bn import BatchNorm3d, Exponential
+        >>> layer = BatchNorm3d(3, averaging=Exponential(0.1, debias=True))
+        >>> layer(torch.randn(8, 3, 2, 4, 4)).shape
+        torch.Size([8, 3, 2, 4, 4])
+    """
 
 
 def is_finite(var: Tensor) -> Tensor:
