@@ -79,6 +79,22 @@ class Averaging(TrainingState, ABC):
             batch: the batch's moments.
         """
 
+    def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
+        """Return how much the newest `batches` batches, taken together, weigh in the running statistics after batch number `step`.
+
+        With this weight a, the mean of their statistics is ``before + (after - before) / a``: a monitor reads from it what the batches were
+        like, without a look at the activations. None, as here, where the running statistics don't tell.
+
+        Args:
+            step: int64, of any shape; the entries are treated one by one.
+            batches: int64, the same shape; the weight of no batches is 0.
+        """
+        return None
+
+    def newest_batch(self) -> tuple[Tensor, Tensor] | None:
+        """Return the mean and the *unbiased* variance of the newest batch, (C,) each, where the private state holds them, else None."""
+        return None
+
     @property
     def kernel_momentum(self) -> float | None:
         """The momentum with which torch's own kernel computes this average in place; None where only `update` can."""
@@ -151,6 +167,12 @@ class Exponential(Averaging):
         past = self._memory(batch.step - 1) if self.debias else 1.0
         return _pool(running_mean, running_var, batch, self.weight_sums, past, 1 - self.momentum, self.momentum)
 
+    def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
+        if self.pooled:
+            return None
+        fresh = self._memory(batches)
+        return fresh / self._memory(step).clamp(min=1e-12) if self.debias else fresh
+
     def _memory(self, step: Tensor) -> Tensor:
         """``1 - (1 - momentum)**step``: how much of the average is data after `step` batches."""
         # expm1 and log1p, in the wide dtype: the plain power leaves 6e-5 of the 0/1 start in the first step at momentum 0.001.
@@ -197,6 +219,9 @@ class Cumulative(Averaging):
         if not self.pooled:
             return _blend(running_mean, running_var, batch, batch.step.reciprocal())
         return _pool(running_mean, running_var, batch, self.weight_sums, batch.step - 1, 1.0, 1.0)
+
+    def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
+        return None if self.pooled else batches / step
 
     def extra_repr(self) -> str:
         return "pooled=True" * self.pooled

@@ -98,6 +98,19 @@ class Window(Averaging):
         batch.write(self.cursor, (self.cursor + 1) % (2 * self._segment))
         return self._statistics(inside, running_mean.dtype)
 
+    def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
+        # A window of one is its newest batch, and keeps no rows.
+        return (batches > 0).to(wide_dtype(step.device)) if self.size == 1 else None
+
+    def newest_batch(self) -> tuple[Tensor, Tensor] | None:
+        if self.size == 1:
+            return None
+        newest = (self.cursor - 1) % (2 * self._segment)
+        # Past the row that stays zero, in the second segment; a segment is turned over only while the other one is being written.
+        row = self.rows.index_select(0, (newest + newest // self._segment).reshape(1)).squeeze(0)
+        moments = _moments(row)
+        return moments.mean, moments.variance(unbiased=True) if self.pooled else moments.m2
+
     def _write_rows(self, batch: Batch, index: Tensor, new: Tensor, old: Tensor) -> None:
         new = new.to(old.dtype)
         self.rows.index_copy_(0, index, new if batch.valid is None else torch.where(batch.valid, new, old))
