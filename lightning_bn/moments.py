@@ -85,6 +85,16 @@ class Moments:
         """Return ``m2 / (count - 1)`` where unbiased, else ``m2 / count``; NaN where there are too few values for it."""
         return self.m2 / (self.count - 1 if unbiased else self.count)
 
+    def to_row(self) -> Tensor:
+        """Return count, mean and m2 one after the other: (2 C + 1,)."""
+        return torch.cat((self.count.reshape(1), self.mean, self.m2))
+
+    @classmethod
+    def from_row(cls, row: Tensor) -> Moments:
+        """Return the moments that `to_row` laid out as `row`."""
+        mean, m2 = row[1:].chunk(2)
+        return cls(row[:1], mean, m2)
+
     def detach(self) -> Moments:
         """Return the same moments, cut off from the graph they were computed in."""
         return Moments(self.count.detach(), self.mean.detach(), self.m2.detach())

@@ -27,7 +27,8 @@ class _Service:
     The buffers are exchanged, not overwritten: autograd keeps those of the forward for backward, and finds them changed otherwise.
     """
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    def __init__(self, layer: _BatchNorm, averaging: Averaging) -> None:
+        self._averaging = averaging
         self._own: dict[str, Any] | None = None
         self._handles = [
             layer.register_forward_pre_hook(self._enter, prepend=True),
@@ -46,7 +47,7 @@ class _Service:
         self._own = {name: getattr(layer, name) for name in (*_BUFFERS, "momentum")}
         for name in _BUFFERS:
             setattr(layer, name, getattr(layer, name).clone())
-        if layer.training and layer.averaging.kernel_momentum is None:
+        if layer.training and self._averaging.kernel_momentum is None:
             layer.running_mean.zero_()
             layer.running_var.zero_()
             layer.momentum = 1.0
@@ -65,11 +66,11 @@ class _Service:
         mean, var = mean.to(dtype), var.to(dtype)
         valid = is_finite(var)
         (input, *_) = (*args, *kwargs.values())
-        if layer.averaging.kernel_momentum is not None:
+        if self._averaging.kernel_momentum is not None:
             settle(layer, mean, var, valid)
         elif input.numel():
             count = torch.full((), input.numel() // layer.num_features, dtype=dtype, device=mean.device)
-            advance(layer, layer.averaging, Batch(mean, var, count, layer.num_batches_tracked + 1, valid))
+            advance(layer, self._averaging, Batch(mean, var, count, layer.num_batches_tracked + 1, valid))
 
 
 def serve(layer: _BatchNorm, averaging: Averaging) -> None:
@@ -78,7 +79,7 @@ def serve(layer: _BatchNorm, averaging: Averaging) -> None:
     layer.averaging = averaging.for_layer(layer.running_mean)
     if averaging.kernel_momentum is not None:
         layer.momentum = averaging.kernel_momentum
-    layer.__dict__["_lightning_bn_service"] = _Service(layer)
+    layer.__dict__["_lightning_bn_service"] = _Service(layer, layer.averaging)
 
 
 def release(layer: _BatchNorm) -> None:

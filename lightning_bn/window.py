@@ -108,7 +108,7 @@ class Window(Averaging):
         newest = (self.cursor - 1) % (2 * self._segment)
         # Past the row that stays zero, in the second segment; a segment is turned over only while the other one is being written.
         row = self.rows.index_select(0, (newest + newest // self._segment).reshape(1)).squeeze(0)
-        moments = _moments(row)
+        moments = Moments.from_row(row)
         return moments.mean, moments.variance(unbiased=True) if self.pooled else moments.m2
 
     def _write_rows(self, batch: Batch, index: Tensor, new: Tensor, old: Tensor) -> None:
@@ -117,29 +117,20 @@ class Window(Averaging):
 
     def _row(self, batch: Batch) -> Tensor:
         if self.pooled:
-            row = _flat(Moments.from_variance(batch.count, batch.mean, batch.var))
+            row = Moments.from_variance(batch.count, batch.mean, batch.var).to_row()
         else:
             row = torch.cat((torch.ones_like(batch.count).reshape(1), batch.mean, batch.var))
         return row.to(self.totals.dtype)
 
     def _merge(self, one: Tensor, other: Tensor) -> Tensor:
-        return _flat(_moments(one).merge(_moments(other))) if self.pooled else one + other
+        return Moments.from_row(one).merge(Moments.from_row(other)).to_row() if self.pooled else one + other
 
     def _statistics(self, total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self.pooled:
-            moments = _moments(total)
+            moments = Moments.from_row(total)
             return moments.mean.to(dtype), moments.variance(unbiased=True).to(dtype)
         mean, var = (total[1:] / total[:1]).to(dtype).chunk(2)
         return mean, var
 
     def extra_repr(self) -> str:
         return f"size={self.size}" + ", pooled=True" * self.pooled
-
-
-def _flat(moments: Moments) -> Tensor:
-    return torch.cat((moments.count.reshape(1), moments.mean, moments.m2))
-
-
-def _moments(row: Tensor) -> Moments:
-    mean, m2 = row[1:].chunk(2)
-    return Moments(row[:1], mean, m2)
