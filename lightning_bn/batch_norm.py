@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import handle_torch_function, has_torch_function
 
-from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
+from lightning_bn.averaging import Averaging, Batch, Exponential
 from lightning_bn.moments import Moments
+from lightning_bn.running import advance, is_deferred, is_finite, is_synchronised, settle, torch_rule, values_per_channel
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
-
-# torch's rule for momentum=None; it keeps no state, so all layers share one.
-_CUMULATIVE = Cumulative()
 
 
 class AveragedBatchNorm(_BatchNorm):
@@ -123,7 +121,7 @@ class AveragedBatchNorm(_BatchNorm):
         if mask is not None:
             _check_mask(input, mask)
         batch_statistics = self.training or self.running_mean is None
-        if batch_statistics and input.numel() == input.shape[1]:
+        if batch_statistics and input.numel() == input.shape[1] and not is_synchronised(self):
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {input.shape}. "
                 f"{type(self).__name__} can't take a variance from one value: call it with a batch of at least 2 "
@@ -150,7 +148,7 @@ class AveragedBatchNorm(_BatchNorm):
     def _training_forward(self, input: Tensor) -> Tensor:
         averaging = self.averaging
         momentum = self.momentum if averaging is None else averaging.kernel_momentum
-        if momentum is not None:
+        if momentum is not None and not is_deferred(self):
             return self._kernel_forward(input, momentum)
         # With momentum 1 the kernel leaves the batch's mean and unbiased variance in the buffers it is given, for free. They start as
         # zeros, since a NaN in fresh memory would survive being multiplied by 0.
@@ -161,11 +159,11 @@ class AveragedBatchNorm(_BatchNorm):
         mean, var = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind()
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, self.eps)
-        if input.numel() and not in_backward():
-            count = torch.full((), input.numel() // self.num_features, dtype=dtype, device=input.device)
+        if (input.numel() or is_synchronised(self)) and not in_backward():
+            count = values_per_channel(self, input, dtype)
             valid = is_finite(var) if self.skip_nonfinite else None
             step = self.num_batches_tracked + 1
-            advance(self, averaging or _CUMULATIVE, Batch(mean, var, count, step, valid))
+            advance(self, averaging or torch_rule(momentum), Batch(mean, var, count, step, valid))
         return output
 
     def _kernel_forward(self, input: Tensor, momentum: float) -> Tensor:
@@ -188,32 +186,21 @@ class AveragedBatchNorm(_BatchNorm):
         return output
 
     def _masked_forward(self, input: Tensor, mask: Tensor, batch_statistics: bool) -> Tensor:
-        kept = mask.unsqueeze(1)
-        # What stands in the padding may be NaN, and NaN * 0 is NaN in the gradient of weight.
-        input = torch.where(kept, input, 0.0)
         if not batch_statistics:
-            return torch.where(kept, self._normalise_with_running(input), 0.0)
-        moments = Moments.of(input, mask)
+            kept = mask.unsqueeze(1)
+            return torch.where(kept, self._normalise_with_running(torch.where(kept, input, 0.0)), 0.0)
+        output, moments = masked_batch_norm(input, mask, self.weight, self.bias, self.eps)
         if self._tracks() and not in_backward():
             self._take_masked(moments.detach())
-        shape = (1, -1, *[1] * (input.dim() - 2))
-        biased = moments.m2 / moments.count.clamp(min=1)
-        output = (input - moments.mean.reshape(shape)) * torch.rsqrt(biased + self.eps).reshape(shape)
-        if self.weight is not None:
-            output = output * self.weight.reshape(shape)
-        if self.bias is not None:
-            output = output + self.bias.reshape(shape)
-        return torch.where(kept, output, 0.0).to(input.dtype)
+        return output
 
     def _take_masked(self, moments: Moments) -> None:
-        averaging = self.averaging
-        if averaging is None:
-            averaging = _CUMULATIVE if self.momentum is None else Exponential(self.momentum)
         var = moments.variance(unbiased=True)
         valid = moments.count > 1
         if self.skip_nonfinite:
             valid = valid & is_finite(var)
         step = self.num_batches_tracked + 1
+        averaging = self.averaging or torch_rule(self.momentum)
         advance(self, averaging, Batch(moments.mean, var, moments.count, step, valid))
 
     def reset_running_stats(self) -> None:
@@ -261,28 +248,22 @@ class BatchNorm3d(AveragedBatchNorm, nn.BatchNorm3d):
     """
 
 
-def is_finite(var: Tensor) -> Tensor:
-    """Whether the moments of a batch are finite, as a tensor, so that nothing waits for the device: () bool.
-
-    The variance tells for both: it is a sum of squared differences from the mean, NaN or infinite as soon as that is.
-    """
-    return (var < math.inf).all()
-
-
-@torch.no_grad()
-def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
-    """Let `averaging` take `batch` in, and write the statistics it gives into the layer's buffers, in place."""
-    dtype = batch.mean.dtype
-    mean, var = averaging.update(layer.running_mean.to(dtype), layer.running_var.to(dtype), batch)
-    settle(layer, mean, var, batch.valid)
-
-
-def settle(layer: _BatchNorm, mean: Tensor, var: Tensor, valid: Tensor | None) -> None:
-    """Write new running statistics in place and count the batch, both only where `valid`; the device alone knows whether."""
-    for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
-        buffer.copy_(value if valid is None else torch.where(valid, value.to(buffer.dtype), buffer))
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1 if valid is None else valid)
+def masked_batch_norm(input: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
+    """Normalise `input` with the moments of its valid positions, which are returned too; the others come out as zero."""
+    if has_torch_function((input, mask, weight, bias)):  # a synchronising mode takes the moments of all ranks
+        return handle_torch_function(masked_batch_norm, (input,), input, mask, weight, bias, eps)
+    kept = mask.unsqueeze(1)
+    # What stands in the padding may be NaN, and NaN * 0 is NaN in the gradient of weight.
+    input = torch.where(kept, input, 0.0)
+    moments = Moments.of(input, mask)
+    shape = (1, -1, *[1] * (input.dim() - 2))
+    biased = moments.m2 / moments.count.clamp(min=1)
+    output = (input - moments.mean.reshape(shape)) * torch.rsqrt(biased + eps).reshape(shape)
+    if weight is not None:
+        output = output * weight.reshape(shape)
+    if bias is not None:
+        output = output + bias.reshape(shape)
+    return torch.where(kept, output, 0.0).to(input.dtype), moments
 
 
 def check_averaging(averaging: object, call: str) -> None:

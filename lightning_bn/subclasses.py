@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.batch_norm import advance, is_finite, settle
+from lightning_bn.running import advance, is_deferred, is_finite, is_synchronised, settle, values_per_channel
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["obstacle", "release", "serve"]
@@ -36,6 +36,9 @@ class _Service:
             layer.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
 
+    def _in_kernel(self, layer: _BatchNorm) -> bool:
+        return self._averaging.kernel_momentum is not None and not is_deferred(layer)
+
     def end(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -47,7 +50,7 @@ class _Service:
         self._own = {name: getattr(layer, name) for name in (*_BUFFERS, "momentum")}
         for name in _BUFFERS:
             setattr(layer, name, getattr(layer, name).clone())
-        if layer.training and self._averaging.kernel_momentum is None:
+        if layer.training and not self._in_kernel(layer):
             layer.running_mean.zero_()
             layer.running_var.zero_()
             layer.momentum = 1.0
@@ -66,10 +69,10 @@ class _Service:
         mean, var = mean.to(dtype), var.to(dtype)
         valid = is_finite(var)
         (input, *_) = (*args, *kwargs.values())
-        if self._averaging.kernel_momentum is not None:
+        if self._in_kernel(layer):
             settle(layer, mean, var, valid)
-        elif input.numel():
-            count = torch.full((), input.numel() // layer.num_features, dtype=dtype, device=mean.device)
+        elif input.numel() or is_synchronised(layer):
+            count = values_per_channel(layer, input, dtype)
             advance(layer, self._averaging, Batch(mean, var, count, layer.num_batches_tracked + 1, valid))
 
 
