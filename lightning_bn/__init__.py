@@ -9,6 +9,8 @@ from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
 from lightning_bn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from lightning_bn.conversion import convert_batch_norm, to_torch
 from lightning_bn.modes import paused_statistics
+from lightning_bn.recalibration import recalibrate, recalibrated
+from lightning_bn.report import LayerReport, RecalibrationReport
 from lightning_bn.window import Window
 
 if TYPE_CHECKING:
@@ -24,9 +26,13 @@ __all__ = [
     "BatchNorm3d",
     "Cumulative",
     "Exponential",
+    "LayerReport",
+    "RecalibrationReport",
     "Window",
     "convert_batch_norm",
     "paused_statistics",
+    "recalibrate",
+    "recalibrated",
     "to_torch",
 ]
 

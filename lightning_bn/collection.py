@@ -1,0 +1,136 @@
+"""One pass over the data: what every layer sees, in the order in which the batches come or in lockstep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence, Sized
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+from lightning_bn.collective import is_first_rank, share
+from lightning_bn.measuring import measured
+from lightning_bn.tally import Row, Summary, Tally
+
+__all__ = ["Estimate", "Seen", "Tallies", "collect", "merge_optional", "merged", "progress_bar"]
+
+Estimate = Callable[[int, Summary], tuple[Tensor, Tensor]]
+"""The statistics that the layer of that place gets for what it saw: mean and variance, (C,)."""
+
+# Batches whose rows are summed up together.
+_PENDING = 32
+# With fewer batches their spread says too little about the standard error to stop by it.
+_MIN_BATCHES = 8
+
+
+class Seen(NamedTuple):
+    """The outcome of a pass: of one rank, or merged over all."""
+
+    summaries: list[Summary | None]
+    """By layer; on the CPU; None for a layer that did not run."""
+    batches: int
+    samples: int
+    skipped: int
+    stopped_by: str
+
+
+class Tallies:
+    """What every layer of a list has seen so far."""
+
+    def __init__(self, layers: Sequence[_BatchNorm], *, pending: int | None) -> None:
+        self._tallies = [Tally(pending) for _ in layers]
+        self._eps = [layer.eps for layer in layers]
+        self._samples: dict[int, int] = {}
+        self.batches = 0
+
+    def add(self, batch: int, place: int, row: Row) -> None:
+        """Take in what the layer at `place` got in the batch of that number."""
+        self._samples.setdefault(batch, row.samples)
+        self._tallies[place].add(batch, row)
+
+    def summary(self, place: int) -> Summary | None:
+        """Return what the layer at `place` has seen, None for nothing."""
+        return self._tallies[place].summary()
+
+    def standard_error(self) -> float:
+        """Return the standard error of the mean of the worst layer, in units of the standard deviation; NaN while it can't be told."""
+        summaries = [(tally.summary(), eps) for tally, eps in zip(self._tallies, self._eps, strict=True)]
+        errors = [summary.standard_error(eps) for summary, eps in summaries if summary is not None]
+        return torch.stack([error.to(errors[0].device) for error in errors]).max().item() if errors else float("nan")
+
+    def seen(self, num_batches: int | None, *, tolerance_met: bool = False) -> Seen:
+        """Return the outcome, on the CPU."""
+        summaries = [tally.summary() for tally in self._tallies]
+        ended = "num_batches" if self.batches == num_batches else "end"
+        return Seen(
+            summaries=[None if summary is None else summary.to(torch.device("cpu")) for summary in summaries],
+            batches=self.batches,
+            samples=sum(self._samples.values()),
+            skipped=len(set().union(*(tally.nonfinite() for tally in self._tallies))),
+            stopped_by="tolerance" if tolerance_met else ended,
+        )
+
+
+def collect(
+    batches: Iterable[Any],
+    run: Callable[[Any], object],
+    layers: Sequence[_BatchNorm],
+    *,
+    num_batches: int | None,
+    tolerance: float | None,
+    progress: bool,
+) -> Seen:
+    """Run every batch once, each layer normalising with the batch's own mean and biased variance, as in training."""
+    tallies = Tallies(layers, pending=_PENDING)
+
+    def station(place: int, row: Row) -> tuple[Tensor, Tensor]:
+        tallies.add(tallies.batches, place, row)
+        return row.mean, row.var
+
+    met = False
+    with measured(layers, station), progress_bar(batches, num_batches, layers, progress) as bar:
+        for batch in islice(batches, num_batches):
+            run(batch)
+            tallies.batches += 1
+            bar.update()
+            if tolerance is not None and tallies.batches > 1:
+                error = tallies.standard_error()
+                bar.set_postfix_str(f"std error {error:.3g}, to reach {tolerance:g}")
+                met = tallies.batches >= _MIN_BATCHES and error < tolerance
+                if met:
+                    break
+    return tallies.seen(num_batches, tolerance_met=met)
+
+
+def progress_bar(batches: Iterable[Any], num_batches: int | None, layers: Sequence[_BatchNorm], progress: bool) -> tqdm[Any]:
+    """Return the bar, on the first rank; a silent one otherwise."""
+    try:
+        length = len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a loader over an iterable dataset has a __len__ that raises
+        length = None
+    known = [number for number in (length, num_batches) if number is not None]
+    description = f"Recalibrating {len(layers)} batch-norm layers"
+    return tqdm(total=min(known, default=None), desc=description, unit="batch", leave=False, disable=not (progress and is_first_rank()))
+
+
+def merged(seen: Seen) -> Seen:
+    """Return what all ranks have seen; every rank must call it."""
+    everyone = share(seen)
+    total = everyone[0]
+    for other in everyone[1:]:
+        pairs = zip(total.summaries, other.summaries, strict=True)
+        total = total._replace(
+            summaries=[merge_optional(one, another) for one, another in pairs],
+            batches=total.batches + other.batches,
+            samples=total.samples + other.samples,
+            skipped=total.skipped + other.skipped,
+        )
+    return total._replace(stopped_by=seen.stopped_by)
+
+
+def merge_optional(one: Summary | None, other: Summary | None) -> Summary | None:
+    """Merge two summaries, either of which may be of nothing."""
+    return one.merge(other) if one is not None and other is not None else one or other

@@ -1,0 +1,68 @@
+"""Ctrl-C at a moment at which a change is neither undone nor done: held back until it is."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["HeldInterrupts"]
+
+
+class HeldInterrupts:
+    """Hold SIGINT back inside the block, but where `allowed`; raise it at the end, after `undo`.
+
+    A ``finally`` alone does not do: the interrupt may come between two of its lines, or between the last line of a set-up and the
+    ``try``. Python gives signals to the main thread alone; in another thread, or where no Python handler is set, nothing is held.
+    """
+
+    def __init__(self) -> None:
+        self.undo: Callable[[], None] = lambda: None
+        """Called before a held interrupt is raised."""
+        self._held = True
+        self._pending: tuple[int, FrameType | None] | None = None
+        self._previous: Any = None
+
+    def __enter__(self) -> HeldInterrupts:
+        previous = signal.getsignal(signal.SIGINT)
+        if callable(previous) and threading.current_thread() is threading.main_thread():
+            self._previous = previous
+            signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._held:
+            self._pending = (number, frame)
+        else:
+            # From here on what the block did is being undone; a second Ctrl-C may not come in between.
+            self._held = True
+            self._previous(number, frame)
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Let interrupts through inside, and at once one that was held before."""
+        self._held = False
+        try:
+            self._deliver()
+            yield
+        finally:
+            self._held = True
+
+    def _deliver(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._held = True
+            self._previous(*pending)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._previous is None:
+            return
+        try:
+            signal.signal(signal.SIGINT, self._previous)
+            self._deliver()
+        except BaseException:
+            self.undo()
+            raise

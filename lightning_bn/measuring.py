@@ -1,0 +1,106 @@
+"""Hooks that read the moments of what goes into a batch-norm layer, and choose the statistics by which the layer normalises it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn import subclasses
+from lightning_bn.batch_norm import BatchNorm2d
+from lightning_bn.channel_moments import channel_moments
+from lightning_bn.modes import kept_attribute
+from lightning_bn.moments import Moments
+from lightning_bn.tally import Row
+
+__all__ = ["Station", "measured"]
+
+Station = Callable[[int, Row], tuple[Tensor, Tensor]]
+"""Called with a layer's place in the list and what goes into it; returns the mean and the variance to normalise with, (C,) each."""
+
+# The forwards that are known to normalise their input as it comes, over all dimensions but the second.
+_KNOWN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BatchNorm2d.forward)
+
+
+@contextmanager
+def measured(layers: Sequence[_BatchNorm], station: Station) -> Iterator[None]:
+    """Stop every call of `layers` at `station`. The layers are in eval mode, so that they normalise with the buffers they are given.
+
+    The layers' own buffers are not written: other tensors stand in their place, and whoever calls this puts them back (`kept_buffers`).
+    """
+    with ExitStack() as stack:
+        # A subclass with an averaging has hooks of its own, which exchange the buffers too; this flag tells them to stay away.
+        stack.enter_context(kept_attribute(layers, "track_running_stats"))
+        for place, layer in enumerate(layers):
+            handle = layer.register_forward_pre_hook(_hook(place, layer, station), with_kwargs=True)
+            stack.callback(handle.remove)
+            layer.track_running_stats = False
+        yield
+
+
+def _hook(place: int, layer: _BatchNorm, station: Station) -> Callable[..., None]:
+    measure = _of_input if _normalises_its_input(layer) else _by_own_forward
+    dtype, device = layer.running_mean.dtype, layer.running_mean.device
+
+    @torch.no_grad()
+    def hook(module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        row = measure(module, args, kwargs)
+        if row is not None:
+            mean, var = station(place, row)
+            module.running_mean, module.running_var = mean.to(device, dtype), var.to(device, dtype)
+
+    return hook
+
+
+def _normalises_its_input(layer: _BatchNorm) -> bool:
+    if "forward" not in layer.__dict__ and type(layer).forward in _KNOWN_FORWARDS:
+        return True
+    try:
+        return subclasses.obstacle(layer) is None
+    except Exception:  # a layer that can't be copied for the trial can still be asked by its own forward
+        return False
+
+
+def _of_input(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row | None:
+    input, mask = _input_and_mask(layer, args, kwargs)
+    if input.numel() == 0:
+        return None
+    if mask is None:
+        return Row(len(input), input.numel() // input.shape[1], *channel_moments(input))
+    moments = Moments.of(input, mask)
+    return Row(len(input), moments.count, moments.mean, moments.m2 / moments.count.clamp(min=1))
+
+
+def _input_and_mask(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    values = (*args, *kwargs.values())
+    if type(layer).forward is not BatchNorm2d.forward:
+        return values[0], None
+    mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
+    return kwargs.get("input", values[0]), mask
+
+
+def _by_own_forward(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row | None:
+    """Let the layer's own training forward leave the moments in scratch buffers: it may permute, reshape or split what it gets."""
+    input = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    if input.numel() == 0:
+        return None
+    mean, var = torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)
+    instead = {"training": True, "track_running_stats": True, "momentum": 1.0, "running_mean": mean, "running_var": var}
+    with ExitStack() as stack:
+        for name in (*instead, "num_batches_tracked"):
+            stack.enter_context(kept_attribute([layer], name))
+        for name, value in instead.items():
+            setattr(layer, name, value)
+        layer.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=mean.device)
+        layer.forward(*args, **kwargs)
+    if mean._version == 0:
+        raise TypeError(
+            f"{type(layer).__name__}'s forward does not leave the statistics of the batch in its buffers, so they can't be told. Leave it "
+            f"out: recalibrate(model, batches, layers=lambda name, module: not isinstance(module, {type(layer).__name__}))."
+        )
+    count = input.numel() // layer.num_features
+    return Row(len(input), count, mean, var * (count - 1) / count)

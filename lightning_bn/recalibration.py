@@ -1,0 +1,241 @@
+"""Running statistics estimated anew, with the weights as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lightning_bn.collection import Seen, collect, merged
+from lightning_bn.collective import tell_failure
+from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.feeding import Forward, feed, to_device
+from lightning_bn.interrupts import HeldInterrupts
+from lightning_bn.modes import evaluating
+from lightning_bn.outcome import Estimator, agreed_changes, layer_report
+from lightning_bn.report import RecalibrationReport
+from lightning_bn.selection import Layers, choose
+from lightning_bn.transaction import StatisticsChange, commit, eager, kept_buffers, kept_random_states, undo
+
+__all__ = ["recalibrate", "recalibrated"]
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    num_batches: int | None = None,
+    tolerance: float | None = None,
+    prior: float = 0.0,
+    pooled: bool = True,
+    exact: bool = False,
+    layers: Layers = None,
+    device: torch.device | str | None = None,
+    dry_run: bool = False,
+    progress: bool = True,
+) -> RecalibrationReport:
+    r"""Estimate the running statistics of the batch-norm layers of `model` anew from data, with the weights as they are.
+
+    ``running_mean`` and ``running_var`` become the mean and the variance of what each layer gets from the data. They are written
+    in place, at the end, and nothing else is changed: not ``num_batches_tracked``, no mode, hook, momentum, gradient or random state
+    (torch's, the accelerator's, numpy's, Python's, those in the loader). Whatever is raised on the way, Ctrl-C included, leaves the
+    statistics as they were too. Gradients are off, and every layer is in eval mode, dropout too: the statistics are those of inference.
+    (With dropout at rate p before the layer, the variance in training is 1/(1-p) of that at inference. This removes the difference; it does
+    not always lower the loss, since the weights were trained with it.)
+
+    Args:
+        model: any module; layers of torch, of this package and any other subclass of ``_BatchNorm``. Of a ``DistributedDataParallel``
+            the module inside.
+        batches: an iterable. A tensor goes into the model as it is, of a tuple or list the first element, a mapping as keyword
+            arguments. An iterator is used up as far as it is read.
+        forward: ``forward(model, batch)``, for any other way in.
+        num_batches: read at most that many, on each rank. None: all.
+        tolerance: stop as soon as the standard error of every layer's mean, in units of its standard deviation (rms over channels), is
+            below it, after 8 batches at the soonest. It is estimated from the spread between batches, since pixels of one image are not
+            independent. On several ranks each goes by its own batches.
+        prior: number of samples (images, not pixels) that the present statistics count for. With n samples of data,
+            ``mean = prior / (prior + n) * old + n / (prior + n) * data``, and likewise the variance: covariate shift adaptation (Schneider
+            et al. 2020, section 3) where the data is of a shifted domain. ``inf`` leaves the statistics as they are.
+        pooled: True, the mean and the *unbiased* variance of all the data together, each value counted once. False, Ioffe &
+            Szegedy's estimator: the average of the batch means and of the *unbiased within-batch* variances, each batch counted once.
+        exact: False, each layer normalises with the batch, as in training: the first layer's statistics are right for any batches, deeper
+            ones are biased if batches are small, since what they get was normalised by a small batch (variance -9 to -14 % with 8 images a
+            batch, -2 to -3 % with 32). True, the batches go through the network together and each layer normalises all of them with its
+            new statistics: those of the network as it runs at inference, for batches of any size and order. It takes about as long, and
+            holds one set of live activations for every batch: choose num_batches by the memory (that of an eval forward on
+            ``num_batches * batch_size`` images in one batch). Needs all batches at once, hence no `tolerance`.
+        layers: None, those that track statistics and are not frozen: frozen is a layer whose affine parameters all have
+            ``requires_grad=False``, and, in a model in training mode, one in eval mode. ``"all"``: the frozen too. Or a predicate
+            ``(name, module) -> bool``.
+        device: where the batches are moved. None: where the model's first parameter is.
+        dry_run: report what would change, and change nothing.
+        progress: show a progress bar.
+
+    Returns:
+        A `RecalibrationReport`: prints as a table, has ``as_dict()``, and ``rollback()`` undoes the change to the bit.
+
+    Raises:
+        TypeError: an argument or a batch of the wrong kind.
+        ValueError: an argument out of range; no layer to recalibrate; no batches; batches in which no layer ran or nothing was finite.
+
+    A layer that is called several times is merged over its calls; one that was not called keeps its statistics and is named in the
+    report, and so does one all of whose data is not finite. What is not finite is left out, batch by batch. Of padded input the valid
+    positions count, where the forward passes this package's layers a mask.
+
+    An averaging's own history (a window's batches) stays as it is: the new statistics serve until the next training batch. Then a `Window`
+    or a pooled `Cumulative` goes back to its batches, and an `Exponential` blends the batch into the new statistics.
+
+    In a process group every rank calls it, with its own batches, of which some may have none; their data is merged, and all ranks end
+    with the same statistics to the bit. What fails on one rank is raised on all.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bn import recalibrate
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1))
+        >>> report = recalibrate(model, [torch.tensor([[1.0], [2.0]]), torch.tensor([[6.0]])], progress=False)
+        >>> model[0].running_mean, model[0].running_var
+        (tensor([3.]), tensor([7.]))
+        >>> report.rollback()
+        >>> model[0].running_mean, model[0].running_var
+        (tensor([0.]), tensor([1.]))
+
+    Reference: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3, for what stale statistics cost and for both estimators.
+    """
+    options = _Options(num_batches, tolerance, prior, exact, dry_run, progress)
+    options.check()
+    _check_batches(batches)
+    core = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else model
+    chosen = choose(core, layers)
+    run = _runner(core, forward, device)
+    with HeldInterrupts() as interrupts:
+        estimator = Estimator(chosen, pooled=pooled, prior=prior)
+        with _all_else_kept(core, batches), interrupts.allowed():
+            seen = _look(batches, run, chosen, estimator, options)
+            changes = agreed_changes(chosen, estimator, seen)
+        report = _report(chosen, changes, seen, options)
+        if not dry_run:
+            interrupts.undo = report.rollback
+            commit([change for change in changes if change is not None])
+    return report
+
+
+@contextmanager
+def recalibrated(model: nn.Module, batches: Iterable[Any], **options: Any) -> Iterator[RecalibrationReport]:
+    """Recalibrate `model` for the block: the new statistics inside, the old ones after it, to the bit, also on an exception.
+
+    For evaluation on another domain than that of training.
+
+    Args:
+        model: see `recalibrate`.
+        batches: of the domain on which the block runs the model; no labels are needed.
+        **options: as of `recalibrate`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bn import recalibrated
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1)).eval()
+        >>> foggy = torch.tensor([[101.0], [103.0]])
+        >>> with recalibrated(model, [foggy], progress=False):
+        ...     print(model(foggy).detach().flatten())
+        tensor([-0.7071,  0.7071])
+        >>> model[0].running_mean
+        tensor([0.])
+    """
+    report = recalibrate(model, batches, **options)
+    try:
+        yield report
+    finally:
+        report.rollback()
+
+
+@dataclass(frozen=True)
+class _Options:
+    num_batches: int | None
+    tolerance: float | None
+    prior: float
+    exact: bool
+    dry_run: bool
+    progress: bool
+
+    def check(self) -> None:
+        if self.num_batches is not None and (
+            isinstance(self.num_batches, bool) or not isinstance(self.num_batches, int) or self.num_batches < 1
+        ):
+            raise ValueError(f"recalibrate(num_batches={self.num_batches!r}): a number of batches, at least 1; leave it out to read all.")
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"recalibrate(tolerance={self.tolerance!r}): a standard error in standard deviations, above 0, as in 0.05.")
+        if not self.prior >= 0:
+            raise ValueError(f"recalibrate(prior={self.prior!r}): a number of samples, 0 or more, or float('inf').")
+        if self.exact and self.tolerance is not None:
+            raise ValueError(
+                f"recalibrate(exact=True, tolerance={self.tolerance!r}): exact needs all batches at once and can't stop in between. "
+                "Pass num_batches=... with exact=True, or tolerance alone."
+            )
+
+
+def _check_batches(batches: object) -> None:
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"recalibrate(model, batches): batches is an iterable of batches, such as a DataLoader; this is a {type(batches).__name__}. "
+            "If it is one batch, pass [batch]."
+        )
+
+
+def _runner(model: nn.Module, forward: Forward | None, device: torch.device | str | None) -> Callable[[Any], object]:
+    call = feed if forward is None else forward
+    target = next(chain(model.parameters(), model.buffers())).device if device is None else torch.device(device)
+    return lambda batch: call(model, to_device(batch, target))
+
+
+@contextmanager
+def _all_else_kept(model: nn.Module, batches: object) -> Iterator[None]:
+    """Prepare the model for a pass over the data, and put back at exit what the preparation or the pass changes."""
+    # Not inference mode, and out of the caller's: what the model caches on the way would be of no use for training.
+    with (
+        kept_random_states(batches),
+        kept_buffers(model),
+        evaluating(model),
+        eager(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def _look(
+    batches: Iterable[Any], run: Callable[[Any], object], chosen: list[BatchNormLayer], estimator: Estimator, options: _Options
+) -> Seen:
+    """Let the data through, and return what all ranks have seen together."""
+    modules = [layer.module for layer in chosen]
+    try:
+        if options.exact:
+            raise NotImplementedError("exact=True")
+        seen = collect(batches, run, modules, num_batches=options.num_batches, tolerance=options.tolerance, progress=options.progress)
+    except BaseException as error:
+        tell_failure(error)
+        raise
+    return merged(seen)
+
+
+def _report(chosen: list[BatchNormLayer], changes: list[StatisticsChange | None], seen: Seen, options: _Options) -> RecalibrationReport:
+    made = [change for change in changes if change is not None]
+    rows = zip(chosen, changes, seen.summaries, strict=True)
+    return RecalibrationReport(
+        batches=seen.batches,
+        samples=seen.samples,
+        skipped=seen.skipped,
+        layers=tuple(layer_report(layer, change, summary) for layer, change, summary in rows if change is not None and summary is not None),
+        not_run=tuple(layer.name for layer, change in zip(chosen, changes, strict=True) if change is None),
+        stopped_by=seen.stopped_by,
+        num_batches=options.num_batches,
+        tolerance=options.tolerance,
+        dry_run=options.dry_run,
+        _undo=lambda: None if options.dry_run else undo(made),
+    )

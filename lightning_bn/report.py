@@ -1,0 +1,117 @@
+"""What a recalibration did, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["LayerReport", "RecalibrationReport"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What one layer saw, and how far its statistics moved. The unit of the mean is ``sqrt(old var + eps)``, by which the layer divided."""
+
+    name: str
+    """Its first path in the model; the empty string where the model itself is the layer."""
+    kind: str
+    """The name of its class."""
+    samples: int
+    """Length of its inputs' first dimension, added up over calls and ranks, without what was not finite."""
+    batches: int
+    mean_shift_max: float
+    """Largest ``|new mean - old mean| / sqrt(old var + eps)`` over channels."""
+    mean_shift_rms: float
+    log_variance_ratio_max: float
+    """Largest ``|log((new var + eps) / (old var + eps))|`` over channels."""
+    log_variance_ratio_rms: float
+    standard_error: float
+    """Of the mean, in units of the data's standard deviation, from the spread between batches, rms over channels; NaN for one batch."""
+
+    @property
+    def shift(self) -> float:
+        """The larger of the two rms values, by which the worst layer is told; infinite where the old statistics were not finite."""
+        worst = max(self.mean_shift_rms, self.log_variance_ratio_rms)
+        return worst if math.isfinite(self.mean_shift_rms + self.log_variance_ratio_rms) else math.inf
+
+
+@dataclass(frozen=True)
+class RecalibrationReport:
+    """The outcome of `recalibrate`; prints as a table, the worst layers first."""
+
+    batches: int
+    """Batches that went through the model, on all ranks."""
+    samples: int
+    """Length of the first dimension of what the first layer of each batch got, added up."""
+    skipped: int
+    """Batches that some layer left out because their moments were not finite."""
+    layers: tuple[LayerReport, ...]
+    """The layers with new statistics, in the order of the model."""
+    not_run: tuple[str, ...]
+    """Names of the chosen layers that saw no data and keep their statistics."""
+    stopped_by: str
+    """What ended the pass: "num_batches", "tolerance", or "end", that is, `batches` had no more."""
+    num_batches: int | None
+    """As asked for, on each rank."""
+    tolerance: float | None
+    """As asked for."""
+    dry_run: bool
+    _undo: Callable[[], None] = field(repr=False, compare=False)
+
+    def rollback(self) -> None:
+        """Write the statistics from before the recalibration back into the layers, in place and to the bit.
+
+        Nothing else was changed, so the model is what it was; an averaging's history was never touched. After a dry run there is nothing
+        to undo and nothing happens. Under several ranks each calls it for itself.
+        """
+        self._undo()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain numbers, strings, lists and dicts; what is not finite is None, as JSON has no NaN."""
+        plain = {
+            name: getattr(self, name) for name in ("batches", "samples", "skipped", "stopped_by", "num_batches", "tolerance", "dry_run")
+        }
+        layers = [{key: _finite_or_none(value) for key, value in asdict(layer).items()} for layer in self.layers]
+        return {**plain, "not_run": list(self.not_run), "layers": layers}
+
+    def __str__(self) -> str:
+        return "\n".join([self._headline(), *_table(sorted(self.layers, key=lambda layer: -layer.shift))])
+
+    def _headline(self) -> str:
+        done = "Would recalibrate" if self.dry_run else "Recalibrated"
+        parts = [f"{done} {len(self.layers)} batch-norm layers from {self.batches} batches, {self.samples} samples."]
+        if self.stopped_by == "end" and self.num_batches is not None:
+            parts.append(f"The loader ended before the {self.num_batches} batches asked for.")
+        if self.tolerance is not None and self.stopped_by != "tolerance":
+            parts.append(f"The tolerance {self.tolerance} was not reached.")
+        if self.skipped:
+            parts.append(f"Not finite and left out: {self.skipped} batches.")
+        if self.not_run:
+            parts.append(f"Not run, unchanged: {', '.join(self.not_run)}.")
+        return " ".join(parts)
+
+
+_HEADER = ("layer", "kind", "samples", "batches", "mean shift max", "rms", "log var ratio max", "rms", "std error")
+
+
+def _table(layers: list[LayerReport]) -> list[str]:
+    rows = [_HEADER, *map(_cells, layers)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    # Names to the left, numbers to the right.
+    return [
+        "  ".join(
+            cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _cells(layer: LayerReport) -> tuple[str, ...]:
+    values = list(asdict(layer).values())
+    return (layer.name or "(the model)", *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values[1:]))
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

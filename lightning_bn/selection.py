@@ -1,0 +1,64 @@
+"""Which batch-norm layers of a model a recalibration is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms
+
+__all__ = ["Layers", "choose"]
+
+Layers = str | Callable[[str, nn.Module], bool] | None
+"""None, ``"all"``, or a predicate ``(name, module) -> bool``."""
+
+
+def choose(model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
+    """Return the layers of `model` that track running statistics and that `layers` names, in registration order.
+
+    Raises:
+        TypeError: `layers` is something else; a layer that is lazy and was not initialised.
+        ValueError: there are none.
+    """
+    if not (layers is None or layers == "all" or callable(layers)):
+        raise TypeError(
+            f"recalibrate(model, batches, layers={layers!r}): layers is None (those that are not frozen), 'all', or a predicate such as "
+            "lambda name, module: name.startswith('backbone')."
+        )
+    tracking = [layer for layer in find_batch_norms(model) if layer.tracks]
+    if not tracking:
+        raise ValueError(f"recalibrate(model, batches): {type(model).__name__} has no batch-norm layer that keeps running statistics.")
+    _refuse_lazy(tracking)
+    chosen = [layer for layer in tracking if _wanted(layer, model, layers)]
+    if not chosen:
+        raise ValueError(_nothing(tracking, layers))
+    return chosen
+
+
+def _wanted(layer: BatchNormLayer, model: nn.Module, layers: Layers) -> bool:
+    if callable(layers):
+        return any(layers(name, layer.module) for name in layer.names)
+    return layers == "all" or not _frozen(layer, model)
+
+
+def _frozen(layer: BatchNormLayer, model: nn.Module) -> bool:
+    # In a model in training mode a layer in eval mode is one that the user froze; in a model in eval mode the flag tells nothing.
+    return layer.frozen or (model.training and not layer.module.training)
+
+
+def _refuse_lazy(layers: list[BatchNormLayer]) -> None:
+    lazy = [layer.name for layer in layers if isinstance(layer.module, nn.modules.lazy.LazyModuleMixin)]
+    if lazy:
+        raise TypeError(f"recalibrate(model, batches): {', '.join(lazy)} is lazy and has no statistics yet. Run a batch through it first.")
+
+
+def _nothing(tracking: list[BatchNormLayer], layers: Layers) -> str:
+    names = ", ".join(layer.name or "(the model)" for layer in tracking[:3]) + (", ..." if len(tracking) > 3 else "")
+    if callable(layers):
+        return f"recalibrate(model, batches, layers=<predicate>): it is true for none of the {len(tracking)} batch-norm layers ({names})."
+    return (
+        f"recalibrate(model, batches): all {len(tracking)} batch-norm layers ({names}) are frozen: no affine parameter requires grad, or "
+        "the layer is in eval mode in a model that is training. Pass layers='all' to recalibrate them nevertheless, or a predicate "
+        "layers=lambda name, module: ... to choose."
+    )
