@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Sized
+from functools import reduce
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,11 +12,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from lightning_bn.collective import is_first_rank, share
+from lightning_bn.collective import in_group, is_first_rank, share
 from lightning_bn.measuring import measured
 from lightning_bn.tally import Row, Summary, Tally
 
-__all__ = ["Estimate", "Seen", "Tallies", "collect", "merge_optional", "merged", "progress_bar"]
+__all__ = ["Estimate", "Seen", "Tallies", "collect", "merged", "merged_summary", "progress_bar"]
 
 Estimate = Callable[[int, Summary], tuple[Tensor, Tensor]]
 """The statistics that the layer of that place gets for what it saw: mean and variance, (C,)."""
@@ -123,7 +124,7 @@ def merged(seen: Seen) -> Seen:
     for other in everyone[1:]:
         pairs = zip(total.summaries, other.summaries, strict=True)
         total = total._replace(
-            summaries=[merge_optional(one, another) for one, another in pairs],
+            summaries=[_merge(one, another) for one, another in pairs],
             batches=total.batches + other.batches,
             samples=total.samples + other.samples,
             skipped=total.skipped + other.skipped,
@@ -131,6 +132,12 @@ def merged(seen: Seen) -> Seen:
     return total._replace(stopped_by=seen.stopped_by)
 
 
-def merge_optional(one: Summary | None, other: Summary | None) -> Summary | None:
-    """Merge two summaries, either of which may be of nothing."""
+def merged_summary(summary: Summary | None) -> Summary | None:
+    """Return what all ranks have seen at one layer; every rank must call it."""
+    if not in_group():
+        return summary
+    return reduce(_merge, share(None if summary is None else summary.to(torch.device("cpu"))))
+
+
+def _merge(one: Summary | None, other: Summary | None) -> Summary | None:
     return one.merge(other) if one is not None and other is not None else one or other

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["RankError", "is_first_rank", "share", "tell_failure"]
+__all__ = ["RankError", "in_group", "is_first_rank", "share", "tell_failure"]
 
 T = TypeVar("T")
 
@@ -15,13 +15,14 @@ class RankError(RuntimeError):
     """Another rank failed, and with it what all ranks were to do together."""
 
 
-def _in_group() -> bool:
+def in_group() -> bool:
+    """Tell whether there are other ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_first_rank() -> bool:
     """Tell whether this process speaks for all: rank 0, or the only one."""
-    return not _in_group() or dist.get_rank() == 0
+    return not in_group() or dist.get_rank() == 0
 
 
 def share(value: T) -> list[T]:
@@ -30,7 +31,7 @@ def share(value: T) -> list[T]:
     Raises:
         RankError: a rank called `tell_failure` instead.
     """
-    answers = _gather((value, None)) if _in_group() else [(value, None)]
+    answers = _gather((value, None)) if in_group() else [(value, None)]
     failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure is not None]
     if failures:
         raise RankError("recalibrate() failed on " + "; ".join(failures) + ". The statistics of all ranks are as before.")
@@ -39,7 +40,7 @@ def share(value: T) -> list[T]:
 
 def tell_failure(error: BaseException) -> None:
     """Take this rank's turn in the next `share`, so that the others learn of the failure in place of waiting for ever."""
-    if _in_group() and not isinstance(error, RankError):
+    if in_group() and not isinstance(error, RankError):
         _gather((None, f"{type(error).__name__}: {error}"))
 
 

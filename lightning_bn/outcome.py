@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from lightning_bn.collection import Seen
-from lightning_bn.collective import share
+from lightning_bn.collective import in_group, share
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.report import LayerReport
 from lightning_bn.tally import Summary
@@ -19,16 +19,23 @@ Statistics = tuple[Tensor, Tensor]
 
 
 class Estimator:
-    """How the statistics of each of `layers` follow from data: which variance, and how much the old ones weigh."""
+    """How the statistics of each of `layers` follow from data: which variance, and how much the old ones weigh.
+
+    Every rank must make one, since ranks may start from different statistics: with a prior, those of the first rank count.
+    """
 
     def __init__(self, layers: list[BatchNormLayer], *, pooled: bool, prior: float) -> None:
         self.old: list[Statistics] = [(layer.module.running_mean.clone(), layer.module.running_var.clone()) for layer in layers]
         self._pooled = pooled
         self._prior = prior
+        self._before = self.old
+        if prior and in_group():
+            first = share([(mean.cpu(), var.cpu()) for mean, var in self.old])[0]
+            self._before = [(mean.to(own), var.to(own)) for (mean, var), (own, _) in zip(first, self.old, strict=True)]
 
     def __call__(self, place: int, summary: Summary) -> Statistics:
         """Return mean and variance, (C,), for the layer at `place`, in the dtype of its buffers and on their device."""
-        old = self.old[place]
+        old = self._before[place]
         if math.isinf(self._prior):
             return old
         mean, var = (self._blend(*pair, summary) for pair in zip(old, summary.statistics(pooled=self._pooled), strict=True))
@@ -54,7 +61,7 @@ def agreed_changes(layers: list[BatchNormLayer], estimate: Estimator, seen: Seen
         estimate(place, summary) if summary is not None and data else None
         for place, (summary, data) in enumerate(zip(seen.summaries, ran, strict=True))
     ]
-    # Ranks may start from different statistics, which a prior brings in: the first rank's decide.
+    # The same sums on other hardware may differ in the last bit: the first rank's decide.
     first = share([None if pair is None else (pair[0].cpu(), pair[1].cpu()) for pair in new])[0]
     rows = zip(layers, estimate.old, first, strict=True)
     return [None if pair is None else _change(layer, old, pair) for layer, old, pair in rows]

@@ -115,8 +115,8 @@ def recalibrate(
     chosen = choose(core, layers)
     run = _runner(core, forward, device)
     with HeldInterrupts() as interrupts:
-        estimator = Estimator(chosen, pooled=pooled, prior=prior)
         with _all_else_kept(core, batches), interrupts.allowed():
+            estimator = Estimator(chosen, pooled=pooled, prior=prior)
             seen = _look(batches, run, chosen, estimator, options)
             changes = agreed_changes(chosen, estimator, seen)
         report = _report(chosen, changes, seen, options)
@@ -216,8 +216,12 @@ def _look(
     modules = [layer.module for layer in chosen]
     try:
         if options.exact:
-            raise NotImplementedError("exact=True")
-        seen = collect(batches, run, modules, num_batches=options.num_batches, tolerance=options.tolerance, progress=options.progress)
+            # Imported here: greenlet is for this alone.
+            from lightning_bn.exact import collect_exactly
+
+            seen = collect_exactly(batches, run, modules, estimator, num_batches=options.num_batches, progress=options.progress)
+        else:
+            seen = collect(batches, run, modules, num_batches=options.num_batches, tolerance=options.tolerance, progress=options.progress)
     except BaseException as error:
         tell_failure(error)
         raise

@@ -1,0 +1,115 @@
+"""Many batches through one network together: each stops at a layer until all have come, and then all go on.
+
+Every batch is a greenlet: a call that can stop anywhere below it, inside generators and other people's forwards too, and go on later, on
+the same thread. Threads with a baton would do as well, and would keep torch's thread-local state apart by themselves, but OpenMP gives each
+thread that computes a pool of its own (200 batches on 64 cores: 12800 threads), CUDA gives each its own current device and
+stream, and Ctrl-C reaches only the main one. So torch's state is handed over here: whoever stops takes his grad, inference and
+autocast modes with him, and gets them back.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+
+__all__ = ["Lockstep", "Stop"]
+
+Stop = tuple[int, int]
+"""Place of a layer, and how often the batch has stopped there before. Stops are gone on from in this order."""
+
+
+class Lockstep:
+    """Runs jobs that stop and wait for each other.
+
+    Args:
+        agree: called with the first stop, in order, at which a job waits (None where no job waits); returns the one to go on from, None to
+            end. Several ranks agree here on the same.
+        arrived: called with a layer's place when every job that comes has come to the stop, before they go on.
+
+    Where some jobs wait at one layer and some at another, one that skipped the first or took another branch, the layer that the model
+    registered first goes on first; its jobs then catch up.
+    """
+
+    def __init__(self, agree: Callable[[Stop | None], Stop | None], arrived: Callable[[int], None]) -> None:
+        self._agree = agree
+        self._arrived = arrived
+        self._hub = getcurrent()
+        self._state = _thread_state()
+        self._waiting: dict[Stop, list[_Job]] = {}
+
+    def stop(self, place: int) -> None:
+        """Wait, inside a job, until all jobs that come to the layer at `place` have come."""
+        job = getcurrent()
+        stop = (place, job.stops[place])
+        job.stops[place] += 1
+        with _switched_to(self._state):
+            self._hub.switch(stop)
+
+    def current(self) -> int:
+        """Return the number of the job that is running."""
+        number: int = getcurrent().number
+        return number
+
+    def run(self, jobs: Iterable[Callable[[], object]]) -> None:
+        """Run `jobs` to their ends; what one of them raises ends all, each with its ``finally``, and is raised."""
+        try:
+            for number, call in enumerate(jobs):
+                self._resume(_Job(call, number))
+            while (stop := self._agree(min(self._waiting, default=None))) is not None:
+                self._arrived(stop[0])
+                for job in self._waiting.pop(stop, ()):
+                    self._resume(job)
+        finally:
+            self._end()
+
+    def _resume(self, job: _Job) -> None:
+        stop = job.switch()
+        if not job.dead:
+            self._waiting.setdefault(stop, []).append(job)
+
+    def _end(self) -> None:
+        for job in [job for jobs in self._waiting.values() for job in jobs]:
+            while not job.dead:
+                # Its with-blocks and finally-clauses run; whatever they raise came after the error that ends it all.
+                with suppress(Exception):
+                    job.throw(GreenletExit)
+
+
+class _Job(greenlet):  # type: ignore[misc]
+    def __init__(self, call: Callable[[], object], number: int) -> None:
+        super().__init__(call)
+        self.gr_context = contextvars.copy_context()
+        self.number = number
+        self.stops: Counter[int] = Counter()
+
+
+def _device_types() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+def _thread_state() -> tuple[Any, ...]:
+    """The modes that torch keeps by thread and that a forward may change around a layer."""
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _device_types()]
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), autocast
+
+
+@contextmanager
+def _switched_to(state: tuple[Any, ...]) -> Iterator[None]:
+    """Set the modes to `state`; give those of the block's beginning back at its end."""
+    if _thread_state() == state:
+        yield
+        return
+    inference, grad, cache, autocast = state
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        for kind, enabled, dtype in autocast:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+        yield
