@@ -217,7 +217,7 @@ class Cumulative(Averaging):
 
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if not self.pooled:
-            return _blend(running_mean, running_var, batch, batch.step.reciprocal())
+            return _blend(running_mean, running_var, batch, batch.step.to(wide_dtype(batch.step.device)).reciprocal())
         return _pool(running_mean, running_var, batch, self.weight_sums, batch.step - 1, 1.0, 1.0)
 
     def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:

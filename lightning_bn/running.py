@@ -49,10 +49,13 @@ def is_finite(var: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
-    """Let `averaging` take `batch` in, and write the statistics it gives into the layer's buffers, in place; or put it off, if asked to."""
+def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch, *, now: bool = False) -> None:
+    """Let `averaging` take `batch` in and write the statistics it gives into the layer's buffers, in place.
+
+    Where the layer's batches are deferred, this one is put with them; `now` is for whoever has merged it since.
+    """
     deferred = layer.__dict__.get(DEFERRED)
-    if deferred is not None:
+    if deferred is not None and not now:
         deferred.append((layer, averaging, batch))
         return
     dtype = batch.mean.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.running import advance, is_deferred, is_finite, is_synchronised, settle, values_per_channel
 from lightning_bn.torch_internals import in_backward
 
-__all__ = ["obstacle", "release", "serve"]
+__all__ = ["is_served", "observe", "obstacle", "release", "serve"]
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -74,6 +75,16 @@ class _Service:
         elif input.numel() or is_synchronised(layer):
             count = values_per_channel(layer, input, dtype)
             advance(layer, self._averaging, Batch(mean, var, count, layer.num_batches_tracked + 1, valid))
+
+
+def observe(layer: _BatchNorm, averaging: Averaging) -> Callable[[], None]:
+    """Have `averaging` take the layer's batches, without a trace of it in the layer but two hooks; return what removes them."""
+    return _Service(layer, averaging).end
+
+
+def is_served(layer: _BatchNorm) -> bool:
+    """Whether `serve` gave the layer an averaging."""
+    return "_lightning_bn_service" in layer.__dict__
 
 
 def serve(layer: _BatchNorm, averaging: Averaging) -> None:

@@ -61,6 +61,18 @@ def test_closed_form(averaging: Averaging, oracle: Oracle, device: torch.device)
             assert layer.num_batches_tracked == step
 
 
+@each_average
+def test_float64(averaging: Averaging, oracle: Oracle) -> None:
+    """A float64 layer's statistics have float64's accuracy: no weight or count on the way has less."""
+    layer = BatchNorm2d(3, averaging=averaging, dtype=torch.float64)
+    data = [batch.double() for batch in batches(N + 2)]
+    for batch in data:
+        layer(batch)
+    mean, var = oracle([oracles.channels(batch) for batch in data])
+    np.testing.assert_allclose(layer.running_mean, mean, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(layer.running_var, var, rtol=1e-12)
+
+
 def test_oracle_goes_red() -> None:
     """The comparison fails on statistics that are off by one part in ten thousand, and on a window that is one batch too long."""
     layer = BatchNorm2d(3, averaging=Window(N))

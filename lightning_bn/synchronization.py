@@ -1,0 +1,189 @@
+"""Batch norm over the batches of all ranks, for any class of layer, without replacing one.
+
+A layer's own forward runs with another meaning of ``F.batch_norm``: a `TorchFunctionMode` around it exchanges that one call for the
+synchronised computation. So torch's layers, this package's, and subclasses with a forward of their own are all served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from lightning_bn.batch_norm import masked_batch_norm
+from lightning_bn.moments import Moments
+from lightning_bn.running import SYNCHRONISED
+
+__all__ = ["merge_over_ranks", "synchronise"]
+
+Group = Any  # torch's ProcessGroup, which a torch built without distributed does not have; None is the default group
+
+
+def merge_over_ranks(parts: Sequence[Moments], group: Group = None) -> list[Moments]:
+    """Return each of `parts` merged with those of the other ranks, in the widest dtype: one all_gather for all of them.
+
+    Every rank merges in the order of the ranks, so that all get the same to the bit. A rank without data has empty moments.
+    """
+    own = [part.wide().to_row() for part in parts]
+    row = torch.cat(own)
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, row, group=group)
+    merged = []
+    for pieces in zip(*(each.split([len(piece) for piece in own]) for each in rows), strict=True):
+        total = Moments.from_row(pieces[0])
+        for piece in pieces[1:]:
+            total = total.merge(Moments.from_row(piece))
+        merged.append(total)
+    return merged
+
+
+class _NormaliseOverRanks(torch.autograd.Function):
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` with the moments of all ranks; one all_gather forward, one all_reduce backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, group: Group
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (moments,) = merge_over_ranks([Moments.of(input, mask)], group)
+        count = moments.count.reshape(())
+        invstd = torch.rsqrt(moments.m2 / count.clamp(min=1) + eps)
+        normalised = _scaled(_centred(input, moments.mean, mask), invstd, weight, bias, mask)
+        ctx.group, ctx.mask = group, mask
+        ctx.save_for_backward(input, weight, moments.mean, invstd, count)
+        ctx.has_bias = bias is not None
+        ctx.mark_non_differentiable(count, moments.mean, moments.m2)
+        return normalised.to(input.dtype), count, moments.mean, moments.m2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, invstd, count = ctx.saved_tensors
+        over = [dim for dim in range(input.dim()) if dim != 1]
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if ctx.mask is not None:
+            gradient = torch.where(ctx.mask.unsqueeze(1), gradient, 0.0)
+        xhat = _scaled(_centred(input, mean, ctx.mask), invstd, None, None, ctx.mask)
+        own = torch.stack((gradient.sum(over), (gradient * xhat).sum(over)))
+        total = own.clone()
+        dist.all_reduce(total, group=ctx.group)
+        shift, scale = (total / count.clamp(min=1)).to(gradient.dtype)
+        factor = (invstd if weight is None else invstd * weight).to(gradient.dtype)
+        inward = _along(factor, input) * (gradient - _along(shift, input) - xhat * _along(scale, input))
+        if ctx.mask is not None:
+            inward = torch.where(ctx.mask.unsqueeze(1), inward, 0.0)
+        return (
+            inward.to(input.dtype),
+            None,
+            None if weight is None else own[1].to(weight.dtype),
+            own[0].to(mean.dtype if weight is None else weight.dtype) if ctx.has_bias else None,
+            None,
+            None,
+        )
+
+
+def _along(values: Tensor, like: Tensor) -> Tensor:
+    """Shape values per channel so that they broadcast over `like`, (N, C, *spatial)."""
+    return values.reshape(1, -1, *[1] * (like.dim() - 2))
+
+
+def _centred(input: Tensor, mean: Tensor, mask: Tensor | None) -> Tensor:
+    input = input.to(torch.promote_types(input.dtype, torch.float32))
+    centred = input - _along(mean, input).to(input.dtype)
+    return centred if mask is None else torch.where(mask.unsqueeze(1), centred, 0.0)
+
+
+def _scaled(centred: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    factor = invstd if weight is None else invstd * weight
+    output = centred * _along(factor, centred).to(centred.dtype)
+    if bias is not None:
+        output = output + _along(bias, centred).to(centred.dtype)
+    return output if mask is None else torch.where(mask.unsqueeze(1), output, 0.0)
+
+
+class _OverRanks(TorchFunctionMode):
+    """Inside, a training ``F.batch_norm`` normalises with the batch of all ranks, and averages that one's moments."""
+
+    def __init__(self, layer: _BatchNorm, group: Group) -> None:
+        super().__init__()
+        self._layer, self._group = layer, group
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **(kwargs or {}))
+        if func is masked_batch_norm:
+            return self._normalise(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        output, moments = self._normalise(input, None, weight, bias, eps)
+        if running_mean is not None and running_var is not None:
+            with torch.no_grad():
+                for buffer, value in ((running_mean, moments.mean), (running_var, moments.variance(unbiased=True))):
+                    # What the kernel does; lerp would keep a NaN out of a momentum of 0 and let it into one of 1.
+                    buffer.copy_((1 - momentum) * buffer + momentum * value)
+        return output
+
+    def _normalise(
+        self, input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Moments]:
+        output, count, mean, m2 = _NormaliseOverRanks.apply(input, mask, weight, bias, eps, self._group)
+        self._layer.__dict__[SYNCHRONISED] = count
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return output, Moments(count.to(dtype), mean.to(dtype), m2.to(dtype))
+
+
+class _SynchronisedForward:
+    """A layer's forward, run in a mode in which its batch is that of all ranks."""
+
+    def __init__(self, layer: _BatchNorm, group: Group) -> None:
+        self._layer, self._group = layer, group
+        self._forward = layer.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _OverRanks(self._layer, self._group):
+            return self._forward(*args, **kwargs)
+
+
+def synchronise(layer: _BatchNorm, group: Group = None) -> Callable[[], None]:
+    """Let `layer` normalise, in training, with the batches of all ranks of `group`, and average their moments.
+
+    The layer stays the same object of the same class. Every rank must run it equally often; a rank may have an empty batch.
+
+    Args:
+        layer: torch's, this package's or anybody's; masks are honoured.
+        group: the process group, None for the default one.
+
+    Returns:
+        A function that leaves the layer as it was.
+    """
+    before = layer.__dict__.get("forward")
+    layer.__dict__[SYNCHRONISED] = None
+    layer.__dict__["forward"] = _SynchronisedForward(layer, group)
+
+    def undo() -> None:
+        del layer.__dict__[SYNCHRONISED], layer.__dict__["forward"]
+        if before is not None:
+            layer.__dict__["forward"] = before
+
+    return undo

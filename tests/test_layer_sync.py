@@ -1,0 +1,222 @@
+"""Synchronised layers compute, over real processes, what one process computes on the batches put together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_conversion import BatchNormAct2d
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_bn import BatchNorm1d, BatchNorm2d, BatchNormSync, Cumulative, Exponential, Window, convert_batch_norm
+
+STEPS = 4
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "torch": lambda: nn.BatchNorm2d(3),
+    "torch, cumulative": lambda: nn.BatchNorm2d(3, momentum=None),
+    "torch, not affine": lambda: nn.BatchNorm2d(3, affine=False),
+    "ours": lambda: BatchNorm2d(3),
+    "debiased": lambda: BatchNorm2d(3, averaging=Exponential(0.3, debias=True)),
+    "window": lambda: BatchNorm2d(3, averaging=Window(3)),
+    "pooled window": lambda: BatchNorm2d(3, averaging=Window(2, pooled=True)),
+    "pooled cumulative": lambda: BatchNorm2d(3, averaging=Cumulative(pooled=True)),
+    "subclass": lambda: BatchNormAct2d(3),
+    "served subclass": lambda: convert_batch_norm(BatchNormAct2d(3), Window(3)),
+}
+# Samples per rank, unequal, an empty rank and one with a single value per channel among them.
+SIZES = {2: [(5, 2), (0, 4), (3, 1), (2, 2)], 3: [(5, 2, 1), (0, 4, 3), (3, 0, 0), (2, 2, 2)]}
+
+
+def build(name: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    layer = LAYERS[name]().to(dtype)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def data(world: int, step: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return each rank's batch, the gradient that flows back to it, and its mask, of images of one pixel."""
+    generator = torch.Generator().manual_seed(step)
+    sizes = SIZES[world][step]
+    parts = [torch.randn(sum(sizes), 3, 1, 1, generator=generator, dtype=torch.float64).to(dtype) * 2 + 1 for _ in range(2)]
+    mask = torch.rand(sum(sizes), 1, 1, generator=generator) > 0.3
+    mask[:2] = True
+    return tuple(list(part.split(sizes)) for part in (*parts, mask))
+
+
+def run(layer: nn.Module, batch: Tensor, gradient: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    batch = batch.clone().requires_grad_()
+    layer.zero_grad()
+    output = layer(batch) if mask is None else layer(batch, mask)
+    output.backward(gradient)
+    return {"output": output.detach(), "input.grad": batch.grad, **{f"{k}.grad": p.grad.clone() for k, p in layer.named_parameters()}}
+
+
+def cases() -> list[tuple[str, torch.dtype, bool]]:
+    names = [(name, dtype, False) for name in LAYERS for dtype in (torch.float32, torch.float64)]
+    return names + [(name, torch.float64, True) for name in ("ours", "window", "pooled window")]
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    results: dict[Any, Any] = {}
+    for case in cases():
+        name, dtype, masked = case
+        layer = build(name, dtype)
+        before = set(layer.__dict__), type(layer), list(layer.state_dict())
+        sync = BatchNormSync()
+        assert sync.apply(layer) is layer
+        steps = []
+        for step in range(STEPS):
+            batches, gradients, masks = data(world, step, dtype)
+            steps.append(run(layer, batches[rank], gradients[rank], masks[rank] if masked else None))
+        sync.revert(layer)
+        assert (set(layer.__dict__), type(layer), list(layer.state_dict())) == before
+        results[case] = steps, layer.state_dict()
+    results["statistics only"] = [_statistics_only(rank, name) for name in LAYERS]
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _statistics_only(rank: int, name: str) -> tuple[dict[str, Tensor], int]:
+    """Train a model that calls its layer twice; return its state and the collectives it took."""
+    layer = build(name, torch.float64)
+    model = nn.Sequential(layer, layer)
+    sync = BatchNormSync(statistics_only=True)
+    sync.apply(model)
+    calls = 0
+    gather = dist.all_gather
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        gather(*args, **kwargs)
+
+    dist.all_gather = counted
+    try:
+        for step in range(STEPS):
+            model(own_batch(rank, step))
+    finally:
+        dist.all_gather = gather
+        sync.revert(model)
+    model(own_batch(rank, 99))  # reverted: this one is the rank's own
+    return layer.state_dict(), calls
+
+
+def own_batch(rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(3 + rank, 3, 2, 2, generator=generator, dtype=torch.float64) + 2 * rank
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[Any, Any]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (request.param, str(folder)), nprocs=request.param)
+    return request.param, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_ranks_are_one_batch(world: tuple[int, list[dict[Any, Any]]], case: tuple[str, torch.dtype, bool]) -> None:
+    """Outputs, all gradients and statistics of the ranks are those of one process on the concatenated batch."""
+    size, results = world
+    name, dtype, masked = case
+    alone = build(name, dtype)
+    tolerance = {"rtol": 1e-6, "atol": 4e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    for step in range(STEPS):
+        batches, gradients, masks = (torch.cat(parts) for parts in data(size, step, dtype))
+        expected = run(alone, batches, gradients, masks if masked else None)
+        ranks = [result[case][0][step] for result in results]
+        for key, value in expected.items():
+            together = torch.cat([each[key] for each in ranks]) if key in ("output", "input.grad") else sum(each[key] for each in ranks)
+            torch.testing.assert_close(together, value, **tolerance)
+    for result in results:
+        for key, value in alone.state_dict().items():
+            torch.testing.assert_close(result[case][1][key], value, **tolerance)
+            assert torch.equal(result[case][1][key], results[0][case][1][key]), "ranks differ"
+
+
+@pytest.mark.parametrize("index", range(len(LAYERS)), ids=list(LAYERS))
+def test_statistics_only(world: tuple[int, list[dict[Any, Any]]], index: int) -> None:
+    """Each rank normalises with its own batch; the average takes the moments of all; one collective a forward, for a layer called twice."""
+    size, results = world
+    name = list(LAYERS)[index]
+    normalising = [build(name, torch.float64) for _ in range(size)]
+    averaging = build(name, torch.float64)
+    for step in range(STEPS):
+        first = [own_batch(rank, step) for rank in range(size)]
+        second = [layer(batch).detach() for layer, batch in zip(normalising, first, strict=True)]
+        averaging(torch.cat(first)), averaging(torch.cat(second))
+    states = [result["statistics only"][index] for result in results]
+    assert [calls for _, calls in states] == [STEPS] * size
+    for rank, (state, _) in enumerate(states):
+        own = copy.deepcopy(averaging)
+        own(own(own_batch(rank, 99)))
+        for key, value in own.state_dict().items():
+            torch.testing.assert_close(state[key], value, rtol=1e-10, atol=1e-10)
+
+
+class Module(pl.LightningModule):
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 3), BatchNorm1d(3, averaging=Window(3)), nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.world = world
+        self.calls = 0
+        self.layers[3].register_forward_hook(self.count)
+
+    def count(self, *_: Any) -> None:
+        self.calls += 1
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layers(batch).square().sum() * self.world / 8  # DDP averages the ranks' gradients
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def _fit(rank: int, world: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    ranks.environment(rank, world, port)
+    ddp = {"strategy": "ddp", "plugins": [BatchNormSync()], "sync_batchnorm": True} if world > 1 else {}
+    trainer = pl.Trainer(
+        **ddp, devices=world, accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, use_distributed_sampler=False,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    rows = torch.randn(24, 4)
+    module = Module(world)
+    trainer.fit(module, DataLoader([batch[rank::world] for batch in rows.split(8)], batch_size=None))
+    torch.save((module.state_dict(), [str(type(layer)) for layer in module.layers], module.calls), f"{folder}/{rank}.pt")
+
+
+def test_a_real_trainer(tmp_path: Path) -> None:
+    """Trainer(strategy="ddp", plugins=[BatchNormSync()], sync_batchnorm=True) trains as one process does on whole batches."""
+    results = {}
+    for world in (1, 2):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        mp.spawn(_fit, (world, str(folder), ranks.free_port()), nprocs=world)
+        results[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    ((expected, kinds, calls),) = results[1]
+    for state, classes, seen in results[2]:
+        assert (classes, seen) == (kinds, calls)
+        for key, value in expected.items():
+            torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_alone_it_does_nothing() -> None:
+    """Without a process group the layers are left as they are."""
+    layer = BatchNorm1d(3)
+    before = dict(layer.__dict__)
+    assert BatchNormSync().apply(layer) is layer
+    assert layer.__dict__ == before
