@@ -1,0 +1,155 @@
+"""Several averages of the batch statistics beside the one that a model's layers keep themselves.
+
+Running statistics are read by evaluation alone, so what a layer would hold under another average can be followed in the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.averaging import Averaging, Batch
+from lightning_bn.batch_norm import BatchNorm1d, check_averaging
+from lightning_bn.running import advance, is_finite
+from lightning_bn.discovery import find_batch_norms
+from lightning_bn.moments import Moments
+from lightning_bn.torch_internals import in_backward, kernel_moments
+
+__all__ = ["Followers"]
+
+
+class Followers:
+    """For each average and each batch-norm layer of a model: the running statistics that the layer would keep under that average.
+
+    All start from what the layers' buffers hold, as `convert_batch_norm` would, and see the batches that the layers see in
+    training; the layers' own statistics, outputs and gradients are not touched. Non-finite batches are left out.
+
+    Args:
+        model: its batch-norm layers that keep running statistics are followed, of whatever class.
+        averages: by the name each shall go under.
+
+    Raises:
+        TypeError: a value is not an Averaging.
+        ValueError: the model has no layer that keeps running statistics.
+
+    Cost: per layer and training batch one pass over the layer's input for its moments, and one update per average on (C,) vectors.
+
+    Example:
+        >>> from lightning_bn import Cumulative, Window
+        >>> layer = nn.BatchNorm1d(1, momentum=0.1)
+        >>> followers = Followers(layer, {"window": Window(1), "all": Cumulative()})
+        >>> with followers.following():
+        ...     for value in (10.0, 20.0):
+        ...         _ = layer(torch.tensor([[value - 1], [value + 1]]))
+        >>> with followers.applied("window"):
+        ...     layer.running_mean.item()
+        20.0
+        >>> with followers.applied("all"):
+        ...     layer.running_mean.item()
+        15.0
+        >>> round(layer.running_mean.item(), 4)
+        2.9
+    """
+
+    def __init__(self, model: nn.Module, averages: Mapping[str, Averaging]) -> None:
+        for name, averaging in averages.items():
+            check_averaging(averaging, f"Followers(model, {{{name!r}: {averaging!r}}})")
+        self._layers = {layer.name: layer.module for layer in find_batch_norms(model) if layer.tracks}
+        if not self._layers:
+            raise ValueError("Followers(model, ...): the model has no batch-norm layer that keeps running statistics.")
+        # A shadow is a layer that is never called: it holds what `advance` writes into, and saves and loads it.
+        self._shadows = {
+            name: {path: _shadow(layer, averaging) for path, layer in self._layers.items()} for name, averaging in averages.items()
+        }
+        self.calls = 0
+        """Training forwards of all layers that were seen."""
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Take in every training batch that reaches the layers."""
+        handles = [layer.register_forward_hook(self._hook(path), with_kwargs=True) for path, layer in self._layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self, name: str) -> Iterator[None]:
+        """Let the layers hold the statistics of the average `name`, in place; at exit they hold their own again."""
+        before = [(layer, layer.running_mean.clone(), layer.running_var.clone()) for layer in self._layers.values()]
+        try:
+            for path, layer in self._layers.items():
+                shadow = self._shadows[name][path]
+                layer.running_mean.copy_(shadow.running_mean)
+                layer.running_var.copy_(shadow.running_var)
+            yield
+        finally:
+            for layer, mean, var in before:
+                layer.running_mean.copy_(mean)
+                layer.running_var.copy_(var)
+
+    def state_dict(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """Return, by average and layer, all that the averages need to go on."""
+        return {name: {path: _copied(shadow.state_dict()) for path, shadow in row.items()} for name, row in self._shadows.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
+        """Take over what `state_dict` returned; an average or a layer that is not in it keeps what it holds."""
+        for name, row in self._shadows.items():
+            for path, shadow in row.items():
+                if path in state.get(name, {}):
+                    shadow.load_state_dict(state[name][path])
+
+    def _hook(self, path: str) -> Any:
+        shadows = [row[path] for row in self._shadows.values()]
+
+        def take(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if layer.training and layer.track_running_stats and not in_backward():
+                self.calls += 1
+                _take(shadows, *_input_and_mask(layer, args, kwargs))
+
+        return take
+
+
+@torch.no_grad()
+def _take(shadows: list[BatchNorm1d], input: Tensor, mask: Tensor | None) -> None:
+    if not input.numel():
+        return
+    if mask is None:
+        mean, var = kernel_moments(input)
+        count = torch.full((), input.numel() // input.shape[1], dtype=mean.dtype, device=mean.device)
+        var = var * (count / (count - 1))  # unbiased, as running statistics are
+        valid = is_finite(var)
+    else:
+        moments = Moments.of(input, mask)
+        mean, var, count = moments.mean, moments.variance(unbiased=True), moments.count
+        valid = is_finite(var) & (count > 1)
+    for shadow in shadows:
+        advance(shadow, shadow.averaging, Batch(mean, var, count, shadow.num_batches_tracked + 1, valid))
+
+
+def _input_and_mask(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    given = dict(zip(("input", "mask"), args, strict=False)) | kwargs
+    # Others' subclasses may take a second argument that means something else.
+    mask = given.get("mask") if hasattr(layer, "skip_nonfinite") else None
+    return given["input"] if "input" in given else next(iter(given.values())), mask
+
+
+def _shadow(layer: _BatchNorm, averaging: Averaging) -> BatchNorm1d:
+    dtype = torch.promote_types(layer.running_mean.dtype, torch.float32)
+    shadow = BatchNorm1d(layer.num_features, affine=False, device=layer.running_mean.device, dtype=dtype, averaging=averaging)
+    shadow.running_mean.copy_(layer.running_mean)
+    shadow.running_var.copy_(layer.running_var)
+    if layer.num_batches_tracked is not None:
+        shadow.num_batches_tracked.copy_(layer.num_batches_tracked)
+    return shadow
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
