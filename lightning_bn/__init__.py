@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
 from lightning_bn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from lightning_bn.conversion import convert_batch_norm, to_torch
+from lightning_bn.inspection import check, watch
 from lightning_bn.modes import paused_statistics
 from lightning_bn.recalibration import recalibrate, recalibrated
 from lightning_bn.report import LayerReport, RecalibrationReport
+from lightning_bn.rules import Finding, ModeCheckError
 from lightning_bn.window import Window
 
 if TYPE_CHECKING:
-    pass
+    from lightning_bn.callbacks.comparison import CompareAverages as CompareAverages
+    from lightning_bn.callbacks.recalibration import BatchNormRecalibration as BatchNormRecalibration
+    from lightning_bn.plugins.layer_sync import BatchNormSync as BatchNormSync
 
 __version__ = "0.1.0"
 
@@ -24,20 +28,32 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormRecalibration",
+    "BatchNormSync",
+    "CompareAverages",
     "Cumulative",
     "Exponential",
+    "Finding",
     "LayerReport",
+    "ModeCheck",
+    "ModeCheckError",
     "RecalibrationReport",
     "Window",
+    "check",
     "convert_batch_norm",
     "paused_statistics",
     "recalibrate",
     "recalibrated",
     "to_torch",
+    "watch",
 ]
 
 # Names that need lightning or torchmetrics, and the module of each: imported when first asked for, since those take seconds.
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    "BatchNormRecalibration": "lightning_bn.callbacks.recalibration",
+    "CompareAverages": "lightning_bn.callbacks.comparison",
+    "BatchNormSync": "lightning_bn.plugins.layer_sync",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,147 @@
+"""How a batch of the Trainer's loader goes into a LightningModule, where all that is wanted is that its layers run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_bn.modes import evaluating
+from lightning_bn.transaction import kept_buffers
+
+__all__ = ["BatchInput", "WayIn", "ways_in"]
+
+
+@dataclass(frozen=True)
+class WayIn:
+    """One way to run a batch through the module."""
+
+    call: str  # as a user would write it
+    run: Callable[[LightningModule, Any], Any]
+
+
+def ways_in(module: LightningModule, batch: Any) -> list[WayIn]:
+    """Return the ways that the signatures allow for a batch of this form, the preferred one first.
+
+    | batch               | first                                   | then             | then            |
+    |---------------------|-----------------------------------------|------------------|-----------------|
+    | tuple or list       | `forward(batch[0])`                     | `forward(*batch)`| `training_step` |
+    | mapping             | `forward(**batch)`, of the keys it names| `forward(batch)` | `training_step` |
+    | tensor, other object| `forward(batch)`                        |                  | `training_step` |
+    """
+    ways = _ways_through_forward(module, batch)
+    if module.automatic_optimization and (step := _way_through_training_step(module)):
+        ways.append(step)
+    return ways
+
+
+class BatchInput:
+    """Knows how batches go into the module, once it has seen the first one.
+
+    Args:
+        forward: the user's own ``forward(module, batch)``, or None to find a way.
+        call: the user's call that needs it, for the error.
+        advice: the call that would do without it, or with another.
+    """
+
+    def __init__(self, forward: Callable[[LightningModule, Any], Any] | None, *, call: str, advice: str) -> None:
+        self._way = None if forward is None else WayIn("forward=", forward)
+        self._call = call
+        self._advice = advice
+
+    @property
+    def known(self) -> bool:
+        return self._way is not None
+
+    def learn_from(self, module: LightningModule, batches: Iterator[Any]) -> Iterator[Any]:
+        """Find the way by the first batch, where it is not known; return all the batches again. The module is to be quiet meanwhile.
+
+        Raises:
+            MisconfigurationException: the batch goes in on no way; what each raised is in the message.
+        """
+        if self.known:
+            return batches
+        first = list(islice(batches, 1))
+        for batch in first:
+            self._way = self._find(module, batch)
+        return chain(first, batches)
+
+    def run(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        """Run the module on the batch, under the Trainer's precision."""
+        # The precision context is around the forward alone: true half precision would also halve the tensors that moments are kept in.
+        with trainer.precision_plugin.forward_context():
+            self._way.run(module, batch)
+
+    def _find(self, module: LightningModule, batch: Any) -> WayIn:
+        # A signature tells which arguments a forward takes, not whether it can do with them: so each way is tried.
+        failures: list[str] = []
+        last: Exception | None = None
+        for way in ways_in(module, batch):
+            try:
+                with evaluating(module), kept_buffers(module):
+                    way.run(module, batch)
+                return way
+            except Exception as error:  # a user's forward may raise anything; all of it is passed on below
+                failures.append(f"{way.call} raised {type(error).__name__}: {error}")
+                last = error
+        reasons = (
+            "; ".join(failures) or f"no forward takes it{'' if module.automatic_optimization else ', and training_step optimises by hand'}"
+        )
+        raise MisconfigurationException(
+            f"{self._call} can't put a batch ({_form(batch)}) into {type(module).__name__}: {reasons}. {self._advice}"
+        ) from last
+
+
+def _ways_through_forward(module: LightningModule, batch: Any) -> list[WayIn]:
+    if type(module).forward is LightningModule.forward:
+        return []
+    signature = inspect.signature(module.forward)
+    if isinstance(batch, Mapping):
+        names = _named(signature, batch)
+        keywords = WayIn("forward(**batch)", lambda module, batch: module(**{name: batch[name] for name in names}))
+        return [
+            *([keywords] if names and _takes(signature, **{name: batch[name] for name in names}) else []),
+            *([WayIn("forward(batch)", lambda module, batch: module(batch))] if _takes(signature, batch) else []),
+        ]
+    if isinstance(batch, Sequence) and batch and not isinstance(batch, (str, bytes)):
+        return [
+            *([WayIn("forward(batch[0])", lambda module, batch: module(batch[0]))] if _takes(signature, batch[0]) else []),
+            *([WayIn("forward(*batch)", lambda module, batch: module(*batch))] if _takes(signature, *batch) else []),
+        ]
+    return [WayIn("forward(batch)", lambda module, batch: module(batch))] if _takes(signature, batch) else []
+
+
+def _way_through_training_step(module: LightningModule) -> WayIn | None:
+    signature = inspect.signature(module.training_step)
+    if "dataloader_iter" in signature.parameters:
+        return None  # it asks for the loader itself
+    arguments: tuple[Any, ...] = (0,) if _takes(signature, None, 0) else ()
+    return WayIn("training_step(batch)", lambda module, batch: module.training_step(batch, *arguments))
+
+
+def _named(signature: inspect.Signature, batch: Mapping[Any, Any]) -> list[str]:
+    """The keys of `batch` that the signature names, or all of them where it takes any."""
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+        return [name for name in batch if isinstance(name, str)]
+    return [name for name in batch if name in signature.parameters]
+
+
+def _takes(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _form(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} of {', '.join(map(repr, batch))}"
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
+    return f"a {type(batch).__name__}"

@@ -1,0 +1,118 @@
+"""Recalibrated copies of checkpoint files, written so that a kill at any moment leaves a whole file or none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["KINDS", "check_kinds", "files_of", "statistics_in", "write_atomically", "write_recalibrated_copy"]
+
+KINDS = ("best", "last")
+
+
+def check_kinds(trainer: Trainer, kinds: Sequence[str]) -> None:
+    """Raise unless the Trainer's checkpoint callbacks will write files of all `kinds` to a local disk.
+
+    Raises:
+        MisconfigurationException: with the argument to change.
+    """
+    if getattr(trainer, "fast_dev_run", False):
+        return  # no file is written then
+    writers = _writers(trainer)
+    call = f"BatchNormRecalibration(checkpoints={tuple(kinds)!r})"
+    if kinds and not writers:
+        raise MisconfigurationException(f"{call}: the Trainer has no ModelCheckpoint. Leave out checkpoints=, or add one.")
+    if "last" in kinds and not any(writer.save_last for writer in writers):
+        raise MisconfigurationException(f"{call}: no 'last' checkpoint is going to be written. Use ModelCheckpoint(save_last=True).")
+    for writer in writers if kinds else ():
+        if "://" in str(writer.dirpath):
+            raise MisconfigurationException(
+                f"{call}: {writer.dirpath} is not a local directory, where alone a file can be renamed atomically."
+            )
+
+
+def files_of(trainer: Trainer, kinds: Iterable[str]) -> list[Path]:
+    """Return the checkpoint files of the given kinds, each once; a kind without a file is warned of."""
+    if getattr(trainer, "fast_dev_run", False):
+        return []
+    paths = {kind: [getattr(writer, f"{kind}_model_path") for writer in _writers(trainer)] for kind in kinds}
+    for kind, found in paths.items():
+        if not any(found):
+            rank_zero_warn(f"BatchNormRecalibration: no {kind!r} checkpoint was written, so there is none to recalibrate.")
+    return list(dict.fromkeys(Path(path) for found in paths.values() for path in found if path))
+
+
+def statistics_in(module: LightningModule) -> dict[str, Tensor]:
+    """Return the running statistics of all batch-norm layers under their keys in ``module.state_dict()``."""
+    prefixes = tuple(
+        f"{path}." if path else ""
+        for path, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, _BatchNorm) and child.running_mean is not None
+    )
+    names = {prefix + name for prefix in prefixes for name in ("running_mean", "running_var")}
+    return {key: value for key, value in module.state_dict().items() if key in names}
+
+
+def write_recalibrated_copy(trainer: Trainer, module: LightningModule, path: Path, recalibrate: Callable[[], object]) -> None:
+    """Write ``<name>-recalibrated.ckpt`` beside `path`: the same checkpoint, with statistics that match its weights.
+
+    The module serves as the vessel in which the file's weights are recalibrated, and holds its own again at the end, also on an
+    exception. Every rank takes part; the first reads and writes.
+    """
+    checkpoint: dict[str, Any] = {}
+    if trainer.is_global_zero:
+        # The file is this very run's.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    state = trainer.strategy.broadcast(checkpoint.get("state_dict"))
+    with _holding(module, state):
+        recalibrate()
+        statistics = {key: value.detach().cpu().clone() for key, value in statistics_in(module).items()}
+    if trainer.is_global_zero:
+        checkpoint["state_dict"].update(statistics)
+        write_atomically(checkpoint, path.with_name(f"{path.stem}-recalibrated{path.suffix}"))
+    trainer.strategy.barrier()
+
+
+def write_atomically(checkpoint: Any, path: Path) -> None:
+    """Save `checkpoint` as `path`, which other processes see whole or not at all, also after a power cut."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name is on the disk once the directory is
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+@contextmanager
+def _holding(module: LightningModule, state: dict[str, Tensor]) -> Iterator[None]:
+    before = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in module.state_dict().items()}
+    try:
+        module.load_state_dict(state)
+        yield
+    finally:
+        module.load_state_dict(before)
+
+
+def _writers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]

@@ -1,0 +1,199 @@
+"""Many averages in one run, and the validation metrics under each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lightning_bn import recalibration
+from lightning_bn.averaging import Averaging
+from lightning_bn.batch_norm import check_averaging
+from lightning_bn.callbacks.batch_input import BatchInput
+from lightning_bn.callbacks.lightning_internals import logging_step, validation_metrics
+from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
+from lightning_bn.callbacks.training_pass import learning, quiet, training_pass
+from lightning_bn.discovery import find_batch_norms
+from lightning_bn.followers import Followers
+from lightning_bn.scores import Scores
+
+__all__ = ["CompareAverages"]
+
+_OWN = "own"
+_RECALIBRATED = "recalibrated"
+# As many as BatchNormRecalibration takes by default, so that the row shows what that callback would give.
+_NUM_BATCHES = 200
+
+
+class CompareAverages(Callback):
+    """Follow several averages of the batch statistics in one run, and validate under each of them.
+
+    Which running statistics a layer keeps does not touch training: only evaluation reads them. So one run can tell which average would
+    have validated best. Every average sees the batches that the layers see, whatever the layers' class. At each validation of the fit
+    the validation set is evaluated under each of them, and with ``recalibrated=True`` under statistics freshly estimated from up to 200
+    training batches, all with the weights that Lightning validates. Training, the RNG, the layers' own statistics and the logged
+    validation metrics stay what they are without the callback, to the bit.
+
+    It logs ``batch_norm/compare/<name>/<metric>`` for every validation metric, with the layers' own statistics under the name ``own``, and
+    at the end of training prints the table of `monitor`: the mean and the worst over the validations, and the recommended average.
+
+    Args:
+        averages: the averages to follow, by name. All start from what the layers' buffers hold when the fit begins.
+        monitor: the validation metric by which they are compared.
+        mode: "min" where a small `monitor` is good, "max" where a large one is.
+        recalibrated: also validate under recalibrated statistics; costs up to 200 forward passes a validation.
+
+    Attributes:
+        scores: a `Scores`: the values of `monitor` for each name, one a validation; prints as the table.
+        recommended: the name with the best mean over the validations, None before the first.
+
+    Cost: a training step takes one pass more over each layer's input; a validation is run once more for each average.
+
+    Raises:
+        TypeError, ValueError: an argument that can't be served.
+        MisconfigurationException: the fit has no validation, or the model no batch-norm layer that keeps running statistics.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_bn import CompareAverages, Exponential, Window
+        >>> compare = CompareAverages({"ema 0.1": Exponential(0.1), "window 20": Window(20)}, monitor="val_loss")
+        >>> trainer = Trainer(callbacks=[compare], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self, averages: Mapping[str, Averaging], *, monitor: str = "val_loss", mode: str = "min", recalibrated: bool = True
+    ) -> None:
+        _check_averages(averages)
+        self.averages = dict(averages)
+        self.monitor = monitor
+        self.recalibrated = recalibrated
+        self.scores = Scores(monitor, mode)
+        self._followers: Followers | None = None
+        self._saved: dict[str, Any] | None = None
+        self._hooks = ExitStack()
+        self._metrics: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def recommended(self) -> str | None:
+        return self.scores.best
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            take_turn_after_weight_averaging(trainer, self)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation:
+            raise MisconfigurationException(
+                "CompareAverages: the fit has no validation to compare by. Give trainer.fit a validation loader, and the module a "
+                "validation_step."
+            )
+        self._input = BatchInput(None, call="CompareAverages", advice="Leave that row out: CompareAverages(..., recalibrated=False).")
+        self._followers = Followers(pl_module, self.averages)
+        if self._saved is not None:
+            self._followers.load_state_dict(self._saved)
+        self._hooks.enter_context(self._followers.following())
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._layers = find_batch_norms(pl_module)
+        self._learning = learning(self._layers)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.recalibrated and not self._input.known and batch is not None:
+            with quiet(trainer, pl_module):
+                self._input.learn_from(pl_module, iter([batch]))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the others.
+        self._learning = learning(self._layers)
+        if self._learning and not self._followers.calls:
+            raise MisconfigurationException(
+                "CompareAverages saw no batch-norm layer run in the training step: the model was compiled and run before the fit, and "
+                "hooks that come later are never called. Compile it in configure_model, or leave the callback out."
+            )
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Here, and not at the end: weight averaging has its weights in, and what Lightning is about to validate is what is compared.
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        for name in self.averages:
+            with self._followers.applied(name):
+                self._metrics[name] = validation_metrics(trainer, pl_module)
+        if self.recalibrated and self._learning:
+            with self._recalibrated(trainer, pl_module):
+                self._metrics[_RECALIBRATED] = validation_metrics(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._metrics:
+            return
+        names = list(dict.fromkeys(key for metrics in self._metrics.values() for key in metrics))
+        own = {key: trainer.callback_metrics[key] for key in names if key in trainer.callback_metrics}
+        rows, self._metrics = {_OWN: own, **self._metrics}, {}
+        if any(self.monitor not in metrics for metrics in rows.values()):
+            raise MisconfigurationException(
+                f"CompareAverages(monitor={self.monitor!r}): validation logs no such metric; it logs {', '.join(names) or 'none'}."
+            )
+        # The same on every rank, as what it recommends must be.
+        values = {
+            name: {key: float(trainer.strategy.reduce(value, reduce_op="mean")) for key, value in metrics.items()}
+            for name, metrics in rows.items()
+        }
+        self.scores.add({name: metrics[self.monitor] for name, metrics in values.items()})
+        tags = {f"batch_norm/compare/{name}/{key}": value for name, metrics in values.items() for key, value in metrics.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(tags, step=logging_step(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.recommended is not None:
+            print(f"\n{self.scores}\nRecommended: {self._advice()}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._hooks.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._hooks.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        followers = self._saved if self._followers is None else self._followers.state_dict()
+        return {"followers": followers, "values": self.scores.values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict["followers"]
+        self.scores.values = state_dict["values"]
+
+    @contextmanager
+    def _recalibrated(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
+        with ExitStack() as stack:
+            with training_pass(trainer, module) as batches:
+                stack.enter_context(
+                    recalibration.recalibrated(
+                        module,
+                        self._input.learn_from(module, batches),
+                        forward=partial(self._input.run, trainer),
+                        num_batches=_NUM_BATCHES,
+                        layers=lambda name, layer: name in self._learning,
+                        device=module.device,
+                        progress=False,
+                    )
+                )
+            yield
+
+    def _advice(self) -> str:
+        if self.recommended == _RECALIBRATED:
+            return "BatchNormRecalibration(when='validation')"
+        averaging = self.averages.get(self.recommended or _OWN)
+        return "the layers' own averages, as they are" if averaging is None else f"convert_batch_norm(model, {averaging!r})"
+
+
+def _check_averages(averages: Mapping[str, Averaging]) -> None:
+    if not isinstance(averages, Mapping) or not averages:
+        raise TypeError(f"CompareAverages({averages!r}): averages by name, as in CompareAverages({{'window 20': Window(20)}}).")
+    for name, averaging in averages.items():
+        check_averaging(averaging, f"CompareAverages({{{name!r}: {averaging!r}}})")
+        if name in (_OWN, _RECALIBRATED):
+            raise ValueError(f"CompareAverages({{{name!r}: ...}}): {name!r} is the name of a row that the callback adds; choose another.")

@@ -1,0 +1,135 @@
+"""The one place where this package touches parts of Lightning that are not public.
+
+Each function says why nothing public will do. They were written against Lightning 2.6; where one of these parts is gone, the
+function raises an error that says so and names the argument which does without it, before anything is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import lightning
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_bn.callbacks.isolation import in_stage, isolated
+from lightning_bn.transaction import kept_buffers
+
+__all__ = ["afresh", "iterates_itself", "logging_step", "to_device", "training_loader", "validation_metrics"]
+
+
+def logging_step(trainer: Trainer) -> int:
+    """Return the step under which Lightning's own logger calls file what happens now.
+
+    It differs from the public ``trainer.global_step`` with several optimizers, and curves would not line up.
+    """
+    epoch_loop = getattr(trainer.fit_loop, "epoch_loop", None)
+    return int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def to_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """Take a loader's batch through the precision plugin's conversion, all transfer hooks, and onto the module's device.
+
+    ``on_before_batch_transfer`` may be the module's or the datamodule's; only `LightningModule._on_before_batch_transfer` knows which.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, device=module.device, dataloader_idx=0)
+
+
+def training_loader(trainer: Trainer) -> CombinedLoader:
+    """Return the Trainer's training data anew, with its samplers and limits, so that a pass over it leaves the running one alone.
+
+    ``trainer.train_dataloader`` is public, but neither the mode in which several loaders are combined nor ``limit_train_batches`` in
+    batches is.
+    """
+    live = _reach(trainer, "fit_loop._combined_loader", "pass BatchNormRecalibration(dataloader=...)")
+    return _anew(live)
+
+
+def iterates_itself(trainer: Trainer) -> bool:
+    """Tell whether the training data are an iterator, of which there is no second, rather than a loader."""
+    live = getattr(trainer.fit_loop, "_combined_loader", None)
+    return live is not None and any(isinstance(loader, Iterator) for loader in live.flattened)
+
+
+def afresh(loader: Any) -> Any:
+    """Return a loader of the user's that can be iterated beside one that is running: a `DataLoader` or `CombinedLoader` is copied."""
+    return _anew(loader) if isinstance(loader, CombinedLoader) else _copy(loader)
+
+
+def validation_metrics(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+    """Run the fit's validation once more and return what it would have put into ``trainer.callback_metrics``.
+
+    A second loop of Lightning's own class takes the place of the first, with a metric store of its own: the same hooks, reductions and
+    names, but no callback or logger hears of it, and no progress counter, checkpoint or logged value changes. ``trainer.validate``
+    can't be called inside ``fit``, and writing the loop anew would give other metrics in a dozen corners.
+    """
+    advice = "leave out monitor=" if trainer.training else "leave out CompareAverages or monitor="
+    epoch_loop = _reach(trainer, "fit_loop.epoch_loop", advice)
+    live = _reach(trainer, "fit_loop.epoch_loop.val_loop", advice)
+    connector = _reach(trainer, "_logger_connector", advice)
+    with ExitStack() as stack:
+        stack.enter_context(in_stage(trainer, RunningStage.VALIDATING))
+        live.setup_data()  # where the fit has not validated yet
+        loader = _anew(live._combined_loader)
+        stack.callback(loader.reset)
+        stack.enter_context(isolated(module, loader))
+        stack.enter_context(kept_buffers(module))
+        again = type(live)(trainer, live._trainer_fn, live._stage, verbose=False, inference_mode=live.inference_mode)
+        again._combined_loader, again._max_batches = loader, live._max_batches
+        again._last_val_dl_reload_epoch = trainer.current_epoch
+        for owner, name, value in (
+            (epoch_loop, "val_loop", again),
+            (trainer, "_logger_connector", type(connector)(trainer)),
+            (trainer, "_last_val_time", getattr(trainer, "_last_val_time", None)),
+            (trainer, "callbacks", []),
+            (trainer, "loggers", []),
+            (trainer, "profiler", PassThroughProfiler()),
+        ):
+            stack.enter_context(_exchanged(owner, name, value))
+        stack.callback(again.teardown)
+        again.run()
+        return {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
+
+
+@contextmanager
+def _exchanged(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name, None)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _reach(trainer: Trainer, path: str, advice: str) -> Any:
+    part: Any = trainer
+    for name in path.split("."):
+        part = getattr(part, name, None)
+    if part is None:
+        raise RuntimeError(f"trainer.{path} is missing: Lightning {lightning.__version__} is not known here; {advice} to do without it.")
+    return part
+
+
+def _anew(live: CombinedLoader) -> CombinedLoader:
+    fresh = CombinedLoader(live.iterables, live._mode)
+    fresh.flattened = [_copy(loader) for loader in live.flattened]
+    fresh.limits = live.limits
+    return fresh
+
+
+def _copy(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader):
+        return loader
+    own = copy.copy(loader)
+    # With persistent workers, iter() of a loader whose iterator is running resets that iterator.
+    own._iterator = None
+    return own

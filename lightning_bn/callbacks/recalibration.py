@@ -1,0 +1,251 @@
+"""Recalibrated statistics at the right moment of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_bn.callbacks.batch_input import BatchInput
+from lightning_bn.callbacks.checkpoint_files import KINDS, check_kinds, files_of, statistics_in, write_recalibrated_copy
+from lightning_bn.callbacks.lightning_internals import iterates_itself, logging_step, validation_metrics
+from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
+from lightning_bn.callbacks.report_logging import log_report
+from lightning_bn.callbacks.training_pass import learning, on_training_device, quiet, training_pass
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms
+from lightning_bn.recalibration import recalibrate
+from lightning_bn.report import RecalibrationReport
+from lightning_bn.scores import Scores
+
+__all__ = ["BatchNormRecalibration"]
+
+
+class BatchNormRecalibration(Callback):
+    """Re-estimate the running statistics from training batches with the weights as they are, by `lightning_bn.recalibrate`.
+
+    It recalibrates the layers that were learning: those that keep running statistics, are not frozen (some affine parameter requires
+    grad) and were in training mode in the last training step. It takes no step, logs no training metric, and leaves the weights, the
+    gradients, ``global_step``, the RNG, torchmetrics and the running loader as they are. Whatever the order in ``Trainer(callbacks=...)``,
+    it acts after `WeightAveraging`, `EMAWeightAveraging` and `StochasticWeightAveraging` have put their weights in and before
+    `ModelCheckpoint` saves.
+
+    Args:
+        when: "fit_end", once, after the last training step. "validation", before the validations of a fit, the sanity check aside: what is
+            validated and checkpointed then are the precise statistics, and training goes on averaging from them.
+        every_n_epochs: with ``when="validation"``, only in every n-th epoch.
+        num_batches: training batches to look at, at most; None for all.
+        tolerance: stop when the standard error of every layer's mean, in units of its standard deviation, is below it.
+        exact: the statistics of the network as it runs at inference, in the memory of all batches' activations; see `recalibrate`.
+        dataloader: where the batches come from; None for the Trainer's training data, with its samplers and ``limit_train_batches``.
+        forward: ``forward(module, batch)`` runs a batch, on the module's device, through the module. None: the module's ``forward`` where
+            the batch fits it, else its ``training_step``, without grad and with logging muted.
+        monitor: a metric that validation logs. The validation set is then evaluated before and after, and the new statistics are
+            kept only where it has become better.
+        mode: "min" where a small `monitor` is good, "max" where a large one is.
+        checkpoints: "best", "last" or both: after the fit, each such file gets a recalibrated copy beside it,
+            ``<name>-recalibrated.ckpt``.
+
+    Attributes:
+        report: the `RecalibrationReport` of the last recalibration, None before the first.
+        kept: whether the last recalibration was kept; always True without `monitor`.
+
+    Raises:
+        ValueError, TypeError: an argument that can't be served.
+        MisconfigurationException: at the start of the fit, where the module, its data or the checkpoints can't be.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.callbacks import EMAWeightAveraging
+        >>> from lightning_bn import BatchNormRecalibration
+        >>> callbacks = [EMAWeightAveraging(use_buffers=False), BatchNormRecalibration(when="validation", num_batches=100)]
+        >>> trainer = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False)
+
+    References:
+        Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.2 (precise batch norm); Izmailov et al. 2018, "Averaging Weights
+        Leads to Wider Optima and Better Generalization", section 3.2 (statistics of averaged weights).
+    """
+
+    def __init__(
+        self,
+        *,
+        when: str = "fit_end",
+        every_n_epochs: int = 1,
+        num_batches: int | None = 200,
+        tolerance: float | None = None,
+        exact: bool = False,
+        dataloader: Any = None,
+        forward: Callable[[LightningModule, Any], Any] | None = None,
+        monitor: str | None = None,
+        mode: str = "min",
+        checkpoints: Sequence[str] = (),
+    ) -> None:
+        _check_arguments(when, every_n_epochs, num_batches, dataloader, checkpoints)
+        self.when = when
+        self.every_n_epochs = every_n_epochs
+        self.num_batches = num_batches
+        self.tolerance = tolerance
+        self.exact = exact
+        self.dataloader = dataloader
+        self.forward = forward
+        self.monitor = monitor
+        self.checkpoints = tuple(checkpoints)
+        self.report: RecalibrationReport | None = None
+        self.kept = True
+        self._scores = Scores(monitor or "monitor", mode)
+        self._count = 0
+        self._last_step: int | None = None
+        self._input = self._new_input()
+        self._layers: list[BatchNormLayer] = []
+        self._learning: set[str] = set()
+        self._final = False
+
+    @property
+    def state_key(self) -> str:
+        # One callback for validations and another for the end of the fit may stand side by side.
+        return self._generate_state_key(when=self.when)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            take_turn_after_weight_averaging(trainer, self)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._final = False
+        self._input = self._new_input()
+        if not any(layer.tracks for layer in find_batch_norms(pl_module)):
+            raise MisconfigurationException(
+                f"BatchNormRecalibration: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. "
+                "Leave the callback out of Trainer(callbacks=...)."
+            )
+        if self.forward is None and not pl_module.automatic_optimization and type(pl_module).forward is LightningModule.forward:
+            raise MisconfigurationException(
+                f"BatchNormRecalibration: {type(pl_module).__name__} optimises by hand, so its training_step can't be run, and it has no "
+                "forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: module.model(batch[0]))."
+            )
+        if self.monitor is not None and not trainer.enable_validation:
+            raise MisconfigurationException(
+                f"BatchNormRecalibration(monitor={self.monitor!r}): the fit has no validation to compare by. Leave out monitor=, or give "
+                "trainer.fit a validation loader and the module a validation_step."
+            )
+        check_kinds(trainer, self.checkpoints)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._layers = find_batch_norms(pl_module)
+        self._learning = learning(self._layers)
+        if self.dataloader is not None:
+            with training_pass(trainer, pl_module, self.dataloader) as batches:
+                self._input.learn_from(pl_module, batches)
+        elif self.when == "validation" and iterates_itself(trainer):
+            raise MisconfigurationException(
+                "BatchNormRecalibration(when='validation'): the training loader is its own iterator, so a second pass would take the fit's "
+                "batches. Give it a loader of its own: BatchNormRecalibration(dataloader=...)."
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # A batch that does not go in must be known now, not when the training is over.
+        if self.dataloader is None and not self._input.known and batch is not None:
+            with quiet(trainer, pl_module):
+                self._input.learn_from(pl_module, iter([batch]))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the others.
+        self._learning = learning(self._layers)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if self.when == "validation" and due and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._act(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.when == "fit_end":
+            self._act(trainer, pl_module)
+            self._final = self.kept
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._learning = self._learning or learning(find_batch_norms(pl_module))  # nothing was trained in a fit that was resumed at its end
+        with on_training_device(trainer, pl_module):
+            # A fit resumed from a checkpoint with no step left to train ends without on_train_end.
+            if self.when == "fit_end" and 0 < trainer.global_step != self._last_step:
+                self._act(trainer, pl_module)
+            for path in files_of(trainer, self.checkpoints):
+                write_recalibrated_copy(trainer, pl_module, path, lambda: self._recalibrate(trainer, pl_module))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._final:
+            # Averaged weights are saved from the averaging callback's own copy, which the recalibration has not seen.
+            checkpoint["state_dict"].update(statistics_in(pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self._count, "last_step": self._last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._count, self._last_step = state_dict["count"], state_dict["last_step"]
+
+    def _act(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self._learning:
+            rank_zero_warn("BatchNormRecalibration: every batch-norm layer is frozen, so their statistics were left as they are.")
+            return
+        before = self._validate(trainer, module)
+        self.report = self._recalibrate(trainer, module)
+        try:
+            after = self._validate(trainer, module)
+            self.kept = before is None or after is None or self._scores.better(after, before)
+        except BaseException:
+            self.report.rollback()
+            raise
+        if not self.kept:
+            self.report.rollback()
+        self._count, self._last_step = self._count + 1, trainer.global_step
+        values = {f"{self.monitor}_before": before, f"{self.monitor}_after": after, "kept": float(self.kept)}
+        log_report(trainer.loggers, self.report, logging_step(trainer), values if self.monitor else {})
+
+    def _recalibrate(self, trainer: Trainer, module: LightningModule) -> RecalibrationReport:
+        with training_pass(trainer, module, self.dataloader) as batches:
+            return recalibrate(
+                module,
+                self._input.learn_from(module, batches),
+                forward=partial(self._input.run, trainer),
+                num_batches=self.num_batches,
+                tolerance=self.tolerance,
+                exact=self.exact,
+                layers=lambda name, layer: name in self._learning,
+                device=module.device,
+                progress=trainer.progress_bar_callback is not None,
+            )
+
+    def _new_input(self) -> BatchInput:
+        advice = "Say how it goes in: BatchNormRecalibration(forward=lambda module, batch: module(batch[0]))."
+        return BatchInput(self.forward, call="BatchNormRecalibration", advice=advice)
+
+    def _validate(self, trainer: Trainer, module: LightningModule) -> float | None:
+        if self.monitor is None:
+            return None
+        metrics = validation_metrics(trainer, module)
+        if self.monitor not in metrics:
+            raise MisconfigurationException(
+                f"BatchNormRecalibration(monitor={self.monitor!r}): validation logs no such metric; it logs {', '.join(metrics) or 'none'}."
+            )
+        # The same on every rank, or one would roll back where another does not.
+        return float(trainer.strategy.reduce(metrics[self.monitor], reduce_op="mean"))
+
+
+def _check_arguments(when: str, every_n_epochs: int, num_batches: int | None, dataloader: Any, checkpoints: Sequence[str]) -> None:
+    if when not in ("fit_end", "validation"):
+        raise ValueError(f"BatchNormRecalibration(when={when!r}): when is 'fit_end' or 'validation'.")
+    if not isinstance(every_n_epochs, int) or every_n_epochs < 1:
+        raise ValueError(f"BatchNormRecalibration(every_n_epochs={every_n_epochs!r}): a number of epochs, at least 1.")
+    if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
+        raise ValueError(f"BatchNormRecalibration(num_batches={num_batches!r}): a number of batches, at least 1, or None for all.")
+    if isinstance(dataloader, Iterator):
+        raise TypeError(
+            f"BatchNormRecalibration(dataloader={dataloader!r}): an iterator is used up after one pass. Pass what can be iterated again, a "
+            "DataLoader or a list of batches."
+        )
+    if isinstance(checkpoints, str) or not set(checkpoints) <= set(KINDS):
+        raise ValueError(
+            f"BatchNormRecalibration(checkpoints={checkpoints!r}): any of 'best' and 'last', as in checkpoints=('best', 'last')."
+        )

@@ -1,0 +1,45 @@
+"""A recalibration's report, for the Trainer's loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from lightning_bn.report import RecalibrationReport
+
+__all__ = ["log_report", "markdown"]
+
+_PREFIX = "batch_norm/recalibration"
+
+
+def log_report(loggers: Iterable[Logger], report: RecalibrationReport, step: int, values: Mapping[str, float | None]) -> None:
+    """Log the worst layers' figures, and `values`, as scalars to every logger, and the whole report as text to TensorBoard.
+
+    A handful of tags however many layers there are: thousands make TensorBoard unusable.
+    """
+    scalars = {
+        "batches": float(report.batches),
+        "mean_shift": max(layer.mean_shift_rms for layer in report.layers),
+        "log_variance_ratio": max(layer.log_variance_ratio_rms for layer in report.layers),
+        "standard_error": max(layer.standard_error for layer in report.layers),
+        **{name: value for name, value in values.items() if value is not None},
+    }
+    for logger in loggers:
+        logger.log_metrics({f"{_PREFIX}/{name}": value for name, value in scalars.items()}, step=step)
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(f"{_PREFIX}/report", markdown(report), global_step=step)
+
+
+def markdown(report: RecalibrationReport) -> str:
+    """Return the report as a Markdown table under its headline, the worst layers first."""
+    headline, *_ = str(report).splitlines()
+    rows = sorted(report.as_dict()["layers"], key=lambda row: -max(row["mean_shift_rms"] or 0, row["log_variance_ratio_rms"] or 0))
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    header = [name.replace("_", " ") for name in rows[0]]
+    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells]
+    return "\n".join([headline, "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

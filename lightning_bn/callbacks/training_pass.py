@@ -1,0 +1,67 @@
+"""One more pass over the training data in the middle of a fit, of which the fit knows nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities import CombinedLoader
+
+from lightning_bn.callbacks.isolation import in_stage, isolated, muted
+from lightning_bn.callbacks.lightning_internals import afresh, to_device, training_loader
+from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.transaction import eager
+
+__all__ = ["learning", "on_training_device", "quiet", "training_pass"]
+
+
+def learning(layers: Iterable[BatchNormLayer]) -> set[str]:
+    """Return the names of the layers whose statistics a training step moves now, without those that are frozen."""
+    return {layer.name for layer in layers if layer.tracks and not layer.frozen and layer.module.training}
+
+
+@contextmanager
+def quiet(trainer: Trainer, module: LightningModule, loader: Any = None) -> Iterator[None]:
+    """Let the module run as in training, but without grad, a trace or a log entry, and uncompiled."""
+    with isolated(module, loader), muted(trainer, module), in_stage(trainer, RunningStage.TRAINING), eager():
+        yield
+
+
+@contextmanager
+def training_pass(trainer: Trainer, module: LightningModule, dataloader: Any = None) -> Iterator[Iterator[Any]]:
+    """Yield an iterator over the training batches, on the module's device, and let the module run quietly meanwhile.
+
+    Args:
+        trainer: in a fit.
+        module: its LightningModule.
+        dataloader: another source of batches; None takes the Trainer's own, with its samplers and ``limit_train_batches``.
+    """
+    loader = training_loader(trainer) if dataloader is None else afresh(dataloader)
+    with ExitStack() as stack:
+        stack.enter_context(quiet(trainer, module, loader))
+        if isinstance(loader, CombinedLoader):
+            stack.callback(loader.reset)  # ends the workers
+        # No batch is fetched before the first is asked for.
+        yield (to_device(trainer, module, batch) for batch in _batches(loader))
+
+
+@contextmanager
+def on_training_device(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Have the module where it was trained: Lightning moves it to the CPU before ``on_fit_end``."""
+    before = module.device
+    module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        module.to(before)
+
+
+def _batches(loader: Any) -> Iterator[Any]:
+    if isinstance(loader, CombinedLoader):
+        for batch, _, _ in loader:
+            yield batch
+    else:
+        yield from loader
