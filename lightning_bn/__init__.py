@@ -16,6 +16,7 @@ from lightning_bn.rules import Finding, ModeCheckError
 from lightning_bn.window import Window
 
 if TYPE_CHECKING:
+    from lightning_bn.callbacks.mode_check import ModeCheck
     from lightning_bn.callbacks.comparison import CompareAverages as CompareAverages
     from lightning_bn.callbacks.recalibration import BatchNormRecalibration as BatchNormRecalibration
     from lightning_bn.plugins.layer_sync import BatchNormSync as BatchNormSync
@@ -50,6 +51,7 @@ __all__ = [
 
 # Names that need lightning or torchmetrics, and the module of each: imported when first asked for, since those take seconds.
 _LAZY: dict[str, str] = {
+    "ModeCheck": "lightning_bn.callbacks.mode_check",
     "BatchNormRecalibration": "lightning_bn.callbacks.recalibration",
     "CompareAverages": "lightning_bn.callbacks.comparison",
     "BatchNormSync": "lightning_bn.plugins.layer_sync",

@@ -1,0 +1,273 @@
+"""Train/eval mode mistakes, caught when they happen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.inspection import Inspection, check_action, check_codes, mendable_codes
+from lightning_bn.observer import Modes, parts_called_by
+from lightning_bn.rules import RULES, Finding, ModeCheckError
+from lightning_bn.rules.rule import Setting
+from lightning_bn.rules.table import markdown
+from lightning_bn.tensorboard import add_markdown
+
+__all__ = ["ModeCheck"]
+
+_TAG = "batch_norm/mode_check"
+
+
+class ModeCheck(Callback):
+    """Watch the modes of all modules and what the batch-norm statistics really did, and name every mistake with its fix.
+
+    Every rule is in docs/rules.md. What happens in a forward is seen by hooks on the batch-norm layers and by the version of
+    ``num_batches_tracked``, which the host keeps; only once every `every_n_steps`, and at the end of epochs and evaluations, is a value
+    read from the device. Inside code compiled by ``torch.compile`` no hook fires: those layers are judged by how often their statistics
+    moved, and BN100 names them.
+
+    Args:
+        action: "warn": a warning for each finding above information, once per rule and layer; layers with one cause share one. "raise": a
+            `ModeCheckError` at the first of them. "log": neither. All findings are in `findings` and go to the loggers in any case.
+        ignore: codes of rules that are not looked at.
+        allow_eval: names, or patterns of names (``backbone.*``), of modules kept in eval mode on purpose, with all below them.
+        fix: codes of rules whose findings are mended on the spot, by putting modules into the mode they were meant to be in: BN101, BN102,
+            BN103, BN105, BN201. This changes what training computes, and a mended finding does not raise.
+        every_n_steps: training batches from one look at the statistics' values to the next; None: the Trainer's ``log_every_n_steps``.
+
+    Attributes:
+        findings: the list of `Finding`, of all runs of this callback.
+
+    Raises:
+        ValueError: an unknown action or code, a rule in `fix` that can't be mended; when a run starts, a pattern that no module matches.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_bn import ModeCheck
+        >>> trainer = Trainer(callbacks=[ModeCheck(allow_eval=["backbone"])], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        *,
+        action: str = "warn",
+        ignore: Sequence[str] = (),
+        allow_eval: Sequence[str] = (),
+        fix: Sequence[str] = (),
+        every_n_steps: int | None = None,
+    ) -> None:
+        check_action("ModeCheck", action)
+        check_codes(f"ModeCheck(ignore={ignore!r})", ignore, RULES)
+        check_codes(f"ModeCheck(fix={fix!r})", fix, mendable_codes())
+        if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
+            raise ValueError(f"ModeCheck(every_n_steps={every_n_steps!r}): a number of training batches, at least 1, or None.")
+        if isinstance(allow_eval, str):
+            raise ValueError(f"ModeCheck(allow_eval={allow_eval!r}): give a list of names or patterns, as in [{allow_eval!r}].")
+        self.action = action
+        self.ignore = tuple(ignore)
+        self.allow_eval = tuple(allow_eval)
+        self.fix = tuple(fix)
+        self.every_n_steps = every_n_steps
+        self.findings: list[Finding] = []
+        self._inspection: Inspection | None = None
+        self._batches = 0
+        self._late = False
+        self._modes: Modes | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Behind all others but those that save: what they do to modes before a batch is not the training step's doing.
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        savers = [each for each in callbacks if isinstance(each, Checkpoint)]
+        others = [each for each in callbacks if each is not self and each not in savers]
+        trainer.callbacks = [*others, self, *savers]  # type: ignore[attr-defined]  # a new list: Lightning iterates over the old one
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._late = is_overridden("on_train_batch_start", pl_module)
+        self._start(trainer, pl_module)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._modes = self._look().observer.snapshot()
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look().returned()
+        self._report(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        inspection = self._look()
+        inspection.returned()
+        inspection.configuration()
+        self._report(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look().begin_epoch()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        inspection = self._look()
+        inspection.returned()
+        inspection.begin_batch("train", trainer.global_step, batch_idx)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._inspection is not None and self._inspection.probe is not None:
+            self._inspection.probe.trace(loss)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        inspection = self._look()
+        inspection.end_batch(late=self._late)
+        # Lightning puts a module in eval mode before any hook of a validation.
+        self._modes = inspection.observer.snapshot()
+        self._batches += 1
+        if self._batches % (self.every_n_steps or trainer.log_every_n_steps or 50) == 0:  # type: ignore[attr-defined]
+            inspection.examine()
+        self._report(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        inspection = self._look()
+        inspection.returned()
+        inspection.examine()
+        inspection.end_epoch()
+        inspection.anchor()
+        self._report(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_evaluation(trainer, pl_module)
+        self._look().anchor()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_evaluation(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_evaluation(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._begin_evaluation_batch(trainer, batch_idx)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._begin_evaluation_batch(trainer, batch_idx)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._begin_evaluation_batch(trainer, batch_idx)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._end_evaluation_batch(trainer)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._end_evaluation_batch(trainer)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._end_evaluation_batch(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation(trainer)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_evaluation(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._inspection is not None:
+            # Weights that an averaging callback put in at the end of the fit, after the last hook of an epoch.
+            self._inspection.exchanged()
+            self._inspection.close()
+            self._report(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._inspection is None:
+            return
+        if isinstance(exception, ModeCheckError):
+            self._inspection.close()
+            return
+        self._inspection.interrupt()
+        self._report(trainer, may_raise=False)
+
+    def _start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Set the hooks; the findings of earlier runs of the same module are not told again."""
+        setting = Setting(
+            root="self",
+            caller="ModeCheck",
+            allow_eval=self.allow_eval,
+            ranks=trainer.world_size,
+            accumulated=trainer.accumulate_grad_batches,
+            manual=not module.automatic_optimization,
+        )
+        known = self._inspection
+        if known is None or known.model is not module or known.observer.modules != list(module.modules()):
+            self._inspection = Inspection(module, setting, ignore=self.ignore, fix=self.fix)
+        else:
+            known.setting = setting
+        self._look().attach(parts_called_by(module))
+        self._look().returned()
+        self._report(trainer)
+
+    def _look(self) -> Inspection:
+        if self._inspection is None:
+            raise RuntimeError("ModeCheck: a hook came before on_fit_start; was the callback added while the Trainer was running?")
+        return self._inspection
+
+    def _begin_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._start(trainer, module)
+        self._look().begin_evaluation(_stage(trainer), trainer.global_step, self._modes)
+        self._modes = None
+
+    def _begin_evaluation_batch(self, trainer: Trainer, batch_idx: int) -> None:
+        inspection = self._look()
+        if batch_idx == 0 and trainer.state.fn == TrainerFn.FITTING:
+            # Averaged weights are put in before the first batch, and taken out after the last.
+            inspection.exchanged()
+        inspection.begin_batch(_stage(trainer), trainer.global_step, batch_idx)
+
+    def _end_evaluation_batch(self, trainer: Trainer) -> None:
+        self._look().end_batch()
+        self._report(trainer)
+
+    def _end_evaluation(self, trainer: Trainer) -> None:
+        self._look().end_evaluation()
+        self._report(trainer)
+
+    def _report(self, trainer: Trainer, *, may_raise: bool = True) -> None:
+        new = self._look().new()
+        if not new:
+            return
+        self.findings += new
+        self._log(trainer)
+        for finding in new:
+            if self.action == "warn" and finding.level != "info":
+                rank_zero_warn(str(finding), stacklevel=6)
+        unmended = [finding for finding in new if finding.level != "info" and not finding.mended]
+        if self.action == "raise" and unmended and may_raise:
+            raise ModeCheckError(unmended)
+
+    def _log(self, trainer: Trainer) -> None:
+        step = logging_step(trainer)
+        counts = {level: sum(finding.level == level for finding in self.findings) for level in ("error", "warning", "info")}
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{_TAG}/{level}s": float(count) for level, count in counts.items()}, step=step)
+            if isinstance(logger, TensorBoardLogger):
+                add_markdown(logger.experiment, f"{_TAG}/findings", markdown(self.findings), step)
+
+
+def _stage(trainer: Trainer) -> str:
+    stage = trainer.state.stage
+    return "evaluation" if stage is None else str(stage.value)

@@ -1,0 +1,398 @@
+"""The rules at work: an inspection shows them what a model did, and keeps each finding once; `check` and `watch` need no Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lightning_bn.adjacency import AdjacencyProbe
+from lightning_bn.observer import Modes, Observer
+from lightning_bn.readings import Reading, gaps, weight_sums
+from lightning_bn.rules import RULES, Finding, ModeCheckError, Rule
+from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Return, Seen, Setting, listing, modules_of
+
+__all__ = ["Inspection", "check", "mendable_codes", "watch"]
+
+# A reading of the statistics is taken every so many batches, for BN208 to compare the end of an epoch with the last but one.
+_BATCHES_A_READING = 10
+
+
+class Inspection:
+    """One model under observation. `findings` are all of them, `new` returns those since it was last asked.
+
+    Args:
+        model: its modules are found now.
+        setting: what is known of the run beside the model.
+        ignore: codes of rules that are not looked at.
+        fix: codes of rules whose findings are mended on the spot.
+
+    Raises:
+        ValueError: an unknown code, a rule that can't be mended, or an ``allow_eval`` pattern that no module matches.
+    """
+
+    def __init__(self, model: nn.Module, setting: Setting, *, ignore: Sequence[str] = (), fix: Sequence[str] = ()) -> None:
+        check_codes(f"{setting.caller}(ignore={list(ignore)})", ignore, RULES)
+        self.model = model
+        self.observer = Observer(model)
+        self.setting = setting
+        self.findings: list[Finding] = []
+        self._told = 0
+        self.stage, self.step, self.index = "check", 0, -1
+        self.trained = False
+        self._check_patterns()
+        self._fix = set(fix)
+        self._rules = [rule for code, rule in RULES.items() if code not in ignore]
+        self._reported: dict[str, set[str]] = {code: set() for code in RULES}
+        self._before: Modes = ()
+        self._judged: dict[str, Any] = {}
+        self._moving: set[int] = set()
+        self._evaluated: set[int] = set()
+        self._away: Modes | None = None
+        self._interrupted = False
+        self._marks: list[Reading] = []
+        self._batches = 0
+        self._counted: tuple[int, dict[int, int]] = (0, {})
+        self._last_check = "nothing was known of them before"
+        self._anchor: tuple[torch.Tensor, Reading] | None = None
+        self._counts_before: dict[int, int] = {}
+        self.probe: AdjacencyProbe | None = None
+
+    def attach(self, entries: Iterable[nn.Module]) -> None:
+        """Set the hooks; `entries` are the modules that a training step calls."""
+        self.observer.attach(entries)
+        self.probe = AdjacencyProbe(self.model, self.observer.layers)
+
+    def close(self) -> None:
+        """Remove every hook."""
+        self.observer.close()
+        self._end_probe()
+
+    def new(self) -> list[Finding]:
+        """Return the findings that were not returned before."""
+        new, self._told = self.findings[self._told :], len(self.findings)
+        return new
+
+    def at_rest(self) -> None:
+        """Look at everything that can be seen without a run."""
+        self.configuration()
+        at = Configuration(self.observer, self.setting)
+        self._ask(lambda rule: rule.at_rest(at))
+        self.examine()
+
+    def configuration(self) -> None:
+        """Look at the configuration of the layers before training."""
+        at = Configuration(self.observer, self.setting)
+        self._ask(lambda rule: rule.configuration(at))
+
+    def begin_epoch(self) -> None:
+        """Begin a training epoch: what could be told of its batches from the last one's is forgotten, as parameters may be frozen now."""
+        self._judged = {}
+        self._marks = []
+
+    def begin_batch(self, stage: str, step: int, index: int) -> None:
+        if self.observer.forwards and self.stage != "train":
+            self._judge()  # what ran before the first batch of an evaluation, or between two
+        self.stage, self.step, self.index = stage, step, index
+        self._before = self.observer.snapshot()
+        self.observer.begin()
+        if stage == "train" and (self._batches % _BATCHES_A_READING == 0 or not self._marks):
+            self._marks = [*self._marks[-1:], Reading(self.observer.layers)]
+
+    def end_batch(self, *, late: bool = False) -> None:
+        """Judge the batch; of an evaluation, what comes until the next one is recorded too.
+
+        Args:
+            late: modes may have been changed on purpose after `begin_batch`; those of the first forward count as the batch's first.
+        """
+        self.observer.end()
+        if self.stage != "train":
+            self._judge()
+            self.index = -1
+            self.observer.begin()
+            return
+        self._batches += 1
+        self.trained = True
+        after = self.observer.snapshot()
+        opened = self.observer.modes or (after if late else self._before)
+        self._judge(opened if late else self._before, opened, after)
+        if self.probe is not None and any(forward.training for forward in self.observer.forwards):
+            biases, dropouts = self.probe.dead_biases(), self.probe.dropout_shifts()
+            self._end_probe()
+            self._ask(lambda rule: [*rule.biases(biases), *rule.dropouts(dropouts)])
+
+    def begin_evaluation(self, stage: str, step: int, modes: Modes | None = None) -> None:
+        """Begin a validation, test or prediction; `modes` are those before it, where they shall be back after it."""
+        self.stage, self.step, self.index = stage, step, -1
+        self._away, self._interrupted = modes, False
+        self._evaluated = set()
+        self._judged.pop(stage, None)
+        # Its hooks say nothing: what it wrote shows in a comparison alone.
+        self._counts_before = Reading(self.observer.layers).counts() if self._unseen() else {}
+        self.observer.begin()
+
+    def end_evaluation(self) -> None:
+        """Judge what the evaluation left behind; waits for the device."""
+        self.observer.end()
+        self.index = -1
+        self._judge()
+        reading = Reading(self.observer.layers)
+        now = reading.counts() if self._counts_before else {}
+        counted = [index for index in self._unseen() if now.get(index, 0) > self._counts_before.get(index, 0)]
+        values = reading.values() if self.trained and self._evaluated else None
+        evaluation = Evaluation(self.observer, self.setting, self.stage, self.trained, self._evaluated, values, counted)
+        self._ask(lambda rule: rule.evaluation(evaluation))
+
+    def finish(self) -> None:
+        """End a loop of which stages and batches are not known: judge the forwards since the last step, and the statistics."""
+        try:
+            self.observer.end()
+            self._judge()
+            if self.trained:
+                self.end_evaluation()
+            self.examine()
+        finally:
+            self.close()
+
+    def interrupt(self) -> None:
+        """End with an exception: judge the forwards before it, and remember that the modes may not be put back."""
+        self._interrupted = True
+        self.observer.end()
+        self._judge()
+        self.close()
+
+    def returned(self) -> None:
+        """Look whether the modes are again what they were before the last evaluation; looks once for each."""
+        before, self._away = self._away, None
+        if before is not None and len(before) == len(self.observer.modules):
+            back = Return(self.observer, self.setting, before, self.observer.snapshot(), self._interrupted)
+            self._ask(lambda rule: rule.returned(back))
+
+    def anchor(self) -> None:
+        """Remember weights and statistics for `exchanged`."""
+        self._anchor = (weight_sums(self.model), Reading(self.observer.layers)) if self._moving else None
+
+    def exchanged(self) -> None:
+        """Look whether weights were exchanged since `anchor` and the statistics that go with them were not; waits for the device."""
+        anchor, self._anchor = self._anchor, None
+        if anchor is None or torch.equal(anchor[0], weight_sums(self.model)):
+            return
+        before, now = anchor[1].values(), Reading(self.observer.layers).values()
+        names = [each.layer.name for index, each in now.items() if index in self._moving and each.equals(before[index])]
+        self._ask(lambda rule: rule.averaged(names))
+
+    def examine(self) -> None:
+        """Look at the values of the running statistics; waits for the device."""
+        reading, last = Reading(self.observer.layers), self._last_check
+        self._last_check = f"they were sound at step {self.step}"
+        self._count(reading)
+        if not reading.sound():
+            values = reading.values()
+            self._ask(lambda rule: rule.values(values, last))
+
+    def end_epoch(self) -> None:
+        """Compare the running statistics with the latest batches'; waits for the device."""
+        if self._marks:
+            apart = gaps(self._marks[0], Reading(self.observer.layers))
+            self._ask(lambda rule: rule.gaps(apart, self.observer))
+
+    def _judge(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> None:
+        """Show the batch to the rules, unless it is like the last one of its stage; without modes, its forwards alone."""
+        signature = (self.observer.forwards, before, opened, after, len(self.observer.entered_backward))
+        if signature == self._judged.get(self.stage):
+            return
+        self._judged[self.stage] = signature
+        self._remember()
+        batch = self._batch(before, opened, after)
+        self._ask(lambda rule: rule.batch(batch))
+
+    def _batch(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> Batch:
+        explained = set().union(*(self._reported[code] for code in ("BN101", "BN103", "BN105")))
+        return Batch(
+            self.observer, self.setting, self.stage, self.step, self.index, before, opened, after, explained, self.observer.forwards
+        )
+
+    def _remember(self) -> None:
+        for forward in self.observer.forwards:
+            if forward.moved and self.stage == "train":
+                self._moving.add(forward.layer)
+            if not forward.training and not forward.grad:
+                self._evaluated.add(forward.layer)
+
+    def _unseen(self) -> set[int]:
+        return {index for index, layer in enumerate(self.observer.layers) if layer.tracks and index not in self.observer.seen}
+
+    def _count(self, reading: Reading) -> None:
+        """Ask the rules about layers whose count of batches rose and whose forwards were never seen."""
+        unseen = self._unseen()
+        if self.trained and unseen:
+            (batches, before), now = self._counted, reading.counts()
+            self._counted = (self._batches, now)
+            moved = {index: rise for index in unseen if index in before and (rise := now[index] - before[index]) > 0}
+            batch = self._batch()
+            self._ask(lambda rule: rule.counts(batch, moved, self._batches - batches))
+
+    def _end_probe(self) -> None:
+        if self.probe is not None:
+            self.probe.close()
+            self.probe = None
+
+    def _ask(self, question: Callable[[Rule], Iterable[Seen]]) -> None:
+        for rule in self._rules:
+            for seen in question(rule):
+                finding = self._take(rule, seen)
+                if finding is not None:
+                    self.findings.append(finding)
+
+    def _take(self, rule: Rule, seen: Seen) -> Finding | None:
+        mended = rule.code in self._fix and seen.mend is not None
+        if mended and seen.mend is not None:
+            seen.mend()
+        known = self._reported[rule.code]
+        new = [name for name in seen.layers if name not in known]
+        if not new:
+            return None
+        known.update(new)
+        return self._finding(rule, replace(seen, layers=new), mended)
+
+    def _finding(self, rule: Rule, seen: Seen, mended: bool) -> Finding:
+        names = [layer.name for layer in self.observer.layers]
+        parts = modules_of(seen.layers, names) if set(seen.layers) <= set(names) else list(seen.layers)
+        where = listing(parts) + f" ({len(seen.layers)} layers)" * (len(seen.layers) > len(parts))
+        level = seen.level or rule.level
+        when = "" if self.stage == "check" else f"; {self.stage}, step {self.step}"
+        message = "\n".join(
+            (
+                f"{rule.code} {level}: {rule.title}" + " (mended on the spot)" * mended,
+                f"  where: {where}{when}",
+                f"  seen:  {seen.event}",
+                f"  why:   {rule.why}",
+                f"  fix:   {seen.fix or rule.fix}",
+                f'  quiet: {self.setting.caller}(ignore=["{rule.code}"]); more: docs/rules.md#{rule.code.lower()}',
+            )
+        )
+        return Finding(rule.code, level, tuple(seen.layers), self.stage, self.step, message, mended)
+
+    def _check_patterns(self) -> None:
+        for pattern in self.setting.allow_eval:
+            alone = replace(self.setting, allow_eval=(pattern,))
+            if not any(alone.allows_eval(name) for name in self.observer.names):
+                parts = [name for name in self.observer.names if name and "." not in name]
+                raise ValueError(
+                    f"{self.setting.caller}(allow_eval=[{pattern!r}]): no module has such a name. Give module names or patterns of them, "
+                    f"as named_modules() has them; the first level here is {', '.join(parts) or 'empty'}."
+                )
+
+
+def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Sequence[str] = ()) -> list[Finding]:
+    """Return what can be seen in `model` without running it; nothing in it is changed.
+
+    Args:
+        model: any module, for instance one that a checkpoint was loaded into. Rules about training look at the parts in train mode.
+        ignore: codes of rules to leave out.
+        allow_eval: names, or patterns of names (``backbone.*``), of modules that are in eval mode on purpose.
+
+    Raises:
+        ValueError: an unknown code, or a pattern that no module matches.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_bn import check
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=0.0))
+        >>> [(finding.code, finding.layers) for finding in check(model)]
+        [('BN301', ('1',))]
+    """
+    setting = Setting(caller="check", allow_eval=tuple(allow_eval))
+    inspection = Inspection(model, setting, ignore=ignore)
+    inspection.at_rest()
+    return inspection.findings
+
+
+@contextmanager
+def watch(model: nn.Module, *, action: str = "warn", ignore: Sequence[str] = (), allow_eval: Sequence[str] = ()) -> Iterator[list[Finding]]:
+    """Observe the forwards of `model` in a loop of one's own, and report at exit.
+
+    A step of any optimizer that holds one of the model's parameters ends a training batch. What only a Trainer knows (stages, batches, who
+    changed a mode) is not looked at. No hook is left, on any way out.
+
+    Args:
+        model: the module that the loop calls; for Fabric, the one that ``fabric.setup`` returned.
+        action: at exit, "warn": one warning for each finding that is more than information. "raise": a `ModeCheckError` for them all.
+            "log": nothing; look at the list.
+        ignore: codes of rules to leave out.
+        allow_eval: names, or patterns of names, of modules that are in eval mode on purpose.
+
+    Yields:
+        The list of findings, which grows as the loop runs and is complete at exit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bn import watch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        >>> with watch(model, action="log") as findings, torch.no_grad():
+        ...     _ = model(torch.randn(8, 2))  # model.eval() was forgotten
+        >>> [finding.code for finding in findings if finding.level != "info"]
+        ['BN106']
+    """
+    check_action("watch", action)
+    inspection = Inspection(model, Setting(caller="watch", allow_eval=tuple(allow_eval)), ignore=ignore)
+    inspection.attach([model])
+    own = {id(parameter) for parameter in model.parameters()}
+    steps = 0
+
+    def trace(module: nn.Module, args: Any, output: Any) -> None:
+        if inspection.probe is not None and not torch.compiler.is_compiling():
+            inspection.probe.trace(output)
+
+    def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal steps
+        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            steps += 1
+            inspection.end_batch(late=True)
+            inspection.begin_batch("train", steps, steps)
+
+    handles = [model.register_forward_hook(trace), register_optimizer_step_post_hook(after_step)]
+    try:
+        inspection.configuration()
+        inspection.begin_batch("train", 0, 0)
+        yield inspection.findings
+    finally:
+        for handle in handles:
+            handle.remove()
+        inspection.finish()
+    report(inspection.findings, action)
+
+
+def report(findings: Sequence[Finding], action: str) -> None:
+    """Warn of the findings above information, or raise for those that were not mended."""
+    serious = [finding for finding in findings if finding.level != "info"]
+    if action == "warn":
+        for finding in serious:
+            warnings.warn(str(finding), stacklevel=4)
+    unmended = [finding for finding in serious if not finding.mended]
+    if action == "raise" and unmended:
+        raise ModeCheckError(unmended)
+
+
+def mendable_codes() -> list[str]:
+    """Return the codes that ``fix`` takes."""
+    return [code for code, rule in RULES.items() if rule.mendable]
+
+
+def check_codes(call: str, codes: Sequence[str], known: Iterable[str]) -> None:
+    """Raise a ValueError that shows `call` unless all `codes` are among the `known` ones."""
+    unknown = [code for code in codes if code not in known] if not isinstance(codes, str) else [codes]
+    if unknown:
+        raise ValueError(f"{call}: {unknown} is not among the codes {', '.join(known)}. Give a list of them, as in ['BN102'].")
+
+
+def check_action(caller: str, action: str) -> None:
+    """Raise a ValueError unless `action` is one of the three."""
+    if action not in ("warn", "raise", "log"):
+        raise ValueError(f'{caller}(action={action!r}): an action is "warn", "raise" or "log".')

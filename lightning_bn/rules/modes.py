@@ -1,0 +1,225 @@
+"""The rules about train and eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from lightning_bn.discovery import BatchNormLayer, user_name
+from lightning_bn.observer import Forward, Modes, Observer, ancestors
+from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Return, Rule, Seen, Setting, call, expression, modules_of
+
+__all__ = ["MODE_RULES"]
+
+
+class Unseen(Rule):
+    code = "BN100"
+    title = "compiled layers are known only by the count of their batches"
+    level = "info"
+    why = "no hook fires inside compiled code: the rules that look at single forwards (BN106, BN205, BN3xx) say nothing about them."
+    fix = "fit once without torch.compile to have every rule look"
+
+    def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterator[Seen]:
+        if moved:
+            yield Seen([batch.observer.layers[index].name for index in moved], "num_batches_tracked rose, and no forward was seen.")
+
+
+class ModuleInEval(Rule):
+    code = "BN101"
+    title = "the module itself is in eval mode during training steps"
+    level = "error"
+    why = "dropout does nothing and batch norm normalises with running statistics that no batch moves."
+    mendable = True
+
+    def batch(self, batch: Batch) -> Iterator[Seen]:
+        setting, observer = batch.setting, batch.observer
+        if not batch.training or not batch.opened or batch.opened[0] or batch.after[0] or "" in batch.explained or setting.allows_eval(""):
+            return
+        yield Seen(
+            [""],
+            f"{batch.when} training was False at the first forward and at the end.",
+            fix=f"{setting.root}.train()  # before fit; parts that shall stay in eval: .eval() after it",
+            mend=lambda: _train(observer, setting, [""]),
+        )
+
+
+class SubmoduleInEval(Rule):
+    code = "BN102"
+    title = "a submodule with trainable parameters is in eval mode during training"
+    why = "its batch norm learns against fixed statistics and its dropout is off; pretrained models load in this mode."
+    mendable = True
+
+    def batch(self, batch: Batch) -> Iterable[Seen]:
+        if not batch.training or not batch.opened or not batch.opened[0]:
+            return ()
+        modes = tuple(one or other for one, other in zip(batch.opened, batch.after, strict=True))
+        return self._look(batch.observer, batch.setting, modes, set(batch.explained), batch.when)
+
+    def at_rest(self, at: Configuration) -> Iterable[Seen]:
+        modes = at.observer.snapshot()
+        return self._look(at.observer, at.setting, modes, set(), "at rest") if modes[0] else ()
+
+    def _look(self, observer: Observer, setting: Setting, modes: Modes, explained: set[str], when: str) -> Iterator[Seen]:
+        names = [
+            name
+            for name in eval_regions(observer, modes)
+            if not setting.allows_eval(name) and not explained.intersection((name, *ancestors(name)))
+        ]
+        if names:
+            yield Seen(
+                names,
+                f"{when} training is False, and it has parameters that require grad.",
+                fix=f"{call(setting, names, 'train')}  # or, if meant, allow_eval={names[:3]}",
+                mend=lambda: _train(observer, setting, names),
+            )
+
+
+class ModeChangedInStep(Rule):
+    code = "BN103"
+    title = "a mode was changed inside training_step and stayed changed"
+    why = "every later batch runs in the changed mode, and the place that changed it is far from where it shows."
+    mendable = True
+
+    def batch(self, batch: Batch) -> Iterator[Seen]:
+        observer, setting, before = batch.observer, batch.setting, batch.before
+        if not batch.training or before == batch.after:
+            return
+        for now in (False, True):
+            names = [
+                name
+                for name in observer.differing(before, batch.after)
+                if batch.after[observer.names.index(name)] is now
+                # To put a frozen part in eval mode at the head of the step is a way to freeze it.
+                and (now or (trainable(observer, name) and not setting.allows_eval(name)))
+            ]
+            if names:
+                yield Seen(
+                    names,
+                    f"{batch.when} training went from {not now} to {now}.",
+                    fix=f"{call(setting, names, 'eval' if now else 'train')}  # at the end of what needed the other mode",
+                    mend=lambda: observer.restore(before),
+                )
+
+
+class StatisticsWrittenInEvaluation(Rule):
+    code = "BN104"
+    title = "running statistics were written outside of training"
+    level = "error"
+    why = "the model is fitted to the data it is judged on, and its predictions depend on the order of the batches."
+
+    def batch(self, batch: Batch) -> Iterator[Seen]:
+        if batch.training:
+            return
+        moved = [layer for layer, forwards in batch.by_layer().items() if any(f.moved for f in forwards)]
+        if moved:
+            yield self._seen(batch.observer, batch.setting, moved, f"{batch.when} of {batch.stage} num_batches_tracked rose.")
+
+    def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
+        observer = evaluation.observer
+        if evaluation.counted:
+            layers = [observer.layers[index] for index in evaluation.counted]
+            yield self._seen(observer, evaluation.setting, layers, f"num_batches_tracked is higher after {evaluation.stage} than before.")
+
+    def _seen(self, observer: Observer, setting: Setting, moved: list[BatchNormLayer], event: str) -> Seen:
+        names = [layer.name for layer in moved]
+        modules = modules_of(names, [layer.name for layer in observer.layers])
+        return Seen(names, event, fix=f"{call(setting, modules, 'eval')}  # and no .train() in an evaluation step")
+
+
+class ModesNotPutBack(Rule):
+    code = "BN105"
+    title = "validation did not put the modes back as they were"
+    why = "training goes on in the mode of the evaluation: in eval mode statistics stand still, in train mode a freeze is undone."
+    mendable = True
+
+    def returned(self, back: Return) -> Iterator[Seen]:
+        observer, before = back.observer, back.before
+        names = observer.differing(before, back.after)
+        if not names:
+            return
+        cause = "the validation ended in an exception" if back.interrupted else "on_validation_model_train did not restore it"
+        was = before[observer.names.index(names[0])]
+        yield Seen(
+            names,
+            f"training was {was} before the validation and is {not was} after it: {cause}.",
+            fix=f"{call(back.setting, names, 'train' if was else 'eval')}  # before training goes on; or leave the hook to Lightning",
+            mend=lambda: observer.restore(before),
+        )
+
+
+class MovedWithoutGrad(Rule):
+    code = "BN106"
+    title = "a forward that trains nothing moved the running statistics"
+    why = "they become those of a mixture: of other inputs, or of weights that training only passes through."
+
+    def batch(self, batch: Batch) -> Iterator[Seen]:
+        if not batch.training:
+            return
+        without_grad, at_other_weights = [], []
+        for layer, forwards in batch.by_layer().items():
+            # The first pass of reentrant checkpointing has no grad either, and its second comes inside backward.
+            if any(f.moved and not f.grad for f in forwards) and not any(f.recomputed for f in forwards):
+                without_grad.append(layer.name)
+            if any(visited_weights(f, batch.observer) for f in forwards):
+                at_other_weights.append(layer.name)
+        events = (
+            (without_grad, f"{batch.when} a training-mode forward under no_grad moved them."),
+            (at_other_weights, f"{batch.when} a second forward of the same input, at changed weights, moved them (as in SAM)."),
+        )
+        for names, event in events:
+            if names:
+                modules = modules_of(names, [layer.name for layer in batch.observer.layers])
+                target = expression(batch.setting.root, modules[0] if len(modules) == 1 else "")
+                yield Seen(names, event, fix=f"with paused_statistics({target}): ...  # around that forward, or {target}.eval()")
+
+
+def visited_weights(forward: Forward, observer: Observer) -> bool:
+    """Whether it was the second forward of sharpness-aware minimisation: the same input, other weights, and a backward of its own."""
+    return forward.moved and forward.reweighted and not forward.recomputed and forward.call in observer.entered_backward
+
+
+def eval_regions(observer: Observer, modes: Modes) -> list[str]:
+    """Return the topmost modules in eval mode that hold trainable parameters of their own or in parts likewise in eval mode."""
+    in_eval = {name: module for name, module, training in zip(observer.names, observer.modules, modes, strict=True) if not training}
+    tops = []
+    for name, module in in_eval.items():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            above = name
+            for parent in ancestors(name):
+                if parent not in in_eval:
+                    break
+                above = parent
+            tops.append(above)
+    return list(dict.fromkeys(tops))
+
+
+def trainable(observer: Observer, name: str) -> bool:
+    """Whether any parameter in the module requires grad."""
+    return any(parameter.requires_grad for parameter in observer.modules[observer.names.index(name)].parameters())
+
+
+def _train(observer: Observer, setting: Setting, tops: list[str]) -> None:
+    """Put the modules in train mode and what is below them, but whatever is frozen or may stay in eval mode, with all below it."""
+
+    def walk(module: nn.Module, name: str) -> None:
+        parameters = list(module.parameters())
+        if setting.allows_eval(name) or (parameters and not any(parameter.requires_grad for parameter in parameters)):
+            return
+        module.training = True
+        for part, child in module.named_children():
+            walk(child, user_name(f"{name}.{part}" if name else part))
+
+    for top in tops:
+        walk(observer.modules[observer.names.index(top)], top)
+
+
+MODE_RULES: tuple[Rule, ...] = (
+    Unseen(),
+    ModuleInEval(),
+    SubmoduleInEval(),
+    ModeChangedInStep(),
+    StatisticsWrittenInEvaluation(),
+    ModesNotPutBack(),
+    MovedWithoutGrad(),
+)

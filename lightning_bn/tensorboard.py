@@ -1,0 +1,165 @@
+"""What this package writes into TensorBoard; the only file that knows a SummaryWriter.
+
+Tags, with the default prefix, and ``activations_val``, ``activations_test`` in its place for those stages' scalars:
+
+| tag | what |
+|---|---|
+| ``activations/<statistic>/worst``, ``/median`` | scalar: the value of the layer farthest from healthy; the median over layers |
+| ``activations/<scale>/smallest``, ``/largest`` | scalar, of `std` and `grad_std`, which can be sick on either side |
+| ``activations/<statistic>/<layer>`` | scalar, for the layers asked for |
+| ``activations_map/<statistic>`` | image: layer x step |
+| ``activations_map/channel_mean``, ``/channel_std`` | image: the spread over the channels of each layer at the newest sample |
+| ``activations/layers`` | text: which layers are sick and since when, and the worst layer of each statistic |
+| ``activations_histogram/<layer>`` | histogram, for the layers asked for |
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_bn.activations import histogram_edges
+from lightning_bn.collector import Sample
+from lightning_bn.heatmap import Scale, draw_channels, draw_grid
+from lightning_bn.layer_table import LayerTable, worst_layers
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["MAPPED", "LayerReport", "add_markdown", "layout"]
+
+MAPPED = ("std", "zero_fraction", "dead_fraction", "saturated_fraction", "nonfinite", "drift_mean", "drift_var", "grad_std", "grad_nonfinite")
+
+# Each picture is drawn when there is so much more to see than on the last one: TensorBoard shows ten, and all of them cost disk.
+_GROWTH = 1.5
+
+_LISTED = 30
+
+
+def layout(prefix: str) -> dict[str, dict[str, list[Any]]]:
+    """Return the layout of the Custom Scalars tab: drift, dead units and scale, for training and validation."""
+    stages = (prefix, f"{prefix}_val")
+
+    def lines(*statistics: str) -> list[Any]:
+        tags = [f"{stage}/{name}/{which}" for stage in stages for name in statistics for which in ("worst", "median")]
+        return ["Multiline", [f"^{tag}$" for tag in tags]]
+
+    def band(stage: str, name: str) -> list[Any]:
+        # A margin chart takes exactly three tags, by name: the line, then the lower and the upper edge.
+        return ["Margin", [f"{stage}/{name}/{which}" for which in ("median", "smallest", "largest")]]
+
+    return {
+        "Batch norm": {
+            "drift of the mean, in running standard deviations": lines("drift_mean"),
+            "drift of the variance, log ratio": lines("drift_var"),
+            "dead channels, share": lines("dead_fraction"),
+            "zeros, share": lines("zero_fraction"),
+            "scale of the activations over layers, training": band(prefix, "std"),
+            "scale of the activations over layers, validation": band(f"{prefix}_val", "std"),
+            "NaN and infinite activations": lines("nonfinite"),
+        }
+    }
+
+
+def add_markdown(writer: SummaryWriter, tag: str, text: str, step: int) -> None:
+    """Write `text`, Markdown, to the Text tab."""
+    writer.add_text(tag, text, step)
+
+
+class LayerReport:
+    """The pictures, the text and the histograms of one run, in one event file.
+
+    Args:
+        writer: a `torch.utils.tensorboard.SummaryWriter`.
+        prefix: of all tags.
+        heatmaps: whether to draw.
+    """
+
+    def __init__(self, writer: SummaryWriter, *, prefix: str = "activations", heatmaps: bool = True) -> None:
+        self.writer = writer
+        self.prefix = prefix
+        self.heatmaps = heatmaps
+        self._next_drawing = 2
+        self._drawn = 0
+        self._told: set[tuple[str, str]] = set()
+        writer.add_custom_scalars(layout(prefix))
+
+    def update(self, table: LayerTable, sample: Sample, step: int) -> None:
+        """Take note of a training sample, the newest in `table`; draw when the run is half as long again as at the last drawing."""
+        for layer, counts in sample.histograms.items():
+            self._add_histogram(f"{self.prefix}_histogram/{layer}", counts, step)
+        ailments = {(ailment.layer, ailment.statistic.name) for ailment in table.ailments("train")}
+        due = table.samples("train") >= self._next_drawing
+        if due or ailments - self._told:
+            self._told |= ailments
+            add_markdown(self.writer, f"{self.prefix}/layers", tell(table, sample), step)
+        if due:
+            self.draw(table, sample, step)
+
+    def draw(self, table: LayerTable, sample: Sample, step: int) -> None:
+        """Draw everything, unless nothing has come since the last time."""
+        samples = table.samples("train")
+        if samples == self._drawn or not self.heatmaps:
+            return
+        self._drawn, self._next_drawing = samples, math.ceil(samples * _GROWTH)
+        for name in MAPPED:
+            grid = table.grid("train", name)
+            if grid.layers:
+                self._add_image(name, draw_grid(grid), step)
+        if sample.channels:
+            layers = list(sample.channels)
+            means, deviations = zip(*((mean.numpy(), std.numpy()) for mean, std in sample.channels.values()), strict=True)
+            title = f"Standard deviation of each channel, step {step:,}"
+            self._add_image("channel_std", draw_channels(layers, deviations, _CHANNEL_STD, title), step)
+            scaled = [mean / (sample.rows[layer]["std"] or 1.0) for layer, mean in zip(layers, means, strict=True)]
+            title = f"Mean of each channel, step {step:,}"
+            self._add_image("channel_mean", draw_channels(layers, scaled, _CHANNEL_MEAN, title), step)
+
+    def _add_image(self, name: str, pixels: np.ndarray[Any, Any], step: int) -> None:
+        self.writer.add_image(f"{self.prefix}_map/{name}", pixels, step, dataformats="HWC")
+
+    def _add_histogram(self, tag: str, counts: Tensor, step: int) -> None:
+        kept = counts.nonzero().flatten()
+        if not len(kept):
+            return  # no finite value: TensorBoard has no empty histogram
+        edges = histogram_edges()
+        # The outermost buckets are open; what is in them counts as one bucket's width beyond the edge.
+        limits = np.concatenate((edges.numpy(), [float(edges[-1]) * 2]))
+        first, last = int(kept[0]), int(kept[-1])
+        lower = np.concatenate(([float(edges[0]) * 2], edges.numpy()))
+        middles = (limits + lower) / 2
+        numbers = counts.numpy()
+        self.writer.add_histogram_raw(
+            tag,
+            min=float(lower[first]),
+            max=float(limits[last]),
+            num=int(numbers.sum()),
+            sum=float((numbers * middles).sum()),
+            sum_squares=float((numbers * middles**2).sum()),
+            bucket_limits=limits[first : last + 1].tolist(),
+            bucket_counts=numbers[first : last + 1].tolist(),
+            global_step=step,
+        )
+
+
+_CHANNEL_STD = Scale(-3, 3, "RdBu_r", "standard deviation", log=True)
+_CHANNEL_MEAN = Scale(-3, 3, "RdBu_r", "standard deviations of the layer")
+
+
+def tell(table: LayerTable, sample: Sample) -> str:
+    """Return, as Markdown, which layers are sick and since when, the newest illness first, and the worst layer of each statistic."""
+    ailments = table.ailments("train")
+    lines = [f"**Step {table.last_step():,}.** " + (f"{len(ailments)} findings, newest first:" if ailments else "No layer is beyond its limits.")]
+    if ailments:
+        lines += ["", "| since step | layer | what | now |", "|---:|---|---|---:|"]
+        lines += [f"| {each.since:,} | `{each.layer}` | {each.statistic.label} | {each.value:.4g} |" for each in ailments[:_LISTED]]
+        if len(ailments) > _LISTED:
+            lines += ["", f"and {len(ailments) - _LISTED} more."]
+    lines += ["", "Worst layer of each statistic:", "", "| statistic | layer | value | limits |", "|---|---|---:|---|"]
+    for statistic, layer, value in worst_layers(sample.rows):
+        limits = f"{statistic.low:g} to {statistic.high:g}" if statistic.low else f"up to {statistic.high:g}"
+        lines.append(f"| {statistic.label} | `{layer}` | {value:.4g} | {limits} |")
+    return "\n".join(lines)
