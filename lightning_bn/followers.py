@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.batch_norm import BatchNorm1d, check_averaging
-from lightning_bn.running import advance, is_finite
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.moments import Moments
+from lightning_bn.running import advance, is_finite
 from lightning_bn.torch_internals import in_backward, kernel_moments
 
 __all__ = ["Followers"]
