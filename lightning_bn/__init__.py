@@ -16,6 +16,8 @@ from lightning_bn.rules import Finding, ModeCheckError
 from lightning_bn.window import Window
 
 if TYPE_CHECKING:
+    from lightning_bn.activations import ActivationStats as ActivationStats
+    from lightning_bn.callbacks.activation_stats import ActivationStatsMonitor as ActivationStatsMonitor
     from lightning_bn.callbacks.mode_check import ModeCheck
     from lightning_bn.callbacks.comparison import CompareAverages as CompareAverages
     from lightning_bn.callbacks.recalibration import BatchNormRecalibration as BatchNormRecalibration
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationStats",
+    "ActivationStatsMonitor",
     "Averaging",
     "Batch",
     "BatchNorm1d",
@@ -51,6 +55,8 @@ __all__ = [
 
 # Names that need lightning or torchmetrics, and the module of each: imported when first asked for, since those take seconds.
 _LAZY: dict[str, str] = {
+    "ActivationStats": "lightning_bn.activations",
+    "ActivationStatsMonitor": "lightning_bn.callbacks.activation_stats",
     "ModeCheck": "lightning_bn.callbacks.mode_check",
     "BatchNormRecalibration": "lightning_bn.callbacks.recalibration",
     "CompareAverages": "lightning_bn.callbacks.comparison",

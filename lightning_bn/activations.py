@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_bn.channel_moments import channel_moments
 from lightning_bn.moments import Moments, wide_dtype
-from lightning_bn.torch_internals import channel_mean_var
 
-__all__ = ["ActivationStats", "histogram_edges"]
+__all__ = ["ActivationStats", "dead_channels", "histogram_edges", "merge_states", "summarise"]
 
 # A sigmoid's slope within this share of its range from either bound is below a tenth of its largest; a tanh's likewise.
 SATURATION_MARGIN = 0.025
@@ -128,30 +129,7 @@ class ActivationStats(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the statistics of all that was taken in, by name."""
-        channels = _moments(self.moments)
-        layer = _pooled_over_channels(channels)
-        dtype = self.moments.dtype
-        total = (self.seen * self.num_channels).to(dtype)
-        values = {
-            "mean": torch.where(layer.count > 0, layer.mean, torch.nan),
-            "std": _unbiased_std(layer),
-            "abs_max": torch.where(layer.count > 0, self.abs_max, torch.nan),
-            "zero_fraction": self.zeros.sum() / total,
-            "dead_fraction": torch.where(self.seen > 0, self.dead.to(dtype).mean(), torch.nan),
-            "nonfinite": self.nonfinite.sum(),
-            "channel_mean": torch.where(channels.count > 0, channels.mean, torch.nan),
-            "channel_std": _unbiased_std(channels),
-        }
-        if self.bounds is not None:
-            values["saturated_fraction"] = self.saturated / total
-        if self.histogram:
-            values["histogram"] = self.buckets
-        return values
-
-    @property
-    def dead(self) -> Tensor:
-        """Whether each channel was zero at every position of every input: (C,) bool, False where nothing was seen."""
-        return (self.zeros == self.seen) & (self.seen > 0)
+        return summarise(self.metric_state)
 
     def _by_channel(self, activation: Tensor) -> Tensor:
         """The activation as (N, C, *spatial), without a copy where that can be."""
@@ -168,6 +146,41 @@ class ActivationStats(Metric):
         if dim % activation.dim() == activation.dim() - 1:
             return activation.reshape(-1, self.num_channels)
         return activation.movedim(dim, 1)
+
+
+def summarise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what `ActivationStats.compute` does, from its state."""
+    channels = _moments(state["moments"])
+    layer = _pooled_over_channels(channels)
+    total = (state["seen"] * len(state["zeros"])).to(channels.mean.dtype)
+    values = {
+        "mean": torch.where(layer.count > 0, layer.mean, torch.nan),
+        "std": _unbiased_std(layer),
+        "abs_max": torch.where(layer.count > 0, state["abs_max"], torch.nan),
+        "zero_fraction": state["zeros"].sum() / total,
+        "dead_fraction": torch.where(total > 0, dead_channels(state).to(total.dtype).mean(), torch.nan),
+        "nonfinite": state["nonfinite"].sum(),
+        "channel_mean": torch.where(channels.count > 0, channels.mean, torch.nan),
+        "channel_std": _unbiased_std(channels),
+    }
+    if "saturated" in state:
+        values["saturated_fraction"] = state["saturated"] / total
+    if "buckets" in state:
+        values["histogram"] = state["buckets"]
+    return values
+
+
+def dead_channels(state: Mapping[str, Tensor]) -> Tensor:
+    """Return whether each channel was zero at every position of every input: (C,) bool, False where nothing was seen."""
+    return (state["zeros"] == state["seen"]) & (state["seen"] > 0)
+
+
+def merge_states(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of two `ActivationStats` taken together."""
+    merged = {name: one[name] + other[name] for name in one}
+    merged["moments"] = _merge_ranks(torch.stack((one["moments"], other["moments"])))
+    merged["abs_max"] = torch.maximum(one["abs_max"], other["abs_max"])
+    return merged
 
 
 def histogram_edges() -> Tensor:
@@ -192,11 +205,10 @@ def _finite_moments(data: Tensor) -> tuple[Moments, Tensor]:
     """Moments of the finite values per channel, all three of shape (C,), and their greatest absolute value; in the widest dtype."""
     if data.device.type == "cpu":
         # Looking at a value costs nothing here; elsewhere it would wait for the device.
-        narrow = data.to(torch.promote_types(data.dtype, torch.float32))
-        mean, biased = channel_mean_var(narrow)
+        mean, biased = channel_moments(data)
         if biased.isfinite().all():
             count = torch.full_like(mean, data.numel() // data.shape[1], dtype=torch.float64)
-            low, high = narrow.aminmax()
+            low, high = data.aminmax()
             return Moments(count, mean.double(), biased.double() * count), torch.maximum(-low, high).double()
     # Wide from the start: the square of an exploding float32 overflows from 1.8e19 on.
     wide = data.to(wide_dtype(data.device))

@@ -44,8 +44,8 @@ class DriftMeter:
 
     What the batches in between were like follows from how the running statistics moved: by an exponential average of momentum m, one batch
     is ``before + (after - before) / m``. An averaging says how much its newest batches weigh, or keeps the newest one
-    (`Averaging.newest_weight`, `Averaging.newest_batch`). Drift is measured against the statistics *before* those batches: what an evaluation
-    at that moment would have used.
+    (`Averaging.newest_weight`, `Averaging.newest_batch`). Drift is measured against the statistics *before* those batches: what an
+    evaluation at that moment would have used.
 
     Args:
         layers: which keep running statistics.
@@ -53,7 +53,7 @@ class DriftMeter:
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> layer = nn.BatchNorm1d(1, eps=0.0)
+        >>> layer = nn.BatchNorm1d(1, eps=1e-9)
         >>> meter = DriftMeter([layer])
         >>> meter.start()
         >>> _ = layer(torch.tensor([[2.0], [4.0]]))  # mean 3, unbiased variance 2; the running ones are 0 and 1
@@ -132,26 +132,28 @@ class DriftMeter:
         """Weight of the newest batches in each layer's statistics: (L,), NaN where the layer's rule can't tell."""
         weights = torch.full(step.shape, torch.nan, dtype=self._dtype, device=self._device)
         # Layers of one rule together: for a whole model it is a handful of kernels, and not as many for each layer.
-        rules: dict[tuple[object, ...], tuple[Averaging, list[int]]] = {}
+        rules: dict[object, tuple[Averaging, list[int]]] = {}
         for index, layer in enumerate(self.layers):
             rule = _rule(layer)
-            rules.setdefault((type(rule), rule.extra_repr()), (rule, []))[1].append(index)
-        for rule, members in rules.values():
-            index = self._index(tuple(members))
-            weight = rule.newest_weight(step[index], batches[index])
+            # What an averaging of another's making depends on, its repr need not tell.
+            key: object = (type(rule), rule.extra_repr()) if type(rule) in (Exponential, Cumulative) else id(rule)
+            rules.setdefault(key, (rule, []))[1].append(index)
+        for rule, indices in rules.values():
+            members = self._index(tuple(indices))
+            weight = rule.newest_weight(step[members], batches[members])
             if weight is not None:
-                weights[index] = weight.to(self._dtype)
+                weights[members] = weight.to(self._dtype)
         return weights
 
     def _fill_in(self, mean: Tensor, var: Tensor, observed: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Write over what the running statistics don't tell, from what an averaging kept or a hook saw."""
-        start = 0
+        place = 0
         for index, layer in enumerate(self.layers):
             known = _kept_batch(layer) or observed.get(index)
             if known is not None:
-                here = slice(start, start + layer.num_features)
+                here = slice(place, place + layer.num_features)
                 mean[here], var[here] = known
-            start += layer.num_features
+            place += layer.num_features
 
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.repeat_interleave(self._widths, output_size=int(sum(layer.num_features for layer in self.layers)))

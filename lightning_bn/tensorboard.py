@@ -29,9 +29,19 @@ from lightning_bn.layer_table import LayerTable, worst_layers
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["MAPPED", "LayerReport", "add_markdown", "layout"]
+__all__ = ["MAPPED", "TensorBoardReport", "add_markdown", "layout"]
 
-MAPPED = ("std", "zero_fraction", "dead_fraction", "saturated_fraction", "nonfinite", "drift_mean", "drift_var", "grad_std", "grad_nonfinite")
+MAPPED = (
+    "std",
+    "zero_fraction",
+    "dead_fraction",
+    "saturated_fraction",
+    "nonfinite",
+    "drift_mean",
+    "drift_var",
+    "grad_std",
+    "grad_nonfinite",
+)
 
 # Each picture is drawn when there is so much more to see than on the last one: TensorBoard shows ten, and all of them cost disk.
 _GROWTH = 1.5
@@ -69,7 +79,7 @@ def add_markdown(writer: SummaryWriter, tag: str, text: str, step: int) -> None:
     writer.add_text(tag, text, step)
 
 
-class LayerReport:
+class TensorBoardReport:
     """The pictures, the text and the histograms of one run, in one event file.
 
     Args:
@@ -152,7 +162,9 @@ _CHANNEL_MEAN = Scale(-3, 3, "RdBu_r", "standard deviations of the layer")
 def tell(table: LayerTable, sample: Sample) -> str:
     """Return, as Markdown, which layers are sick and since when, the newest illness first, and the worst layer of each statistic."""
     ailments = table.ailments("train")
-    lines = [f"**Step {table.last_step():,}.** " + (f"{len(ailments)} findings, newest first:" if ailments else "No layer is beyond its limits.")]
+    lines = [
+        f"**Step {table.last_step():,}.** " + (f"{len(ailments)} findings, newest first:" if ailments else "No layer is beyond its limits.")
+    ]
     if ailments:
         lines += ["", "| since step | layer | what | now |", "|---:|---|---|---:|"]
         lines += [f"| {each.since:,} | `{each.layer}` | {each.statistic.label} | {each.value:.4g} |" for each in ailments[:_LISTED]]

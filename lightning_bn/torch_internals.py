@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["channel_mean_var", "in_backward", "is_compiled"]
+__all__ = ["in_backward", "is_compiled", "kernel_moments"]
 
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
 _update_stats = getattr(torch, "batch_norm_update_stats", None)
@@ -25,20 +25,6 @@ def in_backward() -> bool:
     if torch.compiler.is_compiling() or _graph_task_id is None:
         return False
     return bool(_graph_task_id() != -1)
-
-
-def channel_mean_var(data: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the *biased* variance of each channel of (N, C, *spatial), not empty, by batch norm's own kernel.
-
-    Undocumented, and two to fifteen times as fast as ``torch.var_mean`` over all dimensions but the second, which takes its place
-    where the kernel is gone.
-    """
-    if _update_stats is None:
-        var, mean = torch.var_mean(data, [0, *range(2, data.dim())], correction=0)
-        return mean, var
-    scratch = torch.zeros(2, data.shape[1], dtype=data.dtype, device=data.device)
-    mean, var = _update_stats(data, scratch[0], scratch[1], 1.0)
-    return mean, var
 
 
 def is_compiled(module: nn.Module) -> bool:

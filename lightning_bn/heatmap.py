@@ -1,0 +1,173 @@
+"""Drawing: what a reader of TensorBoard sees of the layers, as pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_bn.layer_table import Array, Grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Scale", "draw_channels", "draw_grid", "scale_of"]
+
+Pixels = NDArray[np.uint8]
+
+MAX_COLUMNS = 200
+DPI = 100
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How values become colours. The range is fixed, so that two runs, and two moments of one, can be compared by eye."""
+
+    low: float
+    high: float
+    colours: str
+    unit: str
+    log: bool = False
+    """Whether the range is in decades."""
+
+    def place(self, values: Array) -> Array:
+        """Return where on the range each value lies."""
+        if not self.log:
+            return values
+        with np.errstate(divide="ignore"):
+            return np.log10(values)
+
+
+# Pale is healthy and dark is sick; where both sides are sick, pale lies in the middle.
+_FRACTION = Scale(0, 1, "OrRd", "share, 0 to 1")
+_SCALES = {
+    "std": Scale(-3, 3, "RdBu_r", "standard deviation; 1 is healthy", log=True),
+    "abs_max": Scale(0, 5, "OrRd", "greatest absolute value", log=True),
+    "zero_fraction": _FRACTION,
+    "dead_fraction": _FRACTION,
+    "saturated_fraction": _FRACTION,
+    "nonfinite": Scale(0, 6, "OrRd", "NaN and infinite values", log=True),
+    "drift_mean": Scale(0, 2, "OrRd", "running standard deviations"),
+    "drift_var": Scale(0, 2, "OrRd", "|log(batch / running variance)|"),
+    "weight_near_zero": _FRACTION,
+    "grad_std": Scale(-9, 0, "viridis", "standard deviation", log=True),
+    "grad_nonfinite": Scale(0, 6, "OrRd", "NaN and infinite values", log=True),
+}
+
+
+def scale_of(name: str) -> Scale:
+    """Return how the statistic of that name is coloured."""
+    return _SCALES[name]
+
+
+def draw_grid(grid: Grid) -> Pixels:
+    """Draw one statistic: layers downwards in forward order, steps to the right. Names in red are beyond the limits at the last step.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    shown = grid.thinned(MAX_COLUMNS)
+    sick = grid.statistic.is_sick(grid.values[:, -1])
+    figure, axes, bar = _figure(len(shown.layers))
+    _paint(axes, bar, shown.values, scale_of(grid.statistic.name))
+    _name_layers(axes, shown.layers, sick)
+    _name_steps(axes, shown.steps)
+    figure.suptitle(grid.statistic.label.capitalize(), fontsize=11)
+    return _pixels(figure)
+
+
+def draw_channels(layers: Sequence[str], values: Sequence[Array], scale: Scale, title: str) -> Pixels:
+    """Draw the spread over the channels of each layer: its channels in ascending order from left to right, stretched to one width.
+
+    Args:
+        layers: names.
+        values: by layer, one value a channel; NaN where there is none.
+        scale: their colours.
+        title: of the picture.
+    """
+    share = np.linspace(0, 1, 101)
+    rows = []
+    for row in values:
+        known = row[~np.isnan(row)]
+        rows.append(np.quantile(known, share, method="nearest") if len(known) else np.full(len(share), np.nan))
+    figure, axes, bar = _figure(len(layers))
+    _paint(axes, bar, np.stack(rows), scale)
+    _name_layers(axes, layers, np.zeros(len(layers), dtype=bool))
+    axes.set_xticks(range(0, 101, 25), [f"{percent} %" for percent in range(0, 101, 25)])
+    axes.set_xlabel("channels of each layer, in ascending order")
+    figure.suptitle(title, fontsize=11)
+    return _pixels(figure)
+
+
+def _figure(layers: int) -> tuple[Figure, Axes, Axes]:
+    # Imported late: it takes half a second, and a run without heat maps needs none of it. No pyplot, which would touch the user's figures.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height = min(max(0.2 * layers, 1.2), max(0.125 * layers, 6.0))
+    figure = Figure(figsize=(9.0, height + 1.4), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    # The colour bar on top, where it is in sight however tall the picture is.
+    bar, axes = figure.subplots(2, 1, height_ratios=[0.15, height])
+    return figure, axes, bar
+
+
+def _paint(axes: Axes, bar_axes: Axes, values: Array, scale: Scale) -> None:
+    from matplotlib import colormaps
+
+    # Few enough colours to tell apart beside the bar, and for a PNG of half the size.
+    colours = colormaps[scale.colours].resampled(33)
+    colours.set_bad("0.75")
+    placed = scale.place(values)
+    image = axes.imshow(placed, aspect="auto", interpolation="nearest", cmap=colours, vmin=scale.low, vmax=scale.high)
+    known = placed[~np.isnan(placed)]
+    below, above = bool((known < scale.low).any()), bool((known > scale.high).any())
+    extend: Any = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
+    bar = axes.get_figure(root=True).colorbar(image, cax=bar_axes, orientation="horizontal", extend=extend)
+    bar.set_label(scale.unit + ("; grey: no finite value" if len(known) < placed.size else ""), fontsize=9)
+    bar.ax.xaxis.set_label_position("top")
+    bar.ax.tick_params(labelsize=9, top=True, labeltop=True, bottom=False, labelbottom=False)
+    if scale.log:
+        decades = np.arange(scale.low, scale.high + 1, 1 if scale.high - scale.low < 8 else 3)
+        bar.set_ticks(list(decades), labels=[f"{10.0**decade:g}" for decade in decades])
+
+
+def _name_steps(axes: Axes, steps: Sequence[int]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    # Round numbers, each at the column that covers it; a resumed run's columns need not be evenly spaced.
+    wanted = MaxNLocator(8, steps=[1, 2, 5, 10], integer=True).tick_values(steps[0], steps[-1])
+    columns = {int(np.searchsorted(steps, step)): step for step in reversed(wanted) if steps[0] <= step <= steps[-1]}
+    axes.set_xticks(list(columns), [f"{steps[column]:,}" for column in columns])
+    axes.set_xlabel("training step")
+
+
+def _name_layers(axes: Axes, layers: Sequence[str], sick: NDArray[np.bool_]) -> None:
+    names = _short(layers)
+    size = 9 if len(layers) <= 30 else 8 if len(layers) <= 70 else 7.5
+    axes.set_yticks(range(len(names)), names, fontsize=size)
+    for label, is_sick in zip(axes.get_yticklabels(), sick, strict=True):
+        if is_sick:
+            label.set_color("firebrick")
+            label.set_fontweight("bold")
+
+
+def _short(layers: Sequence[str], longest: int = 36) -> list[str]:
+    """The names without the path that all of them begin with, and the middle of a long one left out."""
+    paths = [layer.split(".") for layer in layers]
+    # Of a lone layer, or one that all others lie in, the last part stays.
+    shortest = min(len(path) for path in paths) - 1
+    common = next((depth for depth in range(shortest) if len({path[depth] for path in paths}) > 1), shortest)
+    names = [".".join(path[common:]) for path in paths]
+    return [name if len(name) <= longest else f"{name[:12]}…{name[-(longest - 13) :]}" for name in names]
+
+
+def _pixels(figure: Figure) -> Pixels:
+    canvas: Any = figure.canvas
+    canvas.draw()
+    pixels: Pixels = np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
+    return pixels

@@ -1,0 +1,78 @@
+"""Which layers of a model are looked at: by type, by name, or by a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import nn
+from torch.nn.modules import activation
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.averaging import Averaging
+from lightning_bn.discovery import user_name
+
+__all__ = ["ACTIVATION_FUNCTIONS", "Choice", "bounds_of", "matches", "select_layers"]
+
+# A softmax gives probabilities, and attention is no function of one value: neither has a zero, a scale or a saturation worth a look.
+_NO_ACTIVATIONS = {"MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
+ACTIVATION_FUNCTIONS: tuple[type[nn.Module], ...] = tuple(
+    getattr(activation, name) for name in activation.__all__ if name not in _NO_ACTIVATIONS
+)
+
+Choice: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+"""A name or a pattern of names, a class, or a function of name and module."""
+
+
+def select_layers(model: nn.Module, choices: Choice | Iterable[Choice] | None = None) -> dict[str, nn.Module]:
+    """Return the chosen modules of `model` by name, in registration order, each once.
+
+    Args:
+        model: any module.
+        choices: None, all batch-norm layers and activation functions. Else one of these or several: a name, as ``"encoder"``; a pattern of
+            names, as ``"layer4.*"``, which stands for the modules without modules of their own that it matches; a class, as ``nn.Conv2d``;
+            a function of name and module, as ``lambda name, module: name.endswith("bn2")``.
+
+    Raises:
+        TypeError: a choice is none of these.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU()), nn.Linear(2, 2))
+        >>> list(select_layers(model)), list(select_layers(model, "0.*")), list(select_layers(model, nn.Linear))
+        (['0.1', '0.2'], ['0.0', '0.1', '0.2'], ['0.0', '1'])
+    """
+    choices = (_BatchNorm, *ACTIVATION_FUNCTIONS) if choices is None else choices
+    several = [choices] if isinstance(choices, str) or callable(choices) else list(choices)
+    for choice in several:
+        if not isinstance(choice, str) and not callable(choice):
+            raise TypeError(
+                f'layers={choices!r}: {choice!r} is neither a name or pattern ("layer4.*"), a class nor a function of name and module.'
+            )
+    # torch.compile's own module stands before the one it compiles, under the same name: the later one is the user's.
+    named = {user_name(path): module for path, module in model.named_modules()}
+    return {name: module for name, module in named.items() if any(matches(choice, name, module) for choice in several)}
+
+
+def matches(choice: Choice, name: str, module: nn.Module) -> bool:
+    """Tell whether `choice` means `module`, which the model has under `name`."""
+    if isinstance(module, Averaging):
+        return False  # a batch norm's own part, which has no activations
+    if isinstance(choice, str):
+        parts = [child for child in module.children() if not isinstance(child, Averaging)]
+        return choice == name or (not parts and fnmatchcase(name, choice))
+    if isinstance(choice, type):
+        return isinstance(module, choice)
+    return bool(choice(name, module))
+
+
+def bounds_of(module: nn.Module) -> tuple[float, float] | None:
+    """Return the least and the greatest value of a function of the sigmoid and tanh family, None for any other module."""
+    if isinstance(module, (nn.Sigmoid, nn.Hardsigmoid)):
+        return (0.0, 1.0)
+    if isinstance(module, nn.Tanh):
+        return (-1.0, 1.0)
+    if isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
+        return (float(module.min_val), float(module.max_val))
+    return None
