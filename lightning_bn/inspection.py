@@ -23,6 +23,8 @@ __all__ = ["Inspection", "check", "mendable_codes", "watch"]
 # A reading of the statistics is taken every so many batches, for BN208 to compare the end of an epoch with the last but one.
 _BATCHES_A_READING = 10
 
+_LEVELS = ("info", "warning", "error")
+
 
 class Inspection:
     """One model under observation. `findings` are all of them, `new` returns those since it was last asked.
@@ -49,11 +51,12 @@ class Inspection:
         self._check_patterns()
         self._fix = set(fix)
         self._rules = [rule for code, rule in RULES.items() if code not in ignore]
-        self._reported: dict[str, set[str]] = {code: set() for code in RULES}
+        self._reported: dict[str, dict[str, int]] = {code: {} for code in RULES}  # how severely, by layer
         self._before: Modes = ()
         self._judged: dict[str, Any] = {}
         self._moving: set[int] = set()
         self._evaluated: set[int] = set()
+        self._steady: set[int] = set()
         self._away: Modes | None = None
         self._interrupted = False
         self._marks: list[Reading] = []
@@ -146,7 +149,7 @@ class Inspection:
         now = reading.counts() if self._counts_before else {}
         counted = [index for index in self._unseen() if now.get(index, 0) > self._counts_before.get(index, 0)]
         values = reading.values() if self.trained and self._evaluated else None
-        evaluation = Evaluation(self.observer, self.setting, self.stage, self.trained, self._evaluated, values, counted)
+        evaluation = Evaluation(self.observer, self.setting, self.stage, self.trained, self._evaluated, self._steady, values, counted)
         self._ask(lambda rule: rule.evaluation(evaluation))
 
     def finish(self) -> None:
@@ -168,7 +171,8 @@ class Inspection:
         self.close()
 
     def returned(self) -> None:
-        """Look whether the modes are again what they were before the last evaluation; looks once for each."""
+        """Go on training: look whether the modes are again what they were before the last evaluation, once for each."""
+        self.stage = "train"
         before, self._away = self._away, None
         if before is not None and len(before) == len(self.observer.modules):
             back = Return(self.observer, self.setting, before, self.observer.snapshot(), self._interrupted)
@@ -222,8 +226,8 @@ class Inspection:
         for forward in self.observer.forwards:
             if forward.moved and self.stage == "train":
                 self._moving.add(forward.layer)
-            if not forward.training and not forward.grad:
-                self._evaluated.add(forward.layer)
+            if not forward.training:
+                (self._steady if forward.grad and self.stage == "train" else self._evaluated).add(forward.layer)
 
     def _unseen(self) -> set[int]:
         return {index for index, layer in enumerate(self.observer.layers) if layer.tracks and index not in self.observer.seen}
@@ -254,11 +258,11 @@ class Inspection:
         mended = rule.code in self._fix and seen.mend is not None
         if mended and seen.mend is not None:
             seen.mend()
-        known = self._reported[rule.code]
-        new = [name for name in seen.layers if name not in known]
+        known, severity = self._reported[rule.code], _LEVELS.index(seen.level or rule.level)
+        new = [name for name in seen.layers if known.get(name, -1) < severity]
         if not new:
             return None
-        known.update(new)
+        known.update(dict.fromkeys(new, severity))
         return self._finding(rule, replace(seen, layers=new), mended)
 
     def _finding(self, rule: Rule, seen: Seen, mended: bool) -> Finding:

@@ -129,6 +129,8 @@ class Evaluation:
     """Whether training had begun."""
     evaluated: Collection[int] = ()
     """Indices of the layers that ran in eval mode."""
+    steady: Collection[int] = ()
+    """Indices of the layers that ran in eval mode while training too."""
     values: Values | None = None
     counted: Collection[int] = ()
     """Indices of the layers no forward of which could be seen, and whose count of batches rose."""

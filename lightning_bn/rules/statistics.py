@@ -129,11 +129,18 @@ class NeverUpdated(Rule):
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
         if not evaluation.trained or evaluation.values is None:
             return
-        untouched = {index: each for index, each in evaluation.values.items() if index in evaluation.evaluated and each.untouched}
+        # A frozen layer that has always run in eval mode is a constant, and the same one in training.
+        meant = {
+            index
+            for index in evaluation.steady
+            if evaluation.observer.layers[index].frozen or evaluation.setting.allows_eval(evaluation.observer.layers[index].name)
+        }
+        ran = set(evaluation.evaluated) - meant
+        untouched = [each for index, each in evaluation.values.items() if index in ran and each.untouched]
         if untouched:
-            tracked = sorted({each.tracked for each in untouched.values()})
+            tracked = sorted({each.tracked for each in untouched})
             yield Seen(
-                [each.layer.name for each in untouched.values()],
+                [each.layer.name for each in untouched],
                 f"after training began, mean is 0 and variance 1 in all channels; num_batches_tracked is {_numbers(tracked)}.",
                 fix=f"{evaluation.setting.root}.train() while training, or recalibrate({evaluation.setting.root}, batches)",
             )
