@@ -76,7 +76,7 @@ def data(batch_size: int = 16, batches: int = BATCHES) -> DataLoader[Any]:
 
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """Return a silent Trainer of one epoch."""
-    silent = {name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")}
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     return pl.Trainer(**{**silent, "accelerator": "cpu", "max_epochs": 1, "callbacks": list(callbacks), **options})
 
 
