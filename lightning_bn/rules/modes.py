@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -161,7 +161,7 @@ class MovedWithoutGrad(Rule):
             # The first pass of reentrant checkpointing has no grad either, and its second comes inside backward.
             if any(f.moved and not f.grad for f in forwards) and not any(f.recomputed for f in forwards):
                 without_grad.append(layer.name)
-            if any(visited_weights(f, batch.observer) for f in forwards):
+            if visits(forwards, batch.observer):
                 at_other_weights.append(layer.name)
         events = (
             (without_grad, f"{batch.when} a training-mode forward under no_grad moved them."),
@@ -174,9 +174,21 @@ class MovedWithoutGrad(Rule):
                 yield Seen(names, event, fix=f"with paused_statistics({target}): ...  # around that forward, or {target}.eval()")
 
 
-def visited_weights(forward: Forward, observer: Observer) -> bool:
-    """Whether it was the second forward of sharpness-aware minimisation: the same input, other weights, and a backward of its own."""
-    return forward.moved and forward.reweighted and not forward.recomputed and forward.call in observer.entered_backward
+def visits(forwards: Sequence[Forward], observer: Observer) -> list[Forward]:
+    """Return those of a layer's forwards that were a second one in sharpness-aware minimisation.
+
+    That is: of the same input as an earlier one, at other weights, and with a backward of its own. A GAN's parts are called again at other
+    weights too, but with another input, or without a backward.
+    """
+    return [
+        forward
+        for place, forward in enumerate(forwards)
+        if forward.moved
+        and forward.reweighted
+        and not forward.recomputed
+        and forward.call in observer.entered_backward
+        and any(earlier.source == forward.source for earlier in forwards[:place])
+    ]
 
 
 def eval_regions(observer: Observer, modes: Modes) -> list[str]:

@@ -12,7 +12,7 @@ from lightning_bn.averaging import Exponential
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.observer import Forward, Observer
 from lightning_bn.readings import Gap, Values
-from lightning_bn.rules.modes import visited_weights
+from lightning_bn.rules.modes import visits
 from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Level, Rule, Seen, call, modules_of
 
 __all__ = ["STATISTICS_RULES"]
@@ -74,7 +74,8 @@ class MovedTwice(Rule):
             return
         by_cause: dict[tuple[str, Level, str], list[str]] = defaultdict(list)
         for layer, forwards in batch.by_layer().items():
-            moved = [f for f in forwards if f.moved and (f.grad or f.recomputed) and not visited_weights(f, batch.observer)]
+            elsewhere = visits(forwards, batch.observer)
+            moved = [f for f in forwards if f.moved and (f.grad or f.recomputed) and f not in elsewhere]
             if any(f.recomputed for f in moved) or len(moved) > 1:
                 by_cause[self._cause(batch, layer, moved)].append(layer.name)
         for (cause, level, fix), names in by_cause.items():

@@ -1,0 +1,165 @@
+"""Each rule about the configuration: the real mistake in a real run, and the nearest legitimate thing, of which nothing is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_runs import Block, Module, Net, data, findings, of, serious
+from torch import Tensor, nn
+
+from lightning_bn import Finding, ModeCheck, check
+
+
+def only(code: str, found: list[Finding]) -> Finding:
+    """Return the one finding of `code`."""
+    (finding,) = of(code, found)
+    return finding
+
+
+def with_momentum(momentum: float) -> Module:
+    """Return a module whose first batch norm has `momentum`."""
+    module = Module()
+    module.model.backbone[0][1].momentum = momentum
+    return module
+
+
+class TestBN301:
+    def test_momentum_zero(self) -> None:
+        """Momentum 0 never moves the statistics, and is said before the first batch."""
+        finding = only("BN301", findings(with_momentum(0.0)))
+        assert (finding.level, finding.layers) == ("warning", ("model.backbone.0.1",))
+
+    def test_momentum_zero_in_eval(self) -> None:
+        """On a layer in eval mode it changes nothing."""
+        module = with_momentum(0.0)
+        module.model.backbone.eval().requires_grad_(False)
+        assert serious(findings(module)) == []
+
+    @pytest.mark.parametrize(("batch_size", "said"), [(16, True), (31, True), (32, False)])
+    def test_momentum_one(self, batch_size: int, said: bool) -> None:
+        """Momentum 1 is said with a batch of fewer than 32 samples."""
+        assert bool(of("BN301", findings(with_momentum(1.0), loader=data(batch_size)))) == said
+
+
+class TestBN302:
+    def test_one_value(self) -> None:
+        """A last batch of one image behind a flattening makes torch raise; the finding says of which layer, and why."""
+        loader = data(3, batches=1)
+        loader = torch.utils.data.DataLoader(loader.dataset, 2)
+        check_ = ModeCheck(action="log")
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            findings(Module(), loader=loader, check=check_)
+        finding = next(f for f in of("BN302", check_.findings) if f.level == "error")
+        assert finding.layers == ("model.head.2",)
+        assert "in batch 1" in finding.message
+        assert "drop_last=True" in finding.message
+
+    def test_batch_of_one_image(self) -> None:
+        """A batch of one image normalises the image by itself: a warning."""
+        model = nn.Sequential(Block(1, 4), nn.Flatten(), nn.Linear(64, 2))
+        finding = only("BN302", findings(Module(model), loader=data(1)))
+        assert finding.level == "warning"
+        assert "instance norm" in finding.message
+        assert "16 values" in finding.message
+
+    @pytest.mark.parametrize(("batch_size", "levels"), [(15, {"info"}), (16, set())])
+    def test_few_values(self, batch_size: int, levels: set[str]) -> None:
+        """Fewer than 16 values per channel are information."""
+        found = of("BN302", findings(Module(), loader=data(batch_size)))
+        assert {finding.level for finding in found} == levels
+
+    def test_batch_of_one_in_eval(self) -> None:
+        """In eval mode a batch of one is as good as any."""
+        model = nn.Sequential(Block(1, 4), nn.Flatten(), nn.Linear(64, 2))
+        model[0].eval().requires_grad_(False)
+        assert serious(findings(Module(model), loader=data(1))) == []
+
+
+class Biased(nn.Module):
+    """A convolution and a linear layer with biases, each before a batch norm; `skip` also feeds the convolution's output elsewhere."""
+
+    def __init__(self, *, skip: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.linear, self.last = nn.Linear(64, 8), nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, 2)
+        self.skip = skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv(images)
+        normalised = self.norm(features).relu()
+        if self.skip:
+            normalised = normalised + features
+        return self.head(self.last(self.linear(normalised.flatten(1))))
+
+
+class TestBN303:
+    def test_dead_biases(self) -> None:
+        """Both biases are named, and their gradients are nothing but rounding."""
+        module = Module(Biased())
+        finding = only("BN303", findings(module))
+        assert finding.level == "info"
+        assert finding.layers == ("model.norm", "model.last")
+        assert "model.conv.bias, model.linear.bias" in finding.message
+        (images, labels), *_ = data()
+        module.loss([images, labels]).backward()
+        assert module.model.conv.bias.grad.abs().max() < 1e-6 < module.model.head.bias.grad.abs().max()
+
+    def test_a_bias_that_is_read_elsewhere(self) -> None:
+        """Where the convolution's output also goes past the batch norm, its bias lives."""
+        assert only("BN303", findings(Module(Biased(skip=True)))).layers == ("model.last",)
+
+    def test_bfloat16(self) -> None:
+        """The casts of autocast don't hide a bias."""
+        assert only("BN303", findings(Module(Biased()), precision="bf16-mixed")).layers == ("model.norm", "model.last")
+
+    def test_no_bias(self) -> None:
+        """Layers built without a bias have none to name, nor has one behind an activation."""
+        assert of("BN303", findings(Module())) == []
+        behind = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+        assert of("BN303", findings(Module(behind))) == []
+
+
+class TestBN304:
+    def test_accumulated_gradients(self) -> None:
+        """The samples of a batch and of a gradient are told."""
+        finding = only("BN304", findings(Module(), accumulate_grad_batches=3))
+        assert finding.level == "info"
+        assert "normalised with 16 samples; the gradient has 48" in finding.message
+
+    def test_one_device_one_batch(self) -> None:
+        """Where the two are the same, nothing is said."""
+        assert of("BN304", findings(Module())) == []
+
+
+class Dropped(nn.Sequential):
+    """A dropout straight before a batch norm, or a layer further away."""
+
+    def __init__(self, *, straight: bool) -> None:
+        dropout = nn.Dropout(0.5)
+        super().__init__(nn.Flatten(), nn.Linear(36, 64), dropout if straight else nn.ReLU(), nn.BatchNorm1d(64), dropout, nn.Linear(64, 2))
+
+
+class TestBN305:
+    def test_variance_is_measured(self) -> None:
+        """The ratio is that of the variances on either side, in the first batch: about 1 / (1 - p) for centred data."""
+        finding = only("BN305", findings(Module(Dropped(straight=True)), loader=data(512, batches=1)))
+        assert (finding.level, finding.layers) == ("info", ("model.3",))
+        ratio = float(finding.message.split("variance was ")[1].split()[0])
+        assert ratio == pytest.approx(2.0, abs=0.2)
+
+    def test_behind(self) -> None:
+        """Dropout behind the batch norm is where it belongs."""
+        assert of("BN305", findings(Module(Dropped(straight=False)))) == []
+
+    def test_no_dropout(self) -> None:
+        """A dropout of p=0 is none."""
+        module = Module(Dropped(straight=True))
+        module.model[2].p = 0.0
+        assert of("BN305", findings(module)) == []
+
+
+def test_check_sees_momentum_without_a_run() -> None:
+    """`check` says of a model at rest what needs no run."""
+    assert [finding.code for finding in check(with_momentum(0.0))] == ["BN301"]
+    assert check(Net()) == []
