@@ -58,7 +58,7 @@ class BatchInput:
     def known(self) -> bool:
         return self._way is not None
 
-    def learn_from(self, module: LightningModule, batches: Iterator[Any]) -> Iterator[Any]:
+    def learn_from(self, trainer: Trainer, module: LightningModule, batches: Iterator[Any]) -> Iterator[Any]:
         """Find the way by the first batch, where it is not known; return all the batches again. The module is to be quiet meanwhile.
 
         Raises:
@@ -68,7 +68,7 @@ class BatchInput:
             return batches
         first = list(islice(batches, 1))
         for batch in first:
-            self._way = self._find(module, batch)
+            self._way = self._find(trainer, module, batch)
         return chain(first, batches)
 
     def run(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
@@ -77,13 +77,13 @@ class BatchInput:
         with trainer.precision_plugin.forward_context():
             self._way.run(module, batch)
 
-    def _find(self, module: LightningModule, batch: Any) -> WayIn:
+    def _find(self, trainer: Trainer, module: LightningModule, batch: Any) -> WayIn:
         # A signature tells which arguments a forward takes, not whether it can do with them: so each way is tried.
         failures: list[str] = []
         last: Exception | None = None
         for way in ways_in(module, batch):
             try:
-                with evaluating(module), kept_buffers(module):
+                with evaluating(module), kept_buffers(module), trainer.precision_plugin.forward_context():
                     way.run(module, batch)
                 return way
             except Exception as error:  # a user's forward may raise anything; all of it is passed on below

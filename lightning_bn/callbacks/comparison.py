@@ -16,9 +16,9 @@ from lightning_bn import recalibration
 from lightning_bn.averaging import Averaging
 from lightning_bn.batch_norm import check_averaging
 from lightning_bn.callbacks.batch_input import BatchInput
-from lightning_bn.callbacks.lightning_internals import logging_step, validation_metrics
+from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
-from lightning_bn.callbacks.training_pass import learning, quiet, training_pass
+from lightning_bn.callbacks.training_pass import learning, quiet, training_pass, validate_once_more
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.followers import Followers
 from lightning_bn.scores import Scores
@@ -106,7 +106,7 @@ class CompareAverages(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.recalibrated and not self._input.known and batch is not None:
             with quiet(trainer, pl_module):
-                self._input.learn_from(pl_module, iter([batch]))
+                self._input.learn_from(trainer, pl_module, iter([batch]))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the others.
@@ -123,10 +123,10 @@ class CompareAverages(Callback):
             return
         for name in self.averages:
             with self._followers.applied(name):
-                self._metrics[name] = validation_metrics(trainer, pl_module)
+                self._metrics[name] = validate_once_more(trainer, pl_module)
         if self.recalibrated and self._learning:
             with self._recalibrated(trainer, pl_module):
-                self._metrics[_RECALIBRATED] = validation_metrics(trainer, pl_module)
+                self._metrics[_RECALIBRATED] = validate_once_more(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._metrics:
@@ -173,7 +173,7 @@ class CompareAverages(Callback):
                 stack.enter_context(
                     recalibration.recalibrated(
                         module,
-                        self._input.learn_from(module, batches),
+                        self._input.learn_from(trainer, module, batches),
                         forward=partial(self._input.run, trainer),
                         num_batches=_NUM_BATCHES,
                         layers=lambda name, layer: name in self._learning,

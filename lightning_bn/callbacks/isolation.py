@@ -16,7 +16,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import Sampler
 from torchmetrics import Metric, MetricCollection
 
-from lightning_bn.transaction import kept_random_states
+from lightning_bn.callbacks.lightning_internals import forgotten_metric_names
+from lightning_bn.random_states import kept_random_states
 
 __all__ = ["in_stage", "isolated", "muted"]
 
@@ -39,6 +40,7 @@ def isolated(module: LightningModule, loader: Any = None) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(_own_metrics(module))
+        stack.enter_context(forgotten_metric_names(module))
         for part in _lightning_modules(module):
             stack.enter_context(_own_attributes(part))
         yield

@@ -14,15 +14,22 @@ from typing import Any
 import lightning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_bn.callbacks.isolation import in_stage, isolated
-from lightning_bn.transaction import kept_buffers
+__all__ = [
+    "afresh",
+    "forgotten_metric_names",
+    "iterates_itself",
+    "logging_step",
+    "to_device",
+    "training_loader",
+    "validation_loader",
+    "validation_metrics",
+]
 
-__all__ = ["afresh", "iterates_itself", "logging_step", "to_device", "training_loader", "validation_metrics"]
+_NO_VALIDATION = "leave out CompareAverages, or monitor="
 
 
 def logging_step(trainer: Trainer) -> int:
@@ -65,27 +72,26 @@ def afresh(loader: Any) -> Any:
     return _anew(loader) if isinstance(loader, CombinedLoader) else _copy(loader)
 
 
-def validation_metrics(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
-    """Run the fit's validation once more and return what it would have put into ``trainer.callback_metrics``.
+def validation_loader(trainer: Trainer) -> CombinedLoader:
+    """Return the fit's validation data anew; see `training_loader`. The Trainer is to be in the validating stage."""
+    live = _reach(trainer, "fit_loop.epoch_loop.val_loop", _NO_VALIDATION)
+    live.setup_data()  # where the fit has not validated yet
+    return _anew(_reach(trainer, "fit_loop.epoch_loop.val_loop._combined_loader", _NO_VALIDATION))
+
+
+def validation_metrics(trainer: Trainer, loader: CombinedLoader) -> dict[str, Tensor]:
+    """Run the fit's validation once more, on `loader`, and return what it would have put into ``trainer.callback_metrics``.
 
     A second loop of Lightning's own class takes the place of the first, with a metric store of its own: the same hooks, reductions and
     names, but no callback or logger hears of it, and no progress counter, checkpoint or logged value changes. ``trainer.validate``
     can't be called inside ``fit``, and writing the loop anew would give other metrics in a dozen corners.
     """
-    advice = "leave out monitor=" if trainer.training else "leave out CompareAverages or monitor="
-    epoch_loop = _reach(trainer, "fit_loop.epoch_loop", advice)
-    live = _reach(trainer, "fit_loop.epoch_loop.val_loop", advice)
-    connector = _reach(trainer, "_logger_connector", advice)
+    epoch_loop = _reach(trainer, "fit_loop.epoch_loop", _NO_VALIDATION)
+    live, connector = epoch_loop.val_loop, _reach(trainer, "_logger_connector", _NO_VALIDATION)
+    again = type(live)(trainer, live._trainer_fn, live._stage, verbose=False, inference_mode=live.inference_mode)
+    again._combined_loader, again._max_batches = loader, live._max_batches
+    again._last_val_dl_reload_epoch = trainer.current_epoch
     with ExitStack() as stack:
-        stack.enter_context(in_stage(trainer, RunningStage.VALIDATING))
-        live.setup_data()  # where the fit has not validated yet
-        loader = _anew(live._combined_loader)
-        stack.callback(loader.reset)
-        stack.enter_context(isolated(module, loader))
-        stack.enter_context(kept_buffers(module))
-        again = type(live)(trainer, live._trainer_fn, live._stage, verbose=False, inference_mode=live.inference_mode)
-        again._combined_loader, again._max_batches = loader, live._max_batches
-        again._last_val_dl_reload_epoch = trainer.current_epoch
         for owner, name, value in (
             (epoch_loop, "val_loop", again),
             (trainer, "_logger_connector", type(connector)(trainer)),
@@ -98,6 +104,16 @@ def validation_metrics(trainer: Trainer, module: LightningModule) -> dict[str, T
         stack.callback(again.teardown)
         again.run()
         return {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
+
+
+@contextmanager
+def forgotten_metric_names(module: LightningModule) -> Iterator[None]:
+    """Let ``module.log`` look up anew which attribute a torchmetrics object is, while copies stand in the objects' places.
+
+    It keeps the answers by the objects' ids, in an attribute of its own.
+    """
+    with _exchanged(module, "_metric_attributes", None):
+        yield
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.checkpoint_files import KINDS, check_kinds, files_of, statistics_in, write_recalibrated_copy
-from lightning_bn.callbacks.lightning_internals import iterates_itself, logging_step, validation_metrics
+from lightning_bn.callbacks.lightning_internals import iterates_itself, logging_step
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.report_logging import log_report
-from lightning_bn.callbacks.training_pass import learning, on_training_device, quiet, training_pass
+from lightning_bn.callbacks.training_pass import learning, on_training_device, quiet, training_pass, validate_once_more
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.recalibration import recalibrate
 from lightning_bn.report import RecalibrationReport
@@ -84,7 +84,7 @@ class BatchNormRecalibration(Callback):
         mode: str = "min",
         checkpoints: Sequence[str] = (),
     ) -> None:
-        _check_arguments(when, every_n_epochs, num_batches, dataloader, checkpoints)
+        _check_arguments(when, every_n_epochs, num_batches, tolerance, exact, dataloader, checkpoints)
         self.when = when
         self.every_n_epochs = every_n_epochs
         self.num_batches = num_batches
@@ -138,7 +138,7 @@ class BatchNormRecalibration(Callback):
         self._learning = learning(self._layers)
         if self.dataloader is not None:
             with training_pass(trainer, pl_module, self.dataloader) as batches:
-                self._input.learn_from(pl_module, batches)
+                self._input.learn_from(trainer, pl_module, batches)
         elif self.when == "validation" and iterates_itself(trainer):
             raise MisconfigurationException(
                 "BatchNormRecalibration(when='validation'): the training loader is its own iterator, so a second pass would take the fit's "
@@ -149,7 +149,7 @@ class BatchNormRecalibration(Callback):
         # A batch that does not go in must be known now, not when the training is over.
         if self.dataloader is None and not self._input.known and batch is not None:
             with quiet(trainer, pl_module):
-                self._input.learn_from(pl_module, iter([batch]))
+                self._input.learn_from(trainer, pl_module, iter([batch]))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the others.
@@ -207,7 +207,7 @@ class BatchNormRecalibration(Callback):
         with training_pass(trainer, module, self.dataloader) as batches:
             return recalibrate(
                 module,
-                self._input.learn_from(module, batches),
+                self._input.learn_from(trainer, module, batches),
                 forward=partial(self._input.run, trainer),
                 num_batches=self.num_batches,
                 tolerance=self.tolerance,
@@ -224,7 +224,7 @@ class BatchNormRecalibration(Callback):
     def _validate(self, trainer: Trainer, module: LightningModule) -> float | None:
         if self.monitor is None:
             return None
-        metrics = validation_metrics(trainer, module)
+        metrics = validate_once_more(trainer, module)
         if self.monitor not in metrics:
             raise MisconfigurationException(
                 f"BatchNormRecalibration(monitor={self.monitor!r}): validation logs no such metric; it logs {', '.join(metrics) or 'none'}."
@@ -233,13 +233,26 @@ class BatchNormRecalibration(Callback):
         return float(trainer.strategy.reduce(metrics[self.monitor], reduce_op="mean"))
 
 
-def _check_arguments(when: str, every_n_epochs: int, num_batches: int | None, dataloader: Any, checkpoints: Sequence[str]) -> None:
+def _check_arguments(
+    when: str,
+    every_n_epochs: int,
+    num_batches: int | None,
+    tolerance: float | None,
+    exact: bool,
+    dataloader: Any,
+    checkpoints: Sequence[str],
+) -> None:
     if when not in ("fit_end", "validation"):
         raise ValueError(f"BatchNormRecalibration(when={when!r}): when is 'fit_end' or 'validation'.")
     if not isinstance(every_n_epochs, int) or every_n_epochs < 1:
         raise ValueError(f"BatchNormRecalibration(every_n_epochs={every_n_epochs!r}): a number of epochs, at least 1.")
     if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
         raise ValueError(f"BatchNormRecalibration(num_batches={num_batches!r}): a number of batches, at least 1, or None for all.")
+    if tolerance is not None and (exact or not tolerance > 0):
+        raise ValueError(
+            f"BatchNormRecalibration(tolerance={tolerance!r}, exact={exact!r}): tolerance is a standard error in standard deviations, "
+            "above 0, and goes with exact=False, since exact needs all batches at once."
+        )
     if isinstance(dataloader, Iterator):
         raise TypeError(
             f"BatchNormRecalibration(dataloader={dataloader!r}): an iterator is used up after one pass. Pass what can be iterated again, a "

@@ -1,21 +1,24 @@
-"""One more pass over the training data in the middle of a fit, of which the fit knows nothing."""
+"""One more pass over the training data, or the validation data, in the middle of a fit that knows nothing of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
 
 from lightning_bn.callbacks.isolation import in_stage, isolated, muted
-from lightning_bn.callbacks.lightning_internals import afresh, to_device, training_loader
+from lightning_bn.callbacks.lightning_internals import afresh, to_device, training_loader, validation_loader, validation_metrics
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.transaction import eager
+from lightning_bn.transaction import eager, kept_buffers
 
-__all__ = ["learning", "on_training_device", "quiet", "training_pass"]
+__all__ = ["learning", "on_training_device", "quiet", "training_pass", "validate_once_more"]
 
 
 def learning(layers: Iterable[BatchNormLayer]) -> set[str]:
@@ -48,6 +51,16 @@ def training_pass(trainer: Trainer, module: LightningModule, dataloader: Any = N
         yield (to_device(trainer, module, batch) for batch in _batches(loader))
 
 
+def validate_once_more(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+    """Return the metrics that validation would log now; nothing is logged, and no callback is called."""
+    with in_stage(trainer, RunningStage.VALIDATING), ExitStack() as stack:
+        loader = validation_loader(trainer)
+        stack.enter_context(isolated(module, loader))
+        stack.enter_context(kept_buffers(module))
+        stack.callback(loader.reset)  # ends the workers
+        return validation_metrics(trainer, loader)
+
+
 @contextmanager
 def on_training_device(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Have the module where it was trained: Lightning moves it to the CPU before ``on_fit_end``."""
@@ -60,8 +73,10 @@ def on_training_device(trainer: Trainer, module: LightningModule) -> Iterator[No
 
 
 def _batches(loader: Any) -> Iterator[Any]:
-    if isinstance(loader, CombinedLoader):
-        for batch, _, _ in loader:
-            yield batch
-    else:
+    if not isinstance(loader, CombinedLoader):
         yield from loader
+        return
+    batches = iter(loader)
+    # The loader knows its limits, and leaves it to whoever fetches from it to stop there.
+    for batch, _, _ in islice(batches, sized_len(loader)):
+        yield batch
