@@ -13,10 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from lightning_bn.collective import in_group, is_first_rank, share
-from lightning_bn.measuring import measured
 from lightning_bn.tally import Row, Summary, Tally
 
-__all__ = ["Estimate", "Seen", "Tallies", "collect", "merged", "merged_summary", "progress_bar"]
+__all__ = ["Estimate", "OnePass", "Seen", "Tallies", "merged", "merged_summary", "progress_bar"]
 
 Estimate = Callable[[int, Summary], tuple[Tensor, Tensor]]
 """The statistics that the layer of that place gets for what it saw: mean and variance, (C,)."""
@@ -75,35 +74,38 @@ class Tallies:
         )
 
 
-def collect(
-    batches: Iterable[Any],
-    run: Callable[[Any], object],
-    layers: Sequence[_BatchNorm],
-    *,
-    num_batches: int | None,
-    tolerance: float | None,
-    progress: bool,
-) -> Seen:
-    """Run every batch once, each layer normalising with the batch's own mean and biased variance, as in training."""
-    tallies = Tallies(layers, pending=_PENDING)
+class OnePass:
+    """A pass in which each layer normalises a batch with the batch's own mean and biased variance, as in training."""
 
-    def station(place: int, row: Row) -> tuple[Tensor, Tensor]:
-        tallies.add(tallies.batches, place, row)
+    def __init__(self, layers: Sequence[_BatchNorm], *, num_batches: int | None, tolerance: float | None, progress: bool) -> None:
+        self._layers = layers
+        self._num_batches = num_batches
+        self._tolerance = tolerance
+        self._progress = progress
+        self._tallies = Tallies(layers, pending=_PENDING)
+
+    def station(self, place: int, row: Row) -> tuple[Tensor, Tensor]:
+        """What a layer does with its input; see `measured`, inside which `collect` is to be called."""
+        self._tallies.add(self._tallies.batches, place, row)
         return row.mean, row.var
 
-    met = False
-    with measured(layers, station), progress_bar(batches, num_batches, layers, progress) as bar:
-        for batch in islice(batches, num_batches):
-            run(batch)
-            tallies.batches += 1
-            bar.update()
-            if tolerance is not None and tallies.batches > 1:
-                error = tallies.standard_error()
-                bar.set_postfix_str(f"std error {error:.3g}, to reach {tolerance:g}")
-                met = tallies.batches >= _MIN_BATCHES and error < tolerance
+    def collect(self, batches: Iterable[Any], run: Callable[[Any], object]) -> Seen:
+        """Run every batch, until the tolerance is met."""
+        met = False
+        with progress_bar(batches, self._num_batches, self._layers, self._progress) as bar:
+            for batch in islice(batches, self._num_batches):
+                run(batch)
+                self._tallies.batches += 1
+                bar.update()
+                met = self._tolerance is not None and self._meets(self._tolerance, bar)
                 if met:
                     break
-    return tallies.seen(num_batches, tolerance_met=met)
+        return self._tallies.seen(self._num_batches, tolerance_met=met)
+
+    def _meets(self, tolerance: float, bar: tqdm[Any]) -> bool:
+        error = self._tallies.standard_error()
+        bar.set_postfix_str(f"std error {error:.3g}, to reach {tolerance:g}")
+        return self._tallies.batches >= _MIN_BATCHES and error < tolerance
 
 
 def progress_bar(batches: Iterable[Any], num_batches: int | None, layers: Sequence[_BatchNorm], progress: bool) -> tqdm[Any]:

@@ -13,49 +13,49 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.collection import Estimate, Seen, Tallies, merged_summary, progress_bar
 from lightning_bn.collective import share
 from lightning_bn.lockstep import Lockstep, Stop
-from lightning_bn.measuring import measured
 from lightning_bn.tally import Row
 
-__all__ = ["collect_exactly"]
+__all__ = ["ExactPass"]
 
 
-def collect_exactly(
-    batches: Iterable[Any],
-    run: Callable[[Any], object],
-    layers: Sequence[_BatchNorm],
-    estimate: Estimate,
-    *,
-    num_batches: int | None,
-    progress: bool,
-) -> Seen:
-    """Run all batches in lockstep, over all ranks; at each layer they go on normalised with its new statistics.
+class ExactPass:
+    """A pass in which all batches, of all ranks, go through the network in lockstep, normalised at each layer with its new statistics.
 
-    At a layer that is called again the statistics are those of all calls so far: only its last call is normalised with the final ones.
+    At a layer that is called again they are those of all calls so far: only its last call is normalised with the final ones.
     """
-    tallies = Tallies(layers, pending=None)
-    new: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def station(place: int, row: Row) -> tuple[Tensor, Tensor]:
-        tallies.add(lockstep.current(), place, row)
-        lockstep.stop(place)
-        return new[place]
+    def __init__(self, layers: Sequence[_BatchNorm], estimate: Estimate, *, num_batches: int | None, progress: bool) -> None:
+        self._layers = layers
+        self._estimate = estimate
+        self._num_batches = num_batches
+        self._progress = progress
+        self._tallies = Tallies(layers, pending=None)
+        self._new: dict[int, tuple[Tensor, Tensor]] = {}
+        self._lockstep = Lockstep(_first_of_all_ranks, self._arrived)
 
-    def arrived(place: int) -> None:
-        summary = merged_summary(tallies.summary(place))
+    def station(self, place: int, row: Row) -> tuple[Tensor, Tensor]:
+        """What a layer does with its input; see `measured`, inside which `collect` is to be called."""
+        self._tallies.add(self._lockstep.current(), place, row)
+        self._lockstep.stop(place)
+        return self._new[place]
+
+    def _arrived(self, place: int) -> None:
+        summary = merged_summary(self._tallies.summary(place))
         if summary is not None:
-            new[place] = estimate(place, summary)
-        bar.set_postfix_str(f"layer {len(new)} of {len(layers)}")
+            self._new[place] = self._estimate(place, summary)
+        self._bar.set_postfix_str(f"layer {len(self._new)} of {len(self._layers)}")
 
-    def jobs() -> Iterator[Callable[[], object]]:
-        for batch in islice(batches, num_batches):
+    def collect(self, batches: Iterable[Any], run: Callable[[Any], object]) -> Seen:
+        """Run all batches."""
+        with progress_bar(batches, self._num_batches, self._layers, self._progress) as self._bar:
+            self._lockstep.run(self._jobs(batches, run))
+        return self._tallies.seen(self._num_batches)
+
+    def _jobs(self, batches: Iterable[Any], run: Callable[[Any], object]) -> Iterator[Callable[[], object]]:
+        for batch in islice(batches, self._num_batches):
             yield partial(run, batch)
-            tallies.batches += 1
-            bar.update()
-
-    with measured(layers, station), progress_bar(batches, num_batches, layers, progress) as bar:
-        lockstep = Lockstep(_first_of_all_ranks, arrived)
-        lockstep.run(jobs())
-    return tallies.seen(num_batches)
+            self._tallies.batches += 1
+            self._bar.update()
 
 
 def _first_of_all_ranks(stop: Stop | None) -> Stop | None:

@@ -39,8 +39,7 @@ class Lockstep:
     def __init__(self, agree: Callable[[Stop | None], Stop | None], arrived: Callable[[int], None]) -> None:
         self._agree = agree
         self._arrived = arrived
-        self._hub = getcurrent()
-        self._state = _thread_state()
+        self._jobs: list[_Job] = []
         self._waiting: dict[Stop, list[_Job]] = {}
 
     def stop(self, place: int) -> None:
@@ -58,9 +57,11 @@ class Lockstep:
 
     def run(self, jobs: Iterable[Callable[[], object]]) -> None:
         """Run `jobs` to their ends; what one of them raises ends all, each with its ``finally``, and is raised."""
+        self._hub, self._state = getcurrent(), _thread_state()
         try:
             for number, call in enumerate(jobs):
-                self._resume(_Job(call, number))
+                self._jobs.append(_Job(call, number))
+                self._resume(self._jobs[-1])
             while (stop := self._agree(min(self._waiting, default=None))) is not None:
                 self._arrived(stop[0])
                 for job in self._waiting.pop(stop, ()):
@@ -74,7 +75,7 @@ class Lockstep:
             self._waiting.setdefault(stop, []).append(job)
 
     def _end(self) -> None:
-        for job in [job for jobs in self._waiting.values() for job in jobs]:
+        for job in self._jobs:
             while not job.dead:
                 # Its with-blocks and finally-clauses run; whatever they raise came after the error that ends it all.
                 with suppress(Exception):

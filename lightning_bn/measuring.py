@@ -33,11 +33,14 @@ def measured(layers: Sequence[_BatchNorm], station: Station) -> Iterator[None]:
     The layers' own buffers are not written: other tensors stand in their place, and whoever calls this puts them back (`kept_buffers`).
     """
     with ExitStack() as stack:
-        # A subclass with an averaging has hooks of its own, which exchange the buffers too; this flag tells them to stay away.
-        stack.enter_context(kept_attribute(layers, "track_running_stats"))
         for place, layer in enumerate(layers):
             handle = layer.register_forward_pre_hook(_hook(place, layer, station), with_kwargs=True)
             stack.callback(handle.remove)
+        # What gives an average to a subclass exchanges the buffers too, one call at a time; this flag tells it to stay away. In eval mode
+        # the forwards that are known normalise with the buffers whatever it says.
+        others = [layer for layer in layers if _known(layer) or subclasses.is_served(layer)]
+        stack.enter_context(kept_attribute(others, "track_running_stats"))
+        for layer in others:
             layer.track_running_stats = False
         yield
 
@@ -56,11 +59,13 @@ def _hook(place: int, layer: _BatchNorm, station: Station) -> Callable[..., None
     return hook
 
 
+def _known(layer: _BatchNorm) -> bool:
+    return "forward" not in layer.__dict__ and type(layer).forward in _KNOWN_FORWARDS
+
+
 def _normalises_its_input(layer: _BatchNorm) -> bool:
-    if "forward" not in layer.__dict__ and type(layer).forward in _KNOWN_FORWARDS:
-        return True
     try:
-        return subclasses.obstacle(layer) is None
+        return _known(layer) or subclasses.obstacle(layer) is None
     except Exception:  # a layer that can't be copied for the trial can still be asked by its own forward
         return False
 
@@ -88,16 +93,23 @@ def _by_own_forward(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, 
     input = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     if input.numel() == 0:
         return None
-    mean, var = torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)
-    instead = {"training": True, "track_running_stats": True, "momentum": 1.0, "running_mean": mean, "running_var": var}
+    # A variance that no data has: still there afterwards, nothing was written. (The kernel does not count its writes in ``_version``.)
+    mean, var = torch.zeros_like(layer.running_mean), torch.full_like(layer.running_var, -1.0)
+    instead = {
+        **({"averaging": None} if hasattr(layer, "averaging") else {}),  # a subclass of this package's layer; it sees no batch
+        "training": True,
+        "track_running_stats": True,
+        "momentum": 1.0,
+        "running_mean": mean,
+        "running_var": var,
+        "num_batches_tracked": torch.zeros((), dtype=torch.int64, device=mean.device),
+    }
     with ExitStack() as stack:
-        for name in (*instead, "num_batches_tracked"):
-            stack.enter_context(kept_attribute([layer], name))
         for name, value in instead.items():
+            stack.enter_context(kept_attribute([layer], name))
             setattr(layer, name, value)
-        layer.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=mean.device)
         layer.forward(*args, **kwargs)
-    if mean._version == 0:
+    if (var < 0).any():
         raise TypeError(
             f"{type(layer).__name__}'s forward does not leave the statistics of the batch in its buffers, so they can't be told. Leave it "
             f"out: recalibrate(model, batches, layers=lambda name, module: not isinstance(module, {type(layer).__name__}))."

@@ -6,22 +6,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lightning_bn.collection import Seen, collect, merged
+from lightning_bn.collection import OnePass, Seen, merged
 from lightning_bn.collective import tell_failure
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.feeding import Forward, feed, to_device
 from lightning_bn.interrupts import HeldInterrupts
+from lightning_bn.measuring import measured
 from lightning_bn.modes import evaluating
 from lightning_bn.outcome import Estimator, agreed_changes, layer_report
+from lightning_bn.random_states import kept_random_states
 from lightning_bn.report import RecalibrationReport
 from lightning_bn.selection import Layers, choose
-from lightning_bn.transaction import StatisticsChange, commit, eager, kept_buffers, kept_random_states, undo
+from lightning_bn.transaction import StatisticsChange, commit, eager, kept_buffers
+
+if TYPE_CHECKING:
+    from lightning_bn.exact import ExactPass
 
 __all__ = ["recalibrate", "recalibrated"]
 
@@ -115,15 +120,17 @@ def recalibrate(
     chosen = choose(core, layers)
     run = _runner(core, forward, device)
     with HeldInterrupts() as interrupts:
-        with _all_else_kept(core, batches), interrupts.allowed():
-            estimator = Estimator(chosen, pooled=pooled, prior=prior)
-            seen = _look(batches, run, chosen, estimator, options)
+        estimator = Estimator(chosen, pooled=pooled, prior=prior)
+        way = _pass(chosen, estimator, options)
+        with _all_else_kept(core, batches), measured([layer.module for layer in chosen], way.station), interrupts.allowed():
+            seen = _collected(way, batches, run)
             changes = agreed_changes(chosen, estimator, seen)
         report = _report(chosen, changes, seen, options)
         if not dry_run:
             interrupts.undo = report.rollback
             commit([change for change in changes if change is not None])
-    return report
+        # Inside the block: a Ctrl-C after it would come too late to undo what is done.
+        return report
 
 
 @contextmanager
@@ -209,19 +216,19 @@ def _all_else_kept(model: nn.Module, batches: object) -> Iterator[None]:
         yield
 
 
-def _look(
-    batches: Iterable[Any], run: Callable[[Any], object], chosen: list[BatchNormLayer], estimator: Estimator, options: _Options
-) -> Seen:
-    """Let the data through, and return what all ranks have seen together."""
+def _pass(chosen: list[BatchNormLayer], estimator: Estimator, options: _Options) -> OnePass | ExactPass:
     modules = [layer.module for layer in chosen]
-    try:
-        if options.exact:
-            # Imported here: greenlet is for this alone.
-            from lightning_bn.exact import collect_exactly
+    if not options.exact:
+        return OnePass(modules, num_batches=options.num_batches, tolerance=options.tolerance, progress=options.progress)
+    from lightning_bn.exact import ExactPass  # it alone needs greenlet
 
-            seen = collect_exactly(batches, run, modules, estimator, num_batches=options.num_batches, progress=options.progress)
-        else:
-            seen = collect(batches, run, modules, num_batches=options.num_batches, tolerance=options.tolerance, progress=options.progress)
+    return ExactPass(modules, estimator, num_batches=options.num_batches, progress=options.progress)
+
+
+def _collected(way: OnePass | ExactPass, batches: Iterable[Any], run: Callable[[Any], object]) -> Seen:
+    """Let the data through, and return what all ranks have seen together."""
+    try:
+        seen = way.collect(batches, run)
     except BaseException as error:
         tell_failure(error)
         raise
@@ -229,7 +236,6 @@ def _look(
 
 
 def _report(chosen: list[BatchNormLayer], changes: list[StatisticsChange | None], seen: Seen, options: _Options) -> RecalibrationReport:
-    made = [change for change in changes if change is not None]
     rows = zip(chosen, changes, seen.summaries, strict=True)
     return RecalibrationReport(
         batches=seen.batches,
@@ -241,5 +247,5 @@ def _report(chosen: list[BatchNormLayer], changes: list[StatisticsChange | None]
         num_batches=options.num_batches,
         tolerance=options.tolerance,
         dry_run=options.dry_run,
-        _undo=lambda: None if options.dry_run else undo(made),
+        _changes=() if options.dry_run else tuple(change for change in changes if change is not None),
     )

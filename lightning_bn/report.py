@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from lightning_bn.interrupts import HeldInterrupts
+from lightning_bn.transaction import StatisticsChange, undo
 
 __all__ = ["LayerReport", "RecalibrationReport"]
 
@@ -58,7 +60,7 @@ class RecalibrationReport:
     tolerance: float | None
     """As asked for."""
     dry_run: bool
-    _undo: Callable[[], None] = field(repr=False, compare=False)
+    _changes: tuple[StatisticsChange, ...] = field(repr=False, compare=False)
 
     def rollback(self) -> None:
         """Write the statistics from before the recalibration back into the layers, in place and to the bit.
@@ -66,7 +68,8 @@ class RecalibrationReport:
         Nothing else was changed, so the model is what it was; an averaging's history was never touched. After a dry run there is nothing
         to undo and nothing happens. Under several ranks each calls it for itself.
         """
-        self._undo()
+        with HeldInterrupts():
+            undo(self._changes)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain numbers, strings, lists and dicts; what is not finite is None, as JSON has no NaN."""
