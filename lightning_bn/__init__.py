@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
 from lightning_bn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from lightning_bn.conversion import convert_batch_norm, to_torch
-from lightning_bn.inspection import check, watch
 from lightning_bn.modes import paused_statistics
 from lightning_bn.recalibration import recalibrate, recalibrated
 from lightning_bn.report import LayerReport, RecalibrationReport
 from lightning_bn.rules import Finding, ModeCheckError
+from lightning_bn.watching import check, watch
 from lightning_bn.window import Window
 
 if TYPE_CHECKING:
     from lightning_bn.activations import ActivationStats as ActivationStats
     from lightning_bn.callbacks.activation_stats import ActivationStatsMonitor as ActivationStatsMonitor
-    from lightning_bn.callbacks.mode_check import ModeCheck
     from lightning_bn.callbacks.comparison import CompareAverages as CompareAverages
+    from lightning_bn.callbacks.mode_check import ModeCheck
     from lightning_bn.callbacks.recalibration import BatchNormRecalibration as BatchNormRecalibration
     from lightning_bn.plugins.layer_sync import BatchNormSync as BatchNormSync
 

@@ -64,9 +64,11 @@ class AdjacencyProbe:
                 self._handles.append(module.register_forward_hook(self._after_dropout(user_name(name))))
 
     def close(self) -> None:
+        """Remove the hooks, and let go of the graph."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._candidates, self._dropped = [], {}, []
+        self._edges.clear()
 
     def trace(self, outputs: Any) -> None:
         """Count, in the graph behind the tensors `outputs`, who else reads what goes into each batch norm."""

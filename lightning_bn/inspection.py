@@ -1,24 +1,21 @@
-"""The rules at work: an inspection shows them what a model did, and keeps each finding once; `check` and `watch` need no Trainer."""
+"""The rules at work: an inspection shows them what a model did, and keeps each finding once."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_bn.adjacency import AdjacencyProbe
 from lightning_bn.observer import Modes, Observer
 from lightning_bn.readings import Reading, gaps, weight_sums
-from lightning_bn.rules import RULES, Finding, ModeCheckError, Rule
+from lightning_bn.rules import RULES, Finding, Rule
 from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Return, Seen, Setting, listing, modules_of
 
-__all__ = ["Inspection", "check", "mendable_codes", "watch"]
+__all__ = ["Inspection", "check_action", "check_codes", "mendable_codes"]
 
 # A reading of the statistics is taken every so many batches, for BN208 to compare the end of an epoch with the last but one.
 _BATCHES_A_READING = 10
@@ -65,17 +62,22 @@ class Inspection:
         self._last_check = "nothing was known of them before"
         self._anchor: tuple[torch.Tensor, Reading] | None = None
         self._counts_before: dict[int, int] = {}
-        self.probe: AdjacencyProbe | None = None
+        self._probe: AdjacencyProbe | None = None
+        self.tracing = False
+        """Whether `trace` is still to be told what the first training batch computed."""
 
     def attach(self, entries: Iterable[nn.Module]) -> None:
         """Set the hooks; `entries` are the modules that a training step calls."""
         self.observer.attach(entries)
-        self.probe = AdjacencyProbe(self.model, self.observer.layers)
+        self._probe = AdjacencyProbe(self.model, self.observer.layers)
+        self.tracing = True
 
     def close(self) -> None:
         """Remove every hook."""
         self.observer.close()
-        self._end_probe()
+        self.tracing = False
+        if self._probe is not None:
+            self._probe.close()
 
     def new(self) -> list[Finding]:
         """Return the findings that were not returned before."""
@@ -125,10 +127,13 @@ class Inspection:
         after = self.observer.snapshot()
         opened = self.observer.modes or (after if late else self._before)
         self._judge(opened if late else self._before, opened, after)
-        if self.probe is not None and any(forward.training for forward in self.observer.forwards):
-            biases, dropouts = self.probe.dead_biases(), self.probe.dropout_shifts()
-            self._end_probe()
-            self._ask(lambda rule: [*rule.biases(biases), *rule.dropouts(dropouts)])
+        if self.tracing and any(forward.training for forward in self.observer.forwards):
+            self._end_tracing()
+
+    def trace(self, outputs: Any) -> None:
+        """Look through the autograd graph behind `outputs`, a loss or what the model returned; only of the first training batch."""
+        if self.tracing and self._probe is not None:
+            self._probe.trace(outputs)
 
     def begin_evaluation(self, stage: str, step: int, modes: Modes | None = None) -> None:
         """Begin a validation, test or prediction; `modes` are those before it, where they shall be back after it."""
@@ -196,6 +201,9 @@ class Inspection:
         reading, last = Reading(self.observer.layers), self._last_check
         self._last_check = f"they were sound at step {self.step}"
         self._count(reading)
+        if self._probe is not None and not self.tracing:
+            shifts, self._probe = self._probe.dropout_shifts(), None
+            self._ask(lambda rule: rule.dropouts(shifts))
         if not reading.sound():
             values = reading.values()
             self._ask(lambda rule: rule.values(values, last))
@@ -242,10 +250,13 @@ class Inspection:
             batch = self._batch()
             self._ask(lambda rule: rule.counts(batch, moved, self._batches - batches))
 
-    def _end_probe(self) -> None:
-        if self.probe is not None:
-            self.probe.close()
-            self.probe = None
+    def _end_tracing(self) -> None:
+        if self._probe is not None:
+            biases = self._probe.dead_biases()
+            self._ask(lambda rule: rule.biases(biases))
+            # What it measured of dropouts stays on the device until the next check.
+            self._probe.close()
+        self.tracing = False
 
     def _ask(self, question: Callable[[Rule], Iterable[Seen]]) -> None:
         for rule in self._rules:
@@ -292,96 +303,6 @@ class Inspection:
                     f"{self.setting.caller}(allow_eval=[{pattern!r}]): no module has such a name. Give module names or patterns of them, "
                     f"as named_modules() has them; the first level here is {', '.join(parts) or 'empty'}."
                 )
-
-
-def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Sequence[str] = ()) -> list[Finding]:
-    """Return what can be seen in `model` without running it; nothing in it is changed.
-
-    Args:
-        model: any module, for instance one that a checkpoint was loaded into. Rules about training look at the parts in train mode.
-        ignore: codes of rules to leave out.
-        allow_eval: names, or patterns of names (``backbone.*``), of modules that are in eval mode on purpose.
-
-    Raises:
-        ValueError: an unknown code, or a pattern that no module matches.
-
-    Example:
-        >>> from torch import nn
-        >>> from lightning_bn import check
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=0.0))
-        >>> [(finding.code, finding.layers) for finding in check(model)]
-        [('BN301', ('1',))]
-    """
-    setting = Setting(caller="check", allow_eval=tuple(allow_eval))
-    inspection = Inspection(model, setting, ignore=ignore)
-    inspection.at_rest()
-    return inspection.findings
-
-
-@contextmanager
-def watch(model: nn.Module, *, action: str = "warn", ignore: Sequence[str] = (), allow_eval: Sequence[str] = ()) -> Iterator[list[Finding]]:
-    """Observe the forwards of `model` in a loop of one's own, and report at exit.
-
-    A step of any optimizer that holds one of the model's parameters ends a training batch. What only a Trainer knows (stages, batches, who
-    changed a mode) is not looked at. No hook is left, on any way out.
-
-    Args:
-        model: the module that the loop calls; for Fabric, the one that ``fabric.setup`` returned.
-        action: at exit, "warn": one warning for each finding that is more than information. "raise": a `ModeCheckError` for them all.
-            "log": nothing; look at the list.
-        ignore: codes of rules to leave out.
-        allow_eval: names, or patterns of names, of modules that are in eval mode on purpose.
-
-    Yields:
-        The list of findings, which grows as the loop runs and is complete at exit.
-
-    Example:
-        >>> import torch
-        >>> from lightning_bn import watch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-        >>> with watch(model, action="log") as findings, torch.no_grad():
-        ...     _ = model(torch.randn(8, 2))  # model.eval() was forgotten
-        >>> [finding.code for finding in findings if finding.level != "info"]
-        ['BN106']
-    """
-    check_action("watch", action)
-    inspection = Inspection(model, Setting(caller="watch", allow_eval=tuple(allow_eval)), ignore=ignore)
-    inspection.attach([model])
-    own = {id(parameter) for parameter in model.parameters()}
-    steps = 0
-
-    def trace(module: nn.Module, args: Any, output: Any) -> None:
-        if inspection.probe is not None and not torch.compiler.is_compiling():
-            inspection.probe.trace(output)
-
-    def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal steps
-        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-            steps += 1
-            inspection.end_batch(late=True)
-            inspection.begin_batch("train", steps, steps)
-
-    handles = [model.register_forward_hook(trace), register_optimizer_step_post_hook(after_step)]
-    try:
-        inspection.configuration()
-        inspection.begin_batch("train", 0, 0)
-        yield inspection.findings
-    finally:
-        for handle in handles:
-            handle.remove()
-        inspection.finish()
-    report(inspection.findings, action)
-
-
-def report(findings: Sequence[Finding], action: str) -> None:
-    """Warn of the findings above information, or raise for those that were not mended."""
-    serious = [finding for finding in findings if finding.level != "info"]
-    if action == "warn":
-        for finding in serious:
-            warnings.warn(str(finding), stacklevel=4)
-    unmended = [finding for finding in serious if not finding.mended]
-    if action == "raise" and unmended:
-        raise ModeCheckError(unmended)
 
 
 def mendable_codes() -> list[str]:

@@ -115,8 +115,7 @@ class ModeCheck(Callback):
         inspection.begin_batch("train", trainer.global_step, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._inspection is not None and self._inspection.probe is not None:
-            self._inspection.probe.trace(loss)
+        self._look().trace(loss)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         inspection = self._look()

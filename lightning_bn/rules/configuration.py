@@ -9,6 +9,7 @@ from lightning_bn.adjacency import DeadBias, DropoutShift
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.observer import Forward
 from lightning_bn.rules.rule import Batch, Configuration, Level, Rule, Seen, Setting, listing
+from lightning_bn.running import is_synchronised
 
 __all__ = ["CONFIGURATION_RULES"]
 
@@ -140,7 +141,7 @@ def momentum_of(layer: BatchNormLayer) -> float | None:
 
 def _ranks(layer: BatchNormLayer, setting: Setting) -> int:
     """How many devices' batches the layer normalises with."""
-    return setting.ranks if layer.synced else 1
+    return setting.ranks if layer.synced or is_synchronised(layer.module) else 1
 
 
 CONFIGURATION_RULES: tuple[Rule, ...] = (

@@ -1,0 +1,108 @@
+"""The rules without a Trainer: at a model at rest, or around a loop of one's own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lightning_bn.inspection import Inspection, check_action
+from lightning_bn.rules import Finding, ModeCheckError
+from lightning_bn.rules.rule import Setting
+
+__all__ = ["check", "watch"]
+
+
+def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Sequence[str] = ()) -> list[Finding]:
+    """Return what can be seen in `model` without running it; nothing in it is changed.
+
+    Args:
+        model: any module, for instance one that a checkpoint was loaded into. Rules about training look at the parts in train mode.
+        ignore: codes of rules to leave out.
+        allow_eval: names, or patterns of names (``backbone.*``), of modules that are in eval mode on purpose.
+
+    Raises:
+        ValueError: an unknown code, or a pattern that no module matches.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_bn import check
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=0.0))
+        >>> [(finding.code, finding.layers) for finding in check(model)]
+        [('BN301', ('1',))]
+    """
+    setting = Setting(caller="check", allow_eval=tuple(allow_eval))
+    inspection = Inspection(model, setting, ignore=ignore)
+    inspection.at_rest()
+    return inspection.findings
+
+
+@contextmanager
+def watch(model: nn.Module, *, action: str = "warn", ignore: Sequence[str] = (), allow_eval: Sequence[str] = ()) -> Iterator[list[Finding]]:
+    """Observe the forwards of `model` in a loop of one's own, and report at exit.
+
+    A step of any optimizer that holds one of the model's parameters ends a training batch. What only a Trainer knows (stages, batches, who
+    changed a mode) is not looked at. No hook is left, on any way out.
+
+    Args:
+        model: the module that the loop calls; for Fabric, the one that ``fabric.setup`` returned.
+        action: at exit, "warn": one warning for each finding that is more than information. "raise": a `ModeCheckError` for them all.
+            "log": nothing; look at the list.
+        ignore: codes of rules to leave out.
+        allow_eval: names, or patterns of names, of modules that are in eval mode on purpose.
+
+    Yields:
+        The list of findings, which grows as the loop runs and is complete at exit.
+
+    Example:
+        >>> import torch
+        >>> from lightning_bn import watch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        >>> with watch(model, action="log") as findings, torch.no_grad():
+        ...     _ = model(torch.randn(8, 2))  # model.eval() was forgotten
+        >>> [finding.code for finding in findings if finding.level != "info"]
+        ['BN106']
+    """
+    check_action("watch", action)
+    inspection = Inspection(model, Setting(caller="watch", allow_eval=tuple(allow_eval)), ignore=ignore)
+    inspection.attach([model])
+    own = {id(parameter) for parameter in model.parameters()}
+    steps = 0
+
+    def trace(module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            inspection.trace(output)
+
+    def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal steps
+        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            steps += 1
+            inspection.end_batch(late=True)
+            inspection.begin_batch("train", steps, steps)
+
+    handles = [model.register_forward_hook(trace), register_optimizer_step_post_hook(after_step)]
+    try:
+        inspection.configuration()
+        inspection.begin_batch("train", 0, 0)
+        yield inspection.findings
+    finally:
+        for handle in handles:
+            handle.remove()
+        inspection.finish()
+    _report(inspection.findings, action)
+
+
+def _report(findings: Sequence[Finding], action: str) -> None:
+    """Warn of the findings above information, or raise for those that were not mended."""
+    serious = [finding for finding in findings if finding.level != "info"]
+    if action == "warn":
+        for finding in serious:
+            warnings.warn(str(finding), stacklevel=4)
+    unmended = [finding for finding in serious if not finding.mended]
+    if action == "raise" and unmended:
+        raise ModeCheckError(unmended)
