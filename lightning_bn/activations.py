@@ -44,8 +44,8 @@ class ActivationStats(Metric):
 
     Shape:
         - update: (N, C, *spatial), or what `channel_dim` says, of any floating dtype; N may be 0. (N,) counts as (N, 1).
-        - compute: scalars (), but ``channel_mean`` and ``channel_std`` (C,) and ``histogram`` (len(histogram_edges()) + 1,).
-          A statistic of too few values is NaN.
+        - compute: scalars (), but ``channel_mean`` and ``channel_std`` (C,), which torchmetrics gives as () where C is 1, and ``histogram``
+          (len(histogram_edges()) + 1,). A statistic of too few values is NaN.
 
     Raises:
         ValueError: fewer than one channel; bounds that are not increasing.

@@ -13,13 +13,12 @@ from lightning_bn.layer_table import Array, Grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["Scale", "draw_channels", "draw_grid", "scale_of"]
 
 Pixels = NDArray[np.uint8]
 
-MAX_COLUMNS = 200
+MAX_COLUMNS = 150
 DPI = 100
 
 
@@ -33,29 +32,33 @@ class Scale:
     unit: str
     log: bool = False
     """Whether the range is in decades."""
+    count: bool = False
+    """Whether 0 is the value at the low end of a range in decades."""
 
     def place(self, values: Array) -> Array:
-        """Return where on the range each value lies."""
+        """Return where on the range each value lies; a zero, which no decade holds, just below its low end."""
         if not self.log:
             return values
-        with np.errstate(divide="ignore"):
-            return np.log10(values)
+        floor = 10 ** (self.low if self.count else self.low - 0.01)
+        return np.log10(np.where(values == 0, floor, values))
 
 
 # Pale is healthy and dark is sick; where both sides are sick, pale lies in the middle.
 _FRACTION = Scale(0, 1, "OrRd", "share, 0 to 1")
+# One is half way up from none, so that a single NaN is seen.
+_COUNT = Scale(-6, 6, "OrRd", "NaN and infinite values", log=True, count=True)
 _SCALES = {
     "std": Scale(-3, 3, "RdBu_r", "standard deviation; 1 is healthy", log=True),
     "abs_max": Scale(0, 5, "OrRd", "greatest absolute value", log=True),
     "zero_fraction": _FRACTION,
     "dead_fraction": _FRACTION,
     "saturated_fraction": _FRACTION,
-    "nonfinite": Scale(0, 6, "OrRd", "NaN and infinite values", log=True),
+    "nonfinite": _COUNT,
     "drift_mean": Scale(0, 2, "OrRd", "running standard deviations"),
     "drift_var": Scale(0, 2, "OrRd", "|log(batch / running variance)|"),
     "weight_near_zero": _FRACTION,
     "grad_std": Scale(-9, 0, "viridis", "standard deviation", log=True),
-    "grad_nonfinite": Scale(0, 6, "OrRd", "NaN and infinite values", log=True),
+    "grad_nonfinite": _COUNT,
 }
 
 
@@ -72,12 +75,11 @@ def draw_grid(grid: Grid) -> Pixels:
     """
     shown = grid.thinned(MAX_COLUMNS)
     sick = grid.statistic.is_sick(grid.values[:, -1])
-    figure, axes, bar = _figure(len(shown.layers))
+    axes, bar = _figure(shown.layers, grid.statistic.label[0].upper() + grid.statistic.label[1:])
     _paint(axes, bar, shown.values, scale_of(grid.statistic.name))
     _name_layers(axes, shown.layers, sick)
     _name_steps(axes, shown.steps)
-    figure.suptitle(grid.statistic.label.capitalize(), fontsize=11)
-    return _pixels(figure)
+    return _pixels(axes)
 
 
 def draw_channels(layers: Sequence[str], values: Sequence[Array], scale: Scale, title: str) -> Pixels:
@@ -94,26 +96,31 @@ def draw_channels(layers: Sequence[str], values: Sequence[Array], scale: Scale, 
     for row in values:
         known = row[~np.isnan(row)]
         rows.append(np.quantile(known, share, method="nearest") if len(known) else np.full(len(share), np.nan))
-    figure, axes, bar = _figure(len(layers))
+    axes, bar = _figure(layers, title)
     _paint(axes, bar, np.stack(rows), scale)
     _name_layers(axes, layers, np.zeros(len(layers), dtype=bool))
     axes.set_xticks(range(0, 101, 25), [f"{percent} %" for percent in range(0, 101, 25)])
     axes.set_xlabel("channels of each layer, in ascending order")
-    figure.suptitle(title, fontsize=11)
-    return _pixels(figure)
+    return _pixels(axes)
 
 
-def _figure(layers: int) -> tuple[Figure, Axes, Axes]:
+def _figure(layers: Sequence[str], title: str) -> tuple[Axes, Axes]:
+    """Axes for the map and for the colour bar over it, where it is in sight however tall the picture is."""
     # Imported late: it takes half a second, and a run without heat maps needs none of it. No pyplot, which would touch the user's figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    height = min(max(0.2 * layers, 1.2), max(0.125 * layers, 6.0))
-    figure = Figure(figsize=(9.0, height + 1.4), dpi=DPI, layout="constrained")
+    # In inches. Fixed margins: matplotlib's layout engines draw everything twice.
+    rows = min(max(0.22 * len(layers), 1.2), max(0.135 * len(layers), 7.0))
+    top, bottom, left, right = 0.95, 0.55, 0.25 + 0.078 * max(map(len, _short(layers))), 0.3
+    width, height = 6.4, top + rows + bottom
+    figure = Figure(figsize=(width, height), dpi=DPI)
     FigureCanvasAgg(figure)
-    # The colour bar on top, where it is in sight however tall the picture is.
-    bar, axes = figure.subplots(2, 1, height_ratios=[0.15, height])
-    return figure, axes, bar
+    figure.suptitle(title, fontsize=11, y=1 - 0.06 / height, va="top")
+    span = (left / width, 1 - (left + right) / width)
+    axes = figure.add_axes((span[0], bottom / height, span[1], rows / height))
+    bar = figure.add_axes((span[0], 1 - 0.66 / height, span[1], 0.13 / height))
+    return axes, bar
 
 
 def _paint(axes: Axes, bar_axes: Axes, values: Array, scale: Scale) -> None:
@@ -130,17 +137,18 @@ def _paint(axes: Axes, bar_axes: Axes, values: Array, scale: Scale) -> None:
     bar = axes.get_figure(root=True).colorbar(image, cax=bar_axes, orientation="horizontal", extend=extend)
     bar.set_label(scale.unit + ("; grey: no finite value" if len(known) < placed.size else ""), fontsize=9)
     bar.ax.xaxis.set_label_position("top")
-    bar.ax.tick_params(labelsize=9, top=True, labeltop=True, bottom=False, labelbottom=False)
+    bar.ax.xaxis.labelpad = 3
+    bar.ax.tick_params(labelsize=8, pad=1)
     if scale.log:
-        decades = np.arange(scale.low, scale.high + 1, 1 if scale.high - scale.low < 8 else 3)
-        bar.set_ticks(list(decades), labels=[f"{10.0**decade:g}" for decade in decades])
+        decades = [scale.low, 0, 2, 4, 6] if scale.count else list(np.arange(scale.low, scale.high + 1, 1 if scale.high - scale.low < 8 else 3))
+        bar.set_ticks(decades, labels=["0" if scale.count and decade == scale.low else f"{10.0**decade:g}" for decade in decades])
 
 
 def _name_steps(axes: Axes, steps: Sequence[int]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     # Round numbers, each at the column that covers it; a resumed run's columns need not be evenly spaced.
-    wanted = MaxNLocator(8, steps=[1, 2, 5, 10], integer=True).tick_values(steps[0], steps[-1])
+    wanted = MaxNLocator(6, steps=[1, 2, 5, 10], integer=True).tick_values(steps[0], steps[-1])
     columns = {int(np.searchsorted(steps, step)): step for step in reversed(wanted) if steps[0] <= step <= steps[-1]}
     axes.set_xticks(list(columns), [f"{steps[column]:,}" for column in columns])
     axes.set_xlabel("training step")
@@ -148,15 +156,14 @@ def _name_steps(axes: Axes, steps: Sequence[int]) -> None:
 
 def _name_layers(axes: Axes, layers: Sequence[str], sick: NDArray[np.bool_]) -> None:
     names = _short(layers)
-    size = 9 if len(layers) <= 30 else 8 if len(layers) <= 70 else 7.5
-    axes.set_yticks(range(len(names)), names, fontsize=size)
+    axes.set_yticks(range(len(names)), names, fontsize=9 if len(layers) <= 40 else 8)
     for label, is_sick in zip(axes.get_yticklabels(), sick, strict=True):
         if is_sick:
             label.set_color("firebrick")
             label.set_fontweight("bold")
 
 
-def _short(layers: Sequence[str], longest: int = 36) -> list[str]:
+def _short(layers: Sequence[str], longest: int = 28) -> list[str]:
     """The names without the path that all of them begin with, and the middle of a long one left out."""
     paths = [layer.split(".") for layer in layers]
     # Of a lone layer, or one that all others lie in, the last part stays.
@@ -166,8 +173,8 @@ def _short(layers: Sequence[str], longest: int = 36) -> list[str]:
     return [name if len(name) <= longest else f"{name[:12]}…{name[-(longest - 13) :]}" for name in names]
 
 
-def _pixels(figure: Figure) -> Pixels:
-    canvas: Any = figure.canvas
+def _pixels(axes: Axes) -> Pixels:
+    canvas: Any = axes.figure.canvas
     canvas.draw()
     pixels: Pixels = np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
     return pixels

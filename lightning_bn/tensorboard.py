@@ -50,27 +50,23 @@ _LISTED = 30
 
 
 def layout(prefix: str) -> dict[str, dict[str, list[Any]]]:
-    """Return the layout of the Custom Scalars tab: drift, dead units and scale, for training and validation."""
-    stages = (prefix, f"{prefix}_val")
+    """Return the layout of the Custom Scalars tab: drift, dead units and scale. Two lines a chart, since all have the run's one colour."""
 
-    def lines(*statistics: str) -> list[Any]:
-        tags = [f"{stage}/{name}/{which}" for stage in stages for name in statistics for which in ("worst", "median")]
-        return ["Multiline", [f"^{tag}$" for tag in tags]]
+    def lines(name: str) -> list[Any]:
+        return ["Multiline", [f"^{prefix}/{name}/{which}$" for which in ("worst", "median")]]
 
-    def band(stage: str, name: str) -> list[Any]:
-        # A margin chart takes exactly three tags, by name: the line, then the lower and the upper edge.
-        return ["Margin", [f"{stage}/{name}/{which}" for which in ("median", "smallest", "largest")]]
-
+    # A margin chart takes exactly three tags, by name: the line, then the lower and the upper edge.
+    band = ["Margin", [f"{prefix}/std/{which}" for which in ("median", "smallest", "largest")]]
     return {
-        "Batch norm": {
-            "drift of the mean, in running standard deviations": lines("drift_mean"),
-            "drift of the variance, log ratio": lines("drift_var"),
-            "dead channels, share": lines("dead_fraction"),
-            "zeros, share": lines("zero_fraction"),
-            "scale of the activations over layers, training": band(prefix, "std"),
-            "scale of the activations over layers, validation": band(f"{prefix}_val", "std"),
-            "NaN and infinite activations": lines("nonfinite"),
+        f"Batch norm, {stage}": {
+            "drift of the mean, in running standard deviations (worst layer, median)": lines("drift_mean"),
+            "drift of the variance, log ratio (worst layer, median)": lines("drift_var"),
+            "dead channels, share (worst layer, median)": lines("dead_fraction"),
+            "zeros, share (worst layer, median)": lines("zero_fraction"),
+            "NaN and infinite activations (worst layer, median)": lines("nonfinite"),
+            "scale: standard deviation of the activations (median, smallest to largest layer)": band,
         }
+        for stage, prefix in (("training", prefix), ("validation", f"{prefix}_val"))
     }
 
 
@@ -92,7 +88,7 @@ class TensorBoardReport:
         self.writer = writer
         self.prefix = prefix
         self.heatmaps = heatmaps
-        self._next_drawing = 2
+        self._next_drawing = 4
         self._drawn = 0
         self._told: set[tuple[str, str]] = set()
         writer.add_custom_scalars(layout(prefix))
