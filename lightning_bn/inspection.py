@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -110,11 +110,12 @@ class Inspection:
         if stage == "train" and (self._batches % _BATCHES_A_READING == 0 or not self._marks):
             self._marks = [*self._marks[-1:], Reading(self.observer.layers)]
 
-    def end_batch(self, *, late: bool = False) -> None:
+    def end_batch(self, *, modes_from: Literal["start", "forward", "end"] = "start") -> None:
         """Judge the batch; of an evaluation, what comes until the next one is recorded too.
 
         Args:
-            late: modes may have been changed on purpose after `begin_batch`; those of the first forward count as the batch's first.
+            modes_from: which modes a training step found: those at `begin_batch`; those at the first forward, where someone may still have
+                set them on purpose in between; those at the end, where nobody can say when a step begins.
         """
         self.observer.end()
         if self.stage != "train":
@@ -125,8 +126,8 @@ class Inspection:
         self._batches += 1
         self.trained = True
         after = self.observer.snapshot()
-        opened = self.observer.modes or (after if late else self._before)
-        self._judge(opened if late else self._before, opened, after)
+        opened = self.observer.modes or after
+        self._judge({"start": self._before, "forward": opened, "end": after}[modes_from], opened, after)
         if self.tracing and any(forward.training for forward in self.observer.forwards):
             self._end_tracing()
 

@@ -82,7 +82,7 @@ def watch(model: nn.Module, *, action: str = "warn", ignore: Sequence[str] = (),
         nonlocal steps
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             steps += 1
-            inspection.end_batch(late=True)
+            inspection.end_batch(modes_from="end")
             inspection.begin_batch("train", steps, steps)
 
     handles = [model.register_forward_hook(trace), register_optimizer_step_post_hook(after_step)]

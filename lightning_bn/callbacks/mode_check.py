@@ -119,7 +119,7 @@ class ModeCheck(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         inspection = self._look()
-        inspection.end_batch(late=self._late)
+        inspection.end_batch(modes_from="forward" if self._late else "start")
         # Lightning puts a module in eval mode before any hook of a validation.
         self._modes = inspection.observer.snapshot()
         self._batches += 1

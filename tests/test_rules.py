@@ -1,0 +1,282 @@
+"""The rules without a Trainer: `check` at rest, `watch` around a loop, and what every rule owes its reader."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import Net, data
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import optimizer
+
+from lightning_bn import Finding, ModeCheckError, Window, check, convert_batch_norm, recalibrate, watch
+from lightning_bn.inspection import Inspection
+from lightning_bn.rules import RULES
+from lightning_bn.rules.rule import Setting, expression, modules_of
+
+DOCS = Path(__file__).parent.parent / "docs" / "rules.md"
+
+
+def codes(found: list[Finding]) -> list[str]:
+    """Return the codes of the findings above information."""
+    return [finding.code for finding in found if finding.level != "info"]
+
+
+def steps(model: nn.Module, *, micro_batches: int = 1) -> None:
+    """Train `model` in a plain loop."""
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+    for number, (images, labels) in enumerate(data(), 1):
+        nn.functional.cross_entropy(model(images), labels).backward()
+        if number % micro_batches == 0:
+            sgd.step()
+            sgd.zero_grad()
+
+
+class TestCheck:
+    def test_sound_model(self) -> None:
+        """A new model, in train mode or in eval mode, has nothing to hear."""
+        assert check(Net()) == []
+        assert check(Net().eval()) == []
+
+    @pytest.mark.parametrize(("code", "spoil"), [
+        ("BN102", lambda net: net.backbone.eval()),
+        ("BN201", lambda net: net.backbone.requires_grad_(False)),
+        ("BN203", lambda net: net.head[2].running_var.fill_(float("inf"))),
+        ("BN205", lambda net: setattr(net.head[2], "track_running_stats", False)),
+        ("BN206", lambda net: (setattr(net.head[2], "momentum", 0.01), net.to(torch.bfloat16))),
+        ("BN301", lambda net: setattr(net.head[2], "momentum", 0)),
+    ])  # fmt: skip
+    def test_spoiled_model(self, code: str, spoil: object) -> None:
+        """What needs no run is seen without one, and the model is left as it was."""
+        net = Net()
+        spoil(net)  # type: ignore[operator]
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        assert codes(check(net)) == [code]
+        assert all(torch.equal(value, before[name]) or value.isinf().all() for name, value in net.state_dict().items())
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
+
+    def test_ignore_and_allow(self) -> None:
+        """Both arguments work as in the callback, and both are checked."""
+        net = Net()
+        net.backbone.eval()
+        assert check(net, allow_eval=["backbone"]) == check(net, ignore=["BN102"]) == []
+        with pytest.raises(ValueError, match=r"check\(allow_eval=\['trunk'\]\)"):
+            check(net, allow_eval=["trunk"])
+        with pytest.raises(ValueError, match=r"check\(ignore=\['BN1'\]\)"):
+            check(net, ignore=["BN1"])
+
+    def test_loaded_checkpoint(self, tmp_path: Path) -> None:
+        """A checkpoint with a NaN in its statistics is found out, by layer and channel."""
+        net = Net()
+        net.backbone[1][1].running_mean[2] = float("nan")
+        torch.save(net.state_dict(), tmp_path / "net.pt")
+        loaded = Net()
+        loaded.load_state_dict(torch.load(tmp_path / "net.pt"))
+        (finding,) = check(loaded.eval())
+        assert (finding.code, finding.layers, finding.stage) == ("BN203", ("backbone.1.1",), "check")
+        assert "channel 2" in finding.message
+
+    def test_lazy_and_meta_layers(self) -> None:
+        """Layers that have no values yet are no reason to fail."""
+        assert check(nn.Sequential(nn.LazyBatchNorm1d())) == []
+        with torch.device("meta"):
+            assert check(Net()) == []
+
+
+class TestWatch:
+    def test_sound_loop(self) -> None:
+        """Training and evaluating as one should is not remarked on."""
+        net = Net()
+        with watch(net, action="raise") as found:
+            steps(net)
+            net.eval()
+            with torch.no_grad():
+                net(torch.randn(4, 1, 6, 6))
+            net.train()
+            steps(net, micro_batches=3)
+        assert codes(found) == []
+
+    def test_forgotten_train(self) -> None:
+        """A loop that trains in eval mode."""
+        net = Net().eval()
+        with watch(net, action="log") as found:
+            steps(net)
+        assert codes(found)[0] == "BN101"
+
+    def test_forgotten_eval(self) -> None:
+        """An evaluation in train mode, at the end of the loop or between its epochs."""
+        for again in (0, 1):
+            net = Net()
+            with watch(net, action="log") as found:
+                steps(net)
+                with torch.no_grad():
+                    net(torch.randn(4, 1, 6, 6))
+                for _ in range(again):
+                    steps(net)
+            assert codes(found) == ["BN106"]
+
+    def test_frozen_part(self) -> None:
+        """A frozen part in train mode."""
+        net = Net()
+        net.backbone.requires_grad_(False)
+        with pytest.warns(UserWarning, match="BN201") as caught, watch(net):
+            steps(net)
+        assert caught[0].filename == __file__
+
+    def test_raises_at_exit(self) -> None:
+        """With action "raise" the loop runs to its end first."""
+        net = Net()
+        net.backbone.requires_grad_(False)
+        with pytest.raises(ModeCheckError, match="BN201"), watch(net, action="raise"):
+            steps(net)
+        assert int(net.head[2].num_batches_tracked) == 6
+
+    def test_dead_bias(self) -> None:
+        """The graph behind the model's output tells of a bias that is dead, as information."""
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+        with watch(net, action="log") as found:
+            steps(net)
+        assert [finding.code for finding in found] == ["BN303"]
+
+    def test_branch_never_trained(self) -> None:
+        """A layer that training left out, evaluated at its start."""
+        net = Net()
+        net.eval_norm = nn.BatchNorm1d(2)
+        with watch(net, action="log") as found:
+            steps(net)
+            net.eval()
+            with torch.no_grad():
+                net.eval_norm(net(torch.randn(4, 1, 6, 6)))
+        assert codes(found) == ["BN204"]
+
+    def test_another_models_optimizer(self) -> None:
+        """A step of another model's optimizer ends no batch of this one."""
+        net, other = Net().eval(), Net()
+        with watch(net, action="log") as found:
+            net(torch.randn(4, 1, 6, 6))
+            steps(other)
+        assert codes(found) == []
+
+    def test_recalibration_inside(self) -> None:
+        """This package's recalibration runs batch norm in train mode under no_grad, and moves nothing by it."""
+        net = Net()
+        with watch(net, action="log") as found:
+            steps(net)
+            recalibrate(net, [images for images, _ in data()], progress=False)
+        assert codes(found) == []
+
+    def test_leaves_no_hook(self) -> None:
+        """Also when the loop fails, whose exception comes through."""
+        net = Net()
+
+        def fails() -> None:
+            with watch(net, action="raise"):
+                steps(net)
+                raise KeyError("mistake")
+
+        with pytest.raises(KeyError, match="mistake"):
+            fails()
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
+        assert not optimizer._global_optimizer_post_hooks
+
+    def test_same_to_the_bit(self) -> None:
+        """A watched loop computes what it computes unwatched."""
+        torch.manual_seed(1)
+        plain = Net()
+        watched = Net()
+        watched.load_state_dict(plain.state_dict())
+        torch.manual_seed(2)
+        steps(plain)
+        torch.manual_seed(2)
+        with watch(watched):
+            steps(watched)
+        assert all(torch.equal(one, other) for one, other in zip(plain.state_dict().values(), watched.state_dict().values(), strict=True))
+
+
+def test_no_synchronisation_between_checks() -> None:
+    """Fake tensors have no values, and whatever asks for one raises: the judgement of a batch does not, the check does."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Dropout(0.5), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+        convert_batch_norm(net, Window(3))
+        inspection = Inspection(net, Setting())
+        inspection.attach([net])
+        inspection.begin_epoch()
+        for index in range(12):
+            inspection.begin_batch("train", index, index)
+            net[2].weight.requires_grad_(index % 3 > 0)  # so that every batch is judged anew
+            loss = net(torch.randn(8, 1, 6, 6)).sum()
+            inspection.trace(loss)
+            loss.backward()
+            inspection.end_batch()
+        with pytest.raises(Exception, match="aten"):
+            inspection.examine()
+        inspection.close()
+
+
+class TestEveryRule:
+    @pytest.mark.parametrize("code", RULES)
+    def test_is_explained(self, code: str) -> None:
+        """Each rule has its title, its reason, and a section of its own in the docs that its message leads to."""
+        rule = RULES[code]
+        assert rule.code == code
+        assert re.fullmatch(r"BN[123]\d\d", code)
+        assert rule.title[0].islower() or rule.title[:2] in ("16", "BN")
+        assert rule.why.endswith(".")
+        assert re.search(rf"^#+ {code}\b.*$", DOCS.read_text(), re.MULTILINE)
+
+    def test_the_docs_have_no_other(self) -> None:
+        """Nor do the docs tell of a rule that is not there."""
+        assert re.findall(r"^### (BN\d+)", DOCS.read_text(), re.MULTILINE) == list(RULES)
+
+
+def test_modules_of_takes_no_stranger() -> None:
+    """A module is named for its layers only where all of its layers are meant."""
+    among = ["a.0", "a.1", "b.0.x", "b.0.y", "b.1", "c"]
+    assert modules_of(["a.0", "b.0.x", "b.0.y", "c"], among) == ["a.0", "b.0", "c"]
+    assert modules_of(["c"], ["c"]) == ["c"]
+
+
+def test_expression_runs() -> None:
+    """The expression in a fix leads to the module it names."""
+    net = Net()
+    for name, module in net.named_modules():
+        assert eval(expression("net", name), {"net": net}) is module
+
+
+def naive_gap(batches: Tensor, momentum: float, updates: int) -> tuple[list[float], list[float]]:
+    """Return the running statistics and those of the last `updates` batches, weighted as the average weighs them: loops in float64."""
+    running = [0.0, 1.0]
+    latest, weights = [0.0, 0.0], 0.0
+    for number, batch in enumerate(batches):
+        values = [float(value) for value in batch]
+        mean = sum(values) / len(values)
+        var = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+        running = [(1 - momentum) * old + momentum * new for old, new in zip(running, (mean, var), strict=True)]
+        if number >= len(batches) - updates:
+            weight = momentum * (1 - momentum) ** (len(batches) - 1 - number)
+            latest = [old + weight * new for old, new in zip(latest, (mean, var), strict=True)]
+            weights += weight
+    return running, [value / weights for value in latest]
+
+
+@pytest.mark.parametrize("momentum", [0.05, 0.3])
+def test_gap_against_loops(momentum: float) -> None:
+    """The gap that is read from two states of the buffers is that between the average and the batches themselves."""
+    from lightning_bn.discovery import find_batch_norms
+    from lightning_bn.readings import Reading, gaps
+
+    layer = nn.BatchNorm1d(1, momentum=momentum, dtype=torch.float64)
+    batches = torch.randn(30, 8, 1, dtype=torch.float64) * torch.linspace(1, 4, 30).reshape(-1, 1, 1) + 2
+    found = find_batch_norms(layer)
+    for number, batch in enumerate(batches):
+        if number == 20:
+            earlier = Reading(found)
+        layer(batch)
+    (gap,) = gaps(earlier, Reading(found))
+    running, latest = naive_gap(batches[:, :, 0], momentum, 10)
+    assert gap.shift == pytest.approx(abs(latest[0] - running[0]) / (running[1] + layer.eps) ** 0.5, rel=1e-6)
+    log_ratio = torch.tensor((latest[1] + layer.eps) / (running[1] + layer.eps)).log().abs().item()
+    assert gap.log_ratio == pytest.approx(log_ratio, rel=1e-5)
