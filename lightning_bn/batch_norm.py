@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_bn.averaging import Averaging, Batch, Exponential
 from lightning_bn.moments import Moments
 from lightning_bn.running import advance, is_deferred, is_finite, is_synchronised, settle, torch_rule, values_per_channel
 from lightning_bn.torch_internals import in_backward
+from lightning_bn.training_state import apply_without_narrowing
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -33,7 +35,8 @@ class AveragedBatchNorm(_BatchNorm):
         affine: whether there are a learned weight and bias per channel.
         track_running_stats: whether there are running statistics at all.
         device: of parameters, buffers and the averaging's state.
-        dtype: of parameters and buffers.
+        dtype: of parameters and buffers. With an averaging the running statistics are float32 at least, and stay so when the model is
+            cast to 16 bits: an average kept in bfloat16 stalls long before it arrives.
         averaging: how batches become running statistics; the layer keeps its own copy. None: torch's rule, by `momentum`, and the layer
             is then a drop-in for torch's, to the bit.
         skip_nonfinite: whether a batch whose mean or variance is NaN or infinite leaves the running statistics as they are. The device
@@ -82,6 +85,9 @@ class AveragedBatchNorm(_BatchNorm):
     def adopt(self, averaging: Averaging | None) -> None:
         """Keep the running statistics with a fresh copy of `averaging` from now on; None is torch's rule, by ``momentum``."""
         self._modules.pop("averaging", None)  # a module assigned None would stay in the repr
+        if averaging is not None:
+            for buffer in (self.running_mean, self.running_var):
+                buffer.data = buffer.data.to(torch.promote_types(buffer.dtype, torch.float32))
         self.averaging = None if averaging is None else averaging.for_layer(self.running_mean)
         self.momentum = self.momentum  # an exponential averaging's, for whoever reads the instance's __dict__, as torch's repr does
 
@@ -143,7 +149,7 @@ class AveragedBatchNorm(_BatchNorm):
         if torch.is_grad_enabled():
             # Backward needs these very values, and a training batch may come before it and write into the buffers.
             mean, var = mean.clone(), var.clone()
-        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        return F.batch_norm(input, mean, var, *self._affine(mean.dtype), False, 0.0, self.eps)
 
     def _training_forward(self, input: Tensor) -> Tensor:
         averaging = self.averaging
@@ -153,12 +159,8 @@ class AveragedBatchNorm(_BatchNorm):
         # With momentum 1 the kernel leaves the batch's mean and unbiased variance in the buffers it is given, for free. They start as
         # zeros, since a NaN in fresh memory would survive being multiplied by 0.
         dtype = self.running_mean.dtype
-        if averaging is not None:
-            # 16-bit parameters go along to float32, so that the moments are not rounded before they are averaged.
-            dtype = torch.promote_types(dtype, torch.float32)
         mean, var = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind()
-        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
-        output = F.batch_norm(input, mean, var, weight, bias, True, 1.0, self.eps)
+        output = F.batch_norm(input, mean, var, *self._affine(dtype), True, 1.0, self.eps)
         if (input.numel() or is_synchronised(self)) and not in_backward():
             count = values_per_channel(self, input, dtype)
             valid = is_finite(var) if self.skip_nonfinite else None
@@ -175,7 +177,7 @@ class AveragedBatchNorm(_BatchNorm):
         mean, var = self.running_mean, self.running_var
         if self.skip_nonfinite or again:
             mean, var = mean.clone(), var.clone()
-        output = F.batch_norm(input, mean, var, self.weight, self.bias, True, momentum, self.eps)
+        output = F.batch_norm(input, mean, var, *self._affine(mean.dtype), True, momentum, self.eps)
         if again:
             return output
         if self.skip_nonfinite:
@@ -202,6 +204,19 @@ class AveragedBatchNorm(_BatchNorm):
         step = self.num_batches_tracked + 1
         averaging = self.averaging or torch_rule(self.momentum)
         advance(self, averaging, Batch(moments.mean, var, moments.count, step, valid))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AveragedBatchNorm:
+        # torch's cast of all buffers with the model makes an average in bfloat16, which stalls: at momentum 0.01, on the way from 0
+        # to 5, at 3.34. _apply is what .to(), .half() and Lightning's bf16-true call; torch's own modules override it too.
+        wide = {name: self._buffers[name] for name in ("running_mean", "running_var")} if self.averaging is not None else {}
+        super()._apply(fn, recurse)
+        self._buffers.update({name: apply_without_narrowing(fn, buffer) for name, buffer in wide.items()})
+        return self
+
+    def _affine(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias in the dtype of the statistics that the kernel gets beside them: it takes no others."""
+        weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (self.weight, self.bias))
+        return weight, bias
 
     def reset_running_stats(self) -> None:
         """Put mean 0, variance 1 and no batches tracked into the buffers, and empty the averaging."""

@@ -118,6 +118,10 @@ def _revert(layer: _BatchNorm) -> None:
         del layer.averaging, layer.skip_nonfinite
         layer.__class__ = torchs
         layer.momentum = momentum
+        if layer.weight is not None:
+            # torch's kernel takes 16-bit parameters beside no other statistics than 16-bit ones.
+            for buffer in (layer.running_mean, layer.running_var):
+                buffer.data = buffer.data.to(layer.weight.dtype)
 
 
 def _listing(refused: list[tuple[BatchNormLayer, str]]) -> str:

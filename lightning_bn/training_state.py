@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TrainingState"]
+__all__ = ["TrainingState", "apply_without_narrowing"]
 
 
 class TrainingState(nn.Module):
@@ -35,12 +35,7 @@ class TrainingState(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainingState:
         super()._apply(fn, recurse)
         for name in self._state_names:
-            present: Tensor = getattr(self, name)
-            moved = fn(present)
-            if torch.promote_types(moved.dtype, present.dtype) != moved.dtype:
-                # A cast to fewer bits: go along to the device, and keep the accuracy that the history was gathered with.
-                moved = present.to(moved.device)
-            setattr(self, name, moved)
+            setattr(self, name, apply_without_narrowing(fn, getattr(self, name)))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -84,6 +79,12 @@ class TrainingState(nn.Module):
         with torch.no_grad():
             for name in self._state_names:
                 getattr(self, name).zero_()
+
+
+def apply_without_narrowing(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Return ``fn(tensor)``, or where that is a cast to fewer bits, `tensor` with its accuracy on the device where `fn` would have it."""
+    moved = fn(tensor)
+    return moved if torch.promote_types(moved.dtype, tensor.dtype) == moved.dtype else tensor.to(moved.device)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

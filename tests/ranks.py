@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 
 def free_port() -> int:
@@ -18,3 +24,29 @@ def environment(rank: int, world: int, port: int) -> None:
     """Tell Lightning in this process that it is one of `world` processes that somebody else has started."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= address | {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+
+
+def spawn(function: Callable[..., None], world: int, *arguments: Any, seconds: float = 150) -> None:
+    """Run ``function(rank, world, *arguments)`` in `world` processes; an error in one is raised here, and none outlives `seconds`."""
+    # Daemons: what still hangs when the tests end is ended with them, not waited for.
+    context = mp.spawn(function, (world, *arguments), nprocs=world, join=False, daemon=True)
+    end = time.monotonic() + seconds
+    try:
+        while not context.join(timeout=1):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{function.__name__} in {world} processes took more than {seconds} s")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+
+
+def join_group(rank: int, world: int, store: str) -> None:
+    """Make this process a member of a gloo group that meets at the file `store`."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+
+
+def leave_group() -> None:
+    """Leave the group together: gloo can hang in a member that is left behind with a message on the way."""
+    dist.barrier()
+    dist.destroy_process_group()

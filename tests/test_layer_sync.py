@@ -12,7 +12,6 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from test_conversion import BatchNormAct2d
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -69,7 +68,7 @@ def cases() -> list[tuple[str, torch.dtype, bool]]:
 
 def _rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    ranks.join_group(rank, world, f"{folder}/store")
     results: dict[Any, Any] = {}
     for case in cases():
         name, dtype, masked = case
@@ -86,7 +85,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
         results[case] = steps, layer.state_dict()
     results["statistics only"] = [_statistics_only(rank, name) for name in LAYERS]
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    ranks.leave_group()
 
 
 def _statistics_only(rank: int, name: str) -> tuple[dict[str, Tensor], int]:
@@ -122,7 +121,7 @@ def own_batch(rank: int, step: int) -> Tensor:
 @pytest.fixture(scope="module", params=[2, 3])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[Any, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (request.param, str(folder)), nprocs=request.param)
+    ranks.spawn(_rank, request.param, str(folder))
     return request.param, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 
@@ -205,7 +204,7 @@ def test_a_real_trainer(tmp_path: Path) -> None:
     for world in (1, 2):
         folder = tmp_path / str(world)
         folder.mkdir()
-        mp.spawn(_fit, (world, str(folder), ranks.free_port()), nprocs=world)
+        ranks.spawn(_fit, world, str(folder), ranks.free_port())
         results[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
     ((expected, kinds, calls),) = results[1]
     for state, classes, seen in results[2]:

@@ -67,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "averaging": {"moments", "training_state"},
     "window": {"averaging", "moments"},
     "running": {"averaging"},
-    "batch_norm": {"averaging", "moments", "running", "torch_internals"},
+    "batch_norm": {"averaging", "moments", "running", "torch_internals", "training_state"},
     "discovery": set(),
     "modes": {"discovery"},
     "subclasses": {"averaging", "running", "torch_internals"},

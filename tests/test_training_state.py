@@ -9,9 +9,8 @@ import lightning.pytorch as pl
 import numpy as np
 import oracles
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,7 +39,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_casts_leave_its_accuracy(dtype: torch.dtype) -> None:
-    """Cast to 16 bits, a layer trains on from the same history, and its statistics are the float32 ones rounded once."""
+    """Cast to 16 bits, a layer trains on from the same history, and its statistics keep the accuracy of float32."""
     layer, cast = trained(), trained()
     cast.load_state_dict(layer.state_dict())
     cast.to(dtype)
@@ -49,8 +48,8 @@ def test_casts_leave_its_accuracy(dtype: torch.dtype) -> None:
     for batch in batches:
         cast(batch)
     mean, var = oracles.window([oracles.channels(batch.float()) for batch in batches], 4, False)
-    assert torch.equal(cast.running_mean, torch.tensor(mean, dtype=torch.float32).to(dtype))
-    np.testing.assert_allclose(cast.running_var.double(), var, rtol=torch.finfo(dtype).eps)
+    np.testing.assert_allclose(cast.running_mean.double(), mean, rtol=1e-6)
+    np.testing.assert_allclose(cast.running_var.double(), var, rtol=1e-5)
 
 
 def test_a_float64_layer_has_a_float64_history() -> None:
@@ -155,19 +154,19 @@ def test_lightnings_weight_averaging_leaves_it_alone(tmp_path: Path) -> None:
     assert same(*ends)
 
 
-def _rank(rank: int, store: str, results: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _rank(rank: int, world: int, folder: str) -> None:
+    ranks.join_group(rank, world, f"{folder}/store")
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(BatchNorm2d(3, averaging=Window(4)), nn.Conv2d(3, 1, 1)))
     for t in range(6):
         model(torch.randn(4, 3, 2, 2) + 10 * rank + t).sum().backward()
-    torch.save(model.module.state_dict(), f"{results}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    ranks.leave_group()
 
 
 def test_ddp_does_not_broadcast_it(tmp_path: Path) -> None:
     """Two real processes keep each its own history: rank 1's holds rank 1's batches, where a buffer would be rank 0's."""
-    mp.spawn(_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    ranks.spawn(_rank, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["0.running_mean"].max() < 6
     assert second["0.running_mean"].min() > 8
