@@ -1,8 +1,7 @@
-"""Recalibrated copies of checkpoint files, written so that a kill at any moment leaves a whole file or none."""
+"""Recalibrated copies of checkpoint files."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["KINDS", "check_kinds", "files_of", "statistics_in", "write_atomically", "write_recalibrated_copy"]
+from lightning_bn.atomic_file import write_atomically
+
+__all__ = ["KINDS", "check_kinds", "files_of", "statistics_in", "write_recalibrated_copy"]
 
 KINDS = ("best", "last")
 
@@ -38,7 +39,7 @@ def check_kinds(trainer: Trainer, kinds: Sequence[str]) -> None:
     for writer in writers if kinds else ():
         if "://" in str(writer.dirpath):
             raise MisconfigurationException(
-                f"{call}: {writer.dirpath} is not a local directory, where alone a file can be renamed atomically."
+                f"{call}: {writer.dirpath} is not on a local disk, where alone a file can be renamed atomically."
             )
 
 
@@ -82,26 +83,6 @@ def write_recalibrated_copy(trainer: Trainer, module: LightningModule, path: Pat
         checkpoint["state_dict"].update(statistics)
         write_atomically(checkpoint, path.with_name(f"{path.stem}-recalibrated{path.suffix}"))
     trainer.strategy.barrier()
-
-
-def write_atomically(checkpoint: Any, path: Path) -> None:
-    """Save `checkpoint` as `path`, which other processes see whole or not at all, also after a power cut."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the new name is on the disk once the directory is
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 @contextmanager

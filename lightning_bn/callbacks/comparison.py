@@ -52,6 +52,7 @@ class CompareAverages(Callback):
     Attributes:
         scores: a `Scores`: the values of `monitor` for each name, one a validation; prints as the table.
         recommended: the name with the best mean over the validations, None before the first.
+        metrics: every validation metric of the last validation, by name of the average and of the metric.
 
     Cost: a training step takes one pass more over each layer's input; a validation is run once more for each average.
 
@@ -74,6 +75,7 @@ class CompareAverages(Callback):
         self.monitor = monitor
         self.recalibrated = recalibrated
         self.scores = Scores(monitor, mode)
+        self.metrics: dict[str, dict[str, float]] = {}
         self._followers: Followers | None = None
         self._saved: dict[str, Any] | None = None
         self._hooks = ExitStack()
@@ -132,7 +134,8 @@ class CompareAverages(Callback):
         if not self._metrics:
             return
         names = list(dict.fromkeys(key for metrics in self._metrics.values() for key in metrics))
-        own = {key: trainer.callback_metrics[key] for key in names if key in trainer.callback_metrics}
+        # Copies, since the reduction over ranks below writes into what it is given.
+        own = {key: trainer.callback_metrics[key].clone() for key in names if key in trainer.callback_metrics}
         rows, self._metrics = {_OWN: own, **self._metrics}, {}
         if any(self.monitor not in metrics for metrics in rows.values()):
             raise MisconfigurationException(
@@ -143,6 +146,7 @@ class CompareAverages(Callback):
             name: {key: float(trainer.strategy.reduce(value, reduce_op="mean")) for key, value in metrics.items()}
             for name, metrics in rows.items()
         }
+        self.metrics = values
         self.scores.add({name: metrics[self.monitor] for name, metrics in values.items()})
         tags = {f"batch_norm/compare/{name}/{key}": value for name, metrics in values.items() for key, value in metrics.items()}
         for logger in trainer.loggers:

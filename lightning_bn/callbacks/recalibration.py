@@ -199,6 +199,11 @@ class BatchNormRecalibration(Callback):
             raise
         if not self.kept:
             self.report.rollback()
+        if self.report.not_run:
+            rank_zero_warn(
+                f"BatchNormRecalibration: {', '.join(self.report.not_run)} did not run and kept their statistics. If training runs them, "
+                "say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: ...)."
+            )
         self._count, self._last_step = self._count + 1, trainer.global_step
         values = {f"{self.monitor}_before": before, f"{self.monitor}_after": after, "kept": float(self.kept)}
         log_report(trainer.loggers, self.report, logging_step(trainer), values if self.monitor else {})

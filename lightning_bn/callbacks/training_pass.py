@@ -11,11 +11,13 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.callbacks.isolation import in_stage, isolated, muted
 from lightning_bn.callbacks.lightning_internals import afresh, to_device, training_loader, validation_loader, validation_metrics
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.modes import kept_attribute
 from lightning_bn.transaction import eager, kept_buffers
 
 __all__ = ["learning", "on_training_device", "quiet", "training_pass", "validate_once_more"]
@@ -57,8 +59,19 @@ def validate_once_more(trainer: Trainer, module: LightningModule) -> dict[str, T
         loader = validation_loader(trainer)
         stack.enter_context(isolated(module, loader))
         stack.enter_context(kept_buffers(module))
+        stack.enter_context(_kept_broadcast(trainer.strategy.model))
         stack.callback(loader.reset)  # ends the workers
         return validation_metrics(trainer, loader)
+
+
+@contextmanager
+def _kept_broadcast(model: nn.Module | None) -> Iterator[None]:
+    """Leave it to the fit's own validation to give all ranks the buffers of the first.
+
+    A DDP model does so in the first forward after a training step, and notes in this flag that it has.
+    """
+    with kept_attribute([model] if isinstance(model, DistributedDataParallel) else [], "require_forward_param_sync"):
+        yield
 
 
 @contextmanager
