@@ -203,8 +203,7 @@ def _count_zeros(data: Tensor) -> Tensor:
 
 def _finite_moments(data: Tensor) -> tuple[Moments, Tensor]:
     """Moments of the finite values per channel, all three of shape (C,), and their greatest absolute value; in the widest dtype."""
-    if data.device.type == "cpu":
-        # Looking at a value costs nothing here; elsewhere it would wait for the device.
+    if _may_look(data):
         mean, biased = channel_moments(data)
         if biased.isfinite().all():
             count = torch.full_like(mean, data.numel() // data.shape[1], dtype=torch.float64)
@@ -218,6 +217,11 @@ def _finite_moments(data: Tensor) -> tuple[Moments, Tensor]:
     mean = wide.sum(_over(data)) / count.clamp(min=1)
     centred = torch.where(finite, wide - mean.reshape(1, -1, *[1] * (data.dim() - 2)), 0.0)
     return Moments(count, mean, centred.square().sum(_over(data))), wide.abs().amax()
+
+
+def _may_look(data: Tensor) -> bool:
+    """Whether a branch on a value costs nothing: anywhere but on the CPU it waits for the device."""
+    return data.device.type == "cpu"
 
 
 def _bucket_counts(data: Tensor) -> Tensor:

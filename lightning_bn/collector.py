@@ -112,6 +112,7 @@ class LayerCollector:
         self._stats: dict[_Key, ActivationStats] = {}
         self._order: dict[str, None] = {}  # names in the order of their first call
         self._dead: dict[_Key, Tensor] = {}
+        self._left_out: set[str] = set()
         self._attached = ExitStack()
         self._is_attached = False
 
@@ -208,7 +209,8 @@ class LayerCollector:
 
     def _too_many_widths(self, what: str, name: str, tensor: Tensor) -> bool:
         widths = [key for key in self._stats if key[:2] == (what, name)]
-        if len(widths) == MAX_WIDTHS:
+        if len(widths) == MAX_WIDTHS and name not in self._left_out:
+            self._left_out.add(name)
             warnings.warn(
                 f"{name} gave activations of more than {MAX_WIDTHS} sizes in dimension {self._channel_dim}, the last one of shape "
                 f"{tuple(tensor.shape)}; it is left out from here on. If its channels come last, pass channel_dim=-1.",

@@ -18,7 +18,7 @@ __all__ = ["Scale", "draw_channels", "draw_grid", "scale_of"]
 
 Pixels = NDArray[np.uint8]
 
-MAX_COLUMNS = 150
+MAX_COLUMNS = 100
 DPI = 100
 
 
@@ -127,8 +127,7 @@ def _paint(axes: Axes, bar_axes: Axes, values: Array, scale: Scale) -> None:
     from matplotlib import colormaps
 
     # Few enough colours to tell apart beside the bar, and for a PNG of half the size.
-    colours = colormaps[scale.colours].resampled(33)
-    colours.set_bad("0.75")
+    colours = colormaps[scale.colours].resampled(33).with_extremes(bad="0.75")
     placed = scale.place(values)
     image = axes.imshow(placed, aspect="auto", interpolation="nearest", cmap=colours, vmin=scale.low, vmax=scale.high)
     known = placed[~np.isnan(placed)]

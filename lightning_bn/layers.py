@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.averaging import Averaging
 from lightning_bn.discovery import user_name
 
-__all__ = ["ACTIVATION_FUNCTIONS", "Choice", "bounds_of", "matches", "select_layers"]
+__all__ = ["ACTIVATION_FUNCTIONS", "Choice", "bounds_of", "is_chosen", "select_layers"]
 
 # A softmax gives probabilities, and attention is no function of one value: neither has a zero, a scale or a saturation worth a look.
 _NO_ACTIVATIONS = {"MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
@@ -44,27 +44,36 @@ def select_layers(model: nn.Module, choices: Choice | Iterable[Choice] | None = 
         (['0.1', '0.2'], ['0.0', '0.1', '0.2'], ['0.0', '1'])
     """
     choices = (_BatchNorm, *ACTIVATION_FUNCTIONS) if choices is None else choices
-    several = [choices] if isinstance(choices, str) or callable(choices) else list(choices)
-    for choice in several:
+    for choice in _each(choices):
         if not isinstance(choice, str) and not callable(choice):
             raise TypeError(
-                f'layers={choices!r}: {choice!r} is neither a name or pattern ("layer4.*"), a class nor a function of name and module.'
+                f'layers={choices!r}: {choice!r} is neither a name or a pattern ("layer4.*"), nor a class (nn.Conv2d), nor a function of '
+                "name and module."
             )
     # torch.compile's own module stands before the one it compiles, under the same name: the later one is the user's.
     named = {user_name(path): module for path, module in model.named_modules()}
-    return {name: module for name, module in named.items() if any(matches(choice, name, module) for choice in several)}
+    return {name: module for name, module in named.items() if is_chosen(choices, name, module)}
 
 
-def matches(choice: Choice, name: str, module: nn.Module) -> bool:
-    """Tell whether `choice` means `module`, which the model has under `name`."""
-    if isinstance(module, Averaging):
-        return False  # a batch norm's own part, which has no activations
+def is_chosen(choices: Choice | Iterable[Choice], name: str, module: nn.Module) -> bool:
+    """Tell whether one of `choices` means `module`, which the model has under `name`."""
+    # A batch norm's averaging is its own part, and gives no activations.
+    return not isinstance(module, Averaging) and any(_means(choice, name, module) for choice in _each(choices))
+
+
+def _means(choice: Choice, name: str, module: nn.Module) -> bool:
     if isinstance(choice, str):
         parts = [child for child in module.children() if not isinstance(child, Averaging)]
         return choice == name or (not parts and fnmatchcase(name, choice))
     if isinstance(choice, type):
         return isinstance(module, choice)
     return bool(choice(name, module))
+
+
+def _each(choices: Choice | Iterable[Choice]) -> list[Choice]:
+    if isinstance(choices, Iterable) and not isinstance(choices, (str, type)):
+        return list(choices)
+    return [choices]
 
 
 def bounds_of(module: nn.Module) -> tuple[float, float] | None:

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.collector import LayerCollector, Sample
 from lightning_bn.layer_table import LayerTable, scalars
-from lightning_bn.layers import Choice, matches, select_layers
+from lightning_bn.layers import Choice, is_chosen, select_layers
 from lightning_bn.tensorboard import TensorBoardReport
 
 __all__ = ["ActivationStatsMonitor"]
@@ -198,7 +198,7 @@ class ActivationStatsMonitor(Callback):
         if isinstance(self.histograms, bool):
             chosen = list(layers) if self.histograms else []
         else:
-            chosen = [name for name, module in layers.items() if _is_wanted(self.histograms, name, module)]
+            chosen = [name for name, module in layers.items() if is_chosen(self.histograms, name, module)]
         if len(chosen) > MAX_HISTOGRAMS:
             rank_zero_info(
                 f"ActivationStatsMonitor: histograms of the first {MAX_HISTOGRAMS} of {len(chosen)} layers; pick others with "
@@ -236,7 +236,7 @@ class ActivationStatsMonitor(Callback):
             return lambda layer: False
         if self.scalars == "all":
             return lambda layer: True
-        modules = {name: module for name, module in collector.layers.items() if _is_wanted(self.scalars, name, module)}
+        modules = {name: module for name, module in collector.layers.items() if is_chosen(self.scalars, name, module)}
         return lambda layer: layer.partition("[")[0] in modules
 
     def _tell_unseen(self, collector: LayerCollector) -> None:
@@ -252,11 +252,6 @@ class ActivationStatsMonitor(Callback):
         for report in self._reports:
             if self._newest.rows:
                 report.draw(self._table, self._newest, self._table.last_step() or 0)
-
-
-def _is_wanted(choices: Patterns, name: str, module: nn.Module) -> bool:
-    several = [choices] if isinstance(choices, str) or callable(choices) else choices
-    return any(matches(choice, name, module) for choice in several)
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

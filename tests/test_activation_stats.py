@@ -1,0 +1,560 @@
+"""ActivationStatsMonitor in real fits: what it measures, and what it must survive."""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from fits import Small, fit, loader, parameters_equal, trainer, training_data
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import CSVLogger, Logger
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+from lightning_bn import ActivationStatsMonitor, BatchNorm1d, Exponential, Window
+from lightning_bn.collector import COLUMNS
+
+LAYERS = ["bn1", "rest.0", "rest.3", "rest.4"]  # of Small, in forward order
+
+
+class Recorder(pl.Callback):
+    """An oracle beside the monitor: every layer's inputs, outputs, output gradients and buffers before them, batch by batch."""
+
+    def __init__(self) -> None:
+        self.batches: dict[str, list[dict[str, dict[str, Any]]]] = {"train": [], "val": []}
+        self.handles: list[Any] = []
+
+    def watch(self, stage: str, module: pl.LightningModule) -> None:
+        self.unwatch()
+        batch: dict[str, dict[str, Any]] = {}
+        self.batches[stage].append(batch)
+
+        def see(name: str) -> Any:
+            def hook(layer: nn.Module, args: Any, output: Tensor) -> None:
+                entry = batch[name] = {"input": args[0].detach().clone(), "output": output.detach().clone()}
+                if output.requires_grad:
+                    output.register_hook(lambda gradient: entry.update(gradient=gradient.clone()))
+
+            return hook
+
+        def before(name: str) -> Any:
+            def hook(layer: nn.Module, args: Any) -> None:
+                batch[f"{name}/buffers"] = {key: value.clone() for key, value in layer.state_dict().items()}
+
+            return hook
+
+        for name, layer in module.named_modules():
+            if name in LAYERS:
+                self.handles += [layer.register_forward_pre_hook(before(name)), layer.register_forward_hook(see(name))]
+
+    def unwatch(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.watch("train", pl_module)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.unwatch()
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.watch("val", pl_module)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.unwatch()
+
+
+def mean_std(numbers: list[float]) -> tuple[float, float]:
+    mean = math.fsum(numbers) / len(numbers)
+    return mean, math.sqrt(math.fsum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1))
+
+
+def flat(tensors: list[Tensor]) -> list[float]:
+    return [value for tensor in tensors for value in tensor.double().flatten().tolist()]
+
+
+def drift_of(inputs: list[Tensor], buffers: dict[str, Tensor], eps: float = 1e-5) -> tuple[float, float]:
+    shifts, ratios = [], []
+    for channel in range(inputs[0].shape[1]):
+        mean, std = mean_std(flat([batch[:, channel] for batch in inputs]))
+        scale = buffers["running_var"][channel].item() + eps
+        shifts.append((mean - buffers["running_mean"][channel].item()) / math.sqrt(scale))
+        ratios.append(math.log((std**2 + eps) / scale))
+    return tuple(math.sqrt(sum(value**2 for value in values) / len(values)) for values in (shifts, ratios))  # type: ignore[return-value]
+
+
+def rows(monitor: ActivationStatsMonitor, stage: str, step: int | None = None) -> dict[str, dict[str, Any]]:
+    found = [row for row in monitor.table() if row["stage"] == stage]
+    step = found[0]["step"] if step is None else step
+    return {row["layer"]: row for row in found if row["step"] == step}
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d, lambda width: BatchNorm1d(width, averaging=Window(3))], ids=["torch's", "window"])
+def test_training_is_measured_at_every_nth_step(layer: Any) -> None:
+    """Each row of the table is what loops over the recorded activations, gradients and buffers of that step give."""
+    module = Small()
+    module.bn1, module.rest[3] = layer(5), layer(3)
+    recorder = Recorder()
+    monitor = ActivationStatsMonitor(every_n_steps=3, gradients=True)
+    fit(recorder, monitor, module=module, max_epochs=2)
+    steps = sorted({row["step"] for row in monitor.table() if row["stage"] == "train"})
+    assert steps == [0, 3, 6, 9]
+    assert [row["layer"] for row in monitor.table()[:4]] == LAYERS
+    for step in steps:
+        batch, found = recorder.batches["train"][step], rows(monitor, "train", step)
+        for name in LAYERS:
+            outputs = flat([batch[name]["output"]])
+            mean, std = mean_std(outputs)
+            row = found[name]
+            assert (row["mean"], row["std"]) == (pytest.approx(mean, abs=1e-6), pytest.approx(std, rel=1e-6))
+            assert row["abs_max"] == pytest.approx(max(map(abs, outputs)))
+            assert row["nonfinite"] == 0
+            assert row["grad_std"] == pytest.approx(mean_std(flat([batch[name]["gradient"]]))[1], rel=1e-5)
+        for name in ("rest.0", "rest.4"):
+            assert found[name]["zero_fraction"] == pytest.approx(flat([batch[name]["output"]]).count(0) / batch[name]["output"].numel())
+            assert found[name]["drift_mean"] is None
+        for name in ("bn1", "rest.3"):
+            drift_mean, drift_var = drift_of([batch[name]["input"]], batch[f"{name}/buffers"])
+            assert found[name]["drift_mean"] == pytest.approx(drift_mean, rel=1e-3)
+            assert found[name]["drift_var"] == pytest.approx(drift_var, rel=1e-3)
+            assert found[name]["zero_fraction"] is None
+    last = rows(monitor, "train", 9)["bn1"]
+    weight = module.bn1.weight.detach()
+    after = recorder.batches["train"][10]["bn1/buffers"]  # the next step's: parameters as they were after step 9
+    assert (last["weight_min"], last["weight_max"]) == (after["weight"].min().item(), after["weight"].max().item())
+    assert not torch.equal(after["weight"], weight)
+
+
+def test_validation_is_measured_over_the_whole_epoch() -> None:
+    """Validation rows pool all batches of the epoch; drift is that of the inputs to the running statistics in use."""
+    recorder, monitor = Recorder(), ActivationStatsMonitor()
+    fit(recorder, monitor, max_epochs=1, num_sanity_val_steps=2)
+    batches = recorder.batches["val"][-3:]
+    found = rows(monitor, "val")
+    assert {row["step"] for row in monitor.table() if row["stage"] == "val"} == {5}  # where Lightning files val_loss too
+    for name in LAYERS:
+        mean, std = mean_std(flat([batch[name]["output"] for batch in batches]))
+        assert (found[name]["mean"], found[name]["std"]) == (pytest.approx(mean, abs=1e-6), pytest.approx(std, rel=1e-6))
+    for name in ("bn1", "rest.3"):
+        expected = drift_of([batch[name]["input"] for batch in batches], batches[0][f"{name}/buffers"])
+        assert (found[name]["drift_mean"], found[name]["drift_var"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_dead_channels_are_counted_since_the_epoch_began() -> None:
+    """A channel that fired at one sampled step of an epoch is alive until the next epoch."""
+
+    class Fires(Small):
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.rest[0](torch.full((8, 2), -1.0 if self.step else 1.0) * torch.tensor([1.0, -0.0 if self.step else -1.0]))
+            self.step += 1
+            return super().forward(inputs) + hidden.sum() * 0
+
+        def on_train_epoch_start(self) -> None:
+            self.step = 0 if self.current_epoch == 0 else 1
+
+    monitor = ActivationStatsMonitor(every_n_steps=1, layers="rest.0")
+    fit(monitor, module=Fires(), val=None, max_epochs=2)
+    # The layer has two widths: those of the model itself, five, and the two channels that are fed here first.
+    assert {row["layer"] for row in monitor.table()} == {"rest.0", "rest.0[5]"}
+    dead = [row["dead_fraction"] for row in monitor.table() if row["layer"] == "rest.0"]
+    assert dead == [0.5] * 6 + [1.0] * 6
+
+
+def test_training_is_the_same_to_the_bit() -> None:
+    """Weights, buffers and the random numbers drawn are the same with and without the monitor, all options on."""
+    plain, _ = fit(val=None)
+    state = torch.get_rng_state()
+    watched, _ = fit(ActivationStatsMonitor(every_n_steps=1, gradients=True, histograms=True), val=None)
+    assert parameters_equal(plain, watched)
+    assert all(torch.equal(one, other) for one, other in zip(plain.buffers(), watched.buffers(), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def hooks(module: nn.Module) -> int:
+    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) + len(each._backward_hooks) for each in module.modules())
+
+
+def test_hooks_are_there_only_while_they_are_wanted() -> None:
+    """Between the sampled steps, and after the fit, no module has a hook."""
+    seen = {}
+
+    class Counts(Small):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            seen[self.trainer.global_step] = hooks(self)
+            return super().training_step(batch, batch_idx)
+
+    module, _ = fit(ActivationStatsMonitor(every_n_steps=4), module=Counts(), max_epochs=1)
+    assert seen == {0: 4, 1: 0, 2: 0, 3: 0, 4: 4, 5: 0}
+    assert hooks(module) == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("stage", ["training", "validation"])
+def test_an_exception_leaves_no_hook_behind(error: type[BaseException], stage: str) -> None:
+    """Whatever is raised in the middle of a watched step, the model is without hooks, and the table has what came before."""
+
+    class Fails(Small):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if stage == "training" and batch_idx == 3:
+                raise error("stop")
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            if stage == "validation":
+                raise error("stop")
+
+    module, monitor = Fails(), ActivationStatsMonitor(every_n_steps=1)
+    with pytest.raises((error, SystemExit)):
+        fit(monitor, module=module, num_sanity_val_steps=0)
+    assert hooks(module) == 0
+    assert {row["step"] for row in monitor.table()} == set(range(3 if stage == "training" else 6))
+    fit(monitor, max_epochs=1)  # and it can be used again
+    assert len({row["step"] for row in monitor.table() if row["stage"] == "train"}) == 6
+
+
+def test_accumulated_batches_are_one_sample() -> None:
+    """With accumulate_grad_batches=3, one row pools the three batches of its optimizer step, and validation between them does not enter."""
+    recorder, monitor = Recorder(), ActivationStatsMonitor(every_n_steps=1)
+    fit(recorder, monitor, accumulate_grad_batches=3, max_epochs=1, val_check_interval=2)
+    assert sorted({row["step"] for row in monitor.table() if row["stage"] == "train"}) == [0, 1]
+    for step in (0, 1):
+        batches = recorder.batches["train"][3 * step : 3 * step + 3]
+        mean, std = mean_std(flat([batch["rest.0"]["output"] for batch in batches]))
+        row = rows(monitor, "train", step)["rest.0"]
+        assert (row["mean"], row["std"]) == (pytest.approx(mean), pytest.approx(std))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_forward_is_no_second_sample(reentrant: bool) -> None:
+    """Under activation checkpointing rows are what they are without it, gradients included; NaNs are counted once."""
+
+    class Checkpointed(Small):
+        def __init__(self, on: bool) -> None:
+            super().__init__()
+            self.on = on
+            self.rest[1].p = 0.0
+            self.bn1, self.rest[3] = BatchNorm1d(5), BatchNorm1d(3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.bn1(self.first(inputs))
+            if self.trainer.global_step == 5:
+                hidden[0, 0] = math.nan
+            return checkpoint(self.rest, hidden, use_reentrant=reentrant) if self.on else self.rest(hidden)
+
+    tables = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        monitor = ActivationStatsMonitor(every_n_steps=1, gradients=True)
+        fit(monitor, module=Checkpointed(on), max_epochs=1, val=None)
+        tables.append(monitor.table())
+    assert tables[0] == tables[1]
+    assert rows(monitor, "train", 5)["rest.0"]["nonfinite"] == 1
+
+
+class Shapes(Small):
+    """A layer called twice, one called with two widths, one that returns a tuple, and one that no forward reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU()
+        self.wide = nn.Linear(5, 7)
+        self.lstm = nn.LSTM(7, 2, batch_first=True)
+        self.spare = nn.ReLU()
+        self.seen: list[Tensor] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.relu(self.bn1(self.first(inputs)))
+        again = self.relu(hidden - 0.5)
+        output, _ = self.lstm(self.relu(self.wide(again)))
+        self.seen += [hidden.detach(), again.detach(), output.detach()]
+        return output
+
+
+def test_reused_layers_widths_and_tuples() -> None:
+    """Calls of one width are pooled, each further width has a row, of a tuple the first tensor counts; what is never called is named."""
+    monitor = ActivationStatsMonitor(layers=[nn.ReLU, nn.LSTM, "spare"], every_n_steps=100)
+    module = Shapes()
+    with pytest.warns(UserWarning, match="sees nothing of rest.0, rest.4, spare: no forward"):
+        fit(monitor, module=module, val=None, max_epochs=1)
+    found = rows(monitor, "train", 0)
+    assert list(found) == ["relu", "relu[7]", "lstm"]
+    assert found["relu"]["mean"] == pytest.approx(torch.stack(module.seen[:2]).mean().item())
+    assert found["lstm"]["mean"] == pytest.approx(module.seen[2].mean().item())
+
+
+def test_a_length_is_no_width() -> None:
+    """A layer whose dimension 1 is another at each step is told apart from one with channels, once, with the mend."""
+
+    class Lengths(Small):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.rest[0](torch.ones(2, 10 + self.trainer.global_step, 3))
+            return super().training_step(batch, batch_idx)
+
+    monitor = ActivationStatsMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match=r"rest.0 gave activations of more than 8 sizes.*channel_dim=-1") as told:
+        fit(monitor, module=Lengths(), val=None, max_epochs=2)
+    assert len([one for one in told if "sizes" in str(one.message)]) == 1
+    monitor = ActivationStatsMonitor(layers="rest.0", every_n_steps=1, channel_dim=-1)
+    fit(monitor, module=Lengths(), val=None, max_epochs=2)
+    assert {row["layer"] for row in monitor.table()} == {"rest.0", "rest.0[5]"}
+
+
+def test_half_precision_is_summed_wide() -> None:
+    """Under bf16-true, rows are what the bfloat16 activations give in float64, and drift is observed since the buffers are too coarse."""
+    recorder, monitor = Recorder(), ActivationStatsMonitor(every_n_steps=1)
+    fit(recorder, monitor, max_epochs=1, precision="bf16-true", val=None)
+    batch, row = recorder.batches["train"][5], rows(monitor, "train", 5)["bn1"]
+    assert batch["bn1"]["output"].dtype == torch.bfloat16
+    assert row["std"] == pytest.approx(mean_std(flat([batch["bn1"]["output"]]))[1])
+    assert row["drift_mean"] == pytest.approx(drift_of([batch["bn1"]["input"]], batch["bn1/buffers"])[0], rel=1e-4)
+
+
+def test_averagings_that_do_not_tell_are_observed() -> None:
+    """Where the buffers don't tell the batch, the hook of the sampled step looks at the layer's input."""
+    module = Small()
+    module.bn1 = BatchNorm1d(5, averaging=Exponential(0.1, pooled=True))
+    recorder, monitor = Recorder(), ActivationStatsMonitor(every_n_steps=2)
+    fit(recorder, monitor, module=module, max_epochs=1, val=None)
+    batch = recorder.batches["train"][4]
+    expected = drift_of([batch["bn1"]["input"]], batch["bn1/buffers"])
+    row = rows(monitor, "train", 4)["bn1"]
+    assert (row["drift_mean"], row["drift_var"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_drift_alone_needs_no_hook() -> None:
+    """activations=False logs drift and affine parameters of batch-norm layers, places no hook, and agrees with the full table."""
+    most = []
+
+    class Counts(Small):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            most.append(hooks(self))
+            return super().training_step(batch, batch_idx)
+
+    light, full = ActivationStatsMonitor(every_n_steps=1, activations=False), ActivationStatsMonitor(every_n_steps=1)
+    fit(light, module=Counts(), val=None)
+    assert set(most) == {0}
+    fit(full, val=None)
+    kept = [name for name in COLUMNS if name.startswith(("drift", "weight", "bias"))]
+    assert [row["layer"] for row in light.table()[:2]] == ["bn1", "rest.3"]
+    assert all(row["mean"] is None for row in light.table())
+    assert [[row[name] for name in kept] for row in light.table()] == [
+        [row[name] for name in kept] for row in full.table() if row["layer"] in ("bn1", "rest.3")
+    ]
+
+
+def test_nan_and_empty_activations() -> None:
+    """NaN and infinite activations are counted and left out of the moments, an empty batch is none, and histograms survive both."""
+
+    class Spoiled(Small):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.rest[0](torch.full((2, 5), math.nan) if batch_idx else torch.empty(0, 5))
+            return super().training_step(batch, batch_idx)
+
+    recorder, monitor = Recorder(), ActivationStatsMonitor(every_n_steps=1, histograms=True)
+    fit(recorder, monitor, module=Spoiled(), max_epochs=1, val=None)
+    first, second = (rows(monitor, "train", step)["rest.0"] for step in (0, 1))
+    assert (first["nonfinite"], second["nonfinite"]) == (0, 10)
+    assert second["mean"] == pytest.approx(recorder.batches["train"][1]["rest.0"]["output"].double().mean().item())
+
+    class AllNaN(Small):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs * math.nan)
+
+    monitor = ActivationStatsMonitor(every_n_steps=1, histograms=True)
+    fit(monitor, module=AllNaN(), max_epochs=1)
+    row = rows(monitor, "train", 0)["rest.0"]
+    assert (row["mean"], row["std"], row["nonfinite"]) == (None, None, 40)
+
+
+def test_compiled_models_are_seen() -> None:
+    """Layers inside a compiled model are measured, compiled before or after, under their own names; other steps stay compiled."""
+    compiled_runs = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        def run(*args: Any) -> Any:
+            compiled_runs.append(1)
+            return graph(*args)
+
+        return run
+
+    class Compiled(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rest[1].p = 0.0
+            self.rest = torch.compile(self.rest, backend=backend, fullgraph=True)
+
+    recorder, monitor = Recorder(), ActivationStatsMonitor(every_n_steps=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo's own while it compiles
+        torch.manual_seed(0)
+        fit(monitor, module=Compiled(), max_epochs=1, val=None)
+    torch.manual_seed(0)
+    plain = Small()
+    plain.rest[1].p = 0.0
+    fit(recorder, module=plain, max_epochs=1, val=None)
+    assert list(rows(monitor, "train", 4)) == LAYERS
+    for name in LAYERS:
+        expected = mean_std(flat([recorder.batches["train"][4][name]["output"]]))
+        assert (rows(monitor, "train", 4)[name]["mean"], rows(monitor, "train", 4)[name]["std"]) == pytest.approx(
+            expected, rel=1e-4, abs=1e-5
+        )
+    assert len(compiled_runs) == 4
+
+
+def test_fast_dev_run_and_no_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast_dev_run and a run without a logger work, have a table, and write no file."""
+    monkeypatch.chdir(tmp_path)
+    for options in ({"fast_dev_run": True, "logger": None}, {"logger": False, "max_epochs": 1}):
+        monitor = ActivationStatsMonitor()
+        fit(monitor, **options)
+        assert list(rows(monitor, "train", 0)) == LAYERS
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_validate_and_test_alone() -> None:
+    """trainer.validate and trainer.test give rows of their stage."""
+    monitor, module = ActivationStatsMonitor(), Small()
+    module.test_step = module.validation_step
+    data = DataLoader(training_data(), 16)
+    trainer(monitor).validate(module, data, verbose=False)
+    trainer(monitor).test(module, data, verbose=False)
+    assert [(row["layer"], row["stage"]) for row in monitor.table()] == [(name, stage) for stage in ("val", "test") for name in LAYERS]
+    assert hooks(module) == 0
+
+
+def test_several_fits_and_a_resumed_one(tmp_path: Path) -> None:
+    """A fit that goes on adds to the table, at the steps that come next; one that starts anew starts a new table."""
+    monitor = ActivationStatsMonitor(every_n_steps=4)
+    _, runner = fit(monitor, max_epochs=1, val=None)
+    runner.save_checkpoint(tmp_path / "one.ckpt")
+    steps = lambda: sorted({row["step"] for row in monitor.table()})  # noqa: E731
+    assert steps() == [0, 4]
+    fit(monitor, max_epochs=3, val=None, ckpt_path=tmp_path / "one.ckpt")
+    assert steps() == [0, 4, 8, 12, 16]
+    fit(monitor, max_epochs=1, val=None)
+    assert steps() == [0, 4]
+    fresh = ActivationStatsMonitor(every_n_steps=4)
+    fit(fresh, max_epochs=3, val=None, ckpt_path=tmp_path / "one.ckpt")
+    assert sorted({row["step"] for row in fresh.table()}) == [8, 12, 16]
+
+
+def test_a_model_without_a_matching_layer_is_told_once() -> None:
+    """One warning, with the module's class and what to write, and an empty table; training goes on."""
+    monitor = ActivationStatsMonitor("layer4.*")
+    with pytest.warns(UserWarning, match=r"layers='layer4.\*'\) finds nothing to look at: Small has no module") as told:
+        fit(monitor, max_epochs=1)
+    assert len([one for one in told if "finds nothing" in str(one.message)]) == 1
+    assert monitor.table() == []
+
+
+def test_mistakes_are_told_at_once() -> None:
+    """A wrong argument raises before anything is trained, with the call to make."""
+    with pytest.raises(MisconfigurationException, match="at least 1, as in every_n_steps=50"):
+        ActivationStatsMonitor(every_n_steps=0)
+    with pytest.raises(MisconfigurationException, match='"worst", "all"'):
+        ActivationStatsMonitor(scalars=True)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="nor a class"):
+        fit(ActivationStatsMonitor(layers=3))  # type: ignore[arg-type]
+
+
+class Memory(Logger):
+    """Another's logger, which knows no more than Lightning's interface."""
+
+    name, version = "memory", 0  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do."""
+
+
+def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:
+    """Through the Logger interface: worst and median of each statistic at the sampled steps, and each layer's for scalars="all"."""
+    memory = Memory()
+    monitor = ActivationStatsMonitor(every_n_steps=3, scalars="all")
+    fit(monitor, logger=[memory, CSVLogger(tmp_path, version=0)], max_epochs=1, log_every_n_steps=3)
+    ours = [(step, metrics) for step, metrics in memory.metrics if any(name.startswith("activations") for name in metrics)]
+    assert [step for step, _ in ours] == [0, 3, 5]
+    found = rows(monitor, "train", 3)
+    metrics = ours[1][1]
+    stds = [row["std"] for row in found.values()]
+    assert metrics["activations/std/median"] == pytest.approx(sorted(stds)[1] / 2 + sorted(stds)[2] / 2)
+    assert metrics["activations/std/worst"] == max(stds, key=lambda std: abs(math.log(std)))
+    assert metrics["activations/drift_mean/worst"] == max(found[name]["drift_mean"] for name in ("bn1", "rest.3"))
+    assert metrics["activations/dead_fraction/rest.0"] == found["rest.0"]["dead_fraction"]
+    assert ours[2][1]["activations_val/std/bn1"] == rows(monitor, "val")["bn1"]["std"]
+    assert "activations/std/median" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
+
+
+def test_one_transfer_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a sampled step no value is read from the device before the one transfer that brings all layers' to the host."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from lightning_bn import collector
+
+    reads: list[str] = []
+    transfers: list[int] = []
+    real = collector.to_host
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default and not transfers:
+                reads.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def counted(tensors: Any) -> Any:
+        transfers.append(len(tensors))
+        return real(tensors)
+
+    monkeypatch.setattr(collector, "to_host", counted)
+    monkeypatch.setattr("lightning_bn.activations._may_look", lambda data: False)  # as on an accelerator
+    module = Small()
+    layers = {name: layer for name, layer in module.named_modules() if name in LAYERS}
+    watched = collector.LayerCollector(module, layers, gradients=True, histograms=LAYERS)
+    with Reads():
+        watched.attach()
+        module.rest(module.bn1(module.first(torch.randn(8, 4)))).sum().backward()
+        watched.detach()
+        watched.collect()
+    assert len(transfers) == 1
+    assert reads == []
+
+
+def test_memory_does_not_grow_with_the_steps() -> None:
+    """Of tensors there are as many after sixty sampled steps as after twenty; what grows is the table alone."""
+    alive = []
+
+    class Counts(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step in (20, 60):
+                gc.collect()
+                alive.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+
+    fit(Counts(), ActivationStatsMonitor(every_n_steps=1, gradients=True), max_epochs=11, val=None)
+    assert alive[1] <= alive[0]
+
+
+def test_sampling_follows_the_trainers_interval() -> None:
+    """Without every_n_steps the Trainer's log_every_n_steps holds; 0 there means never."""
+    monitor = ActivationStatsMonitor()
+    fit(monitor, log_every_n_steps=5, val=None)
+    assert sorted({row["step"] for row in monitor.table()}) == [0, 5, 10]
+    monitor = ActivationStatsMonitor()
+    fit(monitor, log_every_n_steps=0, val=None)
+    assert monitor.table() == []
+    assert loader().batch_size == 8

@@ -1,0 +1,119 @@
+"""The table of layers, steps and statistics, and what is read out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lightning_bn.collector import COLUMNS
+from lightning_bn.layer_table import STATISTICS, LayerTable, scalars, worst_layers
+
+Rows = dict[str, dict[str, float | None]]
+
+
+def rows(**layers: dict[str, float | None]) -> Rows:
+    return {name: dict.fromkeys(COLUMNS) | values for name, values in layers.items()}
+
+
+def test_rows_come_back_as_they_went_in() -> None:
+    """Layer, stage, step, epoch, then the statistics in the order of COLUMNS, None where one does not apply."""
+    table = LayerTable()
+    table.append("train", 5, 1, rows(a={"std": 0.5}, b={"nonfinite": 3.0}))
+    table.append("val", 6, 1, rows(a={"std": 0.25}))
+    found = table.rows()
+    assert [list(row) for row in found] == [["layer", "stage", "step", "epoch", *COLUMNS]] * 3
+    assert [(row["layer"], row["stage"], row["step"], row["std"], row["nonfinite"]) for row in found] == [
+        ("a", "train", 5, 0.5, None),
+        ("b", "train", 5, None, 3.0),
+        ("a", "val", 6, 0.25, None),
+    ]
+    assert table.rows("val") == found[2:]
+    assert (table.samples("train"), table.samples("test"), table.last_step()) == (1, 0, 6)
+
+
+def test_a_grid_has_layers_downwards_and_steps_to_the_right() -> None:
+    """Each cell is the value of its layer at its step; layers without the statistic have no row, and gaps are NaN."""
+    table = LayerTable()
+    table.append("train", 0, 0, rows(a={"std": 1.0}, b={"std": 2.0}, c={}))
+    table.append("val", 0, 0, rows(a={"std": 9.0}))
+    table.append("train", 10, 0, rows(a={"std": 3.0}, late={"std": 4.0}, b={"std": 5.0}, c={}))
+    grid = table.grid("train", "std")
+    assert (grid.layers, grid.steps) == (("a", "late", "b"), (0, 10))
+    np.testing.assert_array_equal(grid.values, [[1, 3], [np.nan, 4], [2, 5]])
+
+
+@pytest.mark.parametrize("samples", [7, 50, 149, 1000])
+def test_thinning_keeps_the_worst(samples: int) -> None:
+    """However many samples a column stands for, it has the value farthest from healthy among them, and an illness of one step is seen."""
+    generator = np.random.default_rng(0)
+    values = np.exp(generator.normal(size=samples))
+    values[samples // 2] = 1e6
+    table = LayerTable()
+    for step, value in enumerate(values):
+        table.append("train", step, 0, rows(a={"std": float(value)}))
+    thin = table.grid("train", "std").thinned(50)
+    assert len(thin.steps) == min(samples, 50)
+    assert 1e6 in thin.values
+    for column, start in enumerate(thin.steps):
+        end = thin.steps[column + 1] if column + 1 < len(thin.steps) else samples
+        assert thin.values[0, column] == max(values[start:end], key=lambda value: abs(np.log(value)))
+
+
+def test_sick_since_when() -> None:
+    """An ailment begins at the first of the unbroken samples beyond the limit, ends when the layer is well, and the newest comes first."""
+    history = {"a": [0, 0, 1, 1, 1], "b": [0.9, 0.9, 0.9, 0.9, 0.9], "c": [1, 1, 0, 0, 1], "d": [1, 1, 1, 1, 0]}
+    table = LayerTable()
+    for step in range(5):
+        table.append("train", 10 * step, 0, rows(**{layer: {"dead_fraction": float(values[step])} for layer, values in history.items()}))
+    assert [(each.layer, each.since, each.value) for each in table.ailments("train")] == [("c", 40, 1.0), ("a", 20, 1.0), ("b", 0, 0.9)]
+    assert table.ailments("val") == []
+
+
+def test_scalars_stand_for_all_layers() -> None:
+    """Worst is the layer farthest from healthy, by ratio for a scale; missing values don't count."""
+    sample = rows(a={"std": 0.1, "dead_fraction": 0.0}, b={"std": 5.0, "dead_fraction": 0.5}, c={"std": 1.0}, d={})
+    found = scalars(sample, lambda layer: layer == "b")
+    assert found == {
+        "std/worst": 0.1,
+        "std/median": 1.0,
+        "std/smallest": 0.1,
+        "std/largest": 5.0,
+        "std/b": 5.0,
+        "dead_fraction/worst": 0.5,
+        "dead_fraction/median": 0.25,
+        "dead_fraction/b": 0.5,
+    }
+    assert [(statistic.name, layer, value) for statistic, layer, value in worst_layers(sample)] == [
+        ("std", "a", 0.1),
+        ("dead_fraction", "b", 0.5),
+    ]
+
+
+def test_the_worst_gradient_is_the_one_unlike_the_others() -> None:
+    """A gradient has no healthy scale in itself: the worst is farthest from the median over the layers, vanishing or exploding."""
+    vanishing = rows(a={"grad_std": 1e-9}, b={"grad_std": 1e-3}, c={"grad_std": 2e-3})
+    exploding = rows(a={"grad_std": 1e-4}, b={"grad_std": 1e-3}, c={"grad_std": 1e5})
+    assert (scalars(vanishing)["grad_std/worst"], scalars(exploding)["grad_std/worst"]) == (1e-9, 1e5)
+
+
+def test_the_csv_is_the_table(tmp_path: Path) -> None:
+    """pandas reads the file in one line, and finds the table, to six digits; it goes on where it ended."""
+    table = LayerTable()
+    generator = np.random.default_rng(0)
+    for step in range(3):
+        values = generator.normal(size=len(COLUMNS))
+        table.append("train", step, 0, rows(**{"a,b": dict(zip(COLUMNS, values, strict=True)), "c": {"std": 1e-30}}))
+        table.append_csv(tmp_path / "stats.csv")
+    read = pd.read_csv(tmp_path / "stats.csv")
+    expected = pd.DataFrame(table.rows()).astype(dict.fromkeys(COLUMNS, float))
+    pd.testing.assert_frame_equal(read.astype(dict.fromkeys(COLUMNS, float)), expected, rtol=1e-5, check_dtype=False)
+
+
+def test_every_limit_can_be_reached_and_met() -> None:
+    """No statistic is sick when it is healthy, and each can be."""
+    for statistic in STATISTICS.values():
+        assert not statistic.is_sick(np.array([statistic.healthy, np.nan])).any()
+        assert statistic.is_sick(np.array([np.inf])).all()

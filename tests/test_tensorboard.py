@@ -1,0 +1,291 @@
+"""What a reader of TensorBoard finds, read back from real event files."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fits import Small, fit
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_bn import ActivationStatsMonitor
+from lightning_bn.activations import histogram_edges
+from lightning_bn.collector import COLUMNS, Sample
+from lightning_bn.heatmap import Scale, draw_channels, draw_grid, scale_of
+from lightning_bn.layer_table import LayerTable
+from lightning_bn.tensorboard import TensorBoardReport, tell
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def read(directory: Path | str) -> EventAccumulator:
+    events = EventAccumulator(str(directory), size_guidance={"images": 0, "tensors": 0, "scalars": 0, "histograms": 0})
+    return events.Reload()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[ActivationStatsMonitor, Path, EventAccumulator]:
+    """One real fit, its directory and its event file."""
+    monitor = ActivationStatsMonitor(every_n_steps=2, histograms="rest.0", scalars="bn*")
+    logger = TensorBoardLogger(tmp_path_factory.mktemp("runs"))
+    fit(monitor, max_epochs=2, logger=logger)
+    return monitor, Path(logger.log_dir), read(logger.log_dir)
+
+
+def test_scalars_are_those_of_the_table(run: Any) -> None:
+    """Each worst, median and layer's scalar in the event file, step by step, follows from the rows of the table."""
+    monitor, _, events = run
+    frame = pd.DataFrame(monitor.table())
+    for prefix, stage in (("activations", "train"), ("activations_val", "val")):
+        of_stage = frame[frame.stage == stage].astype({"dead_fraction": float, "drift_mean": float})
+        for name in ("dead_fraction", "drift_mean", "std"):
+            by_step = of_stage.groupby("step")[name]
+            for tag, expected in (("median", by_step.median()), ("worst", by_step.max())):
+                if (name, tag) != ("std", "worst"):
+                    found = {event.step: event.value for event in events.Scalars(f"{prefix}/{name}/{tag}")}
+                    assert found == pytest.approx(expected.to_dict(), rel=1e-6)
+    steps = [event.step for event in events.Scalars("activations/std/worst")]
+    assert steps == [0, 2, 4, 6, 8, 10]
+    own = {event.step: event.value for event in events.Scalars("activations/std/bn1")}
+    assert own == pytest.approx({row["step"]: row["std"] for row in monitor.table() if (row["layer"], row["stage"]) == ("bn1", "train")})
+    assert "activations/std/rest.0" not in events.Tags()["scalars"]
+
+
+def test_every_tag_is_documented(run: Any) -> None:
+    """The event file has the tags of the table in lightning_bn.tensorboard and, beside the module's own, no others."""
+    _, _, events = run
+    tags = events.Tags()
+    ours = [tag for tag in tags["scalars"] if tag not in ("train_loss", "val_loss", "val_acc", "epoch")]
+    names = {"worst", "median", "smallest", "largest", "bn1"}
+    assert {tag.split("/")[0] for tag in ours} == {"activations", "activations_val"}
+    assert {tag.split("/")[1] for tag in ours} <= set(COLUMNS)
+    assert {tag.split("/")[2] for tag in ours} == names
+    maps = {"std", "zero_fraction", "dead_fraction", "nonfinite", "drift_mean", "drift_var", "channel_mean", "channel_std"}
+    assert set(tags["images"]) == {f"activations_map/{name}" for name in maps}
+    assert set(tags["tensors"]) == {"custom_scalars__config__", "activations/layers/text_summary"}
+    assert tags["histograms"] == ["activations_histogram/rest.0"]
+
+
+def test_the_layout_names_tags_that_are_there(run: Any) -> None:
+    """Each chart of the Custom Scalars tab finds its tags in the event file: two a multiline chart, three a margin chart."""
+    import re
+
+    _, _, events = run
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["Batch norm, training", "Batch norm, validation"]
+    tags = events.Tags()["scalars"]
+    for category in layout.category:
+        assert len(category.chart) == 6
+        for chart in category.chart:
+            margins = [(series.value, series.lower, series.upper) for series in chart.margin.series]
+            wanted = [re.escape(tag) for series in margins for tag in series] or list(chart.multiline.tag)
+            assert len(wanted) == (3 if margins else 2)
+            assert all(sum(re.match(pattern, tag) is not None for tag in tags) == 1 for pattern in wanted), chart.title
+
+
+def test_images_grow_with_the_run_and_are_complete_at_its_end(run: Any) -> None:
+    """Heat maps are drawn as the run grows, and once more at its end; each is a readable picture."""
+    _, _, events = run
+    drawn = events.Images("activations_map/std")
+    assert [event.step for event in drawn] == [6, 10]
+    picture = Image.open(io.BytesIO(drawn[-1].encoded_image_string))
+    assert (picture.mode, picture.size) == ("RGB", (drawn[-1].width, drawn[-1].height))
+
+
+def test_the_histogram_is_of_the_sampled_activations(tmp_path: Path) -> None:
+    """Counts and edges in the event file are those of the activations of that step, counted by a loop."""
+    outputs: list[Tensor] = []
+
+    class Keeps(Small):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            handle = self.bn1.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
+            loss = super().training_step(batch, batch_idx)
+            handle.remove()
+            return loss
+
+    logger = TensorBoardLogger(tmp_path)
+    fit(ActivationStatsMonitor(every_n_steps=4, histograms="bn1"), module=Keeps(), max_epochs=1, logger=logger, val=None)
+    events = read(logger.log_dir).Histograms("activations_histogram/bn1")
+    assert [event.step for event in events] == [0, 4]
+    edges = histogram_edges().tolist()
+    for event in events:
+        value = event.histogram_value
+        numbers = outputs[event.step].double().flatten().tolist()
+        assert value.num == len(numbers)
+        below = value.min
+        for limit, count in zip(value.bucket_limit, value.bucket, strict=True):
+            assert count == sum(below < number <= limit for number in numbers)
+            assert limit in edges
+            below = limit
+
+
+def test_the_csv_lies_beside_the_event_file(run: Any) -> None:
+    """pandas.read_csv(...) gives monitor.table(), to six digits."""
+    monitor, directory, _ = run
+    found = pd.read_csv(directory / "activation_stats.csv")
+    expected = pd.DataFrame(monitor.table())
+    assert (found[["layer", "stage", "step", "epoch"]] == expected[["layer", "stage", "step", "epoch"]]).all(axis=None)
+    np.testing.assert_allclose(found[list(COLUMNS)].to_numpy(float), expected[list(COLUMNS)].to_numpy(float), rtol=1e-5)
+
+
+def test_a_sick_layer_is_named_with_its_step(tmp_path: Path) -> None:
+    """The text names the layer that dies in the run and the first sampled step at which it was dead, above what was sick before."""
+
+    class Dies(Small):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.trainer.global_step == 5:
+                with torch.no_grad():
+                    self.rest[3].weight.zero_()
+                    self.rest[3].bias.fill_(-1.0)
+            return super().training_step(batch, batch_idx)
+
+    logger = TensorBoardLogger(tmp_path)
+    fit(ActivationStatsMonitor(every_n_steps=2), module=Dies(lr=0.0), max_epochs=2, logger=logger, val=None)
+    texts = read(logger.log_dir).Tensors("activations/layers/text_summary")
+    text = next(event for event in texts if event.step == 6).tensor_proto.string_val[0].decode()
+    lines = [line for line in text.splitlines() if line.startswith("| 6 |")]
+    assert any("`rest.4`" in line and "channels that are dead" in line and line.endswith("| 1 |") for line in lines)
+    assert text.splitlines()[4] == lines[0]
+
+
+def test_a_picture_has_the_colours_of_the_values() -> None:
+    """The pixel in the middle of each cell is the colour that the scale gives to its value; missing ones are grey."""
+    steps, layers = (0, 10, 20, 30), ("net.a", "net.b", "net.c")
+    values = [[0.001, 1.0, 1000.0, 1.0], [1.0, 0.03, 30.0, 1.0], [1.0, 1.0, math.nan, 1.0]]
+    table = LayerTable()
+    for column, step in enumerate(steps):
+        table.append(
+            "train", step, 0, {layer: dict.fromkeys(COLUMNS) | {"std": row[column]} for layer, row in zip(layers, values, strict=True)}
+        )
+    pixels = draw_grid(table.grid("train", "std"))
+    colours = matplotlib.colormaps["RdBu_r"].resampled(33)
+    top, bottom, right = 95, len(pixels) - 55, 640 - 30
+    left = round(100 * (0.25 + 0.078 * len("a")))
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            y = round(top + (bottom - top) * (row + 0.5) / 3)
+            x = round(left + (right - left) * (column + 0.5) / 4)
+            expected = (191, 191, 191) if math.isnan(value) else colours((math.log10(value) + 3) / 6)[:3]
+            expected = [round(255 * part) if part <= 1 else part for part in expected]
+            assert pixels[y, x].tolist() == pytest.approx(expected, abs=1), (row, column)
+
+
+@pytest.mark.parametrize("layers", [1, 30, 60, 160])
+def test_pictures_are_as_tall_as_their_layers_need(layers: int) -> None:
+    """Each layer has a row of at least 13 pixels, in which its name can be read."""
+    table = LayerTable()
+    for step in range(3):
+        table.append("train", step, 0, {f"layer{place}.bn": dict.fromkeys(COLUMNS) | {"std": 1.0} for place in range(layers)})
+    height, width, _ = draw_grid(table.grid("train", "std")).shape
+    assert (height - 150) / layers >= 13
+    assert width == 640
+
+
+def test_nothing_is_nowhere_drawn_as_sick() -> None:
+    """No NaN at all is the palest colour, one NaN is half way to the darkest, and a zero scale is at the cold end."""
+    counts, scale = scale_of("nonfinite"), scale_of("std")
+    assert counts.place(np.array([0.0, 1.0])).tolist() == [counts.low, (counts.low + counts.high) / 2]
+    assert scale.place(np.array([0.0]))[0] < scale.low
+
+
+def test_channels_are_drawn_in_order() -> None:
+    """Each layer's row is its channels in ascending order from left to right, whatever their number; a layer of NaN is grey."""
+    values = [np.array([2.0, 0.0, 1.0]), np.array([math.nan, math.nan]), np.array([0.0])]
+    pixels = draw_channels(["a", "b", "c"], values, Scale(0, 2, "OrRd", "unit"), "title")
+    colours = matplotlib.colormaps["OrRd"].resampled(33)
+    left, right = round(100 * (0.25 + 0.078)) + 5, 640 - 30 - 5
+    y = 95 + round((len(pixels) - 150) / 6)
+    for x, value in ((left, 0.0), ((left + right) // 2, 1.0), (right, 2.0)):
+        assert pixels[y, x].tolist() == pytest.approx([round(255 * part) for part in colours(value / 2)[:3]], abs=1)
+    assert pixels[95 + (len(pixels) - 150) // 2, (left + right) // 2].tolist() == [191, 191, 191]
+
+
+def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 layers, half of them batch norms, 10,000 steps at the default interval, the values pure noise: under 60 tags and 30 MB."""
+    pictures: dict[str, Any] = {}
+    # The last picture of each statistic, the largest, stands for all of them: they are as many and as large, and drawn once.
+    monkeypatch.setattr("lightning_bn.tensorboard.draw_grid", lambda grid: pictures[grid.statistic.name])
+    monkeypatch.setattr("lightning_bn.tensorboard.draw_channels", lambda *args: pictures["channels"])
+    generator = np.random.default_rng(0)
+    layers = [f"model.layer{place // 50}.{place}.{'relu' if place % 2 else 'bn'}" for place in range(200)]
+
+    def sample() -> Sample:
+        values = np.exp(generator.normal(size=(len(layers), len(COLUMNS))))
+        found = {layer: dict(zip(COLUMNS, map(float, line), strict=True)) for layer, line in zip(layers, values, strict=True)}
+        norm_only = [name for name in COLUMNS if name.startswith(("drift", "weight", "bias"))]
+        for layer, row in found.items():
+            row.update(grad_std=None, grad_nonfinite=None, saturated_fraction=None)  # none by default, none without sigmoids
+            row.update(dict.fromkeys(norm_only if layer.endswith("relu") else ("zero_fraction", "dead_fraction")))
+        return Sample(found, {layer: (torch.randn(64), torch.rand(64)) for layer in layers})
+
+    table = LayerTable()
+    samples = [sample() for _ in range(200)]
+    for place, each in enumerate(samples):
+        table.append("train", 50 * place, 0, each.rows)
+    for name in ("std", "zero_fraction", "dead_fraction", "nonfinite", "drift_mean", "drift_var"):
+        pictures[name] = draw_grid(table.grid("train", name))
+    noise = [generator.normal(size=64) for _ in layers]
+    pictures["channels"] = draw_channels(layers, noise, Scale(-3, 3, "RdBu_r", "unit"), "Channels")
+
+    from lightning_bn.layer_table import scalars
+
+    table = LayerTable()
+    writer = SummaryWriter(str(tmp_path))
+    report = TensorBoardReport(writer)
+    for place, each in enumerate(samples):
+        for stage in ("train", "val") if place % 10 == 9 else ("train",):
+            table.append(stage, 50 * place, 0, each.rows)
+            table.append_csv(tmp_path / "activation_stats.csv")
+            prefix = "activations" if stage == "train" else "activations_val"
+            for name, value in scalars(each.rows).items():
+                writer.add_scalar(f"{prefix}/{name}", value, 50 * place)
+            if stage == "train":
+                report.update(table, each, 50 * place)
+    report.draw(table, samples[-1], 9950)
+    writer.close()
+    tags = read(tmp_path).Tags()
+    assert sum(len(found) for found in tags.values() if isinstance(found, list)) < 60
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 30e6
+
+
+def test_text_of_a_healthy_run() -> None:
+    """Where nothing is sick the text says so, and still names the worst layers."""
+    table = LayerTable()
+    rows = {"a": dict.fromkeys(COLUMNS) | {"std": 1.0}, "b": dict.fromkeys(COLUMNS) | {"std": 2.0}}
+    table.append("train", 1500, 3, rows)
+    text = tell(table, Sample(rows))
+    assert "**Step 1,500.** No layer is beyond its limits." in text
+    assert "| standard deviation of the activations | `b` | 2 | 0.001 to 1000 |" in text
+
+
+def test_heat_maps_can_be_left_out(tmp_path: Path) -> None:
+    """heatmaps=False draws nothing, and matplotlib is not needed."""
+    logger = TensorBoardLogger(tmp_path)
+    fit(ActivationStatsMonitor(every_n_steps=1, heatmaps=False), max_epochs=1, logger=logger)
+    assert read(logger.log_dir).Tags()["images"] == []
+
+
+def test_what_was_seen_is_drawn_when_a_run_breaks(tmp_path: Path) -> None:
+    """After an exception the heat maps show all samples up to it."""
+
+    class Breaks(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 6:
+                raise RuntimeError("stop")
+
+    logger = TensorBoardLogger(tmp_path)
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(ActivationStatsMonitor(every_n_steps=1), Breaks(), logger=logger, val=None)
+    assert [event.step for event in read(logger.log_dir).Images("activations_map/std")][-1] == 5
