@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,7 +18,8 @@ from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.batch_norm import BatchNorm1d, check_averaging
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.moments import Moments
-from lightning_bn.running import advance, is_finite
+from lightning_bn.running import advance, is_deferred, is_finite, is_synchronised
+from lightning_bn.synchronization import merge_over_ranks
 from lightning_bn.torch_internals import in_backward, kernel_moments
 
 __all__ = ["Followers"]
@@ -112,26 +114,34 @@ class Followers:
         def take(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if layer.training and layer.track_running_stats and not in_backward():
                 self.calls += 1
-                _take(shadows, *_input_and_mask(layer, args, kwargs))
+                _take(shadows, _moments(layer, *_input_and_mask(layer, args, kwargs)))
 
         return take
 
 
 @torch.no_grad()
-def _take(shadows: list[BatchNorm1d], input: Tensor, mask: Tensor | None) -> None:
-    if not input.numel():
-        return
-    if mask is None:
+def _take(shadows: list[BatchNorm1d], moments: Moments) -> None:
+    var = moments.variance(unbiased=True)
+    valid = is_finite(var) & (moments.count > 1)
+    for shadow in shadows:
+        advance(shadow, shadow.averaging, Batch(moments.mean, var, moments.count, shadow.num_batches_tracked + 1, valid))
+
+
+@torch.no_grad()
+def _moments(layer: _BatchNorm, input: Tensor, mask: Tensor | None) -> Moments:
+    """The moments of what the layer's own statistics take in: the batch, or that of all ranks where the layer is synchronised."""
+    if mask is None and input.numel():
         mean, var = kernel_moments(input)
         count = torch.full((), input.numel() // input.shape[1], dtype=mean.dtype, device=mean.device)
-        var = var * (count / (count - 1))  # unbiased, as running statistics are
-        valid = is_finite(var)
+        moments = Moments(count, mean, var * count)
     else:
         moments = Moments.of(input, mask)
-        mean, var, count = moments.mean, moments.variance(unbiased=True), moments.count
-        valid = is_finite(var) & (count > 1)
-    for shadow in shadows:
-        advance(shadow, shadow.averaging, Batch(mean, var, count, shadow.num_batches_tracked + 1, valid))
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks > 1 and (is_synchronised(layer) or is_deferred(layer) or isinstance(layer, nn.SyncBatchNorm)):
+        dtype = moments.mean.dtype
+        (merged,) = merge_over_ranks([moments], getattr(layer, "process_group", None))
+        moments = Moments(merged.count.reshape(()).to(dtype), merged.mean.to(dtype), merged.m2.to(dtype))
+    return moments
 
 
 def _input_and_mask(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

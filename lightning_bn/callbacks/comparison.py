@@ -96,9 +96,16 @@ class CompareAverages(Callback):
                 "validation_step."
             )
         self._input = BatchInput(None, call="CompareAverages", advice="Leave that row out: CompareAverages(..., recalibrated=False).")
+        if not any(layer.tracks for layer in find_batch_norms(pl_module)):
+            raise MisconfigurationException(
+                f"CompareAverages: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. Leave the callback out."
+            )
         self._followers = Followers(pl_module, self.averages)
-        if self._saved is not None:
+        if self._saved is None:
+            self.scores.values = {}  # of an earlier fit
+        else:
             self._followers.load_state_dict(self._saved)
+            self._saved = None
         self._hooks.enter_context(self._followers.following())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,0 +1,302 @@
+"""CompareAverages tells, in one run, how validation would have gone under each average; and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from fits import Small, fit, loader, same, training_data
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_bn import BatchNormRecalibration, CompareAverages, Cumulative, Exponential, Window, convert_batch_norm
+
+AVERAGES = {"ema 0.1": Exponential(0.1), "window 3": Window(3), "all": Cumulative()}
+
+
+def converted(averaging: Any) -> Small:
+    torch.manual_seed(0)
+    return convert_batch_norm(Small(), averaging)
+
+
+class History(pl.Callback):
+    """The validation losses, and the order of the hooks."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.losses.append(float(trainer.callback_metrics["val_loss"]))
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_each_row_is_what_a_run_with_that_average_would_have_validated(name: str) -> None:
+    """The losses under an average are those of a fit of a model converted to it: training is the same, and so are they."""
+    compare, history = CompareAverages(AVERAGES), History()
+    fit(compare, val_check_interval=2)
+    fit(history, module=converted(AVERAGES[name]), val_check_interval=2)
+    assert len(history.losses) == 6
+    assert compare.scores.values[name] == pytest.approx(history.losses, rel=1e-4)
+
+
+def test_the_recalibrated_row_is_what_the_recalibration_callback_would_give() -> None:
+    """The row is the validation loss of a fit with BatchNormRecalibration(when="validation"), and "own" that of one without."""
+    compare, recalibrated, own = CompareAverages(AVERAGES), History(), History()
+    fit(compare)
+    fit(BatchNormRecalibration(when="validation"), recalibrated)
+    fit(own)
+    assert compare.scores.values["recalibrated"] == pytest.approx(recalibrated.losses, rel=1e-5)
+    assert compare.scores.values["own"] == own.losses
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"val_check_interval": 2}, {"precision": "bf16-mixed"}, {"num_sanity_val_steps": 2, "accumulate_grad_batches": 2}],
+    ids=str,
+)
+def test_nothing_else_changes(options: dict[str, Any], tmp_path: Path) -> None:
+    """Weights, statistics, random numbers, logged metrics and checkpoints are those of a fit without the callback, to the bit."""
+    runs = []
+    for version, callbacks in (("plain", []), ("compared", [CompareAverages(AVERAGES)])):
+        boards = TensorBoardLogger(tmp_path, name="", version=version)
+        saver = ModelCheckpoint(tmp_path / version / "checkpoints", monitor="val_loss", save_top_k=-1, filename="{step}")
+        module, runner = fit(*callbacks, saver, logger=boards, log_every_n_steps=1, **options)
+        events = EventAccumulator(str(tmp_path / version))
+        events.Reload()
+        scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "batch_norm" not in tag}
+        runs.append((module, runner, scalars, torch.rand(3)))
+    (one, runner, logged, numbers), (two, other, logged_too, numbers_too) = runs
+    assert same(one.state_dict().values(), two.state_dict().values())
+    assert str(runner.optimizers[0].state_dict()) == str(other.optimizers[0].state_dict())
+    assert runner.callback_metrics == other.callback_metrics
+    assert logged == logged_too
+    assert torch.equal(numbers, numbers_too)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in two.modules())
+    for path in (tmp_path / "plain/checkpoints").iterdir():
+        plain, compared = (torch.load(tmp_path / name / "checkpoints" / path.name, weights_only=False) for name in ("plain", "compared"))
+        assert same(plain["state_dict"].values(), compared["state_dict"].values())
+        assert plain["loops"] == compared["loops"]
+
+
+def test_the_log_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every validation metric under every average is logged at the step of the validation's own; the table ends the training."""
+    boards = TensorBoardLogger(tmp_path, name="", version="0")
+    compare = CompareAverages(AVERAGES, monitor="val_acc", mode="max")
+    fit(compare, logger=boards, log_every_n_steps=1)
+    events = EventAccumulator(str(tmp_path / "0"))
+    events.Reload()
+    tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("batch_norm/")}
+    names = [*AVERAGES, "own", "recalibrated"]
+    assert tags == {f"batch_norm/compare/{name}/{metric}" for name in names for metric in ("val_loss", "val_acc")}
+    own = [(event.step, event.value) for event in events.Scalars("val_acc")]
+    assert [(event.step, event.value) for event in events.Scalars("batch_norm/compare/own/val_acc")] == own
+    printed = capsys.readouterr().out
+    lines = printed.strip().splitlines()
+    assert {line.split("  ")[0] for line in lines[1:-1]} == set(names)
+    assert lines[-1].startswith("Recommended: ")
+    assert compare.recommended == lines[1].split("  ")[0]
+    best = max(compare.scores.mean(name) for name in names)
+    assert compare.scores.mean(compare.recommended) == best
+
+
+def test_the_advice_is_a_call_that_can_be_made(capsys: pytest.CaptureFixture[str]) -> None:
+    """A recommended average is printed as the call that converts the model to it."""
+    compare = CompareAverages({"first": Exponential(1.0), "second": Window(4)}, recalibrated=False)
+    for name, advice in (("second", "convert_batch_norm(model, Window(size=4))"), ("own", "the layers' own averages, as they are")):
+        compare.scores.values = {other: [1.0] for other in ("own", "first", "second")} | {name: [0.0]}
+        compare.on_train_end(type("Trainer", (), {"is_global_zero": True})(), Small())
+        assert capsys.readouterr().out.strip().splitlines()[-1] == f"Recommended: {advice}"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_beside_weight_averaging(first: bool) -> None:
+    """The weights that are validated are those that are compared: the own row is the logged metric, whatever the order."""
+    averaging, compare, history = EMAWeightAveraging(use_buffers=False, decay=0.8), CompareAverages(AVERAGES), History()
+    plain = History()
+    fit(EMAWeightAveraging(use_buffers=False, decay=0.8), plain)
+    fit(*([averaging, compare] if first else [compare, averaging]), history)
+    assert history.losses == plain.losses == compare.scores.values["own"]
+    # The same weights under the same rule: torch's own statistics are an Exponential(0.1).
+    assert compare.scores.values["ema 0.1"] == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_beside_early_stopping() -> None:
+    """The extra validations are not seen by callbacks that count them."""
+    counts = []
+    for callbacks in ([], [CompareAverages(AVERAGES)]):
+        stopping = EarlyStopping("val_loss", patience=0, min_delta=100.0)
+        _, runner = fit(*callbacks, stopping, max_epochs=5)
+        counts.append((runner.current_epoch, stopping.wait_count))
+    assert counts[0] == counts[1]
+    assert counts[0][0] < 5
+
+
+def test_resuming_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    """Followers and scores are in the checkpoint: the resumed comparison is that of an uninterrupted run."""
+    whole = CompareAverages(AVERAGES)
+    fit(whole, max_epochs=3, train=loader(shuffle=False), module=NoDropout())
+    fit(CompareAverages(AVERAGES), ModelCheckpoint(tmp_path, save_last=True), max_epochs=1, train=loader(shuffle=False), module=NoDropout())
+    resumed, saver = CompareAverages(AVERAGES), ModelCheckpoint(tmp_path / "next")
+    with pytest.warns(UserWarning, match="The dirpath has changed"):
+        fit(resumed, saver, max_epochs=3, train=loader(shuffle=False), module=NoDropout(), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.scores.values == whole.scores.values
+
+
+class NoDropout(Small):
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.rest[1].p = 0.0
+
+
+def test_steps_that_gather_and_count() -> None:
+    """Lists, counters and hooks of the user's own validation see one validation an epoch."""
+
+    class Gathering(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outputs: list[Tensor] = []
+            self.sizes: list[int] = []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.outputs.append(F.cross_entropy(self(batch[0]), batch[1]))
+
+        def on_validation_epoch_end(self) -> None:
+            self.sizes.append(len(self.outputs))
+            self.log("val_loss", torch.stack(self.outputs).mean())
+            self.outputs.clear()
+
+    module = Gathering()
+    compare = CompareAverages(AVERAGES)
+    fit(compare, module=module, num_sanity_val_steps=0)
+    assert module.sizes == [3, 3]
+    assert all(len(values) == 2 for values in compare.scores.values.values())
+
+
+def test_several_validation_loaders() -> None:
+    """Metrics keep the names that Lightning gives them for each loader."""
+
+    class Two(Small):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    compare = CompareAverages(AVERAGES, monitor="val_loss/dataloader_idx_1")
+    _, runner = fit(compare, module=Two(), val=[DataLoader(training_data(), 16), DataLoader(training_data(), 8)])
+    assert compare.scores.values["own"][-1] == float(runner.callback_metrics["val_loss/dataloader_idx_1"])
+
+
+def test_a_stream_and_limits() -> None:
+    """max_epochs=-1 with max_steps, streams without length, limits on both sets."""
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            while True:
+                yield from training_data()
+
+    compare = CompareAverages(AVERAGES)
+    stream = DataLoader(Stream(), 8)
+    fit(compare, train=stream, val=stream, max_epochs=-1, max_steps=8, val_check_interval=4, limit_val_batches=2)
+    assert all(len(values) == 2 for values in compare.scores.values.values())
+    fit(CompareAverages(AVERAGES), fast_dev_run=True)
+
+
+@pytest.mark.parametrize("stage", ["on_train_batch_end", "on_validation_batch_end"])
+def test_no_hook_is_left_when_the_fit_fails(stage: str) -> None:
+    """An exception in training or in validation leaves neither hooks nor foreign statistics."""
+    plain, module = Small(), Small()
+
+    class Failing(pl.Callback):
+        pass
+
+    def fail(self: Any, trainer: pl.Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            raise ValueError("injected")
+
+    setattr(Failing, stage, fail)
+    torch.manual_seed(0)
+    module.load_state_dict(plain.state_dict())
+    for each, callbacks in ((plain, []), (module, [CompareAverages(AVERAGES)])):
+        with pytest.raises(ValueError, match="injected"):
+            fit(*callbacks, Failing(), module=each)
+    assert not any(part._forward_hooks for part in module.modules())
+    assert same(plain.state_dict().values(), module.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_model_is_followed() -> None:
+    """torch.compile before the fit: the hooks are compiled along at the first batch."""
+    module = Small()
+    module.rest = torch.compile(module.rest, backend="eager")
+    compare = CompareAverages({"ema": Exponential(0.1)}, recalibrated=False)
+    fit(compare, module=module)
+    assert compare.scores.values["ema"] == pytest.approx(compare.scores.values["own"], rel=1e-5)
+
+
+def test_blindness_is_an_error() -> None:
+    """Layers that train without being seen are not passed over in silence."""
+
+    class Blind(Small):
+        """What torch.compile does to a layer whose hooks came too late."""
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            output = self.bn1.forward(self.first(inputs))
+            for layer in self.rest:
+                output = layer.forward(output)
+            return output
+
+    with pytest.raises(MisconfigurationException, match="saw no batch-norm layer run"):
+        fit(CompareAverages(AVERAGES), module=Blind())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (({},), TypeError, "averages by name"),
+        (([Window(3)],), TypeError, "averages by name"),
+        (({"a": 20},), TypeError, r"Window\(20\)"),
+        (({"own": Window(3)},), ValueError, "choose another"),
+        (({"recalibrated": Window(3)},), ValueError, "choose another"),
+    ],
+)
+def test_a_wrong_argument_is_told_at_once(arguments: Any, error: type[Exception], text: str) -> None:
+    """The call that was made and the one to make."""
+    with pytest.raises(error, match=text):
+        CompareAverages(*arguments)
+
+
+def test_fits_that_can_not_be_served() -> None:
+    """No validation, no layers, no such metric."""
+    with pytest.raises(MisconfigurationException, match="no validation to compare by"):
+        fit(CompareAverages(AVERAGES), val=None)
+    with pytest.raises(MisconfigurationException, match="val_loss, val_acc"):
+        fit(CompareAverages(AVERAGES, monitor="val_f1"))
+
+    class Bare(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn1, self.rest[3] = nn.Identity(), nn.Identity()
+
+    with pytest.raises(MisconfigurationException, match="no batch-norm layer"):
+        fit(CompareAverages(AVERAGES), module=Bare())
+
+
+def test_a_frozen_model_has_no_recalibrated_row() -> None:
+    """With nothing that learns there is nothing to recalibrate, and the rest of the table stands."""
+    torch.manual_seed(0)
+    module = Small()
+    for layer in (module.bn1, module.rest[3]):
+        layer.requires_grad_(False).eval()
+    compare = CompareAverages(AVERAGES)
+    with pytest.warns(UserWarning, match="in eval mode at the start"):
+        fit(compare, module=module)
+    assert set(compare.scores.values) == {"own", *AVERAGES}
+    assert compare.scores.values["window 3"] == compare.scores.values["own"]
