@@ -98,7 +98,7 @@ class CompareAverages(Callback):
         self._input = BatchInput(None, call="CompareAverages", advice="Leave that row out: CompareAverages(..., recalibrated=False).")
         if not any(layer.tracks for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
-                f"CompareAverages: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. Leave the callback out."
+                f"CompareAverages: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. Leave it out."
             )
         self._followers = Followers(pl_module, self.averages)
         if self._saved is None:

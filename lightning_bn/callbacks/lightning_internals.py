@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
@@ -96,7 +96,7 @@ def validation_metrics(trainer: Trainer, loader: CombinedLoader) -> dict[str, Te
             (epoch_loop, "val_loop", again),
             (trainer, "_logger_connector", type(connector)(trainer)),
             (trainer, "_last_val_time", getattr(trainer, "_last_val_time", None)),
-            (trainer, "callbacks", []),
+            (trainer, "callbacks", _deaf_progress_bar(trainer)),
             (trainer, "loggers", []),
             (trainer, "profiler", PassThroughProfiler()),
         ):
@@ -114,6 +114,24 @@ def forgotten_metric_names(module: LightningModule) -> Iterator[None]:
     """
     with _exchanged(module, "_metric_attributes", None):
         yield
+
+
+def _deaf_progress_bar(trainer: Trainer) -> list[Callback]:
+    """Return the Trainer's progress bar, if it has one, as a callback that hears of nothing.
+
+    A rich bar is drawn by a thread of its own, which looks for it among ``trainer.callbacks`` and dies where it is gone.
+    """
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        return []
+    hooks = [name for name in dir(Callback) if name.startswith("on_") or name in ("setup", "teardown")]
+    deaf: Callback = object.__new__(type(type(bar).__name__, (type(bar),), dict.fromkeys(hooks, _nothing)))
+    deaf.__dict__ = bar.__dict__
+    return [deaf]
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Take whatever a hook takes."""
 
 
 @contextmanager
