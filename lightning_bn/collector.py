@@ -154,13 +154,12 @@ class LayerCollector:
 
     def collect(self) -> Sample:
         """Return the sample, the same on every rank, and forget it; every rank must call this."""
-        states, drifts, parameters = self._to_host()
         # As objects, since a layer may have run on one rank alone.
-        ranks = share((states, drifts, list(self._order)))
-        states = reduce(_merge, (states for states, _, _ in ranks))
-        # Each rank's layers see their own batches; those of the first are the statistics that are broadcast and saved.
-        drifts = ranks[0][1]
-        self._order |= dict.fromkeys(name for _, _, order in ranks for name in order)
+        ranks = share((*self._to_host(), list(self._order)))
+        # Each rank's layers see their own batches; the buffers of the first are the ones that are broadcast and saved.
+        _, drifts, parameters, _ = ranks[0]
+        states = reduce(_merge, (states for states, *_ in ranks))
+        self._order = dict.fromkeys(name for *_, order in ranks for name in order)
         sample = Sample()
         for name in (*self._order, *(name for name in self._norms if name not in self._order)):
             self._add_rows(sample, name, states, parameters.get(name, {}))
