@@ -51,8 +51,8 @@ class CompareAverages(Callback):
 
     Attributes:
         scores: a `Scores`: the values of `monitor` for each name, one a validation; prints as the table.
+        metrics: every metric of the last validation, by name of the average and of the metric.
         recommended: the name with the best mean over the validations, None before the first.
-        metrics: every validation metric of the last validation, by name of the average and of the metric.
 
     Cost: a training step takes one pass more over each layer's input; a validation is run once more for each average.
 
@@ -75,11 +75,11 @@ class CompareAverages(Callback):
         self.monitor = monitor
         self.recalibrated = recalibrated
         self.scores = Scores(monitor, mode)
-        self.metrics: dict[str, dict[str, float]] = {}
         self._followers: Followers | None = None
         self._saved: dict[str, Any] | None = None
         self._hooks = ExitStack()
-        self._metrics: dict[str, dict[str, Tensor]] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
+        self._pending: dict[str, dict[str, Tensor]] = {}
 
     @property
     def recommended(self) -> str | None:
@@ -132,30 +132,29 @@ class CompareAverages(Callback):
             return
         for name in self.averages:
             with self._followers.applied(name):
-                self._metrics[name] = validate_once_more(trainer, pl_module)
+                self._pending[name] = validate_once_more(trainer, pl_module)
         if self.recalibrated and self._learning:
             with self._recalibrated(trainer, pl_module):
-                self._metrics[_RECALIBRATED] = validate_once_more(trainer, pl_module)
+                self._pending[_RECALIBRATED] = validate_once_more(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._metrics:
+        if not self._pending:
             return
-        names = list(dict.fromkeys(key for metrics in self._metrics.values() for key in metrics))
+        names = list(dict.fromkeys(key for metrics in self._pending.values() for key in metrics))
         # Copies, since the reduction over ranks below writes into what it is given.
         own = {key: trainer.callback_metrics[key].clone() for key in names if key in trainer.callback_metrics}
-        rows, self._metrics = {_OWN: own, **self._metrics}, {}
+        rows, self._pending = {_OWN: own, **self._pending}, {}
         if any(self.monitor not in metrics for metrics in rows.values()):
             raise MisconfigurationException(
                 f"CompareAverages(monitor={self.monitor!r}): validation logs no such metric; it logs {', '.join(names) or 'none'}."
             )
         # The same on every rank, as what it recommends must be.
-        values = {
+        self.metrics = {
             name: {key: float(trainer.strategy.reduce(value, reduce_op="mean")) for key, value in metrics.items()}
             for name, metrics in rows.items()
         }
-        self.metrics = values
-        self.scores.add({name: metrics[self.monitor] for name, metrics in values.items()})
-        tags = {f"batch_norm/compare/{name}/{key}": value for name, metrics in values.items() for key, value in metrics.items()}
+        self.scores.add({name: metrics[self.monitor] for name, metrics in self.metrics.items()})
+        tags = {f"batch_norm/compare/{name}/{key}": value for name, metrics in self.metrics.items() for key, value in metrics.items()}
         for logger in trainer.loggers:
             logger.log_metrics(tags, step=logging_step(trainer))
 
