@@ -46,6 +46,21 @@ def test_one_graph_that_is_never_compiled_again(averaging: Averaging | None) -> 
         assert counter.frame_count == graphs
 
 
+@pytest.mark.parametrize("averaging", [None, Window(4, pooled=True)], ids=str)
+def test_masked_input_in_one_graph(averaging: Averaging | None) -> None:
+    """A mask whose valid positions change from step to step neither breaks the graph nor compiles it again."""
+    eager = BatchNorm2d(3, averaging=averaging)
+    twin = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(twin, fullgraph=True, backend=counter)
+    for _ in range(5):
+        batch, mask = torch.randn(4, 3, 2, 2), torch.rand(4, 2, 2) > 0.3
+        torch.testing.assert_close(compiled(batch, mask), eager(batch, mask))
+        torch.testing.assert_close(twin.running_var, eager.running_var)
+    assert counter.frame_count == 1
+
+
 def test_inductor() -> None:
     """The default backend trains a windowed layer with the numbers of eager, gradients included."""
     eager = nn.Sequential(nn.Conv2d(2, 3, 1), BatchNorm2d(3, averaging=Window(3)))
