@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_bn.activations import ActivationStats as ActivationStats
     from lightning_bn.callbacks.activation_stats import ActivationStatsMonitor as ActivationStatsMonitor
     from lightning_bn.callbacks.comparison import CompareAverages as CompareAverages
+    from lightning_bn.callbacks.conversion import ConvertBatchNorm as ConvertBatchNorm
     from lightning_bn.callbacks.mode_check import ModeCheck
     from lightning_bn.callbacks.recalibration import BatchNormRecalibration as BatchNormRecalibration
     from lightning_bn.plugins.layer_sync import BatchNormSync as BatchNormSync
@@ -36,6 +37,7 @@ __all__ = [
     "BatchNormRecalibration",
     "BatchNormSync",
     "CompareAverages",
+    "ConvertBatchNorm",
     "Cumulative",
     "Exponential",
     "Finding",
@@ -60,6 +62,7 @@ _LAZY: dict[str, str] = {
     "ModeCheck": "lightning_bn.callbacks.mode_check",
     "BatchNormRecalibration": "lightning_bn.callbacks.recalibration",
     "CompareAverages": "lightning_bn.callbacks.comparison",
+    "ConvertBatchNorm": "lightning_bn.callbacks.conversion",
     "BatchNormSync": "lightning_bn.plugins.layer_sync",
 }
 
