@@ -31,7 +31,7 @@ def learning(layers: Iterable[BatchNormLayer]) -> set[str]:
 @contextmanager
 def quiet(trainer: Trainer, module: LightningModule, loader: Any = None) -> Iterator[None]:
     """Let the module run as in training, but without grad, a trace or a log entry, and uncompiled."""
-    with isolated(module, loader), muted(trainer, module), in_stage(trainer, RunningStage.TRAINING), eager():
+    with isolated(module, loader), muted(trainer, module), in_stage(trainer, RunningStage.TRAINING), eager(module):
         yield
 
 
