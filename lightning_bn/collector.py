@@ -18,7 +18,8 @@ from lightning_bn.collective import share
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.drift import DRIFT_STATISTICS, DriftMeter, drift, summarise_drift
 from lightning_bn.layers import bounds_of
-from lightning_bn.torch_internals import in_backward, is_compiled
+from lightning_bn.torch_internals import in_backward
+from lightning_bn.transaction import eager
 
 __all__ = ["COLUMNS", "LayerCollector", "Sample", "to_host"]
 
@@ -126,8 +127,7 @@ class LayerCollector:
             return
         for name, layer in self.layers.items():
             self._attached.callback(layer.register_forward_hook(partial(self._see, name)).remove)
-        if is_compiled(self._model):
-            self._attached.enter_context(torch.compiler.set_stance("force_eager"))
+        self._attached.enter_context(eager(self._model))
 
     def _open(self) -> None:
         self._is_open = True
