@@ -58,7 +58,7 @@ class Inspection:
         self._interrupted = False
         self._marks: list[Reading] = []
         self._batches = 0
-        self._counted: tuple[int, dict[int, int]] = (0, {})
+        self._counted: tuple[int, Reading] = (0, Reading(()))
         self._last_check = "nothing was known of them before"
         self._anchor: tuple[torch.Tensor, Reading] | None = None
         self._counts_before: dict[int, int] = {}
@@ -69,6 +69,7 @@ class Inspection:
     def attach(self, entries: Iterable[nn.Module]) -> None:
         """Set the hooks; `entries` are the modules that a training step calls."""
         self.observer.attach(entries)
+        self._counted = (self._batches, Reading(self.observer.layers))
         self._probe = AdjacencyProbe(self.model, self.observer.layers)
         self.tracing = True
 
@@ -245,10 +246,10 @@ class Inspection:
         """Ask the rules about layers whose count of batches rose and whose forwards were never seen."""
         unseen = self._unseen()
         if self.trained and unseen:
-            (batches, before), now = self._counted, reading.counts()
-            self._counted = (self._batches, now)
+            (batches, earlier), batch = self._counted, self._batch()
+            self._counted = (self._batches, reading)
+            before, now = earlier.counts(), reading.counts()
             moved = {index: rise for index in unseen if index in before and (rise := now[index] - before[index]) > 0}
-            batch = self._batch()
             self._ask(lambda rule: rule.counts(batch, moved, self._batches - batches))
 
     def _end_tracing(self) -> None:

@@ -1,0 +1,43 @@
+"""docs/rules.md: of each wrong program the rule speaks, of each mended one it does not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import quiet
+
+from lightning_bn.rules import RULES
+
+TEXT = (Path(__file__).parent.parent / "docs" / "rules.md").read_text()
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+PRELUDE, *_ = BLOCK.findall(TEXT)
+SECTIONS = {section[:5]: BLOCK.findall(section) for section in TEXT.split("\n### ")[1:]}
+
+
+def codes(namespace: dict[str, Any], block: str) -> set[str]:
+    """Return the codes that are found when the block runs."""
+    with quiet():
+        exec(compile(block, "docs/rules.md", "exec"), namespace)
+    return {finding.code for finding in namespace["found"]}
+
+
+@pytest.mark.parametrize("code", RULES)
+def test_programs(code: str) -> None:
+    """The first program breaks the rule, the second, which may use what the first defined, does not."""
+    wrong, mended = SECTIONS[code]
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(PRELUDE, namespace)
+    assert code in codes(namespace, wrong)
+    assert code not in codes(namespace, mended)
+
+
+@pytest.mark.parametrize("code", RULES)
+def test_table(code: str) -> None:
+    """The table at the top says what the rule says, and links to its section."""
+    (row,) = (line for line in TEXT.splitlines() if line.startswith(f"| [{code}](#{code.lower()})"))
+    level, title = (cell.strip() for cell in row.split("|")[2:4])
+    assert RULES[code].level in level.split(", ")
+    assert title.replace("`", "") == RULES[code].title
