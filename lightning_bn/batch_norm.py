@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_bn.averaging import Averaging, Batch, Exponential
 from lightning_bn.moments import Moments
-from lightning_bn.running import advance, is_deferred, is_finite, is_synchronised, settle, torch_rule, values_per_channel
+from lightning_bn.running import advance, counts, is_deferred, is_finite, is_synchronised, settle, torch_rule, values_per_channel
 from lightning_bn.torch_internals import in_backward
 from lightning_bn.training_state import apply_without_narrowing
 
@@ -161,7 +161,7 @@ class AveragedBatchNorm(_BatchNorm):
         dtype = self.running_mean.dtype
         mean, var = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind()
         output = F.batch_norm(input, mean, var, *self._affine(dtype), True, 1.0, self.eps)
-        if (input.numel() or is_synchronised(self)) and not in_backward():
+        if counts(self, input) and not in_backward():
             count = values_per_channel(self, input, dtype)
             valid = is_finite(var) if self.skip_nonfinite else None
             step = self.num_batches_tracked + 1

@@ -30,7 +30,9 @@ class _Deferred:
 
     @torch.no_grad()
     def flush(self, *_: Any) -> None:
-        """Merge every batch with the other ranks', in one collective, and hand it to its layer's averaging."""
+        """At the end of the outermost forward, merge every batch with the other ranks' and hand it to its layer's averaging."""
+        if self.depth > 1:
+            return
         taken, self.batches[:] = list(self.batches), []
         if not taken:
             return

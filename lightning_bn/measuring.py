@@ -15,6 +15,7 @@ from lightning_bn.batch_norm import BatchNorm2d
 from lightning_bn.channel_moments import channel_moments
 from lightning_bn.modes import kept_attribute
 from lightning_bn.moments import Moments
+from lightning_bn.synchronization import unsynchronised
 from lightning_bn.tally import Row
 
 __all__ = ["Station", "measured"]
@@ -33,6 +34,8 @@ def measured(layers: Sequence[_BatchNorm], station: Station) -> Iterator[None]:
     The layers' own buffers are not written: other tensors stand in their place, and whoever calls this puts them back (`kept_buffers`).
     """
     with ExitStack() as stack:
+        # Ranks may run unequal numbers of batches, and what they see is merged by whoever calls this.
+        stack.enter_context(unsynchronised(layers))
         for place, layer in enumerate(layers):
             handle = layer.register_forward_pre_hook(_hook(place, layer, station), with_kwargs=True)
             stack.callback(handle.remove)

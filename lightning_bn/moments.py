@@ -83,7 +83,7 @@ class Moments:
 
     def variance(self, *, unbiased: bool) -> Tensor:
         """Return ``m2 / (count - 1)`` where unbiased, else ``m2 / count``; NaN where there are too few values for it."""
-        return self.m2 / (self.count - 1 if unbiased else self.count)
+        return self.m2 / (self.count - 1 if unbiased else self.count).clamp(min=0)
 
     def to_row(self) -> Tensor:
         """Return count, mean and m2 one after the other: (2 C + 1,)."""

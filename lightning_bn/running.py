@@ -27,6 +27,11 @@ def is_deferred(layer: _BatchNorm) -> bool:
     return DEFERRED in layer.__dict__
 
 
+def counts(layer: _BatchNorm, input: Tensor) -> bool:
+    """Whether `input` is a batch to average: one that is empty here may be a part of the other ranks' batch."""
+    return input.numel() > 0 or is_synchronised(layer) or is_deferred(layer)
+
+
 def values_per_channel(layer: _BatchNorm, input: Tensor, dtype: torch.dtype) -> Tensor:
     """Values per channel in this batch, of all ranks where the layer is synchronised: () in `dtype`, on the input's device."""
     if is_synchronised(layer):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.running import advance, is_deferred, is_finite, is_synchronised, settle, values_per_channel
+from lightning_bn.running import advance, counts, is_deferred, is_finite, settle, values_per_channel
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["is_served", "observe", "obstacle", "release", "serve"]
@@ -72,7 +72,7 @@ class _Service:
         (input, *_) = (*args, *kwargs.values())
         if self._in_kernel(layer):
             settle(layer, mean, var, valid)
-        elif input.numel() or is_synchronised(layer):
+        elif counts(layer, input):
             count = values_per_channel(layer, input, dtype)
             advance(layer, self._averaging, Batch(mean, var, count, layer.num_batches_tracked + 1, valid))
 

@@ -6,7 +6,9 @@ synchronised computation. So torch's layers, this package's, and subclasses with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from lightning_bn.batch_norm import masked_batch_norm
 from lightning_bn.moments import Moments
 from lightning_bn.running import SYNCHRONISED
 
-__all__ = ["merge_over_ranks", "synchronise"]
+__all__ = ["merge_over_ranks", "synchronise", "unsynchronised"]
 
 Group = Any  # torch's ProcessGroup, which a torch built without distributed does not have; None is the default group
 
@@ -156,11 +158,15 @@ class _OverRanks(TorchFunctionMode):
 class _SynchronisedForward:
     """A layer's forward, run in a mode in which its batch is that of all ranks."""
 
-    def __init__(self, layer: _BatchNorm, group: Group) -> None:
+    def __init__(self, layer: _BatchNorm, group: Group, before: Mapping[str, Any]) -> None:
+        self.before = before  # the forward that the layer had as an attribute of its own, if it had one
         self._layer, self._group = layer, group
         self._forward = layer.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._layer.training:
+            # A layer without running statistics normalises with its batch in eval too, where ranks may have unequal numbers of batches.
+            return self._forward(*args, **kwargs)
         with _OverRanks(self._layer, self._group):
             return self._forward(*args, **kwargs)
 
@@ -177,13 +183,27 @@ def synchronise(layer: _BatchNorm, group: Group = None) -> Callable[[], None]:
     Returns:
         A function that leaves the layer as it was.
     """
-    before = layer.__dict__.get("forward")
-    layer.__dict__[SYNCHRONISED] = None
-    layer.__dict__["forward"] = _SynchronisedForward(layer, group)
+    before = {name: value for name, value in layer.__dict__.items() if name == "forward"}
+    during = {SYNCHRONISED: None, "forward": _SynchronisedForward(layer, group, before)}
+    layer.__dict__.update(during)
+    return partial(_exchange, layer, during, before)
 
-    def undo() -> None:
-        del layer.__dict__[SYNCHRONISED], layer.__dict__["forward"]
-        if before is not None:
-            layer.__dict__["forward"] = before
 
-    return undo
+@contextmanager
+def unsynchronised(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Let each of `layers` run by itself for the block, as it did before `synchronise`; any other layer stays as it is."""
+    with ExitStack() as stack:
+        for layer in layers:
+            forward = layer.__dict__.get("forward")
+            if isinstance(forward, _SynchronisedForward):
+                during = {SYNCHRONISED: layer.__dict__[SYNCHRONISED], "forward": forward}
+                _exchange(layer, during, forward.before)
+                stack.callback(_exchange, layer, forward.before, during)
+        yield
+
+
+def _exchange(layer: _BatchNorm, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Take the entries of `old` out of the layer's attributes and put those of `new` in."""
+    for name in old:
+        layer.__dict__.pop(name, None)
+    layer.__dict__.update(new)
