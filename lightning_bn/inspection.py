@@ -195,7 +195,7 @@ class Inspection:
         if anchor is None or torch.equal(anchor[0], weight_sums(self.model)):
             return
         before, now = anchor[1].values(), Reading(self.observer.layers).values()
-        names = [each.layer.name for index, each in now.items() if index in self._moving and each.equals(before[index])]
+        names = [each.layer.name for index, each in now.items() if index in self._moving & before.keys() and each.equals(before[index])]
         self._ask(lambda rule: rule.averaged(names))
 
     def examine(self) -> None:

@@ -316,3 +316,13 @@ def test_raises_at_the_first_mistake() -> None:
         findings(module, check=ModeCheck(action="raise"))
     assert [finding.code for finding in error.value.findings] == ["BN101"]
     assert module.global_step == 1
+
+
+def test_validate_between_two_fits() -> None:
+    """A validation by itself between two fits is not held against modes that the user changed since the first."""
+    check, module = ModeCheck(action="log"), Module()
+    findings(module, check=check)
+    module.model.backbone.eval().requires_grad_(False)
+    with quiet():
+        trainer(check).validate(module, data(batches=2), verbose=False)
+    assert serious(findings(module, check=check)) == []

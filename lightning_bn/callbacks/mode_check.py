@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -79,7 +79,7 @@ class ModeCheck(Callback):
         self.findings: list[Finding] = []
         self._inspection: Inspection | None = None
         self._batches = 0
-        self._late = False
+        self._modes_from: Literal["start", "forward"] = "start"
         self._modes: Modes | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -90,7 +90,8 @@ class ModeCheck(Callback):
         trainer.callbacks = [*others, self, *savers]  # type: ignore[attr-defined]  # a new list: Lightning iterates over the old one
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._late = is_overridden("on_train_batch_start", pl_module)
+        # The module's own hook comes after all callbacks'.
+        self._modes_from = "forward" if is_overridden("on_train_batch_start", pl_module) else "start"
         self._start(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +120,7 @@ class ModeCheck(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         inspection = self._look()
-        inspection.end_batch(modes_from="forward" if self._late else "start")
+        inspection.end_batch(modes_from=self._modes_from)
         # Lightning puts a module in eval mode before any hook of a validation.
         self._modes = inspection.observer.snapshot()
         self._batches += 1
@@ -133,6 +134,11 @@ class ModeCheck(Callback):
         inspection.examine()
         inspection.end_epoch()
         inspection.anchor()
+        self._report(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Averaged weights are put in here for good. Later the module may be on another device, where a sum rounds otherwise.
+        self._look().exchanged()
         self._report(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -186,10 +192,7 @@ class ModeCheck(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._inspection is not None:
-            # Weights that an averaging callback put in at the end of the fit, after the last hook of an epoch.
-            self._inspection.exchanged()
             self._inspection.close()
-            self._report(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._inspection is None:
@@ -225,10 +228,11 @@ class ModeCheck(Callback):
         return self._inspection
 
     def _begin_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
+        before, self._modes = self._modes, None
         if trainer.state.fn != TrainerFn.FITTING:
+            before = None
             self._start(trainer, module)
-        self._look().begin_evaluation(_stage(trainer), trainer.global_step, self._modes)
-        self._modes = None
+        self._look().begin_evaluation(_stage(trainer), trainer.global_step, before)
 
     def _begin_evaluation_batch(self, trainer: Trainer, batch_idx: int) -> None:
         inspection = self._look()

@@ -190,7 +190,7 @@ class TooFewBits(Rule):
             yield Seen(
                 list(stuck),
                 f"they may stop {max(stuck.values()):.0%} away from the batches' statistics.",
-                fix="Trainer(precision='bf16-mixed')  # keeps them in float32; or a larger momentum",
+                fix="convert_batch_norm(model, Exponential(momentum))  # keeps them in float32, as precision='bf16-mixed' does",
             )
 
 
