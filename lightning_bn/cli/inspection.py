@@ -1,0 +1,100 @@
+"""``lightning-bn inspect`` and ``lightning-bn rules``: what needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_bn.checkpoint_health import (
+    CheckpointHealth,
+    CheckpointRefusedError,
+    LayerHealth,
+    StateDrift,
+    compare_checkpoints,
+    inspect_checkpoint,
+)
+from lightning_bn.cli.output import FINDINGS, OK, RefusedError, UsageError, print_json, print_table
+from lightning_bn.rules import RULES
+
+__all__ = ["inspect", "rules"]
+
+
+def inspect(checkpoints: Sequence[Path], *, json: bool = False) -> int:
+    """Say what is in the batch-norm layers of one checkpoint, or how far they moved from one to the other."""
+    if not 1 <= len(checkpoints) <= 2:
+        raise UsageError(f"inspect takes one checkpoint, or two to compare; here are {len(checkpoints)}.")
+    try:
+        if len(checkpoints) == 2:
+            drift = compare_checkpoints(*checkpoints)
+            print_json(drift.as_dict()) if json else _print_drift(drift)
+            return OK
+        health = inspect_checkpoint(checkpoints[0])
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from error
+    except CheckpointRefusedError as error:
+        raise RefusedError(str(error)) from error
+    print_json(health.as_dict()) if json else _print_health(health)
+    return OK if health.sound else FINDINGS
+
+
+def rules(code: str | None = None, *, json: bool = False) -> int:
+    """List the rules about batch norm, or explain one."""
+    if code is not None and code.upper() not in RULES:
+        raise UsageError(f"there is no rule {code}; the rules are {', '.join(RULES)}.")
+    chosen = list(RULES.values()) if code is None else [RULES[code.upper()]]
+    if json:
+        print_json([{name: getattr(rule, name) for name in ("code", "level", "title", "why", "fix", "mendable")} for rule in chosen])
+    elif code is None:
+        print_table(("rule", "level", "what"), [(rule.code, rule.level, rule.title) for rule in chosen], left=3)
+    else:
+        (rule,) = chosen
+        print(f"{rule.code} ({rule.level}): {rule.title}\n\nWhy: {rule.why}")
+        print(f"Fix: {rule.fix}" if rule.fix else "Fix: the finding says it, since it depends on what was seen.")
+        if rule.mendable:
+            print(f"ModeCheck(fix=['{rule.code}']) mends it on the spot.")
+    return OK
+
+
+def _print_health(health: CheckpointHealth) -> None:
+    for finding in health.findings:
+        about = " ".join(part for part in (finding.rule, finding.layer) if part)
+        print(f"{finding.level}: {about + ': ' if about else ''}{finding.text}")
+    print(f"{len(health.layers)} batch-norm layers, {len(health.findings)} findings." + "\n" * bool(health.layers))
+    worst = {finding.layer: place for place, finding in reversed(list(enumerate(health.findings)))}
+    layers = sorted(health.layers, key=lambda layer: worst.get(layer.name, len(worst) + len(health.findings)))
+    header = ("layer", "channels", "batches", "mean", "variance", "dead", "exploded", "not finite", "weight", "bias", "dtype")
+    print_table(header, [_cells(layer) for layer in layers])
+
+
+def _cells(layer: LayerHealth) -> tuple[str, ...]:
+    return (
+        layer.name or "(the model)",
+        str(layer.channels),
+        "-" if layer.batches_tracked is None else str(layer.batches_tracked),
+        _range(layer.mean_min, layer.mean_max),
+        _range(layer.var_min, layer.var_max),
+        str(layer.dead),
+        str(layer.exploded),
+        str(layer.nonfinite),
+        _range(layer.weight_min, layer.weight_max),
+        _range(layer.bias_min, layer.bias_max),
+        layer.dtype,
+    )
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{low:.3g} to {high:.3g}"
+
+
+def _print_drift(drift: StateDrift) -> None:
+    print("From the first to the second; the mean in units of the first's standard deviation.")
+    for names, what in (
+        (drift.only_first, "Only in the first"),
+        (drift.only_second, "Only in the second"),
+        (drift.other_size, "Of another number of channels"),
+    ):
+        if names:
+            print(f"{what}: {', '.join(names)}.")
+    figures = ("mean_shift_max", "mean_shift_rms", "log_variance_ratio_max", "log_variance_ratio_rms")
+    rows = [(layer.name or "(the model)", *(f"{getattr(layer, name):.3g}" for name in figures)) for layer in drift.layers]
+    print_table(("layer", "mean shift max", "rms", "log var ratio max", "rms"), rows)

@@ -1,0 +1,34 @@
+"""What all commands share: how they print, and how they end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["FINDINGS", "OK", "USAGE", "RefusedError", "UsageError", "print_json", "print_table"]
+
+OK, FINDINGS, USAGE = 0, 1, 2
+
+
+class RefusedError(Exception):
+    """The command can't do what was asked, and nothing was changed; the user's to mend, so that no traceback is shown."""
+
+
+class UsageError(Exception):
+    """The command line can't be meant."""
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+    """Print aligned columns: the first `left` to the left, the others, which are numbers, to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = [
+            cell.ljust(width) if place < left else cell.rjust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

@@ -1,0 +1,153 @@
+"""The command line: what it takes, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_bn.cli.output import FINDINGS, USAGE, RefusedError, UsageError
+
+__all__ = ["main"]
+
+_PATHS = ("checkpoints", "ckpt_path", "config", "output")
+_EXIT_CODES = "Exit codes: 0 all is well; 1 findings, or refused with nothing changed; 2 the command line can't be meant."
+_OVERRIDES = (
+    "What stands after -- goes to the LightningCLI and overrides the config, as in: -- --trainer.accelerator=cpu --data.batch_size=64. "
+    "Classes are imported from the current directory too. "
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``lightning-bn`` with the arguments `argv`, by default the process's own; return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    own, overrides = _split(arguments)
+    try:
+        parser = _parser()
+        options = parser.parse_args(own).as_dict()
+        command = options.pop("subcommand")
+        if command is None:
+            parser.print_help()
+            return USAGE
+        values = {name: _as_path(value) if name in _PATHS else value for name, value in options[command].items()}
+        return _run(command, values, overrides)
+    except SystemExit as stop:  # the parsers' own way out
+        return stop.code if isinstance(stop.code, int) else USAGE if stop.code else 0
+    except UsageError as error:
+        return _complain(error, USAGE)
+    except RefusedError as error:
+        return _complain(error, FINDINGS)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    place = arguments.index("--")
+    return arguments[:place], arguments[place + 1 :]
+
+
+def _as_path(value: Any) -> Any:
+    if isinstance(value, list):
+        return [Path(each) for each in value]
+    return None if value is None else Path(value)
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"lightning-bn: {error}", file=sys.stderr)
+    return code
+
+
+def _run(command: str, options: dict[str, Any], overrides: list[str]) -> int:
+    if command in ("inspect", "rules"):
+        if overrides:
+            raise UsageError(f"{command} reads no config, so nothing goes after --.")
+        from lightning_bn.cli import inspection
+
+        return int(getattr(inspection, command)(**options))
+    # These import Lightning, which takes seconds.
+    if command == "recalibrate":
+        from lightning_bn.cli.recalibration import recalibrate
+
+        return recalibrate(overrides=overrides, **options)
+    from lightning_bn.cli.validation import validate
+
+    return validate(overrides=overrides, **options)
+
+
+def _parser() -> Any:
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError as error:
+        raise RefusedError("the command needs jsonargparse: pip install 'lightning-bn[cli]'.") from error
+    description = "Recalibrate, look at and compare the batch-norm statistics in checkpoints."
+    parser = ArgumentParser(prog="lightning-bn", description=description, epilog=_EXIT_CODES)
+    commands = parser.add_subcommands(required=False, metavar="COMMAND")
+    for name, build in (("recalibrate", _recalibrate), ("validate", _validate), ("inspect", _inspect), ("rules", _rules)):
+        command = ArgumentParser(description=build.__doc__, epilog=_EXIT_CODES)
+        build(command)
+        commands.add_subcommand(name, command, help=build.__doc__)
+    return parser
+
+
+def _recalibrate(parser: Any) -> None:
+    """Estimate the running statistics in a checkpoint anew, with its weights, and write another checkpoint."""
+    parser.epilog = _OVERRIDES + _EXIT_CODES
+    _add_run(parser)
+    _add_recalibration(parser)
+    parser.add_argument("--output", type=str | None, help="the new file; default: <ckpt_path>-recalibrated.ckpt beside the old one")
+    parser.add_argument("--overwrite", action="store_true", help="let the new file replace one that is there, be it the input")
+    parser.add_argument("--dry_run", action="store_true", help="report what would change, and write nothing")
+    _add_json(parser)
+
+
+def _validate(parser: Any) -> None:
+    """Validate a checkpoint; with --compare under its own, recalibrated and batch statistics: the train/eval gap in one table."""
+    parser.epilog = _OVERRIDES + _EXIT_CODES
+    _add_run(parser)
+    parser.add_argument("--compare", action="store_true", help="also validate under recalibrated and under batch statistics")
+    _add_recalibration(parser)
+    _add_json(parser)
+
+
+def _inspect(parser: Any) -> None:
+    """Say what is in the batch-norm layers of a checkpoint, or how far they moved between two; no model is built."""
+    parser.add_argument(
+        "checkpoints", type=str, nargs="+", metavar="CKPT", help="a state_dict or Lightning checkpoint; a second to compare"
+    )
+    _add_json(parser)
+
+
+def _rules(parser: Any) -> None:
+    """List the rules about batch norm, or explain one."""
+    parser.add_argument("code", type=str | None, nargs="?", metavar="CODE", help="the rule to explain, as BN104")
+    _add_json(parser)
+
+
+def _add_run(parser: Any) -> None:
+    parser.add_argument("--config", type=str, required=True, nargs="+", help="the config of a LightningCLI; later ones override")
+    parser.add_argument("--ckpt_path", type=str, required=True, help="the checkpoint")
+    parser.add_argument(
+        "--model", type=str | None, help="class of the model, as main.Classifier, where the config has no class_path for it"
+    )
+    parser.add_argument("--data", type=str | None, help="class of the datamodule, likewise")
+    parser.add_argument("--cli", type=str | None, help="your subclass of LightningCLI, if its config has keys of its own")
+    parser.add_argument("--weights_only", type=bool, default=True, help="false loads pickled objects too, and may run code from the file")
+
+
+def _add_recalibration(parser: Any) -> None:
+    from jsonargparse.typing import PositiveFloat, PositiveInt
+
+    parser.add_argument("--num_batches", type=PositiveInt, default=200, help="batches to look at, at most")
+    parser.add_argument("--tolerance", type=PositiveFloat | None, help="stop at this standard error of the means, in standard deviations")
+    parser.add_argument(
+        "--exact", action="store_true", help="statistics of the network as it runs at inference; holds all batches in memory"
+    )
+    parser.add_argument("--dataloader", choices=["train", "val"], default="train", help="which of the data to look at")
+    parser.add_argument(
+        "--layers", nargs="+", metavar="PATTERN", help="patterns of layer names; default: all whose parameters require grad"
+    )
+
+
+def _add_json(parser: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document")

@@ -1,0 +1,256 @@
+"""A model, its data and a Trainer from a LightningCLI's config, and passes over the data with the weights of a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor, nn
+
+from lightning_bn.callbacks.batch_input import BatchInput
+from lightning_bn.callbacks.checkpoint_files import statistics_in
+from lightning_bn.callbacks.conversion import ConvertBatchNorm
+from lightning_bn.callbacks.isolation import in_stage
+from lightning_bn.callbacks.lightning_internals import validation_loader
+from lightning_bn.callbacks.training_pass import training_pass
+from lightning_bn.checkpoint_health import CheckpointRefusedError, read_checkpoint
+from lightning_bn.cli.output import RefusedError, UsageError
+from lightning_bn.discovery import find_batch_norms
+from lightning_bn.modes import paused_statistics
+from lightning_bn.recalibration import recalibrate
+from lightning_bn.report import RecalibrationReport
+
+__all__ = ["Session", "load_checkpoint"]
+
+# What a run of training would do beside what is asked for here; its callbacks are left out below. `fit` stops before its first batch.
+_QUIET: dict[str, Any] = {
+    "logger": False,
+    "num_sanity_val_steps": 0,
+    "fast_dev_run": False,
+    "profiler": None,
+    "max_epochs": 1,
+    "max_steps": -1,
+    "min_epochs": None,
+    "min_steps": None,
+    "max_time": None,
+    "val_check_interval": None,
+    "check_val_every_n_epoch": 1,
+}
+
+_PARSER = {"prog": "lightning-bn", "usage": "lightning-bn COMMAND --config CONFIG --ckpt_path CKPT -- [options of your LightningCLI]"}
+
+
+def load_checkpoint(path: Path, *, weights_only: bool) -> dict[str, Any]:
+    """Load a Lightning checkpoint."""
+    try:
+        checkpoint = read_checkpoint(path, weights_only=weights_only)
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from error
+    except CheckpointRefusedError as error:
+        raise RefusedError(f"{error} If you trust the file, pass --weights_only false.") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise RefusedError(f"{path} is no Lightning checkpoint: it has no state_dict.")
+    return checkpoint
+
+
+class Session:
+    """What a config describes, quiet: no logger, no file, and of its callbacks `ConvertBatchNorm` alone.
+
+    Args:
+        configs: files for a LightningCLI, or of one; later ones override.
+        overrides: further arguments for it.
+        model: path of the model's class, where the configs don't have it.
+        data: path of the datamodule's class, likewise.
+        cli: path of the user's own subclass of LightningCLI.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[Path],
+        overrides: Sequence[str],
+        checkpoint: dict[str, Any],
+        *,
+        model: str | None,
+        data: str | None,
+        cli: str | None,
+    ) -> None:
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        built = _build(configs, overrides, model, data, cli)
+        self.trainer: Trainer = built.trainer
+        self._module: LightningModule = built.model
+        self._datamodule = built.datamodule
+        self._checkpoint = checkpoint
+        converting = [each for each in _as_list(self._module.configure_callbacks()) if isinstance(each, ConvertBatchNorm)]
+        self._module.configure_callbacks = lambda: converting
+        self._callbacks = [each for each in self.trainer.callbacks if isinstance(each, ConvertBatchNorm)]  # type: ignore[attr-defined]
+
+    def recalibrate(self, dataloader: str, layers: Sequence[str] | None, **options: Any) -> tuple[RecalibrationReport, dict[str, Tensor]]:
+        """Recalibrate the model with the checkpoint's weights; return the report, and the statistics by their keys in the checkpoint."""
+        state: dict[str, Tensor] = self._checkpoint["state_dict"]
+        run = _Recalibration(dataloader, layers, options)
+        self._run(self.trainer.fit, {}, run)
+        if run.report is None:
+            raise RefusedError("the config has no training data, without which Lightning does not fit.")
+        return run.report, {key: value.to(state[key].dtype) for key, value in run.statistics.items() if key in state}
+
+    def validate(self, statistics: dict[str, Tensor], *, with_batches: bool = False) -> dict[str, float]:
+        """Return the metrics that validation logs with the checkpoint's weights; `statistics` go in the place of its own."""
+        extra = [_BatchStatistics()] if with_batches else []
+        results = self._run(partial(self.trainer.validate, verbose=False), statistics, *extra)
+        return {name: float(value) for result in results for name, value in result.items()}
+
+    def _run(self, start: Any, statistics: dict[str, Tensor], *extra: Callback) -> Any:
+        weights = _Weights(self._checkpoint, statistics)
+        self.trainer.callbacks = [*self._callbacks, weights, *extra]  # type: ignore[attr-defined]
+        try:
+            with warnings.catch_warnings():
+                # Lightning's own use of torch's pytree; and its advice on the speed of training, which this is not.
+                warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec.. is deprecated")
+                warnings.filterwarnings("ignore", category=PossibleUserWarning)
+                return start(self._module, datamodule=self._datamodule)
+        except MisconfigurationException as error:
+            raise RefusedError(str(error)) from error
+
+
+class _Weights(Callback):
+    """Puts the checkpoint's weights in once the model is built, converted and on its device."""
+
+    def __init__(self, checkpoint: dict[str, Any], statistics: dict[str, Tensor]) -> None:
+        self._checkpoint = {**checkpoint, "state_dict": {**checkpoint["state_dict"], **statistics}}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._load(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._load(pl_module)
+
+    def _load(self, module: LightningModule) -> None:
+        module.on_load_checkpoint(self._checkpoint)
+        try:
+            module.load_state_dict(self._checkpoint["state_dict"], strict=module.strict_loading)
+        except RuntimeError as error:
+            raise RefusedError(f"the checkpoint is not of the config's model. {error}") from error
+
+
+class _Recalibration(Callback):
+    """Recalibrates where training would begin, and ends the fit there."""
+
+    def __init__(self, dataloader: str, layers: Sequence[str] | None, options: dict[str, Any]) -> None:
+        self._dataloader = dataloader
+        self._layers = layers
+        self._options = options
+        self._input = BatchInput(
+            None, call="lightning-bn", advice="Give the model a forward that takes it, or use lightning_bn.recalibrate."
+        )
+        self.report: RecalibrationReport | None = None
+        self.statistics: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = True
+        loader = None
+        if self._dataloader == "val":
+            with in_stage(trainer, RunningStage.VALIDATING):
+                loader = validation_loader(trainer)
+        with training_pass(trainer, pl_module, loader) as batches:
+            try:
+                self.report = recalibrate(
+                    pl_module,
+                    self._input.learn_from(trainer, pl_module, batches),
+                    forward=partial(self._input.run, trainer),
+                    layers=self._chosen() if self._layers else None,
+                    device=pl_module.device,
+                    **self._options,
+                )
+            except (TypeError, ValueError) as error:
+                if not str(error).startswith("recalibrate("):
+                    raise
+                raise RefusedError(str(error)) from error
+        self.statistics = {key: value.detach().cpu().clone() for key, value in statistics_in(pl_module).items()}
+
+    def _chosen(self) -> Any:
+        patterns = self._layers or ()
+        return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+class _BatchStatistics(Callback):
+    """Lets every batch norm normalise with the batch during a validation; no running statistics move."""
+
+    def __init__(self) -> None:
+        self._undo = ExitStack()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._undo.enter_context(paused_statistics(pl_module))
+        for layer in find_batch_norms(pl_module):
+            self._undo.callback(_set_training, layer.module, layer.module.training)
+            _set_training(layer.module, True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._undo.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._undo.close()
+
+
+def _set_training(module: nn.Module, value: bool) -> None:
+    module.training = value
+
+
+def _build(configs: Sequence[Path], overrides: Sequence[str], model: str | None, data: str | None, cli: str | None) -> LightningCLI:
+    base = LightningCLI if cli is None else _import(cli, "--cli")
+    reader = type("Reader", (_ReadingCLI, base), {})
+    arguments = [*(f"--config={path}" for path in configs), *overrides]
+    classes = [None if path is None else _import(path, option) for path, option in ((model, "--model"), (data, "--data"))]
+    with warnings.catch_warnings():
+        # It warns of arguments that are given to it beside those of the process: here those are another command's.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        try:
+            built: LightningCLI = reader(*classes, save_config_callback=None, run=False, args=arguments, parser_kwargs=_PARSER)
+        except SystemExit as stop:
+            if stop.code and model is None:
+                print("lightning-bn: if your program is LightningCLI(Model, Data), pass --model and --data.", file=sys.stderr)
+            raise
+    return built
+
+
+class _ReadingCLI(LightningCLI):
+    """A LightningCLI that makes the Trainer quiet."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        for name in ("ckpt_path", "weights_only", "verbose", "return_predictions"):
+            # The config of a subcommand such as fit has its arguments too; without a subcommand they would not be known.
+            parser.add_argument(f"--{name}", type=Any, default=None)
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        for name, value in _QUIET.items():
+            self.config[f"trainer.{name}"] = value
+
+
+def _import(path: str, option: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"{option} {path}: {error}. It is the path of a class, as in package.module.Class.") from error
+
+
+def _as_list(callbacks: Any) -> list[Callback]:
+    return list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]

@@ -1,0 +1,300 @@
+"""The command ``lightning-bn`` on a run of a LightningCLI."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from cli_models import Averaged, Data
+from fits import Small, matches_weights
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor, nn
+
+from lightning_bn import Window, convert_batch_norm, recalibrate
+from lightning_bn.cli import main
+from lightning_bn.rules import RULES
+
+CONFIG: dict[str, Any] = {
+    "seed_everything": 1,
+    "model": {
+        "class_path": "cli_models.Averaged",
+        "init_args": {"averaging": {"class_path": "lightning_bn.Window", "init_args": {"size": 3}}},
+    },
+    "data": {"class_path": "cli_models.Data"},
+    "trainer": {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": [
+            {
+                "class_path": "lightning_bn.ConvertBatchNorm",
+                "init_args": {"averaging": {"class_path": "lightning_bn.Window", "init_args": {"size": 4}}},
+            },
+            {"class_path": "lightning_bn.ModeCheck", "init_args": {"action": "raise", "ignore": ["BN302", "BN305"]}},
+            {"class_path": "lightning_bn.ActivationStatsMonitor", "init_args": {"every_n_steps": 2, "heatmaps": False, "layers": "rest.*"}},
+            {"class_path": "lightning_bn.BatchNormRecalibration", "init_args": {"when": "validation", "num_batches": 2}},
+            {
+                "class_path": "lightning_bn.CompareAverages",
+                "init_args": {"averages": {"w5": {"class_path": "lightning_bn.Window", "init_args": {"size": 5}}}, "recalibrated": False},
+            },
+            {"class_path": "ModelCheckpoint", "init_args": {"filename": "run"}},
+        ],
+    },
+}
+
+pytestmark = [
+    # What LightningCLI itself calls in jsonargparse; and its words on being called from Python.
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*LightningCLI's args parameter"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+@dataclass
+class Run:
+    config: Path  # as the LightningCLI has saved it
+    ckpt: Path
+
+    @property
+    def options(self) -> list[str]:
+        return ["--config", str(self.config), "--ckpt_path", str(self.ckpt)]
+
+    def load(self, path: Path | None = None) -> dict[str, Any]:
+        return torch.load(path or self.ckpt, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A fit from a config in which this package's callbacks and averages stand, by a plain LightningCLI."""
+    folder = tmp_path_factory.mktemp("run")
+    config = {**CONFIG, "trainer": {**CONFIG["trainer"], "default_root_dir": str(folder)}}
+    (folder / "written.yaml").write_text(yaml.safe_dump(config))
+    logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(folder)}}
+    cli = LightningCLI(args=["fit", f"--config={folder / 'written.yaml'}", f"--trainer.logger={json.dumps(logger)}"])
+    assert repr(cli.model.bn1.averaging) == "Window(size=4)"
+    return Run(next(folder.rglob("config.yaml")), next(folder.rglob("run.ckpt")))
+
+
+@pytest.fixture
+def run(finished: Run, tmp_path: Path) -> Run:
+    """A copy of the run's checkpoint that a test may write beside."""
+    copy = tmp_path / "best.ckpt"
+    copy.write_bytes(finished.ckpt.read_bytes())
+    return Run(finished.config, copy)
+
+
+def call(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+def test_recalibrate_writes_statistics_that_match_the_weights(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The new file's first layer has the moments of the data, by float64 loops; all else in it, and the old file, is as it was."""
+    before, content = run.load(), run.ckpt.read_bytes()
+    code, out, _ = call("recalibrate", *run.options, capsys=capsys)
+    written = run.ckpt.with_name("best-recalibrated.ckpt")
+    after = run.load(written)
+    assert code == 0
+    assert f"Written: {written}" in out
+    assert "Recalibrated 2 batch-norm layers from 6 batches" in out
+    assert not matches_weights(before["state_dict"])
+    assert matches_weights(after["state_dict"])
+    assert run.ckpt.read_bytes() == content
+    for key in [key for key in before["state_dict"] if key.endswith(("running_mean", "running_var"))]:
+        after["state_dict"][key] = before["state_dict"][key]
+    assert {"optimizer_states", "callbacks", "loops"} <= set(before)
+    assert equal(before, after)
+    assert set(run.ckpt.parent.iterdir()) == {run.ckpt, written}
+
+
+def test_recalibrate_overwrites_only_when_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that is there, the input above all, is refused with exit code 1 before any work; --overwrite replaces it."""
+    content = run.ckpt.read_bytes()
+    code, out, err = call("recalibrate", *run.options, "--output", str(run.ckpt), capsys=capsys)
+    assert (code, out) == (1, "")
+    assert "is there already" in err
+    assert run.ckpt.read_bytes() == content
+    assert call("recalibrate", *run.options, "--output", str(run.ckpt), "--overwrite", capsys=capsys)[0] == 0
+    assert matches_weights(run.load()["state_dict"])
+
+
+def test_dry_run_writes_nothing_and_json_has_the_report(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """stdout is one JSON document: the report, and no file; limits, patterns and overrides of the config are heeded."""
+    options = ("--dry_run", "--json", "--num_batches", "2", "--layers", "rest.*", "--", "--data.batch_size=4")
+    code, out, _ = call("recalibrate", *run.options, *options, capsys=capsys)
+    report = json.loads(out)
+    assert code == 0
+    assert (report["batches"], report["samples"], report["dry_run"], report["output"]) == (2, 8, True, None)
+    assert [layer["name"] for layer in report["layers"]] == ["rest.3"]
+    assert list(run.ckpt.parent.iterdir()) == [run.ckpt]
+
+
+def test_exact_on_the_validation_data(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """--exact --dataloader val gives what the library does with the same batches and weights."""
+    assert call("recalibrate", *run.options, "--exact", "--dataloader", "val", capsys=capsys)[0] == 0
+    module = Averaged(Window(3))
+    convert_batch_norm(module, Window(4)).load_state_dict(run.load()["state_dict"])
+    recalibrate(module, Data().val_dataloader(), exact=True, progress=False)
+    written = run.load(run.ckpt.with_name("best-recalibrated.ckpt"))["state_dict"]
+    assert torch.equal(written["rest.3.running_var"], module.rest[3].running_var)
+
+
+def losses(state: dict[str, Tensor], *, batch_statistics: bool) -> float:
+    """The mean validation loss of the weights in `state`, by a plain loop on plain layers."""
+    module = Small()
+    module.load_state_dict({key: value for key, value in state.items() if ".averaging." not in key})
+    module.eval()
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm1d) and batch_statistics:
+            layer.training, layer.track_running_stats = True, False
+    with torch.no_grad():
+        each = [F.cross_entropy(module(inputs), labels).item() for inputs, labels in Data().val_dataloader()]
+    return sum(each) / len(each)
+
+
+def test_validate_compares_three_statistics(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The three columns are the losses that a plain loop finds with each file's statistics, and with the batches'."""
+    code, out, _ = call("validate", *run.options, "--compare", "--json", "--exact", capsys=capsys)
+    columns = json.loads(out)
+    assert code == 0
+    assert list(columns) == ["checkpoint", "recalibrated", "batch statistics"]
+    call("recalibrate", *run.options, "--exact", capsys=capsys)
+    own, written = run.load()["state_dict"], run.load(run.ckpt.with_name("best-recalibrated.ckpt"))["state_dict"]
+    expected = [losses(own, batch_statistics=False), losses(written, batch_statistics=False), losses(own, batch_statistics=True)]
+    assert [column["val_loss"] for column in columns.values()] == pytest.approx(expected, rel=1e-4)
+    assert len({round(value, 4) for value in expected}) == 3
+    _, table, _ = call("validate", *run.options, capsys=capsys)
+    assert table.splitlines()[0].split() == ["metric", "checkpoint"]
+    assert [line.split()[0] for line in table.splitlines()[1:]] == ["val_loss", "val_acc"]
+
+
+def test_inspect_prints_the_layers_and_the_drift(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """One file gives its layers, two give the drift between them; findings give exit code 1."""
+    code, out, _ = call("inspect", str(run.ckpt), "--json", capsys=capsys)
+    assert code == 0
+    assert [(layer["name"], layer["channels"]) for layer in json.loads(out)["layers"]] == [("bn1", 5), ("rest.3", 3)]
+    poisoned = run.load()
+    poisoned["state_dict"]["rest.3.running_mean"][1] = float("nan")
+    torch.save(poisoned, run.ckpt.with_name("poisoned.ckpt"))
+    code, out, _ = call("inspect", str(run.ckpt.with_name("poisoned.ckpt")), capsys=capsys)
+    assert code == 1
+    assert out.splitlines()[0].startswith("error: BN203 rest.3: 1 entries")
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["layer", "rest.3", "bn1"]
+    code, out, _ = call("inspect", str(run.ckpt), str(run.ckpt.with_name("poisoned.ckpt")), capsys=capsys)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["rest.3", "bn1"]
+
+
+def test_rules_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every rule has a line; one rule has its why and its fix, whatever the case of its code."""
+    code, out, _ = call("rules", capsys=capsys)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:]] == list(RULES)
+    code, out, _ = call("rules", "bn104", capsys=capsys)
+    assert code == 0
+    assert RULES["BN104"].why in out
+    assert [rule["code"] for rule in json.loads(call("rules", "--json", capsys=capsys)[1])] == list(RULES)
+
+
+MISTAKES = {
+    "no command": ([], 2, ""),
+    "unknown command": (["repair"], 2, "repair"),
+    "no checkpoint": (["recalibrate", "--config", "c.yaml"], 2, "ckpt_path"),
+    "missing file": (["inspect", "nowhere.ckpt"], 2, "there is no file nowhere.ckpt"),
+    "three files": (["inspect", "a", "b", "c"], 2, "here are 3"),
+    "unknown rule": (["rules", "BN999"], 2, "the rules are BN100"),
+    "needless overrides": (["rules", "--", "--x=1"], 2, "nothing goes after --"),
+    "exact with tolerance": (["recalibrate", "--config", "c", "--ckpt_path", "x", "--exact", "--tolerance", "0.1"], 2, "--exact needs all"),
+    "negative batches": (["recalibrate", "--config", "c", "--ckpt_path", "x", "--num_batches", "-1"], 2, "num_batches"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_end_without_a_traceback(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command line that can't be meant ends with 2 and says why."""
+    got, out, err = call(*arguments, capsys=capsys)
+    assert got == code
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+def test_refusals_say_what_is_wrong(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A config, model, class or layer that does not go with the checkpoint is refused; nothing is written."""
+    plain, other = tmp_path / "plain.pt", tmp_path / "other.ckpt"
+    torch.save({"weight": torch.ones(1)}, plain)
+    torch.save({"state_dict": {"weight": torch.ones(1)}}, other)
+    config = str(run.config)
+    for arguments, code, message in (
+        (["--config", config, "--ckpt_path", str(plain)], 1, "is no Lightning checkpoint"),
+        (["--config", config, "--ckpt_path", str(other)], 1, "the checkpoint is not of the config's model"),
+        ([*run.options, "--model", "cli_models.Nothing"], 2, "--model cli_models.Nothing"),
+        ([*run.options, "--layers", "nothing.*"], 1, "it is true for none of the 2 batch-norm layers"),
+        ([*run.options, "--output", str(tmp_path / "nowhere" / "x.ckpt")], 2, "there is no directory"),
+        (["--config", str(tmp_path / "no.yaml"), "--ckpt_path", str(run.ckpt)], 2, "no.yaml"),
+    ):
+        got, out, err = call("recalibrate", *arguments, capsys=capsys)
+        assert (got, out) == (code, "")
+        assert message in err
+    assert set(tmp_path.iterdir()) == {run.ckpt, plain, other}
+
+
+def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """--help ends with 0, and has each option and the exit codes."""
+    for command, options in (
+        ("recalibrate", "--config --ckpt_path --output --num_batches --tolerance --exact --dry_run --dataloader --overwrite --json"),
+        ("validate", "--compare --config --ckpt_path --json"),
+        ("inspect", "CKPT --json"),
+        ("rules", "CODE --json"),
+    ):
+        code, out, _ = call(command, "--help", capsys=capsys)
+        assert code == 0
+        assert all(option in out for option in options.split())
+        assert "Exit codes: 0" in out
+
+
+def test_callbacks_document_their_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    """LightningCLI's own --help has every argument of each callback, with its text from the docstring."""
+    for name, argument in (
+        ("BatchNormRecalibration", "every_n_epochs"),
+        ("ModeCheck", "allow_eval"),
+        ("ActivationStatsMonitor", "channel_dim"),
+        ("ConvertBatchNorm", "averaging"),
+    ):
+        with pytest.raises(SystemExit):
+            LightningCLI(args=["fit", f"--trainer.callbacks.help=lightning_bn.{name}"])
+        out = capsys.readouterr().out
+        line = next(line for line in out.splitlines() if f".{argument} " in line)
+        assert line
+        assert "ERROR" not in out
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    """python -m lightning_bn passes its exit code on, and neither ``rules`` nor ``inspect`` imports lightning."""
+    done = subprocess.run([sys.executable, "-m", "lightning_bn", "rules", "BN999"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    code = "import sys; from lightning_bn.cli import main; main(['rules']); print('lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
