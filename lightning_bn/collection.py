@@ -63,13 +63,13 @@ class Tallies:
 
     def seen(self, num_batches: int | None, *, tolerance_met: bool = False) -> Seen:
         """Return the outcome, on the CPU."""
-        summaries = [tally.summary() for tally in self._tallies]
+        closed = [tally.close() for tally in self._tallies]
         ended = "num_batches" if self.batches == num_batches else "end"
         return Seen(
-            summaries=[None if summary is None else summary.to(torch.device("cpu")) for summary in summaries],
+            summaries=[summary for summary, _ in closed],
             batches=self.batches,
             samples=sum(self._samples.values()),
-            skipped=len(set().union(*(tally.nonfinite() for tally in self._tallies))),
+            skipped=len(set().union(*(skipped for _, skipped in closed))),
             stopped_by="tolerance" if tolerance_met else ended,
         )
 

@@ -50,14 +50,22 @@ def measured(layers: Sequence[_BatchNorm], station: Station) -> Iterator[None]:
 
 def _hook(place: int, layer: _BatchNorm, station: Station) -> Callable[..., None]:
     measure = _of_input if _normalises_its_input(layer) else _by_own_forward
-    dtype, device = layer.running_mean.dtype, layer.running_mean.device
+    # Written over and over: small tensors that are kept between large ones break the heap up, and the model waits for new pages.
+    stand_ins = (torch.empty_like(layer.running_mean), torch.empty_like(layer.running_var))
 
-    @torch.no_grad()
     def hook(module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        row = measure(module, args, kwargs)
-        if row is not None:
-            mean, var = station(place, row)
-            module.running_mean, module.running_var = mean.to(device, dtype), var.to(device, dtype)
+        with_graph = torch.is_grad_enabled()
+        with torch.no_grad():
+            row = measure(module, args, kwargs)
+            if row is None:
+                return
+            statistics = station(place, row)
+            # A forward that turned grad on may go backward, and then needs the ones it ran with.
+            mean, var = (torch.empty_like(one) for one in stand_ins) if with_graph else stand_ins
+            mean.copy_(statistics[0])
+            var.copy_(statistics[1])
+        if module.running_mean is not mean:
+            module.running_mean, module.running_var = mean, var
 
     return hook
 

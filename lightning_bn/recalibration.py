@@ -209,7 +209,7 @@ def _all_else_kept(model: nn.Module, batches: object) -> Iterator[None]:
         kept_random_states(batches),
         kept_buffers(model),
         evaluating(model),
-        eager(),
+        eager(model),
         torch.inference_mode(False),
         torch.no_grad(),
     ):

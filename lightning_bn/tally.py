@@ -13,6 +13,8 @@ from lightning_bn.moments import Moments, wide_dtype
 
 __all__ = ["Row", "Summary", "Tally"]
 
+_BLOCK = 32
+
 
 class Row(NamedTuple):
     """The moments of one batch at one layer."""
@@ -129,35 +131,50 @@ class Tally:
     def __init__(self, pending: int | None) -> None:
         self._pending = pending
         self._rows: dict[int, Row] = {}
+        self._slots: list[tuple[Tensor, Tensor]] = []
         self._folded: Summary | None = None
         self._finite: list[tuple[list[int], Tensor]] = []
 
     def add(self, batch: int, row: Row) -> None:
         """Take in what the layer saw in one call in the batch number `batch`; calls in one batch count as one batch."""
-        if batch in self._rows:
-            row = self._rows[batch].merge(row)
-        elif len(self._rows) == self._pending:
-            self._fold()
-        self._rows[batch] = row
+        earlier = self._rows.get(batch)
+        if earlier is not None:
+            row, slot = earlier.merge(row), (earlier.mean, earlier.var)
+        else:
+            if len(self._rows) == self._pending:
+                self._fold()
+            slot = self._slot(len(self._rows), row)
+        self._rows[batch] = row._replace(mean=slot[0].copy_(row.mean), var=slot[1].copy_(row.var))
+
+    def _slot(self, number: int, row: Row) -> tuple[Tensor, Tensor]:
+        """Return memory for a row, off a block: small tensors kept between large ones break the heap up, and the model waits for pages."""
+        if number == len(self._slots):
+            # The forward of this batch may run in inference mode, and that of the next one, which is to write here, may not.
+            with torch.inference_mode(False):
+                block = torch.empty(_BLOCK, 2, len(row.mean), dtype=wide_dtype(row.mean.device), device=row.mean.device)
+                self._slots += [(mean, var) for mean, var in block.unbind()]
+        return self._slots[number]
 
     def _fold(self) -> None:
-        self._folded = self.summary()
-        self._finite.append((list(self._rows), self._last_finite))
+        self._folded, finite = self._summed_up()
+        self._finite.append((list(self._rows), finite))
         self._rows = {}
 
-    def summary(self) -> Summary | None:
-        """Return what was seen so far, None if nothing."""
-        if not self._rows:
-            return self._folded
+    def _summed_up(self) -> tuple[Summary, Tensor]:
         rows = list(self._rows.values())
         device = rows[0].mean.device
         # Where the device has no float64, the few numbers a batch go to the host, which has.
         home = device if wide_dtype(device) is torch.float64 else torch.device("cpu")
-        latest, self._last_finite = Summary.of(rows, home)
-        return latest if self._folded is None else self._folded.merge(latest)
+        latest, finite = Summary.of(rows, home)
+        return latest if self._folded is None else self._folded.merge(latest), finite
 
-    def nonfinite(self) -> set[int]:
-        """Return the numbers of the batches that were left out because their moments were not finite; waits for the device."""
-        self.summary()
-        groups = [*self._finite, (list(self._rows), self._last_finite)] if self._rows else self._finite
-        return {batch for batches, finite in groups for batch, good in zip(batches, finite.tolist(), strict=True) if not good}
+    def summary(self) -> Summary | None:
+        """Return what was seen so far, None if nothing."""
+        return self._summed_up()[0] if self._rows else self._folded
+
+    def close(self) -> tuple[Summary | None, set[int]]:
+        """Return what was seen, on the CPU, and the numbers of the batches that were left out because their moments were not finite."""
+        if self._rows:
+            self._fold()
+        skipped = {batch for batches, finite in self._finite for batch, good in zip(batches, finite.tolist(), strict=True) if not good}
+        return None if self._folded is None else self._folded.to(torch.device("cpu")), skipped

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["in_backward", "is_compiled", "kernel_moments"]
+__all__ = ["image_moments", "in_backward", "is_compiled", "kernel_moments"]
 
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
 _update_stats = getattr(torch, "batch_norm_update_stats", None)
+_group_norm = getattr(torch, "native_group_norm", None)
 
 
 def in_backward() -> bool:
@@ -56,3 +57,20 @@ def kernel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
     over = [dim for dim in range(data.dim()) if dim != 1]
     var, mean = torch.var_mean(data.to(dtype), over, unbiased=False)
     return mean, var
+
+
+def image_moments(data: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the *biased* variance of each channel of each image of contiguous float32 or float64 `data`, (N, C, *spatial).
+
+    `torch.native_group_norm` with a group for each channel returns them (as 1 / sqrt(variance + 0)) beside its output. It is there and
+    undocumented; on the CPU it takes a fifth to a tenth of the time of `torch.var_mean`, which does it where the function is gone.
+
+    Returns:
+        Two tensors of shape (N, C).
+    """
+    samples, channels = data.shape[:2]
+    if _group_norm is None:
+        var, mean = torch.var_mean(data.flatten(2), 2, unbiased=False)
+        return mean, var
+    _, mean, inverse = _group_norm(data, None, None, samples, channels, data.numel() // (samples * channels), channels, 0.0)
+    return mean, inverse.double().pow(-2)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.torch_internals import is_compiled
 
 __all__ = ["StatisticsChange", "commit", "eager", "kept_buffers", "undo"]
 
@@ -70,7 +71,6 @@ def _version(buffer: Tensor) -> int | None:
     return None if buffer.is_inference() else buffer._version
 
 
-def eager() -> Any:
-    """Return a context in which compiled models run as they were written: the code that was compiled knows nothing of later hooks."""
-    # Asking torch.compiler imports the compiler, which takes seconds; where it isn't there yet, nothing can be compiled.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+def eager(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which a compiled model runs as it was written: the code that was compiled knows nothing of later hooks."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()

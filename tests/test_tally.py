@@ -1,0 +1,105 @@
+"""What a layer saw: the same however the data is cut, ordered, or spread over ranks."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import oracles
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_bn.tally import Row, Summary, Tally
+
+
+def row(data: torch.Tensor) -> Row:
+    values = data.double()
+    return Row(len(data), len(data), values.mean(0), values.var(0, correction=0))
+
+
+def tally(batches: list[torch.Tensor], pending: int | None = 3) -> Tally:
+    found = Tally(pending)
+    for number, batch in enumerate(batches):
+        found.add(number, row(batch))
+    return found
+
+
+def summary(batches: list[torch.Tensor]) -> Summary:
+    found = tally(batches).summary()
+    assert found is not None
+    return found
+
+
+sizes = st.lists(st.integers(1, 9), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.sampled_from([0.0, 1e3]), st.booleans(), st.integers(0, 99))
+def test_both_estimators_are_those_of_naive_loops(sizes: list[int], offset: float, pooled: bool, seed: int) -> None:
+    """Pooled, of all the data; else the average of the batches' own, where a batch of one has a mean and no variance."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = [torch.randn(size, 2, generator=generator, dtype=torch.float64) + offset for size in sizes]
+    mean, var = summary(batches).statistics(pooled=pooled)
+    arrays = [batch.numpy() for batch in batches]
+    if pooled:
+        if sum(sizes) > 1:
+            expected = oracles.mean_and_unbiased_variance(np.concatenate(arrays))
+            torch.testing.assert_close((mean, var), tuple(map(torch.tensor, expected)), rtol=1e-7, atol=1e-7)
+        return
+    torch.testing.assert_close(mean, torch.tensor(sum(array.mean(0) for array in arrays) / len(arrays)), rtol=1e-7, atol=1e-7)
+    varied = [oracles.mean_and_unbiased_variance(array)[1] for array in arrays if len(array) > 1]
+    if varied:
+        torch.testing.assert_close(var, torch.tensor(sum(varied) / len(varied)), rtol=1e-7, atol=1e-7)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, sizes)
+def test_merging_is_taking_the_batches_together(one: list[int], other: list[int]) -> None:
+    """Two ranks, either way around, and one: the same sums."""
+    batches = [torch.randn(size, 2, dtype=torch.float64) + 7 for size in one + other]
+    together = summary(batches)
+    first, second = summary(batches[: len(one)]), summary(batches[len(one) :])
+    for merged in (first.merge(second), second.merge(first)):
+        for name in ("within", "mean_sum", "var_sum", "batches", "varied", "samples"):
+            torch.testing.assert_close(getattr(merged, name), getattr(together, name))
+        torch.testing.assert_close(merged.moments.mean, together.moments.mean)
+        torch.testing.assert_close(merged.moments.m2, together.moments.m2)
+
+
+def test_calls_in_one_batch_are_one_row() -> None:
+    """In any order, where nothing is summed up in between."""
+    data = torch.randn(30, 2) + 5
+    merged = Tally(None)
+    for number, part in [(0, data[:4]), (1, data[4:20]), (0, data[20:])]:
+        merged.add(number, row(part))
+    expected = summary([torch.cat((data[:4], data[20:])), data[4:20]])
+    found = merged.summary()
+    torch.testing.assert_close(found.statistics(pooled=False), expected.statistics(pooled=False))
+    assert (found.batches, found.samples) == (2, 30)
+
+
+def test_batches_that_are_not_finite_leave_no_trace_but_their_number() -> None:
+    """In every sum, whether they are still pending or not."""
+    batches = [torch.randn(5, 2) for _ in range(8)]
+    poisoned = [batch.clone() for batch in batches]
+    poisoned[1][0, 0], poisoned[7][0, 1] = math.nan, math.inf
+    found, skipped = tally(poisoned).close()
+    assert skipped == {1, 7}
+    expected = summary([batch for k, batch in enumerate(batches) if k not in (1, 7)])
+    torch.testing.assert_close(found.statistics(pooled=True), expected.statistics(pooled=True))
+    torch.testing.assert_close(found.standard_error(0.0), expected.standard_error(0.0))
+    assert found.samples == 30
+
+
+def test_one_batch_has_no_standard_error() -> None:
+    """NaN, which is below no tolerance; none with no data."""
+    assert summary([torch.randn(5, 2)]).standard_error(1e-5).isnan()
+    assert Tally(3).summary() is None
+
+
+def test_channels_that_are_constant_have_no_error() -> None:
+    """0 / 0 is no reason to read on: a dead channel counts as known."""
+    batches = [torch.cat((torch.zeros(5, 1), torch.randn(5, 1)), 1) for _ in range(4)]
+    alone = [batch[:, 1:] for batch in batches]
+    torch.testing.assert_close(summary(batches).standard_error(1e-5), summary(alone).standard_error(1e-5) / math.sqrt(2))
