@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
@@ -62,3 +69,36 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def fit(
+    module: pl.LightningModule,
+    training: DataLoader[tuple[Tensor, ...]],
+    validation: DataLoader[tuple[Tensor, ...]] | None = None,
+    *,
+    epochs: int,
+    callbacks: Sequence[pl.Callback] = (),
+) -> None:
+    """Train without a word: for examples that train many small models and print one table."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    # Lightning's advice on speed, of no use for a thousand tiny images, and its own use of torch's old names.
+    warnings.filterwarnings("ignore", message=".*does not have many workers|.*no `val_dataloader`|.*LeafSpec")
+    torch.set_num_threads(1)  # more only wait for each other over images of 8x8
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), **silent)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.fit(module, training, validation)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the percentage of `images` that `model` gets right in eval mode."""
+    return (model.eval()(images).argmax(1) == labels).float().mean().item() * 100
+
+
+def arguments(description: str | None, *, epochs: int) -> argparse.Namespace:
+    """Return what the command line says: ``--seeds`` and ``--epochs``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seeds", type=int, default=5, help="models trained, each from a seed of its own")
+    parser.add_argument("--epochs", type=int, default=epochs)
+    return parser.parse_args()
