@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit bench clean
+.PHONY: demo test lint types unit bench docs clean
 
 demo: .venv/examples.installed
 	$(BIN)/python examples/quickstart.py
@@ -23,10 +23,13 @@ unit: .venv/dev.installed
 bench: .venv/dev.installed
 	$(BIN)/python benchmarks/batch_norm.py
 
+docs: .venv/docs.installed
+	$(BIN)/mkdocs build --strict --quiet
+
 .venv/%.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis runs

@@ -40,16 +40,18 @@ class ConvertBatchNorm(Callback):
         >>> from lightning_bn import ConvertBatchNorm, Window
         >>> trainer = Trainer(callbacks=[ConvertBatchNorm(Window(20))], logger=False, enable_checkpointing=False)
 
-        The same in the config of a `LightningCLI`::
+    In the config of a `LightningCLI`:
 
-            trainer:
-              callbacks:
-                - class_path: lightning_bn.ConvertBatchNorm
-                  init_args:
-                    averaging:
-                      class_path: lightning_bn.Window
-                      init_args:
-                        size: 20
+    ```yaml
+    trainer:
+      callbacks:
+        - class_path: lightning_bn.ConvertBatchNorm
+          init_args:
+            averaging:
+              class_path: lightning_bn.Window
+              init_args:
+                size: 20
+    ```
     """
 
     def __init__(self, averaging: Averaging) -> None:
