@@ -260,6 +260,37 @@ def test_refusals_say_what_is_wrong(run: Run, tmp_path: Path, capsys: pytest.Cap
     assert set(tmp_path.iterdir()) == {run.ckpt, plain, other}
 
 
+def test_own_cli_whose_config_has_keys_of_its_own(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--cli takes a subclass with its arguments and links."""
+    config = yaml.safe_load(run.config.read_text())
+    del config["data"]["init_args"]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**config, "batch": 12}))
+    arguments = ("--config", str(tmp_path / "own.yaml"), "--ckpt_path", str(run.ckpt), "--cli", "cli_models.OwnCLI", "--dry_run", "--json")
+    code, out, _ = call("recalibrate", *arguments, capsys=capsys)
+    assert code == 0
+    assert json.loads(out)["batches"] == 4
+    assert call("recalibrate", *(part for part in arguments if "cli" not in part), capsys=capsys)[0] == 2
+
+
+def test_statistics_without_a_place_in_the_checkpoint_are_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that renames keys as it loads leaves no key to write to: nothing is written, rather than half of it."""
+    old = run.load()
+    old["state_dict"] = {key.replace("bn1", "old"): value for key, value in old["state_dict"].items()}
+    torch.save(old, run.ckpt)
+    config = json.dumps({**CONFIG["model"], "class_path": "cli_models.Renaming"})
+    code, _, err = call("recalibrate", *run.options, "--", f"--model={config}", capsys=capsys)
+    assert code == 1
+    assert "its bn1.running_mean is not in the checkpoint" in err
+    assert list(run.ckpt.parent.iterdir()) == [run.ckpt]
+
+
+def test_batch_of_one_has_no_batch_statistics(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The comparison says so, without a traceback."""
+    code, out, err = call("validate", *run.options, "--compare", "--", "--data=cli_models.LastOfOne", capsys=capsys)
+    assert (code, out) == (1, "")
+    assert "a batch of one" in err
+
+
 def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     """--help ends with 0, and has each option and the exit codes."""
     for command, options in (
@@ -290,11 +321,13 @@ def test_callbacks_document_their_arguments(capsys: pytest.CaptureFixture[str]) 
         assert "ERROR" not in out
 
 
-def test_as_a_process(tmp_path: Path) -> None:
-    """python -m lightning_bn passes its exit code on, and neither ``rules`` nor ``inspect`` imports lightning."""
-    done = subprocess.run([sys.executable, "-m", "lightning_bn", "rules", "BN999"], capture_output=True, text=True, check=False)
+def test_as_a_process() -> None:
+    """python -m lightning_bn passes its exit code on, shows no traceback, and imports lightning only where it is needed."""
+    command = [sys.executable, "-X", "importtime", "-m", "lightning_bn", "rules", "BN999"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert done.returncode == 2
+    assert "there is no rule BN999" in done.stderr
     assert "Traceback" not in done.stderr
-    code = "import sys; from lightning_bn.cli import main; main(['rules']); print('lightning' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+    assert "torch" in imported
+    assert "lightning" not in imported

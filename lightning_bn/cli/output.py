@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["FINDINGS", "OK", "USAGE", "RefusedError", "UsageError", "print_json", "print_table"]
+__all__ = ["FINDINGS", "INTERRUPTED", "OK", "USAGE", "RefusedError", "UsageError", "print_json", "print_table"]
 
 OK, FINDINGS, USAGE = 0, 1, 2
+INTERRUPTED = 130  # as shells have it
 
 
 class RefusedError(Exception):

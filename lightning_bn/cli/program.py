@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_bn.cli.output import FINDINGS, USAGE, RefusedError, UsageError
+from lightning_bn.cli.output import FINDINGS, INTERRUPTED, USAGE, RefusedError, UsageError
 
 __all__ = ["main"]
 
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, USAGE)
     except RefusedError as error:
         return _complain(error, FINDINGS)
+    except KeyboardInterrupt:
+        return _complain("interrupted; no file was changed.", INTERRUPTED)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -53,7 +55,7 @@ def _as_path(value: Any) -> Any:
     return None if value is None else Path(value)
 
 
-def _complain(error: Exception, code: int) -> int:
+def _complain(error: object, code: int) -> int:
     print(f"lightning-bn: {error}", file=sys.stderr)
     return code
 
@@ -65,6 +67,8 @@ def _run(command: str, options: dict[str, Any], overrides: list[str]) -> int:
         from lightning_bn.cli import inspection
 
         return int(getattr(inspection, command)(**options))
+    if options["exact"] and options["tolerance"] is not None:
+        raise UsageError("--exact needs all batches at once and can't stop at a --tolerance; give --num_batches with it.")
     # These import Lightning, which takes seconds.
     if command == "recalibrate":
         from lightning_bn.cli.recalibration import recalibrate

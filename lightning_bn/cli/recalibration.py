@@ -33,8 +33,6 @@ def recalibrate(
     json: bool = False,
 ) -> int:
     """Write a checkpoint with running statistics that match its weights; all else in it is that of `ckpt_path`."""
-    if exact and tolerance is not None:
-        raise UsageError("--exact needs all batches at once and can't stop at a --tolerance; give --num_batches with it.")
     target = output or ckpt_path.with_name(f"{ckpt_path.stem}-recalibrated{ckpt_path.suffix}")
     checkpoint = load_checkpoint(ckpt_path, weights_only=weights_only)
     if not dry_run:

@@ -73,6 +73,7 @@ class Session:
     Args:
         configs: files for a LightningCLI, or of one; later ones override.
         overrides: further arguments for it.
+        checkpoint: whose weights the passes run with.
         model: path of the model's class, where the configs don't have it.
         data: path of the datamodule's class, likewise.
         cli: path of the user's own subclass of LightningCLI.
@@ -97,9 +98,9 @@ class Session:
         self._module: LightningModule = built.model
         self._datamodule = built.datamodule
         self._checkpoint = checkpoint
-        converting = [each for each in _as_list(self._module.configure_callbacks()) if isinstance(each, ConvertBatchNorm)]
-        self._module.configure_callbacks = lambda: converting
-        self._callbacks = [each for each in self.trainer.callbacks if isinstance(each, ConvertBatchNorm)]  # type: ignore[attr-defined]
+        of_module = self._module.configure_callbacks
+        self._module.configure_callbacks = lambda: _converting(of_module())
+        self._callbacks = _converting(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def recalibrate(self, dataloader: str, layers: Sequence[str] | None, **options: Any) -> tuple[RecalibrationReport, dict[str, Tensor]]:
         """Recalibrate the model with the checkpoint's weights; return the report, and the statistics by their keys in the checkpoint."""
@@ -108,7 +109,10 @@ class Session:
         self._run(self.trainer.fit, {}, run)
         if run.report is None:
             raise RefusedError("the config has no training data, without which Lightning does not fit.")
-        return run.report, {key: value.to(state[key].dtype) for key, value in run.statistics.items() if key in state}
+        unknown = [key for key in run.statistics if key not in state]
+        if unknown:
+            raise RefusedError(f"the model renames what it loads: its {unknown[0]} is not in the checkpoint, so there is no place for it.")
+        return run.report, {key: value.to(state[key].dtype) for key, value in run.statistics.items()}
 
     def validate(self, statistics: dict[str, Tensor], *, with_batches: bool = False) -> dict[str, float]:
         """Return the metrics that validation logs with the checkpoint's weights; `statistics` go in the place of its own."""
@@ -127,6 +131,10 @@ class Session:
                 return start(self._module, datamodule=self._datamodule)
         except MisconfigurationException as error:
             raise RefusedError(str(error)) from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise RefusedError(f"a batch of one can't be normalised by its own statistics. {error}") from error
 
 
 class _Weights(Callback):
@@ -252,5 +260,6 @@ def _import(path: str, option: str) -> Any:
         raise UsageError(f"{option} {path}: {error}. It is the path of a class, as in package.module.Class.") from error
 
 
-def _as_list(callbacks: Any) -> list[Callback]:
-    return list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+def _converting(callbacks: Any) -> list[Callback]:
+    """Of one callback or several, those that make the model what it was in training."""
+    return [each for each in (callbacks if isinstance(callbacks, Sequence) else [callbacks]) if isinstance(each, ConvertBatchNorm)]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_bn.cli.output import OK, UsageError, print_json, print_table
+from lightning_bn.cli.output import OK, print_json, print_table
 from lightning_bn.cli.session import Session, load_checkpoint
 
 __all__ = ["validate"]
@@ -29,8 +30,6 @@ def validate(
     json: bool = False,
 ) -> int:
     """Validate a checkpoint under its own statistics and, to `compare`, under recalibrated ones and under the batches'."""
-    if exact and tolerance is not None:
-        raise UsageError("--exact needs all batches at once and can't stop at a --tolerance; give --num_batches with it.")
     checkpoint = load_checkpoint(ckpt_path, weights_only=weights_only)
     session = Session(config, overrides, checkpoint, model=model, data=data, cli=cli)
     results = {"checkpoint": session.validate({})}
@@ -39,8 +38,13 @@ def validate(
         results["recalibrated"] = session.validate(statistics)
         results["batch statistics"] = session.validate({}, with_batches=True)
     if session.trainer.is_global_zero:
-        print_json(results) if json else _print(results)
+        print_json(_finite(results)) if json else _print(results)
     return OK
+
+
+def _finite(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """JSON has no NaN."""
+    return {column: {name: value if math.isfinite(value) else None for name, value in row.items()} for column, row in results.items()}
 
 
 def _print(results: dict[str, dict[str, float]]) -> None:
