@@ -156,7 +156,7 @@ class Inspection:
         now = reading.counts() if self._counts_before else {}
         counted = [index for index in self._unseen() if now.get(index, 0) > self._counts_before.get(index, 0)]
         values = reading.values() if self.trained and self._evaluated else None
-        evaluation = Evaluation(self.observer, self.setting, self.stage, self.trained, self._evaluated, self._steady, values, counted)
+        evaluation = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, values, counted)
         self._ask(lambda rule: rule.evaluation(evaluation))
 
     def finish(self) -> None:

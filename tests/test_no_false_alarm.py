@@ -70,6 +70,21 @@ def test_own_layers(averaging: Any) -> None:
     assert said(Module(convert_batch_norm(Net(), averaging)), max_epochs=2) == []
 
 
+class Subclass(nn.BatchNorm2d):
+    """A batch norm of another's making, with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+@pytest.mark.parametrize("averaging", [None, Window(3)])
+def test_subclasses(averaging: Any) -> None:
+    """Layers of others' making, as they are and with an average of this package around them."""
+    model = Net()
+    model.backbone[0][1] = Subclass(4)
+    assert said(Module(convert_batch_norm(model, averaging)), max_epochs=2) == []
+
+
 class ResNetLike(Module):
     """A `backbone` as Lightning's finetuning wants it."""
 

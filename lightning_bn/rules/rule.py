@@ -125,13 +125,12 @@ class Evaluation:
     observer: Observer
     setting: Setting
     stage: str
-    trained: bool
-    """Whether training had begun."""
     evaluated: Collection[int] = ()
     """Indices of the layers that ran in eval mode."""
     steady: Collection[int] = ()
     """Indices of the layers that ran in eval mode while training too."""
     values: Values | None = None
+    """The statistics after it; None before training began."""
     counted: Collection[int] = ()
     """Indices of the layers no forward of which could be seen, and whose count of batches rose."""
 

@@ -128,7 +128,7 @@ class NeverUpdated(Rule):
     why = "the layer normalises with mean 0 and variance 1, which no data had: it evaluates another network than was trained."
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
-        if not evaluation.trained or evaluation.values is None:
+        if evaluation.values is None:
             return
         # A frozen layer that has always run in eval mode is a constant, and the same one in training.
         meant = {
