@@ -103,6 +103,8 @@ class OnePass:
         return self._tallies.seen(self._num_batches, tolerance_met=met)
 
     def _meets(self, tolerance: float, bar: tqdm[Any]) -> bool:
+        if self._tallies.batches < _MIN_BATCHES and bar.disable:
+            return False
         error = self._tallies.standard_error()
         bar.set_postfix_str(f"std error {error:.3g}, to reach {tolerance:g}")
         return self._tallies.batches >= _MIN_BATCHES and error < tolerance

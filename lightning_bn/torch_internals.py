@@ -5,6 +5,8 @@ Each function says why nothing public will do, and what it answers where the pri
 
 from __future__ import annotations
 
+from types import FunctionType
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,16 @@ def is_compiled(module: nn.Module) -> bool:
 
     torch has no public question for either; where these marks are gone, the answer is False.
     """
-    return any("_orig_mod" in each._modules or getattr(each, "_compiled_call_impl", None) is not None for each in module.modules())
+    return any(
+        "_orig_mod" in each._modules or getattr(each, "_compiled_call_impl", None) is not None or _has_compiled_method(each)
+        for each in module.modules()
+    )
+
+
+def _has_compiled_method(module: nn.Module) -> bool:
+    """Whether compiled code stands in the place of a method, as in the module of ``trainer.fit(torch.compile(module))``."""
+    values = vars(module).values()
+    return any(isinstance(value, FunctionType) and hasattr(value, "_torchdynamo_orig_callable") for value in values)
 
 
 def kernel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
