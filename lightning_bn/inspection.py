@@ -227,7 +227,7 @@ class Inspection:
         self._ask(lambda rule: rule.batch(batch))
 
     def _batch(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> Batch:
-        explained = set().union(*(self._reported[code] for code in ("BN101", "BN103", "BN105")))
+        explained = {name for code in ("BN103", "BN105") if code not in self._fix for name in self._reported[code]}
         return Batch(
             self.observer, self.setting, self.stage, self.step, self.index, before, opened, after, explained, self.observer.forwards
         )

@@ -137,7 +137,7 @@ class Observer:
     def open_call(self, input: Tensor | None) -> None:
         self.call += 1
         for number, source in enumerate(self._sources):
-            if source() is input:
+            if input is not None and source() is input:
                 self.source = number
                 return
         self.source = len(self._sources)

@@ -305,3 +305,15 @@ def test_stands_behind_other_callbacks() -> None:
         trainer(check, Freezes()).fit(Module(), data(), data(batches=2))
     assert of("BN103", check.findings) == []
     assert of("BN102", check.findings)[0].layers == ("model.backbone",)
+
+
+def test_mends_every_time() -> None:
+    """What is mended once and broken again is mended again, though it is told once."""
+
+    class EvalEachEpoch(Module):
+        def on_train_epoch_start(self) -> None:
+            self.eval()
+
+    module, check = EvalEachEpoch(), ModeCheck(action="log", fix=["BN101"])
+    assert len(of("BN101", findings(module, check=check, max_epochs=3))) == 1
+    assert int(module.model.head[2].num_batches_tracked) == 3 * (BATCHES - 1)
