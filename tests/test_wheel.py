@@ -24,9 +24,10 @@ def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel that ``pip wheel . --no-deps`` makes."""
+    """The wheel that ``pip wheel . --no-deps`` makes, by the hatchling that is installed."""
     folder = tmp_path_factory.mktemp("wheel")
-    done = run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder, check=False)
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
+    done = run(sys.executable, "-m", "pip", "wheel", *options, ROOT, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
     (made,) = folder.glob("*.whl")
     return made
