@@ -149,7 +149,8 @@ class Exponential(Averaging):
                 f"Exponential({momentum!r}): momentum is the weight of the new batch, a number from 0 to 1, as in Exponential(0.1). "
                 "For an average in which every batch weighs the same, use Cumulative()."
             )
-        self.momentum = momentum
+        # None, for a while, is torch's cumulative average: its update_bn and Lightning's SWA set a layer's momentum so for their pass.
+        self.momentum: float | None = momentum
         self.debias = debias
         self.pooled = pooled
 
@@ -161,6 +162,8 @@ class Exponential(Averaging):
         return {"weight_sums": torch.zeros(2, dtype=wide_dtype(device), device=device)} if self.pooled else {}
 
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.momentum is None:
+            return _cumulate(running_mean, running_var, batch, self.weight_sums if self.pooled else None)
         if not self.pooled:
             weight = self._weight(batch.step) if self.debias else torch.full_like(batch.count, self.momentum)
             return _blend(running_mean, running_var, batch, weight)
@@ -170,6 +173,8 @@ class Exponential(Averaging):
     def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
         if self.pooled:
             return None
+        if self.momentum is None:
+            return batches / step
         fresh = self._memory(batches)
         return fresh / self._memory(step).clamp(min=1e-12) if self.debias else fresh
 
@@ -216,15 +221,20 @@ class Cumulative(Averaging):
         return {"weight_sums": torch.zeros(2, dtype=wide_dtype(device), device=device)} if self.pooled else {}
 
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        if not self.pooled:
-            return _blend(running_mean, running_var, batch, batch.step.to(wide_dtype(batch.step.device)).reciprocal())
-        return _pool(running_mean, running_var, batch, self.weight_sums, batch.step - 1, 1.0, 1.0)
+        return _cumulate(running_mean, running_var, batch, self.weight_sums if self.pooled else None)
 
     def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
         return None if self.pooled else batches / step
 
     def extra_repr(self) -> str:
         return "pooled=True" * self.pooled
+
+
+def _cumulate(running_mean: Tensor, running_var: Tensor, batch: Batch, weight_sums: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Average over all batches, each counted once, or where there are `weight_sums` over all samples."""
+    if weight_sums is not None:
+        return _pool(running_mean, running_var, batch, weight_sums, batch.step - 1, 1.0, 1.0)
+    return _blend(running_mean, running_var, batch, batch.step.to(wide_dtype(batch.step.device)).reciprocal())
 
 
 def _blend(running_mean: Tensor, running_var: Tensor, batch: Batch, weight: Tensor) -> tuple[Tensor, Tensor]:

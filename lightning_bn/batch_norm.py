@@ -102,7 +102,7 @@ class AveragedBatchNorm(_BatchNorm):
     def momentum(self, value: float | None) -> None:
         self.__dict__["momentum"] = value
         averaging = self.__dict__.get("_modules", {}).get("averaging")
-        if isinstance(averaging, Exponential) and value is not None:
+        if isinstance(averaging, Exponential):
             averaging.momentum = value
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -147,10 +147,19 @@ def test_momentum_stays_assignable(value: float | None) -> None:
         batch = torch.randn(6, 3)
         theirs(batch), ours(batch), averaged(batch)
     torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-6, atol=1e-7)
-    assert ours.momentum == value
-    if value is not None:
-        assert averaged.momentum == averaged.averaging.momentum == value
-        assert torch.equal(averaged.running_mean, theirs.running_mean)
+    assert ours.momentum == averaged.momentum == averaged.averaging.momentum == value
+    torch.testing.assert_close(averaged.running_mean, theirs.running_mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(averaged.running_var, theirs.running_var, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("averaging", [Exponential(0.1), Exponential(0.1, debias=True), Exponential(0.1, pooled=True)], ids=str)
+def test_update_bn_serves_an_exponential(averaging: Averaging) -> None:
+    """torch's update_bn, which sets momentum None for its pass, leaves the average over its batches, and the momentum as it was."""
+    layer = BatchNorm1d(3, averaging=averaging)
+    batches = [torch.randn(8, 3) + 5 for _ in range(5)]
+    torch.optim.swa_utils.update_bn(batches, layer)
+    torch.testing.assert_close(layer.running_mean, torch.stack([batch.mean(0) for batch in batches]).mean(0))
+    assert layer.momentum == layer.averaging.momentum == 0.1
 
 
 @each_average
