@@ -14,7 +14,7 @@ from lightning_bn.layer_table import Array, Grid
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Scale", "draw_channels", "draw_grid", "scale_of"]
+__all__ = ["Pixels", "Scale", "draw_channels", "draw_grid", "scale_of"]
 
 Pixels = NDArray[np.uint8]
 
@@ -139,7 +139,9 @@ def _paint(axes: Axes, bar_axes: Axes, values: Array, scale: Scale) -> None:
     bar.ax.xaxis.labelpad = 3
     bar.ax.tick_params(labelsize=8, pad=1)
     if scale.log:
-        decades = [scale.low, 0, 2, 4, 6] if scale.count else list(np.arange(scale.low, scale.high + 1, 1 if scale.high - scale.low < 8 else 3))
+        decades = (
+            [scale.low, 0, 2, 4, 6] if scale.count else list(np.arange(scale.low, scale.high + 1, 1 if scale.high - scale.low < 8 else 3))
+        )
         bar.set_ticks(decades, labels=["0" if scale.count and decade == scale.low else f"{10.0**decade:g}" for decade in decades])
 
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.collector import LayerCollector, Sample
-from lightning_bn.layer_table import LayerTable, scalars
+from lightning_bn.heatmap import Pixels, draw_grid
+from lightning_bn.layer_table import STATISTICS, Ailment, LayerTable, scalars
 from lightning_bn.layers import Choice, is_chosen, select_layers
 from lightning_bn.tensorboard import TensorBoardReport
 
@@ -107,6 +108,24 @@ class ActivationStatsMonitor(Callback):
         does not apply. ``pandas.DataFrame(monitor.table())`` makes a frame of it.
         """
         return self._table.rows()
+
+    def ailments(self, stage: str = "train") -> list[Ailment]:
+        """Return what is sick at the newest sample of a stage: layer, statistic, since which step, value now; the newest illness first."""
+        return self._table.ailments(stage)
+
+    def picture(self, statistic: str, stage: str = "train") -> Pixels:
+        """Return the heat map of a statistic over the whole run, layer x step, as TensorBoard gets it: (height, width, 3) uint8.
+
+        Raises:
+            ValueError: a statistic that is not summed up over layers, or that no layer has.
+        """
+        grid = self._table.grid(stage, statistic) if statistic in STATISTICS else None
+        if grid is None or not grid.layers:
+            known = [name for name in STATISTICS if self._table.grid(stage, name).layers]
+            raise ValueError(
+                f"picture({statistic!r}, {stage!r}): there is no such row in the table; there are {', '.join(known) or 'none'}."
+            )
+        return draw_grid(grid)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         select_layers(nn.Identity(), self.layers)  # a choice that is none is told before anything runs

@@ -1,0 +1,81 @@
+"""Four networks on digits, three of them sick: what the monitor finds, and the pictures in docs/inspecting.md."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+from digits import Classifier, ConvNet, digits
+from matplotlib.image import imsave
+from torch import nn
+
+from lightning_bn import ActivationStatsMonitor
+
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", module="lightning")
+
+
+def without_norm(gain: float) -> nn.Sequential:
+    """Eight convolutions with ReLUs and no batch norm; weights drawn as He et al. (2015) do, times `gain`."""
+    model = nn.Sequential()
+    for number in range(1, 9):
+        convolution = nn.Conv2d(1 if number == 1 else 16, 16, 3, padding=1)
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        convolution.weight.data *= gain
+        model.add_module(f"conv{number}", convolution)
+        model.add_module(f"relu{number}", nn.ReLU())
+    return model.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)])
+
+
+def lagging() -> nn.Module:
+    """Batch norm whose average has a memory of two thousand batches."""
+    model = ConvNet()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.001
+    return model
+
+
+# Name, network, learning rate, and the statistic in which its illness shows.
+CASES = (
+    ("healthy", ConvNet, 0.1, "dead_fraction"),
+    ("dead_relu", lambda: without_norm(1.0), 2.0, "dead_fraction"),
+    ("exploding", lambda: without_norm(4.0), 0.001, "std"),
+    ("lagging", lagging, 0.5, "drift_var"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--images", type=Path, help="folder for the pictures, as in docs/images")
+    options = parser.parse_args()
+    print(f"{'network':<12}{'accuracy':>9}{'sick':>6}  what the monitor says first")
+    for name, build, lr, statistic in CASES:
+        pl.seed_everything(0, verbose=False)
+        monitor = ActivationStatsMonitor(every_n_steps=2)
+        trainer = pl.Trainer(
+            max_epochs=options.epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[monitor],
+        )
+        trainer.fit(Classifier(build(), lr=lr), *digits(batch_size=64))
+        ailments = monitor.ailments()
+        said = "nothing"
+        if ailments:
+            first = ailments[0]
+            said = f"{first.layer}: {first.statistic.label} is {first.value:.3g}, since step {first.since}"
+        print(f"{name:<12}{float(trainer.callback_metrics['val_acc']):>9.3f}{len(ailments):>6}  {said}")
+        if options.images:
+            imsave(options.images / f"{name}.png", monitor.picture(statistic))
+
+
+if __name__ == "__main__":
+    main()
