@@ -21,6 +21,14 @@ from lightning_bn import Window, recalibrate, recalibrated
 from lightning_bn.transaction import StatisticsChange
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_heard() -> Iterator[None]:
+    """A test run that was started in the background inherits that SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Busy(nn.Module):
     """A model in odd states: a frozen layer in eval, momentum None and 0, a shared layer, hooks, a buffer and random numbers in forward."""
 
