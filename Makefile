@@ -16,12 +16,16 @@ lint: .venv/dev.installed
 types: .venv/dev.installed
 	$(BIN)/mypy
 
-# One thread a worker: two workers with two threads each fight for the cores.
+# One thread a worker: two workers with two threads each fight for the cores. By file: a fixture may start processes once for all its tests.
 unit: .venv/dev.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 bench: .venv/dev.installed
 	$(BIN)/python benchmarks/batch_norm.py
+	$(BIN)/python benchmarks/recalibration.py
+	$(BIN)/python benchmarks/activation_stats.py
+	$(BIN)/python benchmarks/mode_check.py
+	$(BIN)/python benchmarks/communication.py
 
 docs: .venv/docs.installed
 	$(BIN)/mkdocs build --strict --quiet
