@@ -30,7 +30,7 @@ class Model(nn.Module):
         ([], []),
         ("nothing", []),
     ],
-    ids=str,
+    ids=["default", "pattern", "name", "class", "predicate", "several", "none", "no match"],
 )
 def test_by_default_name_pattern_class_and_predicate(choices: object, names: list[str]) -> None:
     """Each way of choosing gives its modules, in registration order; an averaging is part of its layer and no module of the user's."""
