@@ -68,8 +68,10 @@ class Followers:
         self._shadows = {
             name: {path: _shadow(layer, averaging) for path, layer in self._layers.items()} for name, averaging in averages.items()
         }
-        self.calls = 0
-        """Training forwards of all layers that were seen."""
+        self._seen: set[str] = set()
+        self._counts = {
+            path: layer.num_batches_tracked.clone() for path, layer in self._layers.items() if layer.num_batches_tracked is not None
+        }
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -80,6 +82,17 @@ class Followers:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def missed(self) -> list[str]:
+        """Return the names of layers that took in batches of which nothing was seen here; waits for the device.
+
+        Code that `torch.compile` made before there were hooks never calls them.
+        """
+        return [
+            path
+            for path, before in self._counts.items()
+            if path not in self._seen and bool(self._layers[path].num_batches_tracked != before)
+        ]
 
     @contextmanager
     @torch.no_grad()
@@ -113,7 +126,7 @@ class Followers:
 
         def take(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if layer.training and layer.track_running_stats and not in_backward():
-                self.calls += 1
+                self._seen.add(path)
                 _take(shadows, _moments(layer, *_input_and_mask(layer, args, kwargs)))
 
         return take

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_bn import BatchNormRecalibration
+from lightning_bn.callbacks.lightning_internals import training_loader
 
 
 class Recorder(pl.Callback):
@@ -492,3 +493,11 @@ def test_a_compiled_part() -> None:
     fit(callback, module=module)
     assert {layer.name for layer in callback.report.layers} == {"bn1", "rest.3"}
     assert matches_weights(module.state_dict())
+
+
+def test_a_lightning_without_the_private_part_is_told() -> None:
+    """Where a part of Lightning that is not public is gone, the error names it and the argument that does without it."""
+    _, runner = fit()
+    runner.fit_loop._combined_loader = None
+    with pytest.raises(RuntimeError, match=r"trainer\.fit_loop\._combined_loader is missing.*dataloader="):
+        training_loader(runner)

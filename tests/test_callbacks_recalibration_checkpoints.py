@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fits import fit, matches_weights, same
+from fits import Small, fit, matches_weights, same
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
@@ -67,8 +67,6 @@ def test_a_failure_leaves_the_files_and_the_module(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     plain, _ = fit(BatchNormRecalibration())
-    from fits import Small
-
     torch.manual_seed(0)
     module = Small()
     with pytest.raises(ValueError, match="injected"):
@@ -101,3 +99,14 @@ def test_state_dict_values_are_plain(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "last.ckpt", weights_only=False)["callbacks"]["BatchNormRecalibration{'when': 'validation'}"]
     assert state == {"count": 2, "last_step": 12}
     assert not any(isinstance(value, Tensor) for value in state.values())
+
+
+def test_a_frozen_model_gets_no_copies(tmp_path: Path) -> None:
+    """With nothing that learns there is nothing to recalibrate, in the module and in its files."""
+    torch.manual_seed(0)
+    module = Small()
+    for layer in (module.bn1, module.rest[3]):
+        layer.requires_grad_(False).eval()
+    with pytest.warns(UserWarning, match="every batch-norm layer is frozen"), pytest.warns(UserWarning, match="in eval mode at the start"):
+        fit(ModelCheckpoint(tmp_path, save_last=True), BatchNormRecalibration(checkpoints=("last",)), module=module)
+    assert not [name for name in contents(tmp_path) if "recalibrated" in name]

@@ -111,6 +111,7 @@ class CompareAverages(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._layers = find_batch_norms(pl_module)
         self._learning = learning(self._layers)
+        self._looked = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.recalibrated and not self._input.known and batch is not None:
@@ -120,16 +121,15 @@ class CompareAverages(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the others.
         self._learning = learning(self._layers)
-        if self._learning and not self._followers.calls:
-            raise MisconfigurationException(
-                "CompareAverages saw no batch-norm layer run in the training step: the model was compiled and run before the fit, and "
-                "hooks that come later are never called. Compile it in configure_model, or leave the callback out."
-            )
+        if not self._looked:
+            self._check_sight()
+            self._looked = True
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here, and not at the end: weight averaging has its weights in, and what Lightning is about to validate is what is compared.
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
+        self._check_sight()
         for name in self.averages:
             with self._followers.applied(name):
                 self._pending[name] = validate_once_more(trainer, pl_module)
@@ -175,6 +175,14 @@ class CompareAverages(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict["followers"]
         self.scores.values = state_dict["values"]
+
+    def _check_sight(self) -> None:
+        missed = self._followers.missed()
+        if missed:
+            raise MisconfigurationException(
+                f"CompareAverages did not see {', '.join(missed)} run in training: they were compiled in this process before the fit, and "
+                "hooks that come later are never called. Call torch.compiler.reset() before the fit, or leave the callback out."
+            )
 
     @contextmanager
     def _recalibrated(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:

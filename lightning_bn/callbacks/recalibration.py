@@ -114,7 +114,7 @@ class BatchNormRecalibration(Callback):
             take_turn_after_weight_averaging(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._final = False
+        self._final, self._learning = False, set()
         self._input = self._new_input()
         if not any(layer.tracks for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
@@ -171,7 +171,7 @@ class BatchNormRecalibration(Callback):
             # A fit resumed from a checkpoint with no step left to train ends without on_train_end.
             if self.when == "fit_end" and 0 < trainer.global_step != self._last_step:
                 self._act(trainer, pl_module)
-            for path in files_of(trainer, self.checkpoints):
+            for path in files_of(trainer, self.checkpoints if self._learning else ()):
                 write_recalibrated_copy(trainer, pl_module, path, lambda: self._recalibrate(trainer, pl_module))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
