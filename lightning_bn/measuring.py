@@ -39,12 +39,6 @@ def measured(layers: Sequence[_BatchNorm], station: Station) -> Iterator[None]:
         for place, layer in enumerate(layers):
             handle = layer.register_forward_pre_hook(_hook(place, layer, station), with_kwargs=True)
             stack.callback(handle.remove)
-        # What gives an average to a subclass exchanges the buffers too, one call at a time; this flag tells it to stay away. In eval mode
-        # the forwards that are known normalise with the buffers whatever it says.
-        others = [layer for layer in layers if _known(layer) or subclasses.is_served(layer)]
-        stack.enter_context(kept_attribute(others, "track_running_stats"))
-        for layer in others:
-            layer.track_running_stats = False
         yield
 
 
@@ -64,19 +58,18 @@ def _hook(place: int, layer: _BatchNorm, station: Station) -> Callable[..., None
             mean, var = (torch.empty_like(one) for one in stand_ins) if with_graph else stand_ins
             mean.copy_(statistics[0])
             var.copy_(statistics[1])
+        # Others may have exchanged the buffers meanwhile: what gives an average to a subclass does so in each of its calls.
         if module.running_mean is not mean:
             module.running_mean, module.running_var = mean, var
 
     return hook
 
 
-def _known(layer: _BatchNorm) -> bool:
-    return "forward" not in layer.__dict__ and type(layer).forward in _KNOWN_FORWARDS
-
-
 def _normalises_its_input(layer: _BatchNorm) -> bool:
+    if "forward" not in layer.__dict__ and type(layer).forward in _KNOWN_FORWARDS:
+        return True
     try:
-        return _known(layer) or subclasses.obstacle(layer) is None
+        return subclasses.obstacle(layer) is None
     except Exception:  # a layer that can't be copied for the trial can still be asked by its own forward
         return False
 

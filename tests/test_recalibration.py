@@ -462,6 +462,52 @@ def test_a_model_that_is_frozen_in_parts_runs_as_at_inference() -> None:
     close(model[1], *oracles.mean_and_unbiased_variance(oracles.channels((data - 10) / math.sqrt(1 + 1e-5))), rtol=1e-5)
 
 
+class Forces(nn.Module):
+    """A model whose forward is a derivative of itself, with one layer called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.bn(torch.tanh(self.bn(x)) * 2).square().sum()
+        return torch.autograd.grad(energy, x)[0]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_forward_that_goes_backward_finds_the_statistics_it_ran_with(exact: bool) -> None:
+    """The second call's statistics do not overwrite those that the first call's gradient needs."""
+    model = Forces()
+    report = quiet(model, torch.randn(4, 8, 3).unbind(), exact=exact)
+    assert report.layers[0].samples == 64
+
+
+class Caching(nn.Module):
+    """A model that makes a table when it first runs, and multiplies with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.table: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.arange(1.0, 4.0)
+        return self.bn(self.linear(x) * self.table)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_a_model_makes_on_the_way_serves_for_training(exact: bool) -> None:
+    """Also where the caller is in inference mode, as Lightning is in validation: tensors made there can't be trained with."""
+    model = Caching()
+    with torch.inference_mode():
+        quiet(model, torch.randn(4, 8, 3).unbind(), exact=exact)
+    model(torch.randn(8, 3)).sum().backward()
+    assert model.linear.weight.grad is not None
+
+
 # --- when to stop ---------------------------------------------------------------------------------------------------------------------
 
 

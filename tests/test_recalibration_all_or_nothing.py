@@ -259,18 +259,20 @@ def interrupt_at(line: int, call: Callable[[], Any]) -> bool:
 
 def test_a_second_interrupt_does_not_stop_the_undoing() -> None:
     """Ctrl-C pressed twice: the second one is held until all is put back."""
-    model, batches = busy(), [torch.randn(4, 3)]
+    model, batches, held = busy(), [torch.randn(4, 3)], []
     before = everything(model)
 
     def forward(model: nn.Module, batch: Tensor) -> None:
         model(batch)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # held: the first one is being undone
+        signal.raise_signal(signal.SIGINT)
+        held.append(True)  # the first one is being undone
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         recalibrate(model, batches, forward=forward, progress=False)
+    assert held
     assert before == everything(model)
 
 

@@ -1,0 +1,57 @@
+"""A batch is moved whole, whatever it is made of."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bn.feeding import to_device
+
+Pair = namedtuple("Pair", "image label")
+
+
+@dataclass
+class Sample:
+    image: Tensor
+    label: str
+    seen: int = field(default=3, init=False)
+
+
+class Movable:
+    """What graph libraries hand out: no tensor, with a `to`."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def to(self, device: torch.device) -> Movable:
+        return Movable(self.data.to(device))
+
+
+def leaves(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = (
+        batch.values()
+        if isinstance(batch, dict)
+        else batch
+        if isinstance(batch, (list, tuple))
+        else getattr(batch, "__dict__", {}).values()
+    )
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
+def test_every_tensor_in_a_batch_is_moved_and_all_else_kept() -> None:
+    """Tuples, namedtuples, lists, mappings, dataclasses, packed sequences, whatever has a `to`; strings and numbers stay."""
+    x = torch.zeros(2, 3)
+    packed = nn.utils.rnn.pack_padded_sequence(x.unsqueeze(2), torch.tensor([3, 2]), batch_first=True)
+    batch = [x, (x, "a"), Pair(x, 1), {"b": [x, None]}, OrderedDict(c=x), Sample(x, "d"), Movable(x), 2.5]
+    moved = to_device(batch, torch.device("meta"))
+    assert len(leaves(moved)) == 7
+    assert all(leaf.is_meta for leaf in leaves(moved))
+    assert not any(leaf.is_meta for leaf in leaves(batch))
+    assert (type(moved[2]), type(moved[5]), moved[5].label, moved[5].seen, moved[7]) == (Pair, Sample, "d", 3, 2.5)
+    assert to_device(packed, torch.device("cpu")).data.shape == packed.data.shape
