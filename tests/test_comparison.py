@@ -298,3 +298,19 @@ def test_a_frozen_model_has_no_recalibrated_row() -> None:
         fit(compare, module=module)
     assert set(compare.scores.values) == {"own", *AVERAGES}
     assert compare.scores.values["window 3"] == compare.scores.values["own"]
+
+
+def test_a_rich_progress_bar_lives_on() -> None:
+    """The bar's drawing thread looks for the bar among the Trainer's callbacks, also while validation is run once more."""
+    pytest.importorskip("rich")
+    bar, seen = pl.callbacks.RichProgressBar(), []
+
+    class Looking(Small):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            found = self.trainer.progress_bar_callback
+            seen.append((isinstance(found, pl.callbacks.RichProgressBar), found is bar))
+
+    fit(CompareAverages(AVERAGES), bar, module=Looking(), enable_progress_bar=True)
+    assert all(there for there, _ in seen)
+    assert not all(own for _, own in seen)  # the stand-in, which hears of no hook
