@@ -76,9 +76,9 @@ def recalibrate(
             batch, -2 to -3 % with 32). True, the batches go through the network together and each layer normalises all of them with its
             new statistics: those of the network as it runs at inference, for batches of any size and order. It takes about as long, and
             holds one set of live activations for every batch: choose num_batches by the memory (that of an eval forward on
-            ``num_batches * batch_size`` images in one batch). Needs all batches at once, hence no `tolerance`. A layer that is called several
-            times in a forward has its new statistics only at the last call; at earlier ones it has those of the calls so far.
-            Around a layer the forward may change autocast, grad and inference mode; other global states are common to all batches.
+            ``num_batches * batch_size`` images in one batch). Needs all batches at once, hence no `tolerance`. A layer that is called
+            several times in a forward has its new statistics only at the last call, at earlier ones those of the calls so far. Around a
+            layer the forward may change autocast, grad and inference mode; other global states are common to all batches.
         layers: None, those that track statistics and are not frozen: frozen is a layer whose affine parameters all have
             ``requires_grad=False``, and, in a model in training mode, one in eval mode. ``"all"``: the frozen too. Or a predicate
             ``(name, module) -> bool``.
