@@ -93,8 +93,8 @@ def ratios(steps: dict[str, Callable[[], None]], rounds: int, repeat: int, bar: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch-size", type=int, default=128, help="of the ResNet-18 step; 128 as in He et al. (2016), section 4.2")
     parser.add_argument("--layers-only", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
