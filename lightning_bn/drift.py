@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -172,7 +173,12 @@ def _rule(layer: _BatchNorm) -> Averaging:
     averaging = getattr(layer, "averaging", None)
     if isinstance(averaging, Averaging):
         return averaging
-    return Cumulative() if layer.momentum is None else Exponential(layer.momentum)
+    return _torchs_rule(layer.momentum)
+
+
+@cache
+def _torchs_rule(momentum: float | None) -> Averaging:
+    return Cumulative() if momentum is None else Exponential(momentum)
 
 
 def _kept_batch(layer: _BatchNorm) -> tuple[Tensor, Tensor] | None:

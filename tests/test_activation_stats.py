@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_bn import ActivationStatsMonitor, BatchNorm1d, Exponential, Window
-from lightning_bn.collector import COLUMNS
+from lightning_bn.collector import COLUMNS, to_host
 
 LAYERS = ["bn1", "rest.0", "rest.3", "rest.4"]  # of Small, in forward order
 
@@ -558,3 +558,40 @@ def test_sampling_follows_the_trainers_interval() -> None:
     fit(monitor, log_every_n_steps=0, val=None)
     assert monitor.table() == []
     assert loader().batch_size == 8
+
+
+def test_ailments_and_pictures_without_tensorboard() -> None:
+    """After a run without any logger the monitor says what is sick and draws the same heat maps; what it can't draw it tells."""
+
+    class Dies(Small):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                with torch.no_grad():
+                    self.bn1.weight.zero_()
+                    self.bn1.bias.fill_(-1.0)
+
+    monitor = ActivationStatsMonitor(every_n_steps=2)
+    fit(monitor, module=Dies(lr=0.0), val=None)
+    found = {(ailment.layer, ailment.statistic.name): (ailment.since, ailment.value) for ailment in monitor.ailments()}
+    assert found["rest.0", "dead_fraction"] == found["bn1", "weight_near_zero"] == (6, 1.0)
+    assert monitor.picture("dead_fraction").shape[1:] == (640, 3)
+    with pytest.raises(ValueError, match=r"picture\('nonsense', 'train'\).*there are std, abs_max"):
+        monitor.picture("nonsense")
+    with pytest.raises(ValueError, match="there are none"):
+        monitor.picture("std", "val")
+
+
+def test_one_transfer_keeps_every_bit() -> None:
+    """Tensors of all dtypes and shapes come to the host as they are, NaN payloads and odd offsets included."""
+    tensors = [
+        torch.tensor(math.nan),
+        torch.arange(3, dtype=torch.int8),
+        torch.randn(2, 3),
+        torch.randn(3, 2).T.bfloat16(),
+        torch.empty(0, 4),
+    ]
+    tensors += [torch.tensor([True]), torch.arange(5), torch.randn(2, 1, dtype=torch.float64), torch.randn(5)]
+    for one, other in zip(tensors, to_host(tensors), strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert to_host([]) == []
