@@ -132,9 +132,9 @@ class LayerTable:
         """Return the number of samples of a stage."""
         return self._counts[stage]
 
-    def last_step(self) -> int | None:
-        """Return the step of the newest sample, None where there is none."""
-        return self._samples[-1][1] if self._samples else None
+    def last_step(self, stage: str | None = None) -> int | None:
+        """Return the step of the newest sample, of a stage or of all, None where there is none."""
+        return next((step for of_stage, step, *_ in reversed(self._samples) if stage in (None, of_stage)), None)
 
     def grid(self, stage: str, name: str) -> Grid:
         """Return one statistic of one stage, without the layers that it applies to nowhere; layers in forward order."""

@@ -168,6 +168,21 @@ def test_dead_channels_are_counted_since_the_epoch_began() -> None:
     assert dead == [0.5] * 6 + [1.0] * 6
 
 
+def test_dead_channels_of_a_validation_are_its_own() -> None:
+    """A channel that is dead in one validation counts as dead there, however alive it was in the validation before."""
+
+    class Dies(Small):
+        def on_validation_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                with torch.no_grad():
+                    self.bn1.weight.zero_()
+                    self.bn1.bias.fill_(-1.0)
+
+    monitor = ActivationStatsMonitor(layers="rest.0")
+    fit(monitor, module=Dies(lr=0.0), num_sanity_val_steps=0)
+    assert [row["dead_fraction"] for row in monitor.table() if row["stage"] == "val"] == [0.0, 1.0]
+
+
 def test_training_is_the_same_to_the_bit() -> None:
     """Weights, buffers and the random numbers drawn are the same with and without the monitor, all options on."""
     plain, _ = fit(val=None)

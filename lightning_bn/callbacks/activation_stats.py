@@ -48,7 +48,7 @@ class ActivationStatsMonitor(Callback):
         every_n_steps: how often training is looked at, in optimizer steps. None: the Trainer's ``log_every_n_steps``.
         scalars: ``"worst"``, a few numbers over all layers. ``"all"``, or patterns as for `layers`: those layers' own too.
         histograms: whether TensorBoard gets histograms of the activations of training, or of which layers; of at most 32.
-        heatmaps: whether to draw the heat maps (with matplotlib; they are redrawn as the run grows by half, and at its end).
+        heatmaps: whether to draw the heat maps (with matplotlib; they are redrawn each time the run has doubled, and at its end).
         gradients: whether to look at the gradients at the layers' outputs too, as backward has them: with a loss scaler, scaled.
         activations: False for drift and affine parameters only, which need no hook and no look at an activation.
         channel_dim: which dimension of an activation holds its channels: 1 as in (N, C, H, W), -1 as in (N, L, C). A batch norm's is 1.
@@ -163,14 +163,14 @@ class ActivationStatsMonitor(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._collector(trainer, pl_module, "val").attach()
+            self._begin_evaluation(trainer, pl_module, "val")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._end_evaluation(trainer, "val")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._collector(trainer, pl_module, "test").attach()
+        self._begin_evaluation(trainer, pl_module, "test")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_evaluation(trainer, "test")
@@ -225,6 +225,11 @@ class ActivationStatsMonitor(Callback):
             )
         return chosen[:MAX_HISTOGRAMS]
 
+    def _begin_evaluation(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        collector = self._collector(trainer, pl_module, stage)
+        collector.begin_epoch()
+        collector.attach()
+
     def _end_evaluation(self, trainer: Trainer, stage: str) -> None:
         self._collectors[stage].detach()
         self._take(trainer, stage, logging_step(trainer))
@@ -268,9 +273,10 @@ class ActivationStatsMonitor(Callback):
             )
 
     def _draw(self) -> None:
+        step = self._table.last_step("train")
         for report in self._reports:
-            if self._newest.rows:
-                report.draw(self._table, self._newest, self._table.last_step() or 0)
+            if step is not None:
+                report.draw(self._table, self._newest, step)
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
