@@ -50,7 +50,8 @@ _COUNT = Scale(-6, 6, "OrRd", "NaN and infinite values", log=True, count=True)
 _SCALES = {
     "std": Scale(-3, 3, "RdBu_r", "standard deviation; 1 is healthy", log=True),
     "abs_max": Scale(0, 5, "OrRd", "greatest absolute value", log=True),
-    "zero_fraction": _FRACTION,
+    # A ReLU's inputs are half below zero: up to there all is well.
+    "zero_fraction": Scale(0.5, 1, "OrRd", "share; up to a half is healthy"),
     "dead_fraction": _FRACTION,
     "saturated_fraction": _FRACTION,
     "nonfinite": _COUNT,

@@ -198,6 +198,7 @@ def test_nothing_is_nowhere_drawn_as_sick() -> None:
     counts, scale = scale_of("nonfinite"), scale_of("std")
     assert counts.place(np.array([0.0, 1.0])).tolist() == [counts.low, (counts.low + counts.high) / 2]
     assert scale.place(np.array([0.0]))[0] < scale.low
+    assert scale_of("zero_fraction").low == 0.5  # a healthy ReLU is pale
 
 
 def test_channels_are_drawn_in_order() -> None:
