@@ -8,11 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import torch.multiprocessing as mp
 from fits import Small, trainer, training_data
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from ranks import environment, free_port
+from ranks import environment, free_port, spawn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -35,8 +34,8 @@ class Keeps(Small):
         return self.rest[1:](hidden)
 
 
-def _train(rank: int, port: int, directory: Path) -> None:
-    environment(rank, 2, port)
+def _train(rank: int, world: int, port: int, directory: Path) -> None:
+    environment(rank, world, port)
     torch.manual_seed(0)
     module, monitor = Keeps(), ActivationStatsMonitor(every_n_steps=2)
     logger = TensorBoardLogger(directory / "runs", version=0)
@@ -49,7 +48,7 @@ def _train(rank: int, port: int, directory: Path) -> None:
 
 def test_both_ranks_count_and_the_first_one_writes(tmp_path: Path) -> None:
     """Rows pool the activations of both ranks, are the same on both, name what ran on one alone, and are written once."""
-    mp.start_processes(_train, args=(free_port(), tmp_path), nprocs=2, join=True, start_method="spawn")
+    spawn(_train, 2, free_port(), tmp_path)
     ranks: list[dict[str, Any]] = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert ranks[0]["table"] == ranks[1]["table"]
     rows = [row for row in ranks[0]["table"] if row["layer"] == "rest.0"]

@@ -7,8 +7,8 @@ import pickle
 from typing import Any
 
 import pytest
+import ranks
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -244,25 +244,22 @@ def test_mistakes_are_told(build: Any, error: type[Exception], message: str) -> 
         build()
 
 
-def _rank(rank: int, batches: list[list[Tensor]], address: str, queue: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def _rank(rank: int, world: int, batches: list[list[Tensor]], folder: str) -> None:
+    ranks.join_group(rank, world, f"{folder}/store")
     stats = ActivationStats(3, histogram=True)
     for batch in batches[rank]:
         stats.update(batch)
-    queue.put(plain(stats.compute()))
-    queue.close()
-    queue.join_thread()
-    torch.distributed.destroy_process_group()
+    torch.save(plain(stats.compute()), f"{folder}/{rank}.pt")
+    ranks.leave_group()
 
 
 def test_two_processes_are_as_one(tmp_path: Any) -> None:
     """compute() on either of two gloo processes gives the statistics of the data of both, also where one has none."""
     for name, batches in {"both": [[relu_like(4, 3)], [relu_like(2, 3), relu_like(3, 3)]], "one": [[relu_like(4, 3)], []]}.items():
-        queue = mp.get_context("spawn").Queue()
-        workers = mp.start_processes(_rank, args=(batches, f"file://{tmp_path}/{name}", queue), nprocs=2, join=False, start_method="spawn")
-        found = [queue.get(timeout=120) for _ in range(2)]
-        while not workers.join():
-            continue
+        folder = tmp_path / name
+        folder.mkdir()
+        ranks.spawn(_rank, 2, batches, str(folder))
+        found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
         for values in found:
             assert_same(values, oracle([batch for rank in batches for batch in rank], 3))
             assert values["histogram"] == found[0]["histogram"]

@@ -9,7 +9,6 @@ import fits
 import pytest
 import ranks
 import torch
-import torch.multiprocessing as mp
 from fits import fit, matches_weights, same, training_data
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -22,11 +21,11 @@ def own_batches(rank: int) -> list[tuple[torch.Tensor, ...]]:
     return list(training_data().tensors[0].split([4, 9, 2, 6, 10, 3, 8, 6]))[5 * rank : 5 + 3 * rank]
 
 
-def _fits(rank: int, folder: str, port: int) -> None:
+def _fits(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
-    ranks.environment(rank, 2, port)
+    ranks.environment(rank, world, port)
     path = Path(folder)
-    ddp: dict[str, Any] = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": True}
+    ddp: dict[str, Any] = {"strategy": "ddp", "devices": world, "use_distributed_sampler": True}
     result: dict[str, Any] = {}
 
     def remember(name: str, *callbacks: Any, **options: Any) -> None:
@@ -53,7 +52,7 @@ def _fits(rank: int, folder: str, port: int) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_fits, (str(folder), ranks.free_port()), nprocs=2)
+    ranks.spawn(_fits, 2, str(folder), ranks.free_port())
     return [torch.load(folder / f"{rank}.pt", weights_only=False) | {"folder": folder} for rank in range(2)]
 
 

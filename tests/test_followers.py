@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import oracles
 import pytest
 import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -197,10 +196,9 @@ def test_half_precision_layers_are_followed_in_float32() -> None:
         assert layer.running_mean.item() == pytest.approx(5 * (1 - 0.99**600), rel=1e-2)
 
 
-def _synchronised(rank: int, port: int) -> None:
+def _synchronised(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
-    ranks.environment(rank, 2, port)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    ranks.join_group(rank, world, store)
     from lightning_bn.synchronization import synchronise
 
     layer = nn.BatchNorm2d(3)
@@ -216,12 +214,12 @@ def _synchronised(rank: int, port: int) -> None:
     own = layer.running_var.clone()
     with followers.applied("ema"):
         torch.testing.assert_close(layer.running_var, own, rtol=1e-5, atol=1e-6)
-    dist.destroy_process_group()
+    ranks.leave_group()
 
 
-def test_a_synchronised_layer_is_followed_over_all_ranks() -> None:
+def test_a_synchronised_layer_is_followed_over_all_ranks(tmp_path: Path) -> None:
     """Where the layer's batch is that of all ranks, one image here and three there, so is the follower's."""
-    mp.spawn(_synchronised, (ranks.free_port(),), nprocs=2)
+    ranks.spawn(_synchronised, 2, str(tmp_path / "store"))
 
 
 def test_mistakes() -> None:

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from ranks import free_port
+from ranks import free_port, leave_group, spawn
 from recalibration_models import cnn, everything, full_batch, largest_errors, mlp, statistics
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -113,20 +112,20 @@ SCENARIOS: list[Callable[[int, bool], dict[str, Any]]] = [
 ]
 
 
-def work(rank: int, port: int, folder: str) -> None:
+def work(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     found = {(scenario.__name__, exact): scenario(rank, exact) for scenario in SCENARIOS for exact in (False, True)}
     found["tolerance", False] = merged(rank, False, tolerance=1.0)
     torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, bool], dict[str, Any]]]:
     """What both processes found in all scenarios, one after the other in one group."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (free_port(), str(folder)), nprocs=2)
+    spawn(work, 2, free_port(), str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
