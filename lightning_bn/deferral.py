@@ -13,7 +13,7 @@ from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.batch_norm import AveragedBatchNorm
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.moments import Moments
-from lightning_bn.running import DEFERRED, advance, is_finite, torch_rule
+from lightning_bn.running import DEFERRED, advance, is_finite
 from lightning_bn.subclasses import is_served, observe
 from lightning_bn.synchronization import Group, merge_over_ranks
 
@@ -76,7 +76,7 @@ def merge_statistics(model: nn.Module, group: Group = None) -> Callable[[], None
     ends: list[Callable[[], None]] = []
     for layer in layers:
         if not isinstance(layer, AveragedBatchNorm) and not is_served(layer):
-            ends.append(observe(layer, torch_rule(layer.momentum)))
+            ends.append(observe(layer))
         layer.__dict__[DEFERRED] = deferred.batches
     handles = [
         model.register_forward_pre_hook(deferred.enter),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.running import advance, counts, is_deferred, is_finite, settle, values_per_channel
+from lightning_bn.running import advance, counts, is_deferred, is_finite, settle, torch_rule, values_per_channel
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["is_served", "observe", "obstacle", "release", "serve"]
@@ -28,8 +28,10 @@ class _Service:
     The buffers are exchanged, not overwritten: autograd keeps those of the forward for backward, and finds them changed otherwise.
     """
 
-    def __init__(self, layer: _BatchNorm, averaging: Averaging) -> None:
-        self._averaging = averaging
+    def __init__(self, layer: _BatchNorm, averaging: Averaging | None) -> None:
+        # None: torch's rule, by the layer's momentum, which third parties set at any time. Where the kernel can compute the averaging,
+        # it does so by that momentum too.
+        self._averaging = None if averaging is None or averaging.kernel_momentum is not None else averaging
         self._own: dict[str, Any] | None = None
         self._handles = [
             layer.register_forward_pre_hook(self._enter, prepend=True),
@@ -38,7 +40,7 @@ class _Service:
         ]
 
     def _in_kernel(self, layer: _BatchNorm) -> bool:
-        return self._averaging.kernel_momentum is not None and not is_deferred(layer)
+        return self._averaging is None and not is_deferred(layer)
 
     def end(self) -> None:
         for handle in self._handles:
@@ -74,12 +76,13 @@ class _Service:
             settle(layer, mean, var, valid)
         elif counts(layer, input):
             count = values_per_channel(layer, input, dtype)
-            advance(layer, self._averaging, Batch(mean, var, count, layer.num_batches_tracked + 1, valid))
+            averaging = torch_rule(layer.momentum) if self._averaging is None else self._averaging
+            advance(layer, averaging, Batch(mean, var, count, layer.num_batches_tracked + 1, valid))
 
 
-def observe(layer: _BatchNorm, averaging: Averaging) -> Callable[[], None]:
-    """Have `averaging` take the layer's batches, without a trace of it in the layer but two hooks; return what removes them."""
-    return _Service(layer, averaging).end
+def observe(layer: _BatchNorm) -> Callable[[], None]:
+    """Let the layer's batches be put off, and then averaged by torch's rule; without a trace but two hooks. Return what removes them."""
+    return _Service(layer, None).end
 
 
 def is_served(layer: _BatchNorm) -> bool:

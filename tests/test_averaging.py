@@ -165,7 +165,7 @@ def test_window_of_any_size_over_any_batches(sizes: list[int], size: int, pooled
 
 def test_window_does_not_drift() -> None:
     """After 100,000 steps, some of them a billion times larger, the statistics are the float64 mean of the last N rows to 1e-6."""
-    size, width = 100, 4
+    size, width = 1000, 4
     averaging = Window(size).for_layer(torch.zeros(width))
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(100_000, width, generator=generator) + 3

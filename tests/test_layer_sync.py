@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import ranks
 import torch
 import torch.distributed as dist
 from test_conversion import BatchNormAct2d
+from test_standing_still import Foreign
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_bn import BatchNorm1d, BatchNorm2d, BatchNormSync, Cumulative, Exponential, Window, convert_batch_norm
+from lightning_bn.deferral import merge_statistics
 
 STEPS = 4
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -211,6 +213,60 @@ def test_a_real_trainer(tmp_path: Path) -> None:
         assert (classes, seen) == (kinds, calls)
         for key, value in expected.items():
             torch.testing.assert_close(state[key], value, rtol=1e-5, atol=1e-6)
+
+
+class Twice(nn.Module):
+    """Calls itself once, as a training_step calls its module, and fails where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.BatchNorm1d(3)
+
+    def forward(self, batch: Tensor, inner: bool = False, fail: bool = False) -> Tensor:
+        output = self.layer(batch) if inner else self(batch, inner=True) + self.layer(batch)
+        if fail:
+            raise KeyError
+        return output
+
+
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[None]:
+    ranks.join_group(0, 1, str(tmp_path / "store"))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_statistics_only_meets_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward inside the model's forward makes no collective of its own, and one that failed leaves nothing for the next."""
+    calls, gather = [], dist.all_gather
+    monkeypatch.setattr(dist, "all_gather", lambda *args, **kwargs: (calls.append(1), gather(*args, **kwargs)))
+    model, batch = Twice(), torch.randn(8, 3)
+    undo = merge_statistics(model)
+    model(batch)
+    assert (len(calls), int(model.layer.num_batches_tracked)) == (1, 2)
+    with pytest.raises(KeyError):
+        model(batch, fail=True)
+    before = int(model.layer.num_batches_tracked)
+    model(batch)
+    assert int(model.layer.num_batches_tracked) == before + 2
+    undo()
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("build", [nn.BatchNorm1d, BatchNorm1d, lambda width: convert_batch_norm(Foreign(width), Exponential(0.1))])
+def test_statistics_only_follows_an_assigned_momentum(build: Callable[[int], nn.Module]) -> None:
+    """Third parties set bn.momentum during a fit; it acts as without the plugin."""
+    alone, merged = build(3), build(3)
+    undo = merge_statistics(merged)
+    for layer in (alone, merged):
+        for momentum in (0.5, 0.01, None):
+            layer.momentum = momentum
+            torch.manual_seed(0)
+            layer(torch.randn(8, 3) + 3)
+    undo()
+    torch.testing.assert_close(merged.running_mean, alone.running_mean)
+    torch.testing.assert_close(merged.running_var, alone.running_var)
 
 
 def test_alone_it_does_nothing() -> None:

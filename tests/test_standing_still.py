@@ -42,6 +42,32 @@ def test_recomputation_does_not_count(use_reentrant: bool, averaging: object) ->
         assert torch.equal(one.grad, other.grad)
 
 
+class Masked(nn.Module):
+    """A layer that is called with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = BatchNorm1d(4, averaging=Window(3))
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.layer(batch, torch.arange(len(batch)) < 6)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["masked", "served", "served, in the kernel"])
+def test_recomputation_does_not_count_elsewhere(kind: str, use_reentrant: bool) -> None:
+    """Nor does it for masked input, nor in a subclass that keeps its own forward."""
+    builders = {
+        "masked": Masked,
+        "served": lambda: convert_batch_norm(Foreign(4), Window(3)),
+        "served, in the kernel": lambda: convert_batch_norm(Foreign(4), Exponential(0.1)),
+    }
+    plain, again = nn.Sequential(builders[kind]()), Checkpointed(builders[kind](), use_reentrant=use_reentrant)
+    train(plain), train(again)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_torch_counts_twice(use_reentrant: bool) -> None:
     """The mistake that the test above guards against is there in torch's layer."""

@@ -115,6 +115,16 @@ def test_it_is_no_buffer() -> None:
     assert {name for name, _ in trained().named_buffers()} == {"running_mean", "running_var", "num_batches_tracked"}
 
 
+def test_a_saved_state_is_a_copy() -> None:
+    """Averages over a whole state_dict (timm's ModelEma) write into the tensors they find there; the history is none of these."""
+    layer = trained()
+    before = history(layer)
+    for key, value in layer.state_dict().items():
+        if "averaging" in key:
+            value.fill_(7)
+    assert same(history(layer), before)
+
+
 def test_swa_leaves_it_alone() -> None:
     """torch's AveragedModel(use_buffers=True) averages the statistics, not the history."""
     layer = trained()
