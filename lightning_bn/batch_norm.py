@@ -281,6 +281,18 @@ def masked_batch_norm(input: Tensor, mask: Tensor, weight: Tensor | None, bias: 
     return torch.where(kept, output, 0.0).to(input.dtype), moments
 
 
+def input_and_mask(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Return what a call of `layer`, of whatever class, normalises, and the mask, if a layer of this package is given one.
+
+    The second argument of a forward of others' making may mean something else.
+    """
+    given = dict(zip(("input", "mask"), args, strict=False)) | kwargs
+    mask = given.get("mask")
+    if not (isinstance(layer, AveragedBatchNorm) and isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        mask = None
+    return given["input"] if "input" in given else next(iter(given.values())), mask
+
+
 def check_averaging(averaging: object, call: str) -> None:
     """Raise a TypeError that shows `call` unless `averaging` is an Averaging."""
     if not isinstance(averaging, Averaging):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.batch_norm import BatchNorm1d, check_averaging
+from lightning_bn.batch_norm import BatchNorm1d, check_averaging, input_and_mask
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.moments import Moments
 from lightning_bn.running import advance, is_deferred, is_finite, is_synchronised
@@ -127,7 +127,7 @@ class Followers:
         def take(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if layer.training and layer.track_running_stats and not in_backward():
                 self._seen.add(path)
-                _take(shadows, _moments(layer, *_input_and_mask(layer, args, kwargs)))
+                _take(shadows, _moments(layer, *input_and_mask(layer, args, kwargs)))
 
         return take
 
@@ -155,13 +155,6 @@ def _moments(layer: _BatchNorm, input: Tensor, mask: Tensor | None) -> Moments:
         (merged,) = merge_over_ranks([moments], getattr(layer, "process_group", None))
         moments = Moments(merged.count.reshape(()).to(dtype), merged.mean.to(dtype), merged.m2.to(dtype))
     return moments
-
-
-def _input_and_mask(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    given = dict(zip(("input", "mask"), args, strict=False)) | kwargs
-    # Others' subclasses may take a second argument that means something else.
-    mask = given.get("mask") if hasattr(layer, "skip_nonfinite") else None
-    return given["input"] if "input" in given else next(iter(given.values())), mask
 
 
 def _shadow(layer: _BatchNorm, averaging: Averaging) -> BatchNorm1d:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import subclasses
-from lightning_bn.batch_norm import BatchNorm2d
+from lightning_bn.batch_norm import AveragedBatchNorm, input_and_mask
 from lightning_bn.channel_moments import channel_moments
 from lightning_bn.modes import kept_attribute
 from lightning_bn.moments import Moments
@@ -24,7 +24,7 @@ Station = Callable[[int, Row], tuple[Tensor, Tensor]]
 """Called with a layer's place in the list and what goes into it; returns the mean and the variance to normalise with, (C,) each."""
 
 # The forwards that are known to normalise their input as it comes, over all dimensions but the second.
-_KNOWN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, BatchNorm2d.forward)
+_KNOWN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, AveragedBatchNorm.forward)
 
 
 @contextmanager
@@ -75,21 +75,13 @@ def _normalises_its_input(layer: _BatchNorm) -> bool:
 
 
 def _of_input(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row | None:
-    input, mask = _input_and_mask(layer, args, kwargs)
+    input, mask = input_and_mask(layer, args, kwargs)
     if input.numel() == 0:
         return None
     if mask is None:
         return Row(len(input), input.numel() // input.shape[1], *channel_moments(input))
     moments = Moments.of(input, mask)
     return Row(len(input), moments.count, moments.mean, moments.m2 / moments.count.clamp(min=1))
-
-
-def _input_and_mask(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    values = (*args, *kwargs.values())
-    if type(layer).forward is not BatchNorm2d.forward:
-        return values[0], None
-    mask = kwargs.get("mask", args[1] if len(args) > 1 else None)
-    return kwargs.get("input", values[0]), mask
 
 
 def _by_own_forward(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row | None:
