@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_bn import Averaging, Batch, BatchNorm1d, BatchNorm2d, Cumulative, Exponential, Window
+from lightning_bn.moments import wide_dtype
 
 N = 5
 STEPS = (1, 2, N - 1, N, N + 1, 3 * N + 1)
@@ -177,6 +178,17 @@ def test_window_does_not_drift() -> None:
         result = averaging.update(mean, var, Batch(mean, var, count, step, None))
     for statistic, rows in zip(result, (means, variances), strict=True):
         torch.testing.assert_close(statistic.double(), rows[-size:].double().mean(0), rtol=1e-6, atol=0)
+
+
+def test_window_sums_in_a_wide_dtype(device: torch.device) -> None:
+    """Equal batches give their own statistics at every step: a float32 sum of 1000 of them would be off by 4e-6."""
+    averaging = Window(1000).for_layer(torch.zeros(1, device=device))
+    row = torch.full((1,), 0.1, device=device)
+    batch = Batch(row, row, torch.tensor(8.0, device=device), torch.tensor(1, device=device), None)
+    for _ in range(2100):
+        mean, var = averaging.update(row, row, batch)
+        torch.testing.assert_close(mean, row, rtol=1e-6 if wide_dtype(device) == torch.float64 else 1e-5, atol=0)
+        torch.testing.assert_close(var, mean)
 
 
 class Last(Averaging):
