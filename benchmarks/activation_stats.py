@@ -24,9 +24,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from lightning_bn.collector import LayerCollector
-from lightning_bn.layer_table import LayerTable, scalars
-from lightning_bn.layers import select_layers
+from lightning_bn.activations.collector import LayerCollector
+from lightning_bn.activations.layer_table import LayerTable, scalars
+from lightning_bn.activations.layers import select_layers
 
 Look = Callable[[nn.Module], AbstractContextManager[Any]]
 

@@ -10,13 +10,13 @@ from lightning_bn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from lightning_bn.conversion import convert_batch_norm, to_torch
 from lightning_bn.modes import paused_statistics
 from lightning_bn.recalibration import recalibrate, recalibrated
-from lightning_bn.report import LayerReport, RecalibrationReport
+from lightning_bn.recalibration.report import LayerReport, RecalibrationReport
 from lightning_bn.rules import Finding, ModeCheckError
-from lightning_bn.watching import check, watch
+from lightning_bn.rules.watching import check, watch
 from lightning_bn.window import Window
 
 if TYPE_CHECKING:
-    from lightning_bn.activations import ActivationStats as ActivationStats
+    from lightning_bn.activations.stats import ActivationStats as ActivationStats
     from lightning_bn.callbacks.activation_stats import ActivationStatsMonitor as ActivationStatsMonitor
     from lightning_bn.callbacks.comparison import CompareAverages as CompareAverages
     from lightning_bn.callbacks.conversion import ConvertBatchNorm as ConvertBatchNorm
@@ -57,7 +57,7 @@ __all__ = [
 
 # Names that need lightning or torchmetrics, and the module of each: imported when first asked for, since those take seconds.
 _LAZY: dict[str, str] = {
-    "ActivationStats": "lightning_bn.activations",
+    "ActivationStats": "lightning_bn.activations.stats",
     "ActivationStatsMonitor": "lightning_bn.callbacks.activation_stats",
     "ModeCheck": "lightning_bn.callbacks.mode_check",
     "BatchNormRecalibration": "lightning_bn.callbacks.recalibration",

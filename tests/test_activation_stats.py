@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_bn import ActivationStatsMonitor, BatchNorm1d, Exponential, Window
-from lightning_bn.collector import COLUMNS, to_host
+from lightning_bn.activations.collector import COLUMNS, to_host
 
 LAYERS = ["bn1", "rest.0", "rest.3", "rest.4"]  # of Small, in forward order
 
@@ -520,7 +520,7 @@ def test_one_transfer_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a sampled step no value is read from the device before the one transfer that brings all layers' to the host."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from lightning_bn import collector
+    from lightning_bn.activations import collector
 
     reads: list[str] = []
     transfers: list[int] = []
@@ -537,7 +537,7 @@ def test_one_transfer_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(tensors)
 
     monkeypatch.setattr(collector, "to_host", counted)
-    monkeypatch.setattr("lightning_bn.activations._may_look", lambda data: False)  # as on an accelerator
+    monkeypatch.setattr("lightning_bn.activations.stats._may_look", lambda data: False)  # as on an accelerator
     module = Small()
     layers = {name: layer for name, layer in module.named_modules() if name in LAYERS}
     watched = collector.LayerCollector(module, layers, gradients=True, histograms=LAYERS)

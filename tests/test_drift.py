@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn import Averaging, BatchNorm1d, BatchNorm2d, Cumulative, Exponential, Window, convert_batch_norm
-from lightning_bn.drift import DRIFT_STATISTICS, DriftMeter
+from lightning_bn.activations.drift import DRIFT_STATISTICS, DriftMeter
 
 
 def oracle(batch: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> list[float]:

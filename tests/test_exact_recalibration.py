@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import recalibrate
-from lightning_bn.lockstep import Lockstep
+from lightning_bn.recalibration.lockstep import Lockstep
 
 
 def exact(model: nn.Module, data: Tensor, size: int, **options: object) -> dict[str, tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.feeding import to_device
+from lightning_bn.recalibration.feeding import to_device
 
 Pair = namedtuple("Pair", "image label")
 

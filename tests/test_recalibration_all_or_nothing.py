@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, 
 
 import lightning_bn
 from lightning_bn import Window, recalibrate, recalibrated
-from lightning_bn.transaction import StatisticsChange
+from lightning_bn.recalibration.transaction import StatisticsChange
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_an_exception_anywhere_changes_nothing(where: str, number: int, exact: b
         number = number % 3
         monkeypatch.setattr(StatisticsChange, "write", raise_in_call(number, StatisticsChange.write))
     else:
-        monkeypatch.setattr("lightning_bn.collection.tqdm.update", raise_in_call(number, lambda self, n=1: None))
+        monkeypatch.setattr("lightning_bn.recalibration.collection.tqdm.update", raise_in_call(number, lambda self, n=1: None))
     before, drawn = everything(model), generators(batches)
     with pytest.raises(Boom):
         recalibrate(model, source, exact=exact, forward=forward, progress=where == "bar")

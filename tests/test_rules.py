@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import optimizer
 
 from lightning_bn import Finding, ModeCheckError, Window, check, convert_batch_norm, recalibrate, watch
-from lightning_bn.inspection import Inspection
 from lightning_bn.rules import RULES
+from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.rule import Setting, expression, modules_of
 
 DOCS = Path(__file__).parent.parent / "docs" / "rules.md"
@@ -266,7 +266,7 @@ def naive_gap(batches: Tensor, momentum: float, updates: int) -> tuple[list[floa
 def test_gap_against_loops(momentum: float) -> None:
     """The gap that is read from two states of the buffers is that between the average and the batches themselves."""
     from lightning_bn.discovery import find_batch_norms
-    from lightning_bn.readings import Reading, gaps
+    from lightning_bn.rules.readings import Reading, gaps
 
     layer = nn.BatchNorm1d(1, momentum=momentum, dtype=torch.float64)
     batches = torch.randn(30, 8, 1, dtype=torch.float64) * torch.linspace(1, 4, 30).reshape(-1, 1, 1) + 2

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_bn.tally import Row, Summary, Tally
+from lightning_bn.recalibration.tally import Row, Summary, Tally
 
 
 def row(data: torch.Tensor) -> Row:

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_bn import ActivationStatsMonitor
-from lightning_bn.activations import histogram_edges
-from lightning_bn.collector import COLUMNS, Sample
-from lightning_bn.heatmap import Scale, draw_channels, draw_grid, scale_of
-from lightning_bn.layer_table import LayerTable
+from lightning_bn.activations.collector import COLUMNS, Sample
+from lightning_bn.activations.heatmap import Scale, draw_channels, draw_grid, scale_of
+from lightning_bn.activations.layer_table import LayerTable
+from lightning_bn.activations.stats import histogram_edges
 from lightning_bn.tensorboard import TensorBoardReport, tell
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -240,7 +240,7 @@ def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     noise = [generator.normal(size=64) for _ in layers]
     pictures["channels"] = draw_channels(layers, noise, Scale(-3, 3, "RdBu_r", "unit"), "Channels")
 
-    from lightning_bn.layer_table import scalars
+    from lightning_bn.activations.layer_table import scalars
 
     table = LayerTable()
     writer = SummaryWriter(str(tmp_path))

@@ -12,11 +12,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
+from lightning_bn.activations.collector import LayerCollector, Sample
+from lightning_bn.activations.heatmap import Pixels, draw_grid
+from lightning_bn.activations.layer_table import STATISTICS, Ailment, LayerTable, scalars
+from lightning_bn.activations.layers import Choice, is_chosen, select_layers
 from lightning_bn.callbacks.lightning_internals import logging_step
-from lightning_bn.collector import LayerCollector, Sample
-from lightning_bn.heatmap import Pixels, draw_grid
-from lightning_bn.layer_table import STATISTICS, Ailment, LayerTable, scalars
-from lightning_bn.layers import Choice, is_chosen, select_layers
 from lightning_bn.tensorboard import TensorBoardReport
 
 __all__ = ["ActivationStatsMonitor"]
@@ -32,7 +32,8 @@ class ActivationStatsMonitor(Callback):
     Training is looked at on every n-th optimizer step (all batches of that step together), validation and test over the whole epoch.
     Of each layer: mean, standard deviation (*unbiased, pooled* over batches, channels and ranks), greatest absolute value, share of
     zeros, dead channels, saturation, NaN and infinite values. Of each batch norm besides: drift, which is the distance between the batch
-    and the running statistics before it, and the range of its affine parameters. Formulas: `ActivationStats`, `lightning_bn.drift`.
+    and the running statistics before it, and the range of its affine parameters. Formulas: `ActivationStats`,
+    `lightning_bn.activations.drift`.
 
     TensorBoard gets a few scalars over all layers, one heat map a statistic (layer x step), a text that names the sick layers, and
     a layout for the Custom Scalars tab; `lightning_bn.tensorboard` lists the tags. Other loggers get the scalars. A CSV file of the

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from torchmetrics import Metric, MetricCollection
 
 from lightning_bn.callbacks.lightning_internals import forgotten_metric_names
-from lightning_bn.random_states import kept_random_states
+from lightning_bn.recalibration.random_states import kept_random_states
 
 __all__ = ["in_stage", "isolated", "muted"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from lightning_bn.report import RecalibrationReport
+from lightning_bn.recalibration.report import RecalibrationReport
 
 __all__ = ["log_report", "markdown"]
 

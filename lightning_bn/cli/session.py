@@ -32,7 +32,7 @@ from lightning_bn.cli.output import RefusedError, UsageError
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.modes import paused_statistics
 from lightning_bn.recalibration import recalibrate
-from lightning_bn.report import RecalibrationReport
+from lightning_bn.recalibration.report import RecalibrationReport
 
 __all__ = ["Session", "load_checkpoint"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 
 from lightning_bn.discovery import BatchNormLayer, user_name
-from lightning_bn.observer import Forward, Modes, Observer, ancestors
+from lightning_bn.rules.observer import Forward, Modes, Observer, ancestors
 from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Return, Rule, Seen, Setting, call, expression, modules_of
 
 __all__ = ["MODE_RULES"]

@@ -9,11 +9,11 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.observer import Forward, Modes, Observer, ancestors
+from lightning_bn.rules.observer import Forward, Modes, Observer, ancestors
 
 if TYPE_CHECKING:
-    from lightning_bn.adjacency import DeadBias, DropoutShift
-    from lightning_bn.readings import Gap, Values
+    from lightning_bn.rules.adjacency import DeadBias, DropoutShift
+    from lightning_bn.rules.readings import Gap, Values
 
 __all__ = ["Batch", "Evaluation", "Finding", "Level", "ModeCheckError", "Return", "Rule", "Seen", "Setting"]
 

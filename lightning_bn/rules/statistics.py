@@ -10,9 +10,9 @@ import torch
 
 from lightning_bn.averaging import Exponential
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.observer import Forward, Observer
-from lightning_bn.readings import Gap, Values
 from lightning_bn.rules.modes import visits
+from lightning_bn.rules.observer import Forward, Observer
+from lightning_bn.rules.readings import Gap, Values
 from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Level, Rule, Seen, call, modules_of
 
 __all__ = ["STATISTICS_RULES"]

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lightning_bn.collection import OnePass, Seen, merged
 from lightning_bn.collective import tell_failure
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.feeding import Forward, feed, to_device
-from lightning_bn.interrupts import HeldInterrupts
-from lightning_bn.measuring import measured
 from lightning_bn.modes import evaluating
-from lightning_bn.outcome import Estimator, agreed_changes, layer_report
-from lightning_bn.random_states import kept_random_states
-from lightning_bn.report import RecalibrationReport
-from lightning_bn.selection import Layers, choose
-from lightning_bn.transaction import StatisticsChange, commit, eager, kept_buffers
+from lightning_bn.recalibration.collection import OnePass, Seen, merged
+from lightning_bn.recalibration.feeding import Forward, feed, to_device
+from lightning_bn.recalibration.interrupts import HeldInterrupts
+from lightning_bn.recalibration.measuring import measured
+from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_report
+from lightning_bn.recalibration.random_states import kept_random_states
+from lightning_bn.recalibration.report import RecalibrationReport
+from lightning_bn.recalibration.selection import Layers, choose
+from lightning_bn.recalibration.transaction import StatisticsChange, commit, eager, kept_buffers
 
 if TYPE_CHECKING:
-    from lightning_bn.exact import ExactPass
+    from lightning_bn.recalibration.exact import ExactPass
 
 __all__ = ["recalibrate", "recalibrated"]
 
@@ -223,7 +223,7 @@ def _pass(chosen: list[BatchNormLayer], estimator: Estimator, options: _Options)
     modules = [layer.module for layer in chosen]
     if not options.exact:
         return OnePass(modules, num_batches=options.num_batches, tolerance=options.tolerance, progress=options.progress)
-    from lightning_bn.exact import ExactPass  # it alone needs greenlet
+    from lightning_bn.recalibration.exact import ExactPass  # it alone needs greenlet
 
     return ExactPass(modules, estimator, num_batches=options.num_batches, progress=options.progress)
 

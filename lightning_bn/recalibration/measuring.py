@@ -15,8 +15,8 @@ from lightning_bn.batch_norm import AveragedBatchNorm, input_and_mask
 from lightning_bn.channel_moments import channel_moments
 from lightning_bn.modes import kept_attribute
 from lightning_bn.moments import Moments
+from lightning_bn.recalibration.tally import Row
 from lightning_bn.synchronization import unsynchronised
-from lightning_bn.tally import Row
 
 __all__ = ["Station", "measured"]
 

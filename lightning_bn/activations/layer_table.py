@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bn.collector import COLUMNS
+from lightning_bn.activations.collector import COLUMNS
 
 __all__ = ["STATISTICS", "Ailment", "Grid", "LayerTable", "Statistic", "scalars", "worst_layers"]
 

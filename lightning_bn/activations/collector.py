@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.activations import ActivationStats, dead_channels, merge_states, summarise
+from lightning_bn.activations.drift import DRIFT_STATISTICS, DriftMeter, drift, summarise_drift
+from lightning_bn.activations.layers import bounds_of
+from lightning_bn.activations.stats import ActivationStats, dead_channels, merge_states, summarise
 from lightning_bn.collective import share
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.drift import DRIFT_STATISTICS, DriftMeter, drift, summarise_drift
-from lightning_bn.layers import bounds_of
+from lightning_bn.recalibration.transaction import eager
 from lightning_bn.torch_internals import in_backward
-from lightning_bn.transaction import eager
 
 __all__ = ["COLUMNS", "LayerCollector", "Sample", "to_host"]
 

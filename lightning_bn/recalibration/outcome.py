@@ -6,12 +6,12 @@ import math
 
 from torch import Tensor
 
-from lightning_bn.collection import Seen
 from lightning_bn.collective import in_group, share
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.report import LayerReport
-from lightning_bn.tally import Summary
-from lightning_bn.transaction import StatisticsChange
+from lightning_bn.recalibration.collection import Seen
+from lightning_bn.recalibration.report import LayerReport
+from lightning_bn.recalibration.tally import Summary
+from lightning_bn.recalibration.transaction import StatisticsChange
 
 __all__ = ["Estimator", "agreed_changes", "layer_report"]
 

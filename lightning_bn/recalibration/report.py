@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_bn.interrupts import HeldInterrupts
-from lightning_bn.transaction import StatisticsChange, undo
+from lightning_bn.recalibration.interrupts import HeldInterrupts
+from lightning_bn.recalibration.transaction import StatisticsChange, undo
 
 __all__ = ["LayerReport", "RecalibrationReport"]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bn.layer_table import Array, Grid
+from lightning_bn.activations.layer_table import Array, Grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

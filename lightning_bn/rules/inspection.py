@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_bn.adjacency import AdjacencyProbe
-from lightning_bn.observer import Modes, Observer
-from lightning_bn.readings import Reading, gaps, weight_sums
 from lightning_bn.rules import RULES, Finding, Rule
+from lightning_bn.rules.adjacency import AdjacencyProbe
+from lightning_bn.rules.observer import Modes, Observer
+from lightning_bn.rules.readings import Reading, gaps, weight_sums
 from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Return, Seen, Setting, listing, modules_of
 
 __all__ = ["Inspection", "check_action", "check_codes", "mendable_codes"]
