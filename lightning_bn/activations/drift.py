@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Cumulative, Exponential
 from lightning_bn.moments import wide_dtype
+from lightning_bn.running import torch_rule
 
-__all__ = ["DRIFT_STATISTICS", "DriftMeter", "drift", "summarise_drift"]
+__all__ = ["DRIFT_STATISTICS", "DriftMeter", "drift", "rule_of", "summarise_drift"]
 
 DRIFT_STATISTICS = ("drift_mean", "drift_mean_max", "drift_var", "drift_var_max")
 
@@ -88,7 +89,7 @@ class DriftMeter:
             index
             for index, layer in enumerate(self.layers)
             if _kept_batch(layer) is None
-            and (torch.finfo(layer.running_mean.dtype).bits < 32 or _rule(layer).newest_weight(one, one) is None)
+            and (torch.finfo(layer.running_mean.dtype).bits < 32 or rule_of(layer).newest_weight(one, one) is None)
         ]
 
     @torch.no_grad()
@@ -135,7 +136,7 @@ class DriftMeter:
         # Layers of one rule together: for a whole model it is a handful of kernels, and not as many for each layer.
         rules: dict[object, tuple[Averaging, list[int]]] = {}
         for index, layer in enumerate(self.layers):
-            rule = _rule(layer)
+            rule = rule_of(layer)
             # What an averaging of another's making depends on, its repr need not tell.
             key: object = (type(rule), rule.extra_repr()) if type(rule) in (Exponential, Cumulative) else id(rule)
             rules.setdefault(key, (rule, []))[1].append(index)
@@ -168,7 +169,7 @@ class DriftMeter:
         return self._groups[members]
 
 
-def _rule(layer: _BatchNorm) -> Averaging:
+def rule_of(layer: _BatchNorm) -> Averaging:
     """The averaging that moves the layer's statistics; for one of torch's, the same rule in this package's words."""
     averaging = getattr(layer, "averaging", None)
     if isinstance(averaging, Averaging):
@@ -176,9 +177,7 @@ def _rule(layer: _BatchNorm) -> Averaging:
     return _torchs_rule(layer.momentum)
 
 
-@cache
-def _torchs_rule(momentum: float | None) -> Averaging:
-    return Cumulative() if momentum is None else Exponential(momentum)
+_torchs_rule = cache(torch_rule)  # a module made anew for each layer and step would be what drift costs
 
 
 def _kept_batch(layer: _BatchNorm) -> tuple[Tensor, Tensor] | None:

@@ -11,8 +11,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_bn.modes import evaluating
-from lightning_bn.recalibration.transaction import kept_buffers
+from lightning_bn.modes import evaluating, kept_buffers
 
 __all__ = ["BatchInput", "WayIn", "ways_in"]
 

@@ -17,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_bn.callbacks.isolation import in_stage, isolated, muted
 from lightning_bn.callbacks.lightning_internals import afresh, to_device, training_loader, validation_loader, validation_metrics
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.modes import kept_attribute
-from lightning_bn.recalibration.transaction import eager, kept_buffers
+from lightning_bn.modes import eager, kept_attribute, kept_buffers
 
 __all__ = ["learning", "on_training_device", "quiet", "training_pass", "validate_once_more"]
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.collective import tell_failure
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.modes import evaluating
+from lightning_bn.modes import eager, evaluating, kept_buffers
 from lightning_bn.recalibration.collection import OnePass, Seen, merged
 from lightning_bn.recalibration.feeding import Forward, feed, to_device
 from lightning_bn.recalibration.interrupts import HeldInterrupts
@@ -23,7 +23,7 @@ from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_
 from lightning_bn.recalibration.random_states import kept_random_states
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.selection import Layers, choose
-from lightning_bn.recalibration.transaction import StatisticsChange, commit, eager, kept_buffers
+from lightning_bn.recalibration.transaction import StatisticsChange, commit
 
 if TYPE_CHECKING:
     from lightning_bn.recalibration.exact import ExactPass
