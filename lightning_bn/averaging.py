@@ -29,6 +29,8 @@ __all__ = ["Averaging", "Batch", "Cumulative", "Exponential"]
 class Batch:
     """What an averaging is told about one training batch; its statistics are per channel, and float32 at least."""
 
+    __module__ = "lightning_bn"
+
     mean: Tensor  # (C,)
     var: Tensor  # (C,), unbiased, within the batch
     count: Tensor  # (), floating: values per channel
@@ -68,6 +70,8 @@ class Averaging(TrainingState, ABC):
         >>> layer.running_mean
         tensor([1., 2., 3.])
     """
+
+    __module__ = "lightning_bn"
 
     @abstractmethod
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -140,6 +144,8 @@ class Exponential(Averaging):
         (tensor([5.]), tensor([2.]))
     """
 
+    __module__ = "lightning_bn"
+
     weight_sums: Tensor  # (2,), V1 and V2; only where pooled
 
     def __init__(self, momentum: float = 0.1, *, debias: bool = False, pooled: bool = False) -> None:
@@ -210,6 +216,8 @@ class Cumulative(Averaging):
         >>> layer.running_mean.item(), round(layer.running_var.item(), 4)
         (4.0, 6.6667)
     """
+
+    __module__ = "lightning_bn"
 
     weight_sums: Tensor  # (2,), V1 and V2; only where pooled
 

@@ -240,6 +240,8 @@ class BatchNorm1d(AveragedBatchNorm, nn.BatchNorm1d):
         torch.Size([8, 3, 5])
     """
 
+    __module__ = "lightning_bn"
+
 
 class BatchNorm2d(AveragedBatchNorm, nn.BatchNorm2d):
     """Batch normalization of (N, C, H, W), with a choice of running statistics; `AveragedBatchNorm` has the arguments.
@@ -251,6 +253,8 @@ class BatchNorm2d(AveragedBatchNorm, nn.BatchNorm2d):
         (torch.Size([8, 3, 4, 4]), 1)
     """
 
+    __module__ = "lightning_bn"
+
 
 class BatchNorm3d(AveragedBatchNorm, nn.BatchNorm3d):
     """Batch normalization of (N, C, D, H, W), with a choice of running statistics; `AveragedBatchNorm` has the arguments.
@@ -261,6 +265,8 @@ class BatchNorm3d(AveragedBatchNorm, nn.BatchNorm3d):
         >>> layer(torch.randn(8, 3, 2, 4, 4)).shape
         torch.Size([8, 3, 2, 4, 4])
     """
+
+    __module__ = "lightning_bn"
 
 
 def masked_batch_norm(input: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:

@@ -47,6 +47,8 @@ class Window(Averaging):
     knows which is.
     """
 
+    __module__ = "lightning_bn"
+
     rows: Tensor
     totals: Tensor
     cursor: Tensor

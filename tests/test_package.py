@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import lightning_bn
 
@@ -32,6 +35,25 @@ def test_all_is_what_a_user_can_see() -> None:
         assert getattr(lightning_bn, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'Windows'"):
         lightning_bn.Windows  # noqa: B018
+
+
+def test_public_classes_are_of_the_package() -> None:
+    """A pickle of a whole model names `lightning_bn.Window`, and not the file in which the class happens to lie."""
+    for name in lightning_bn.__all__:
+        public = getattr(lightning_bn, name)
+        if isinstance(public, type):
+            assert public.__module__ == "lightning_bn", name
+
+
+@pytest.mark.parametrize("name", lightning_bn.__all__)
+def test_docstring_examples_run(name: str) -> None:
+    """pytest collects the examples of a module's own objects alone; a public class says that it is the package's."""
+    public = getattr(lightning_bn, name)
+    examples = doctest.DocTestFinder().find(public, name, module=False, globs={"torch": torch, "nn": nn})
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    for each in examples:
+        runner.run(each)
+    assert not runner.failures
 
 
 def imports(path: Path) -> set[str]:

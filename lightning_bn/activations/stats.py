@@ -61,6 +61,8 @@ class ActivationStats(Metric):
         (0.8, 0.5, 1)
     """
 
+    __module__ = "lightning_bn"
+
     full_state_update = False
     is_differentiable = False
     higher_is_better = None

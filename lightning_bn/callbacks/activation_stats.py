@@ -64,6 +64,8 @@ class ActivationStatsMonitor(Callback):
         >>> trainer = pl.Trainer(callbacks=[ActivationStatsMonitor()], logger=False, enable_checkpointing=False)
     """
 
+    __module__ = "lightning_bn"
+
     def __init__(
         self,
         layers: Patterns | None = None,

@@ -67,6 +67,8 @@ class CompareAverages(Callback):
         >>> trainer = Trainer(callbacks=[compare], logger=False, enable_checkpointing=False)
     """
 
+    __module__ = "lightning_bn"
+
     def __init__(
         self, averages: Mapping[str, Averaging], *, monitor: str = "val_loss", mode: str = "min", recalibrated: bool = True
     ) -> None:

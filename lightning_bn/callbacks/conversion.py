@@ -54,6 +54,8 @@ class ConvertBatchNorm(Callback):
     ```
     """
 
+    __module__ = "lightning_bn"
+
     def __init__(self, averaging: Averaging) -> None:
         check_averaging(averaging, f"ConvertBatchNorm({averaging!r})")
         self.averaging = averaging

@@ -55,6 +55,8 @@ class ModeCheck(Callback):
         >>> trainer = Trainer(callbacks=[ModeCheck(allow_eval=["backbone"])], logger=False, enable_checkpointing=False)
     """
 
+    __module__ = "lightning_bn"
+
     def __init__(
         self,
         *,

@@ -70,6 +70,8 @@ class BatchNormRecalibration(Callback):
         Leads to Wider Optima and Better Generalization", section 3.2 (statistics of averaged weights).
     """
 
+    __module__ = "lightning_bn"
+
     def __init__(
         self,
         *,

@@ -41,6 +41,8 @@ class BatchNormSync(TorchSyncBatchNorm):
         Peng et al. 2018, "MegDet: a large mini-batch object detector", section 3.3 (cross-GPU batch normalization).
     """
 
+    __module__ = "lightning_bn"
+
     def __init__(self, *, statistics_only: bool = False, process_group: Any = None) -> None:
         self.statistics_only = statistics_only
         self.process_group = process_group

@@ -16,6 +16,8 @@ __all__ = ["LayerReport", "RecalibrationReport"]
 class LayerReport:
     """What one layer saw, and how far its statistics moved. The unit of the mean is ``sqrt(old var + eps)``, by which the layer divided."""
 
+    __module__ = "lightning_bn"
+
     name: str
     """Its first path in the model; the empty string where the model itself is the layer."""
     kind: str
@@ -42,6 +44,8 @@ class LayerReport:
 @dataclass(frozen=True)
 class RecalibrationReport:
     """The outcome of `recalibrate`; prints as a table, the worst layers first."""
+
+    __module__ = "lightning_bn"
 
     batches: int
     """Batches that went through the model, on all ranks."""

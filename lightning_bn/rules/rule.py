@@ -27,6 +27,8 @@ class Finding:
     ``str(finding)`` is its message, of at most six lines: what happened, where and when; why it matters; the mend; how to silence it.
     """
 
+    __module__ = "lightning_bn"
+
     code: str
     level: Level
     """error: certain and harmful. warning: observed, and may be meant. info: harmless, or no more than likely."""
@@ -46,6 +48,8 @@ class Finding:
 
 class ModeCheckError(RuntimeError):
     """Raised in place of a warning; `findings` are those that raised it."""
+
+    __module__ = "lightning_bn"
 
     def __init__(self, findings: Sequence[Finding]) -> None:
         self.findings = list(findings)
