@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
-from lightning_bn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from lightning_bn.conversion import convert_batch_norm, to_torch
+from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential, Window, window
+from lightning_bn.layers import batch_norm, subclasses
+from lightning_bn.layers.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from lightning_bn.layers.conversion import convert_batch_norm, to_torch
 from lightning_bn.modes import paused_statistics
 from lightning_bn.recalibration import recalibrate, recalibrated
 from lightning_bn.recalibration.report import LayerReport, RecalibrationReport
 from lightning_bn.rules import Finding, ModeCheckError
 from lightning_bn.rules.watching import check, watch
-from lightning_bn.window import Window
 
 if TYPE_CHECKING:
     from lightning_bn.activations.stats import ActivationStats as ActivationStats
@@ -54,6 +55,10 @@ __all__ = [
     "to_torch",
     "watch",
 ]
+
+# A whole model that 0.1.0 pickled names the modules that these classes were in then.
+for _name, _module in {"batch_norm": batch_norm, "subclasses": subclasses, "window": window}.items():
+    sys.modules[f"{__name__}.{_name}"] = _module
 
 # Names that need lightning or torchmetrics, and the module of each: imported when first asked for, since those take seconds.
 _LAZY: dict[str, str] = {

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_bn.atomic_file import write_atomically
+from lightning_bn.checkpoints.atomic_file import write_atomically
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -36,7 +36,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 KILLED = """
 import os, signal
 from pathlib import Path
-from lightning_bn import atomic_file
+from lightning_bn.checkpoints import atomic_file
 moment = {moment!r}
 stop = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if moment == "rename":

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_bn import BatchNorm1d, Window
-from lightning_bn.checkpoint_health import CheckpointRefusedError, compare_checkpoints, inspect_checkpoint
+from lightning_bn.checkpoints.health import CheckpointRefusedError, compare_checkpoints, inspect_checkpoint
 
 
 def trained() -> nn.Sequential:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import Averaging, BatchNorm1d, BatchNorm2d, Cumulative, Exponential, Window, convert_batch_norm, paused_statistics
-from lightning_bn.followers import Followers
+from lightning_bn.comparison.followers import Followers
 
 AVERAGES: dict[str, Averaging] = {
     "ema": Exponential(0.3),
@@ -199,7 +199,7 @@ def test_half_precision_layers_are_followed_in_float32() -> None:
 def _synchronised(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
     ranks.join_group(rank, world, store)
-    from lightning_bn.synchronization import synchronise
+    from lightning_bn.ranks.synchronization import synchronise
 
     layer = nn.BatchNorm2d(3)
     synchronise(layer)

@@ -81,44 +81,38 @@ def own(path: Path) -> set[str]:
     return {name.removeprefix("lightning_bn.") for name in imports(path) if name.startswith("lightning_bn.")}
 
 
-# Who may import whom among the layers of the core, from docs/design.md. A file that is not here may import any of them.
+# Who may import whom, by folder or file at the top, from docs/design.md; what is not here may import all but the adapters.
+GROUND = {"torch_internals", "discovery", "modes", "moments", "channel_moments"}
 MAY_IMPORT: dict[str, set[str]] = {
     "torch_internals": set(),
-    "training_state": set(),
-    "moments": {"torch_internals"},
-    "averaging": {"moments", "training_state"},
-    "window": {"averaging", "moments"},
-    "running": {"averaging"},
-    "batch_norm": {"averaging", "moments", "running", "torch_internals", "training_state"},
     "discovery": set(),
-    "modes": {"discovery", "torch_internals"},
-    "subclasses": {"averaging", "running", "torch_internals"},
-    "conversion": {"averaging", "batch_norm", "discovery", "subclasses"},
+    "modes": {"torch_internals", "discovery"},
+    "moments": {"torch_internals"},
+    "channel_moments": {"torch_internals", "moments"},
+    "averaging": {"moments"},
+    "layers": GROUND | {"averaging"},
+    "ranks": GROUND | {"averaging", "layers"},
+    "recalibration": GROUND | {"averaging", "layers", "ranks"},
+    "activations": GROUND | {"averaging", "layers", "ranks"},
+    "rules": GROUND | {"averaging", "layers", "ranks", "activations"},
+    "comparison": GROUND | {"averaging", "layers", "ranks"},
+    "checkpoints": GROUND | {"averaging", "layers", "rules"},
 }
-
-
-# Rooms of the house that know nothing of each other; rules measure drift, and that is all they take from activations.
-STRANGERS: dict[str, set[str]] = {
-    "recalibration": {"activations", "rules"},
-    "activations": {"recalibration", "rules"},
-    "rules": {"recalibration"},
-}
+ADAPTERS = ("callbacks", "plugins", "cli", "__main__")
 CALLBACKS = {f"callbacks.{name}" for name in ("activation_stats", "comparison", "conversion", "mode_check", "recalibration")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_arrows_point_one_way(path: Path) -> None:
-    """Nothing below imports from above; lightning is known to callbacks/, plugins/ and cli alone; callbacks don't know each other."""
+    """No room imports from one above it; lightning is known to callbacks/, plugins/ and cli alone; callbacks don't know each other."""
     place = path.relative_to(PACKAGE)
-    name = str(place.with_suffix("")).replace("/", ".")
-    outer = ("callbacks", "plugins", "cli", "__main__")
-    assert own(path) <= MAY_IMPORT.get(name, own(path))
-    if place.parts[0].removesuffix(".py") not in outer:
+    folder = place.parts[0].removesuffix(".py")
+    known = {module.split(".")[0] for module in own(path)} - {folder}
+    if folder not in ADAPTERS:
         assert not {module.split(".")[0] for module in imports(path)} & {"lightning", "pytorch_lightning"}
-        assert not {module.split(".")[0] for module in own(path)} & set(outer)
-    assert not {module.split(".")[0] for module in own(path)} & STRANGERS.get(place.parts[0], set())
-    if place.parts[0] == "callbacks":
-        assert not own(path) & (CALLBACKS - {name})
+        assert known <= MAY_IMPORT[folder]
+    if folder == "callbacks":
+        assert not own(path) & (CALLBACKS - {str(place.with_suffix("")).replace("/", ".")})
 
 
 def test_arrows_test_goes_red(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn import recalibrate
-from lightning_bn.collective import RankError
+from lightning_bn.ranks.collective import RankError
 
 DATA = torch.randn(64, 10, generator=torch.Generator().manual_seed(3)).sort(0).values
 # Rank 0 has five batches, rank 1 three, of all sizes.

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lightning_bn.scores import Scores
+from lightning_bn.comparison.scores import Scores
 
 
 def scored(mode: str, values: dict[str, list[float]]) -> Scores:

@@ -25,7 +25,7 @@ from lightning_bn.activations.collector import COLUMNS, Sample
 from lightning_bn.activations.heatmap import Scale, draw_channels, draw_grid, scale_of
 from lightning_bn.activations.layer_table import LayerTable
 from lightning_bn.activations.stats import histogram_edges
-from lightning_bn.tensorboard import TensorBoardReport, tell
+from lightning_bn.activations.tensorboard import TensorBoardReport, tell
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -64,7 +64,7 @@ def test_scalars_are_those_of_the_table(run: Any) -> None:
 
 
 def test_every_tag_is_documented(run: Any) -> None:
-    """The event file has the tags of the table in lightning_bn.tensorboard and, beside the module's own, no others."""
+    """The event file has the tags of the table in lightning_bn.activations.tensorboard and, beside the module's own, no others."""
     _, _, events = run
     tags = events.Tags()
     ours = [tag for tag in tags["scalars"] if tag not in ("train_loss", "val_loss", "val_acc", "epoch")]
@@ -217,8 +217,8 @@ def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """200 layers, half of them batch norms, 10,000 steps at the default interval, the values pure noise: under 60 tags and 30 MB."""
     pictures: dict[str, Any] = {}
     # The last picture of each statistic, the largest, stands for all of them: they are as many and as large, and drawn once.
-    monkeypatch.setattr("lightning_bn.tensorboard.draw_grid", lambda grid: pictures[grid.statistic.name])
-    monkeypatch.setattr("lightning_bn.tensorboard.draw_channels", lambda *args: pictures["channels"])
+    monkeypatch.setattr("lightning_bn.activations.tensorboard.draw_grid", lambda grid: pictures[grid.statistic.name])
+    monkeypatch.setattr("lightning_bn.activations.tensorboard.draw_channels", lambda *args: pictures["channels"])
     generator = np.random.default_rng(0)
     layers = [f"model.layer{place // 50}.{place}.{'relu' if place % 2 else 'bn'}" for place in range(200)]
 

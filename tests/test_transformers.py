@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from lightning_bn import Exponential, Window, convert_batch_norm, to_torch
-from lightning_bn.batch_norm import AveragedBatchNorm
 from lightning_bn.discovery import find_batch_norms
+from lightning_bn.layers.batch_norm import AveragedBatchNorm
 
 BUILDERS = {
     "resnet": lambda: ResNetForImageClassification(

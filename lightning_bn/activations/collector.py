@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.activations.drift import DRIFT_STATISTICS, DriftMeter, drift, summarise_drift
 from lightning_bn.activations.layers import bounds_of
 from lightning_bn.activations.stats import ActivationStats, dead_channels, merge_states, summarise
-from lightning_bn.collective import share
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager
+from lightning_bn.ranks.collective import share
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["COLUMNS", "LayerCollector", "Sample", "to_host"]

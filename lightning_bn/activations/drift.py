@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Cumulative, Exponential
+from lightning_bn.layers.settlement import torch_rule
 from lightning_bn.moments import wide_dtype
-from lightning_bn.running import torch_rule
 
 __all__ = ["DRIFT_STATISTICS", "DriftMeter", "drift", "rule_of", "summarise_drift"]
 

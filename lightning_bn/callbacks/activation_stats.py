@@ -16,8 +16,8 @@ from lightning_bn.activations.collector import LayerCollector, Sample
 from lightning_bn.activations.heatmap import Pixels, draw_grid
 from lightning_bn.activations.layer_table import STATISTICS, Ailment, LayerTable, scalars
 from lightning_bn.activations.layers import Choice, is_chosen, select_layers
+from lightning_bn.activations.tensorboard import TensorBoardReport
 from lightning_bn.callbacks.lightning_internals import logging_step
-from lightning_bn.tensorboard import TensorBoardReport
 
 __all__ = ["ActivationStatsMonitor"]
 
@@ -36,9 +36,9 @@ class ActivationStatsMonitor(Callback):
     `lightning_bn.activations.drift`.
 
     TensorBoard gets a few scalars over all layers, one heat map a statistic (layer x step), a text that names the sick layers, and
-    a layout for the Custom Scalars tab; `lightning_bn.tensorboard` lists the tags. Other loggers get the scalars. A CSV file of the
-    whole table, ``activation_stats.csv``, lies beside the event files, and `table` gives the same rows. Training computes the same to the
-    bit with and without this callback; steps at which a compiled model is looked at run without `torch.compile`.
+    a layout for the Custom Scalars tab; `lightning_bn.activations.tensorboard` lists the tags. Other loggers get the scalars. A CSV file
+    of the whole table, ``activation_stats.csv``, lies beside the event files, and `table` gives the same rows. Training computes the same
+    to the bit with and without this callback; steps at which a compiled model is looked at run without `torch.compile`.
 
     Functional activations (``F.relu(x)``) are no modules and can't be seen: use ``nn.ReLU()``, or name the module whose output they make.
     On several ranks activations are exact over all of them; drift is rank 0's, whose statistics DDP broadcasts and checkpoints save.

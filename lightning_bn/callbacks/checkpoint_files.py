@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.atomic_file import write_atomically
+from lightning_bn.checkpoints.atomic_file import write_atomically
 
 __all__ = ["KINDS", "check_kinds", "files_of", "statistics_in", "write_recalibrated_copy"]
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lightning_bn import recalibration
 from lightning_bn.averaging import Averaging
-from lightning_bn.batch_norm import check_averaging
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.training_pass import learning, quiet, training_pass, validate_once_more
+from lightning_bn.comparison.followers import Followers
+from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import find_batch_norms
-from lightning_bn.followers import Followers
-from lightning_bn.scores import Scores
+from lightning_bn.layers.batch_norm import check_averaging
 
 __all__ = ["CompareAverages"]
 

@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.averaging import Averaging
-from lightning_bn.batch_norm import AveragedBatchNorm, check_averaging
-from lightning_bn.conversion import convert_batch_norm
 from lightning_bn.discovery import find_batch_norms
-from lightning_bn.subclasses import is_served
+from lightning_bn.layers.batch_norm import AveragedBatchNorm, check_averaging
+from lightning_bn.layers.conversion import convert_batch_norm
+from lightning_bn.layers.subclasses import is_served
 
 __all__ = ["ConvertBatchNorm"]
 

@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_bn.activations.tensorboard import add_markdown
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.rules import RULES, Finding, ModeCheckError
 from lightning_bn.rules.inspection import Inspection, check_action, check_codes, mendable_codes
 from lightning_bn.rules.observer import Modes, parts_called_by
 from lightning_bn.rules.rule import Setting
 from lightning_bn.rules.table import markdown
-from lightning_bn.tensorboard import add_markdown
 
 __all__ = ["ModeCheck"]
 

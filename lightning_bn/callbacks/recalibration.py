@@ -17,10 +17,10 @@ from lightning_bn.callbacks.lightning_internals import iterates_itself, logging_
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.training_pass import learning, on_training_device, quiet, training_pass, validate_once_more
+from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.recalibration import recalibrate
 from lightning_bn.recalibration.report import RecalibrationReport
-from lightning_bn.scores import Scores
 
 __all__ = ["BatchNormRecalibration"]
 

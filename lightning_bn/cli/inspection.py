@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_bn.checkpoint_health import (
+from lightning_bn.checkpoints.health import (
     CheckpointHealth,
     CheckpointRefusedError,
     LayerHealth,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_bn.atomic_file import write_atomically
+from lightning_bn.checkpoints.atomic_file import write_atomically
 from lightning_bn.cli.output import OK, RefusedError, UsageError, print_json
 from lightning_bn.cli.session import Session, load_checkpoint
 

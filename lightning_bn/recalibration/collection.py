@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from lightning_bn.collective import in_group, is_first_rank, share
+from lightning_bn.ranks.collective import in_group, is_first_rank, share
 from lightning_bn.recalibration.tally import Row, Summary, Tally
 
 __all__ = ["Estimate", "OnePass", "Seen", "Tallies", "merged", "merged_summary", "progress_bar"]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.collective import share
+from lightning_bn.ranks.collective import share
 from lightning_bn.recalibration.collection import Estimate, Seen, Tallies, merged_summary, progress_bar
 from lightning_bn.recalibration.lockstep import Lockstep, Stop
 from lightning_bn.recalibration.tally import Row

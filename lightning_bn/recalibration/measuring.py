@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn import subclasses
-from lightning_bn.batch_norm import AveragedBatchNorm, input_and_mask
 from lightning_bn.channel_moments import channel_moments
+from lightning_bn.layers import subclasses
+from lightning_bn.layers.batch_norm import AveragedBatchNorm, input_and_mask
 from lightning_bn.modes import kept_attribute
 from lightning_bn.moments import Moments
+from lightning_bn.ranks.synchronization import unsynchronised
 from lightning_bn.recalibration.tally import Row
-from lightning_bn.synchronization import unsynchronised
 
 __all__ = ["Station", "measured"]
 

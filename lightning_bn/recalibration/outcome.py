@@ -6,8 +6,8 @@ import math
 
 from torch import Tensor
 
-from lightning_bn.collective import in_group, share
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.ranks.collective import in_group, share
 from lightning_bn.recalibration.collection import Seen
 from lightning_bn.recalibration.report import LayerReport
 from lightning_bn.recalibration.tally import Summary

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lightning_bn.collective import tell_failure
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager, evaluating, kept_buffers
+from lightning_bn.ranks.collective import tell_failure
 from lightning_bn.recalibration.collection import OnePass, Seen, merged
 from lightning_bn.recalibration.feeding import Forward, feed, to_device
 from lightning_bn.recalibration.interrupts import HeldInterrupts

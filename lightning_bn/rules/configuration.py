@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.layers.settlement import is_synchronised
 from lightning_bn.rules.adjacency import DeadBias, DropoutShift
 from lightning_bn.rules.observer import Forward
 from lightning_bn.rules.rule import Batch, Configuration, Level, Rule, Seen, Setting, listing
-from lightning_bn.running import is_synchronised
 
 __all__ = ["CONFIGURATION_RULES"]
 

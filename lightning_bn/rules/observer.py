@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, user_name
-from lightning_bn.running import is_deferred
+from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["Forward", "Modes", "Observer"]

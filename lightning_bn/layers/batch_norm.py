@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_bn.averaging import Averaging, Batch, Exponential
+from lightning_bn.averaging.training_state import apply_without_narrowing
+from lightning_bn.layers.settlement import advance, counts, is_deferred, is_finite, is_synchronised, settle, torch_rule, values_per_channel
 from lightning_bn.moments import Moments
-from lightning_bn.running import advance, counts, is_deferred, is_finite, is_synchronised, settle, torch_rule, values_per_channel
 from lightning_bn.torch_internals import in_backward
-from lightning_bn.training_state import apply_without_narrowing
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.running import advance, counts, is_deferred, is_finite, settle, torch_rule, values_per_channel
+from lightning_bn.layers.settlement import advance, counts, is_deferred, is_finite, settle, torch_rule, values_per_channel
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["is_served", "observe", "obstacle", "release", "serve"]

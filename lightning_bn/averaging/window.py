@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_bn.averaging import Averaging, Batch
+from lightning_bn.averaging.base import Averaging, Batch
 from lightning_bn.moments import Moments, wide_dtype
 
 __all__ = ["Window"]

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_bn.averaging.training_state import TrainingState
 from lightning_bn.moments import Moments, wide_dtype
-from lightning_bn.training_state import TrainingState
 
 __all__ = ["Averaging", "Batch", "Cumulative", "Exponential"]
 

@@ -144,7 +144,7 @@ def inspect_checkpoint(path: Path | str) -> CheckpointHealth:
 
     Example:
         >>> import torch
-        >>> from lightning_bn.checkpoint_health import inspect_checkpoint
+        >>> from lightning_bn.checkpoints.health import inspect_checkpoint
         >>> torch.save(torch.nn.Sequential(torch.nn.BatchNorm2d(8)).state_dict(), "fresh.pt")
         >>> health = inspect_checkpoint("fresh.pt")
         >>> [(layer.name, layer.channels, layer.batches_tracked) for layer in health.layers]

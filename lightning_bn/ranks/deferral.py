@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.batch_norm import AveragedBatchNorm
 from lightning_bn.discovery import find_batch_norms
+from lightning_bn.layers.batch_norm import AveragedBatchNorm
+from lightning_bn.layers.settlement import DEFERRED, advance, is_finite
+from lightning_bn.layers.subclasses import is_served, observe
 from lightning_bn.moments import Moments
-from lightning_bn.running import DEFERRED, advance, is_finite
-from lightning_bn.subclasses import is_served, observe
-from lightning_bn.synchronization import Group, merge_over_ranks
+from lightning_bn.ranks.synchronization import Group, merge_over_ranks
 
 __all__ = ["merge_statistics"]
 

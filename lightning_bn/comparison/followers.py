@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.batch_norm import BatchNorm1d, check_averaging, input_and_mask
 from lightning_bn.discovery import find_batch_norms
+from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging, input_and_mask
+from lightning_bn.layers.settlement import advance, is_deferred, is_finite, is_synchronised
 from lightning_bn.moments import Moments
-from lightning_bn.running import advance, is_deferred, is_finite, is_synchronised
-from lightning_bn.synchronization import merge_over_ranks
+from lightning_bn.ranks.synchronization import merge_over_ranks
 from lightning_bn.torch_internals import in_backward, kernel_moments
 
 __all__ = ["Followers"]

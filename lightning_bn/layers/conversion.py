@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn import subclasses
 from lightning_bn.averaging import Averaging
-from lightning_bn.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_averaging
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
+from lightning_bn.layers import subclasses
+from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_averaging
 
 __all__ = ["convert_batch_norm", "to_torch"]
 

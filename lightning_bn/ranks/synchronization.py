@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from lightning_bn.batch_norm import masked_batch_norm
+from lightning_bn.layers.batch_norm import masked_batch_norm
+from lightning_bn.layers.settlement import SYNCHRONISED
 from lightning_bn.moments import Moments
-from lightning_bn.running import SYNCHRONISED
 
 __all__ = ["merge_over_ranks", "synchronise", "unsynchronised"]
 
