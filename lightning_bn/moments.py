@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "wide_dtype"]
+__all__ = ["Moments", "drift", "wide_dtype"]
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -103,3 +103,12 @@ class Moments:
         """Return the moments in the widest dtype that their device has, in which long sums should be kept."""
         dtype = wide_dtype(self.mean.device)
         return Moments(self.count.to(dtype), self.mean.to(dtype), self.m2.to(dtype))
+
+
+def drift(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Return, per channel, the shift of the mean in running standard deviations and the natural log of the ratio of the variances.
+
+    ``(mean - running_mean) / sqrt(running_var + eps)`` and ``log((var + eps) / (running_var + eps))``, with *unbiased* variances.
+    """
+    running = running_var + eps
+    return (mean - running_mean) / running.sqrt(), ((var.clamp(min=0) + eps) / running).log()

@@ -94,7 +94,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ranks": GROUND | {"averaging", "layers"},
     "recalibration": GROUND | {"averaging", "layers", "ranks"},
     "activations": GROUND | {"averaging", "layers", "ranks"},
-    "rules": GROUND | {"averaging", "layers", "ranks", "activations"},
+    "rules": GROUND | {"averaging", "layers", "ranks"},
     "comparison": GROUND | {"averaging", "layers", "ranks"},
     "checkpoints": GROUND | {"averaging", "layers", "rules"},
 }

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.activations.drift import DRIFT_STATISTICS, DriftMeter, drift, summarise_drift
+from lightning_bn.activations.drift import DRIFT_STATISTICS, DriftMeter, summarise_drift
 from lightning_bn.activations.layers import bounds_of
 from lightning_bn.activations.stats import ActivationStats, dead_channels, merge_states, summarise
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager
+from lightning_bn.moments import drift
 from lightning_bn.ranks.collective import share
 from lightning_bn.torch_internals import in_backward
 

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Cumulative, Exponential
-from lightning_bn.layers.settlement import torch_rule
-from lightning_bn.moments import wide_dtype
+from lightning_bn.layers.settlement import rule_of
+from lightning_bn.moments import drift, wide_dtype
 
-__all__ = ["DRIFT_STATISTICS", "DriftMeter", "drift", "rule_of", "summarise_drift"]
+__all__ = ["DRIFT_STATISTICS", "DriftMeter", "summarise_drift"]
 
 DRIFT_STATISTICS = ("drift_mean", "drift_mean_max", "drift_var", "drift_var_max")
-
-
-def drift(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Return, per channel, the shift of the mean in running standard deviations and the natural log of the ratio of the variances.
-
-    ``(mean - running_mean) / sqrt(running_var + eps)`` and ``log((var + eps) / (running_var + eps))``, with *unbiased* variances.
-    """
-    running = running_var + eps
-    return (mean - running_mean) / running.sqrt(), ((var.clamp(min=0) + eps) / running).log()
 
 
 def summarise_drift(shift: Tensor, log_ratio: Tensor, width: Tensor) -> Tensor:
@@ -167,17 +157,6 @@ class DriftMeter:
         if members not in self._groups:
             self._groups[members] = torch.tensor(members, device=self._device)
         return self._groups[members]
-
-
-def rule_of(layer: _BatchNorm) -> Averaging:
-    """The averaging that moves the layer's statistics; for one of torch's, the same rule in this package's words."""
-    averaging = getattr(layer, "averaging", None)
-    if isinstance(averaging, Averaging):
-        return averaging
-    return _torchs_rule(layer.momentum)
-
-
-_torchs_rule = cache(torch_rule)  # a module made anew for each layer and step would be what drift costs
 
 
 def _kept_batch(layer: _BatchNorm) -> tuple[Tensor, Tensor] | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
-
-_CUMULATIVE = Cumulative()  # it keeps no state, so all layers share one
 
 # Names of attributes by which synchronization over ranks makes itself known to a layer, of whatever class, while it lasts.
 SYNCHRONISED = "_values_of_all_ranks"  # values per channel in the last batch of all ranks
@@ -42,7 +41,16 @@ def values_per_channel(layer: _BatchNorm, input: Tensor, dtype: torch.dtype) -> 
 
 def torch_rule(momentum: float | None) -> Averaging:
     """The averaging that torch means by `momentum`."""
-    return _CUMULATIVE if momentum is None else Exponential(momentum)
+    return Cumulative() if momentum is None else Exponential(momentum)
+
+
+def rule_of(layer: _BatchNorm) -> Averaging:
+    """The averaging that moves the layer's statistics; for one of torch's, the same rule in this package's words."""
+    averaging = getattr(layer, "averaging", None)
+    return averaging if isinstance(averaging, Averaging) else _torch_rule(layer.momentum)
+
+
+_torch_rule = cache(torch_rule)  # a module made anew for each layer and step would be what drift costs
 
 
 def is_finite(var: Tensor) -> Tensor:

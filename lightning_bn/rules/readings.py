@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_bn.activations.drift import drift, rule_of
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.layers.settlement import rule_of
+from lightning_bn.moments import drift
 
 __all__ = ["Gap", "Reading", "Values", "gaps", "weight_sums"]
 
