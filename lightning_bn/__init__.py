@@ -10,6 +10,7 @@ from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential, Wi
 from lightning_bn.layers import batch_norm, subclasses
 from lightning_bn.layers.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from lightning_bn.layers.conversion import convert_batch_norm, to_torch
+from lightning_bn.layers.ledger import settle_together
 from lightning_bn.modes import paused_statistics
 from lightning_bn.recalibration import recalibrate, recalibrated
 from lightning_bn.recalibration.report import LayerReport, RecalibrationReport
@@ -52,6 +53,7 @@ __all__ = [
     "paused_statistics",
     "recalibrate",
     "recalibrated",
+    "settle_together",
     "to_torch",
     "watch",
 ]

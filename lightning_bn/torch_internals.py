@@ -6,15 +6,18 @@ Each function says why nothing public will do, and what it answers where the pri
 from __future__ import annotations
 
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["image_moments", "in_backward", "is_compiled", "kernel_moments"]
+__all__ = ["copy_each", "image_moments", "in_backward", "is_compiled", "kernel_moments", "saved_moments"]
 
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
 _update_stats = getattr(torch, "batch_norm_update_stats", None)
 _group_norm = getattr(torch, "native_group_norm", None)
+_saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_foreach_copy = getattr(torch, "_foreach_copy_", None)
 
 
 def in_backward() -> bool:
@@ -85,3 +88,37 @@ def image_moments(data: Tensor) -> tuple[Tensor, Tensor]:
         return mean, var
     _, mean, inverse = _group_norm(data, None, None, samples, channels, data.numel() // (samples * channels), channels, 0.0)
     return mean, inverse.double().pow(-2)
+
+
+def copy_each(targets: list[Tensor], values: list[Tensor]) -> None:
+    """Write each of `values` into its target, in place, as one operation.
+
+    `torch._foreach_copy_` is what torch's own optimizers use, and has no public name. Where it is gone, a loop does the same.
+    """
+    if _foreach_copy is not None:
+        _foreach_copy(targets, values)
+        return
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
+def saved_moments(output: Tensor, eps: float, count: int) -> tuple[Tensor, Tensor] | None:
+    """Return mean and *unbiased* variance of the batch that batch norm's kernel keeps for backward, (C,) each; None where it keeps none.
+
+    ``_saved_result1`` and ``_saved_result2`` of the output's graph node are the mean and ``1 / sqrt(biased variance + eps)``. The names that begin
+    with ``_saved`` are not documented; without them, or without a graph, the moments must be computed from the input again.
+    """
+    node = output.grad_fn
+    # Hooks on saved tensors would be called, and those of activation checkpointing run the forward again.
+    hooked = _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None
+    if hooked or count < 2 or node is None or not _of_kernel(node):
+        return None
+    mean, inverse = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
+    if not (isinstance(mean, Tensor) and isinstance(inverse, Tensor) and mean.shape == inverse.shape == output.shape[1:2]):
+        return None
+    return mean, (inverse.pow(-2) - eps).clamp(min=0) * (count / (count - 1))
+
+
+def _of_kernel(node: Any) -> bool:
+    """Whether a graph node is that of one of batch norm's own kernels (native, cuDNN, MIOpen), and not a Python function of that name."""
+    return "BatchNorm" in type(node).__name__ and not isinstance(node, torch.autograd.function.BackwardCFunction)

@@ -239,5 +239,5 @@ def test_each_layer_keeps_its_own_copy() -> None:
     one, other = (BatchNorm1d(2, averaging=averaging) for _ in range(2))
     one(torch.randn(4, 2))
     assert one.averaging is not averaging
-    assert other.averaging.cursor == 0
-    assert one.averaging.cursor == 1
+    assert (other.averaging.cursor == 0).all()
+    assert (one.averaging.cursor == 1).all()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_bn import BatchNorm1d, BatchNorm2d, BatchNormSync, Cumulative, Exponential, Window, convert_batch_norm
-from lightning_bn.ranks.deferral import merge_statistics
+from lightning_bn.ranks.synchronization import merge_statistics
 
 STEPS = 4
 LAYERS: dict[str, Callable[[], nn.Module]] = {

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,17 @@ class Batch:
 
     mean: Tensor  # (C,)
     var: Tensor  # (C,), unbiased, within the batch
-    count: Tensor  # (), floating: values per channel
-    step: Tensor  # (), int64: 1 for the first batch that counts
-    valid: Tensor | None  # (), bool: whether the moments are finite; None where nobody asked
+    count: Tensor  # floating: values per channel; (), or (C,) for an elementwise averaging
+    step: Tensor  # int64: 1 for the first batch that counts; likewise
+    valid: Tensor | None  # bool: whether the batch counts, as a non-finite one does not; likewise; None if `skip_nonfinite=False`
 
     def write(self, target: Tensor, value: Tensor) -> None:
-        """Write `value` into `target` in place, unless the batch is to leave no trace; never asks the device which."""
+        """Write `value` into `target` in place, unless the batch is skipped; does not synchronise with the device.
+
+        Args:
+            target: a tensor of the averaging's state; for an elementwise averaging its last dimension is that of the channels.
+            value: what it shall hold, of the same shape.
+        """
         target.copy_(value if self.valid is None else torch.where(self.valid, value.to(target.dtype), target))
 
 
@@ -50,6 +56,11 @@ class Averaging(TrainingState, ABC):
     tensors from `initial_state`: they become attributes, travel with ``state_dict``, ``.to(device)``, deepcopy and pickle, and stay
     untouched by ``.half()``, DDP broadcasts and weight averaging. Write them with ``batch.write(target, value)``, so that a skipped batch
     leaves them alone.
+
+    A rule is *elementwise* if each channel's statistics depend on nothing but that channel's moments and state. Say so with
+    ``elementwise = True``: `update` is then called once for the channels of all layers that share the rule, in place of once a layer, and a
+    model of 50 layers launches a fiftieth of the kernels. It is never guessed, because a rule that averages over channels would silently mix
+    layers. What such an `update` gets, and what `initial_state` returns, has the channels in its last dimension.
 
     Example:
         Polynomial decay averaging (Shamir & Zhang 2013, section 4), in which late batches weigh more:
@@ -68,9 +79,17 @@ class Averaging(TrainingState, ABC):
         >>> _ = layer(torch.tensor([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]]))
         >>> layer.running_mean
         tensor([1., 2., 3.])
+
+        It treats each channel by itself, so it may be called once for all layers:
+
+        >>> class ElementwisePolynomial(Polynomial):
+        ...     elementwise = True
     """
 
     __module__ = "lightning_bn"
+
+    elementwise: bool = False
+    """Whether `update` treats each channel by itself, whatever layer it is of."""
 
     @abstractmethod
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -80,6 +99,8 @@ class Averaging(TrainingState, ABC):
             running_mean: (C,), before the batch, in the dtype of the batch's moments.
             running_var: (C,), likewise.
             batch: the batch's moments.
+
+        C is the number of channels of a layer, or for an elementwise averaging of all layers that are updated together.
         """
 
     def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
@@ -94,9 +115,10 @@ class Averaging(TrainingState, ABC):
         """
         return None
 
-    def newest_batch(self) -> tuple[Tensor, Tensor] | None:
-        """Return the mean and the *unbiased* variance of the newest batch, (C,) each, where the private state holds them, else None."""
-        return None
+    @property
+    def by_momentum(self) -> bool:
+        """Whether this is the average that torch's ``momentum`` means, so that its kernel can compute it in place."""
+        return False
 
     @property
     def kernel_momentum(self) -> float | None:
@@ -106,6 +128,8 @@ class Averaging(TrainingState, ABC):
     def initial_state(self, num_features: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Return the private state for a layer of `num_features` channels, as it is before the first batch: all zeros.
 
+        For an elementwise averaging the last dimension of each tensor is `num_features`.
+
         Args:
             num_features: channels of the layer.
             dtype: of the batches' moments, at least float32.
@@ -114,8 +138,25 @@ class Averaging(TrainingState, ABC):
         return {}
 
     def for_layer(self, running_mean: Tensor) -> Averaging:
-        """Return a copy with fresh private state for the layer whose running mean is `running_mean`."""
+        """Return a copy with fresh private state for the layer whose running mean is `running_mean`.
+
+        Raises:
+            ValueError: an elementwise averaging whose state does not have the channels last.
+        """
         own = copy.deepcopy(self)
         dtype = torch.promote_types(running_mean.dtype, torch.float32)
-        own._declare(own.initial_state(running_mean.numel(), dtype, running_mean.device))
+        channels = running_mean.numel()
+        state = own.initial_state(channels, dtype, running_mean.device)
+        for name, value in state.items() if self.elementwise else ():
+            if value.shape[-1:] != (channels,):
+                raise ValueError(
+                    f"{self!r} is elementwise, but its initial_state({channels}, ...) returns {name!r} of shape {tuple(value.shape)}: the last "
+                    f"dimension must be that of the {channels} channels. Or leave out `elementwise = True`."
+                )
+        own._declare(state)
         return own
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the averaging was built with, its public attributes, without its state."""
+        state = ("training", "tie", *self._state_names)
+        return {name: value for name, value in vars(self).items() if name not in state and not name.startswith("_")}

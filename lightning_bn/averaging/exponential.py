@@ -35,7 +35,9 @@ class Exponential(Averaging):
 
     __module__ = "lightning_bn"
 
-    weight_sums: Tensor  # (2,), V1 and V2; only where pooled
+    elementwise = True
+
+    weight_sums: Tensor  # (2, C), V1 and V2; only where pooled
 
     def __init__(self, momentum: float = 0.1, *, debias: bool = False, pooled: bool = False) -> None:
         super().__init__()
@@ -50,11 +52,15 @@ class Exponential(Averaging):
         self.pooled = pooled
 
     @property
+    def by_momentum(self) -> bool:
+        return not self.debias and not self.pooled
+
+    @property
     def kernel_momentum(self) -> float | None:
-        return None if self.debias or self.pooled else self.momentum
+        return self.momentum if self.by_momentum else None
 
     def initial_state(self, num_features: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        return {"weight_sums": torch.zeros(2, dtype=wide_dtype(device), device=device)} if self.pooled else {}
+        return _weight_sums(num_features, device) if self.pooled else {}
 
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.momentum is None:
@@ -83,6 +89,13 @@ class Exponential(Averaging):
         memory = self._memory(step)
         return self.momentum / torch.where(memory == 0, 1.0, memory)
 
+    @property
+    def state_meaning(self) -> str:
+        return "Exponential(pooled=True)"  # the momentum may change from batch to batch
+
+    def upgraded(self, state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
+        return _per_channel(state, num_features)
+
     def extra_repr(self) -> str:
         return f"momentum={self.momentum}" + ", debias=True" * self.debias + ", pooled=True" * self.pooled
 
@@ -108,14 +121,16 @@ class Cumulative(Averaging):
 
     __module__ = "lightning_bn"
 
-    weight_sums: Tensor  # (2,), V1 and V2; only where pooled
+    elementwise = True
+
+    weight_sums: Tensor  # (2, C), V1 and V2; only where pooled
 
     def __init__(self, *, pooled: bool = False) -> None:
         super().__init__()
         self.pooled = pooled
 
     def initial_state(self, num_features: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        return {"weight_sums": torch.zeros(2, dtype=wide_dtype(device), device=device)} if self.pooled else {}
+        return _weight_sums(num_features, device) if self.pooled else {}
 
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return _cumulate(running_mean, running_var, batch, self.weight_sums if self.pooled else None)
@@ -123,8 +138,25 @@ class Cumulative(Averaging):
     def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
         return None if self.pooled else batches / step
 
+    @property
+    def state_meaning(self) -> str:
+        return "Cumulative(pooled=True)"
+
+    def upgraded(self, state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
+        return _per_channel(state, num_features)
+
     def extra_repr(self) -> str:
         return "pooled=True" * self.pooled
+
+
+def _weight_sums(num_features: int, device: torch.device) -> dict[str, Tensor]:
+    return {"weight_sums": torch.zeros(2, num_features, dtype=wide_dtype(device), device=device)}
+
+
+def _per_channel(state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
+    """The sums of weights, of which 0.1.0 kept one pair for all channels, as a pair a channel."""
+    old = any(value.dim() == 1 for value in state.values())
+    return {name: value[:, None].repeat(1, num_features) for name, value in state.items()} if old else state
 
 
 def _cumulate(running_mean: Tensor, running_var: Tensor, batch: Batch, weight_sums: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -150,17 +182,20 @@ def _pool(
 ) -> tuple[Tensor, Tensor]:
     """Merge the batch's samples, weighted by `gain`, with all earlier ones, discounted by `keep`.
 
-    `weights` holds V1 and V2, the sums of the samples' weights and of their squares; it is written. While it is empty, the running
+    `weights`, (2, C), holds V1 and V2, the sums of the samples' weights and of their squares; it is written. While it is empty, the running
     statistics count as `past` batches of this one's size.
     """
-    count = batch.count.to(weights.dtype)
+    count = batch.count.to(weights.dtype).expand_as(weights[0])
     earlier = torch.where(weights[0] == 0, past * count, weights)
     total = torch.stack((keep * earlier[0] + gain * count, keep**2 * earlier[1] + gain**2 * count))
     # m2 = variance * (V1 - V2 / V1) is the reliability-weighted unbiased variance, solved for m2; equal weights give count - 1.
     before = Moments(keep * earlier[0], running_mean, running_var * keep * _freedom(earlier))
     merged = before.merge(Moments(gain * count, batch.mean, batch.var * gain * (count - 1)))
     batch.write(weights, total)
-    return merged.mean.to(running_mean.dtype), (merged.m2 / _freedom(total)).to(running_var.dtype)
+    # No weight at all is no data: with momentum 0 and debias the statistics stay what they are.
+    moved = total[0] > 0
+    mean, var = torch.where(moved, merged.mean, running_mean), torch.where(moved, merged.m2 / _freedom(total), running_var)
+    return mean.to(running_mean.dtype), var.to(running_var.dtype)
 
 
 def _freedom(weights: Tensor) -> Tensor:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TrainingState", "apply_without_narrowing"]
+__all__ = ["STATE_OF", "TrainingState", "apply_without_narrowing"]
+
+STATE_OF = "state_of"
+"""The key of a ``state_dict`` under which the text stands that says what the state means, as bytes: a checkpoint holds tensors alone."""
 
 
 class TrainingState(nn.Module):
@@ -18,9 +21,41 @@ class TrainingState(nn.Module):
     a strict load. State that only training reads must be spared all four, and yet survive ``state_dict`` -> ``load_state_dict``,
     ``.to(device)``, ``to_empty``, ``deepcopy`` and pickle. So the tensors are plain attributes, and this class overrides the three
     methods with which `torch.nn.Module` moves, saves and loads what a module owns; torch's own batch norm and RNNs override them too.
+
+    The state of several modules may lie side by side in one tensor, of which each module's attribute is a view: whoever arranges that sets
+    `tie`, and any assignment to an attribute, be it a moved tensor or another setting, unties the module again.
     """
 
     _state_names: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["tie"] = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "training":  # what .train() and .eval() assign
+            self.__dict__["tie"] = None
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A view is saved with the whole of what it is a view of, so one layer's copy would carry the state of all.
+        return self.__dict__ | {name: getattr(self, name).detach().clone() for name in self._state_names} | {"tie": None}
+
+    @property
+    def state_meaning(self) -> str:
+        """What the state means, in a few words; a checkpoint whose state means something else is refused."""
+        return type(self).__name__
+
+    def upgraded(self, state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
+        """Return state that an earlier version saved in the layout of this one; what has it already is returned as it is."""
+        return state
+
+    def upgrade(self, num_features: int) -> None:
+        """Bring state that came with a whole model pickled by an earlier version into the layout of this one."""
+        present = self.state()
+        state = self.upgraded(present, num_features)
+        if state is not present:
+            self._declare(state)
 
     def _declare(self, state: Mapping[str, Tensor]) -> None:
         """Take `state` as the private state; a tensor declared before under the same name and shape is written in place."""
@@ -31,6 +66,10 @@ class TrainingState(nn.Module):
             else:
                 setattr(self, name, value)
         self._state_names = tuple(state)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the private tensors by name."""
+        return {name: getattr(self, name) for name in self._state_names}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainingState:
         super()._apply(fn, recurse)
@@ -43,6 +82,8 @@ class TrainingState(nn.Module):
         for name in self._state_names:
             # A copy: exponential moving averages of a whole state_dict (timm's ModelEma) write into the tensors they find there.
             destination[prefix + name] = getattr(self, name).detach().clone()
+        if self._state_names:
+            destination[prefix + STATE_OF] = torch.tensor(list(self.state_meaning.encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(
         self,
@@ -56,29 +97,48 @@ class TrainingState(nn.Module):
     ) -> None:
         keys = {prefix + name: name for name in self._state_names}
         saved = {name: state_dict[key] for key, name in keys.items() if key in state_dict}
-        public = {key: value for key, value in state_dict.items() if key not in keys}
+        public = {key: value for key, value in state_dict.items() if key not in keys and key != prefix + STATE_OF}
         super()._load_from_state_dict(public, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if not saved:
+        meaning = self._saved_meaning(saved, state_dict.get(prefix + STATE_OF))
+        if meaning is not None and meaning != self.state_meaning:
+            message = (
+                f"{prefix.rstrip('.')}: the checkpoint has the state of {meaning}, this layer averages by {self}. {_MEND.format(prefix)}"
+            )
+            error_msgs.extend([message] * strict)
+            unexpected_keys.extend(key for key in keys if key in state_dict)
+            self.clear()
+        elif not saved:
             # The checkpoint of a plain layer: no history came with it, so none is missing.
             self.clear()
-            return
-        missing_keys.extend(key for key, name in keys.items() if name not in saved and strict)
+        else:
+            missing_keys.extend(key for key, name in keys.items() if name not in saved and strict)
+            self._load(saved, prefix, error_msgs)
+
+    def _load(self, saved: dict[str, Tensor], prefix: str, error_msgs: list[str]) -> None:
+        if len(saved) == len(self._state_names):
+            saved = self.upgraded(saved, next(iter(self.state().values())).shape[-1])
         for name, value in saved.items():
             present: Tensor = getattr(self, name)
             if present.shape != value.shape:
                 error_msgs.append(
                     f"size mismatch for {prefix}{name}: the checkpoint has {tuple(value.shape)}, this {self} has "
-                    f"{tuple(present.shape)}. Build the layer with the averaging the checkpoint was trained with, or drop the "
-                    f"keys that start with '{prefix}' to start with an empty history."
+                    f"{tuple(present.shape)}. {_MEND.format(prefix)}"
                 )
             else:
                 present.copy_(value)
+
+    def _saved_meaning(self, saved: dict[str, Tensor], text: Tensor | None) -> str | None:
+        """What the saved state means, None where it does not say; an earlier version's did not."""
+        return None if text is None else bytes(text.tolist()).decode()
 
     def clear(self) -> None:
         """Forget everything, in place: the state is what it was before the first training batch."""
         with torch.no_grad():
             for name in self._state_names:
                 getattr(self, name).zero_()
+
+
+_MEND = "Build the layer with the averaging the checkpoint was trained with, or drop the keys that start with '{}' to start with an empty history."
 
 
 def apply_without_narrowing(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

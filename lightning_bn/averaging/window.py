@@ -20,7 +20,7 @@ class Window(Averaging):
         pooled: False, the mean of the batch means and the mean of the *unbiased within-batch* variances, each batch counted once. True, the
             mean and the *unbiased pooled* variance of the data of those batches taken together, each sample counted once.
 
-    Memory: ``size + 2`` rows of ``2 * num_features + 1`` numbers per layer, float32 (float64 in a float64 layer).
+    Memory: ``size + 2`` rows of ``2 * num_features`` numbers per layer (3 with `pooled`), float32 (float64 in a float64 layer).
 
     Raises:
         ValueError: size is not an integer of at least 1.
@@ -43,11 +43,13 @@ class Window(Averaging):
     For the last part a total over each suffix of a segment is needed; they are made one a step, from the back, while the next
     segment is being written (`turned`). This is a queue of two stacks, turned over in worst-case constant time (Tangwongsan, Hirzel &
     Schneider 2021, "In-order sliding-window aggregation in worst-case constant time"), and it works for whatever can be merged: sums,
-    and with ``pooled=True`` moments. All indices are tensors, since a batch that is skipped may not move them and only the device
-    knows which is.
+    and with ``pooled=True`` moments. All indices are tensors, one a channel: a skipped batch must not advance them, only the device knows
+    whether it was skipped, and the channels may be those of several layers.
     """
 
     __module__ = "lightning_bn"
+
+    elementwise = True
 
     rows: Tensor
     totals: Tensor
@@ -67,72 +69,93 @@ class Window(Averaging):
     def initial_state(self, num_features: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         if self.size == 1:
             return {}
-        width = 2 * num_features + 1
+        numbers = 2 + self.pooled
         return {
-            # Two segments, each with a row that stays zero: the total over no batches. Rows are (count, mean, variance or m2).
-            "rows": torch.zeros(2 * (self._segment + 1), width, dtype=dtype, device=device),
+            # Two segments, each with a row that stays zero: the total over no batches. A row is (mean, variance), or (count, mean, m2).
+            "rows": torch.zeros(2 * (self._segment + 1), numbers, num_features, dtype=dtype, device=device),
             # Totals over `newest`, `middle` and `turned`, in the widest dtype: a float32 sum of 1000 rows is off by 1e-6.
-            "totals": torch.zeros(3, width, dtype=wide_dtype(device), device=device),
-            # Batches seen, modulo two segments.
-            "cursor": torch.zeros((), dtype=torch.int64, device=device),
+            "totals": torch.zeros(3, numbers, num_features, dtype=wide_dtype(device), device=device),
+            # Batches seen.
+            "cursor": torch.zeros(num_features, dtype=torch.int64, device=device),
         }
 
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.size == 1:
             return batch.mean, batch.var
-        segment, place = self.cursor // self._segment, self.cursor % self._segment
+        segment, place = self.cursor // self._segment % 2, self.cursor % self._segment
         here = segment * (self._segment + 1) + place
         opposite = (1 - segment) * (self._segment + 1) + (self._segment - 1 - place)
         # With an odd size the window holds one batch more: the one whose row is overwritten below.
         oldest = here + 1 - self.size % 2
-        written, turning, oldest_total = self.rows.index_select(0, torch.stack((here, opposite, oldest))).unbind()
+        index = torch.stack((here, opposite, oldest)).unsqueeze(1).expand(-1, self.rows.shape[1], -1)
+        written, turning, oldest_total = self.rows.gather(0, index).unbind()
 
-        newest, middle, turned = self.totals.unbind()
         opens = place == 0
-        middle = torch.where(opens, newest, middle)
         newest, turned = torch.where(opens, 0.0, self.totals[::2]).unbind()
+        middle = torch.where(opens, self.totals[0], self.totals[1])
         row = self._row(batch)
         newest, turned = self._merge(newest, row), self._merge(turned, turning)
         inside = self._merge(self._merge(newest, middle), oldest_total)
 
         batch.write(self.totals, torch.stack((newest, middle, turned)))
-        self._write_rows(batch, torch.stack((here, opposite)), torch.stack((row, turned)), torch.stack((written, turning)))
-        batch.write(self.cursor, (self.cursor + 1) % (2 * self._segment))
-        return self._statistics(inside, running_mean.dtype)
+        new, old = torch.stack((row, turned)).to(self.rows.dtype), torch.stack((written, turning))
+        self.rows.scatter_(0, index[:2], new if batch.valid is None else torch.where(batch.valid, new, old))
+        seen = self.cursor + 1
+        batch.write(self.cursor, seen)
+        return self._statistics(inside, seen, running_mean.dtype)
 
     def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
         # A window of one is its newest batch, and keeps no rows.
         return (batches > 0).to(wide_dtype(step.device)) if self.size == 1 else None
 
-    def newest_batch(self) -> tuple[Tensor, Tensor] | None:
-        if self.size == 1:
-            return None
-        newest = (self.cursor - 1) % (2 * self._segment)
-        # Past the row that stays zero, in the second segment; a segment is turned over only while the other one is being written.
-        row = self.rows.index_select(0, (newest + newest // self._segment).reshape(1)).squeeze(0)
-        moments = Moments.from_row(row)
-        return moments.mean, moments.variance(unbiased=True) if self.pooled else moments.m2
-
-    def _write_rows(self, batch: Batch, index: Tensor, new: Tensor, old: Tensor) -> None:
-        new = new.to(old.dtype)
-        self.rows.index_copy_(0, index, new if batch.valid is None else torch.where(batch.valid, new, old))
-
     def _row(self, batch: Batch) -> Tensor:
-        if self.pooled:
-            row = Moments.from_variance(batch.count, batch.mean, batch.var).to_row()
-        else:
-            row = torch.cat((torch.ones_like(batch.count).reshape(1), batch.mean, batch.var))
-        return row.to(self.totals.dtype)
+        if not self.pooled:
+            return torch.stack((batch.mean, batch.var)).to(self.totals.dtype)
+        moments = Moments.from_variance(batch.count.expand_as(batch.mean), batch.mean, batch.var)
+        return torch.stack((moments.count, moments.mean, moments.m2)).to(self.totals.dtype)
 
     def _merge(self, one: Tensor, other: Tensor) -> Tensor:
-        return Moments.from_row(one).merge(Moments.from_row(other)).to_row() if self.pooled else one + other
+        if not self.pooled:
+            return one + other
+        merged = Moments(*one.unbind()).merge(Moments(*other.unbind()))
+        return torch.stack((merged.count, merged.mean, merged.m2))
 
-    def _statistics(self, total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _statistics(self, total: Tensor, seen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self.pooled:
-            moments = Moments.from_row(total)
+            moments = Moments(*total.unbind())
             return moments.mean.to(dtype), moments.variance(unbiased=True).to(dtype)
-        mean, var = (total[1:] / total[:1]).to(dtype).chunk(2)
+        mean, var = (total / seen.clamp(max=self.size)).to(dtype).unbind()
         return mean, var
+
+    @property
+    def state_meaning(self) -> str:
+        return f"Window({self.extra_repr()})"
+
+    def upgraded(self, state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
+        # 0.1.0 had one count a row for all channels, (count, mean, variance or m2), and a cursor that began again after two segments.
+        if not state or state["rows"].dim() == 3:
+            return state
+        written = int(state["rows"][:, 0].count_nonzero())
+        seen = state["cursor"] + 2 * self._segment * (written == 2 * self._segment)
+        return {
+            "rows": self._apart(state["rows"], num_features),
+            "totals": self._apart(state["totals"], num_features),
+            "cursor": seen.repeat(num_features),
+        }
+
+    def _apart(self, rows: Tensor, num_features: int) -> Tensor:
+        """Rows (R, 2 C + 1) in the layout (R, 2, C), or with `pooled`, which counts samples, (R, 3, C)."""
+        numbers = rows[:, 1:].reshape(len(rows), 2, num_features)
+        return torch.cat((rows[:, :1, None].expand(-1, 1, num_features), numbers), dim=1) if self.pooled else numbers
+
+    def _saved_meaning(self, saved: dict[str, Tensor], text: Tensor | None) -> str | None:
+        if text is None and "rows" in saved and saved["rows"].dim() == 2 and "cursor" in saved:
+            # 0.1.0 did not say it, but a row of a single batch tells: it counts one batch, or the values of that batch, which are several.
+            newest = int(saved["cursor"] - 1) % (2 * self._segment)
+            count = saved["rows"][min(newest + newest // self._segment, len(saved["rows"]) - 1), 0]
+            if count > 0 and bool(count > 1) != self.pooled:
+                return f"Window(size={self.size}{', pooled=True' * (not self.pooled)})"
+        return super()._saved_meaning(saved, text)
 
     def extra_repr(self) -> str:
         return f"size={self.size}" + ", pooled=True" * self.pooled

@@ -6,7 +6,7 @@ Running statistics are read by evaluation alone, so what a layer would hold unde
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,13 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.averaging import Averaging, Batch
+from lightning_bn.averaging import Averaging
 from lightning_bn.discovery import find_batch_norms
-from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging, input_and_mask
-from lightning_bn.layers.settlement import advance, is_deferred, is_finite, is_synchronised
+from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging
+from lightning_bn.layers.calls import input_and_mask
+from lightning_bn.layers.forwards import parts_called_by
+from lightning_bn.layers.group import Group, Rows
+from lightning_bn.layers.ledger import takes_loans
+from lightning_bn.layers.settlement import Loan, Settled, batch_moments, listening, rule_of, synchronised_moments
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import merge_over_ranks
-from lightning_bn.torch_internals import in_backward, kernel_moments
+from lightning_bn.torch_internals import in_backward
 
 __all__ = ["Followers"]
 
@@ -39,7 +43,8 @@ class Followers:
         TypeError: a value is not an Averaging.
         ValueError: the model has no layer that keeps running statistics.
 
-    Cost: per layer and training batch one pass over the layer's input for its moments, and one update per average on (C,) vectors.
+    Cost: the moments are those that the layers' own forwards have computed; per average and forward of the model one update, for the channels of all
+    layers together. No activation is read a second time where the kernel keeps a batch's moments.
 
     Example:
         >>> from lightning_bn import Cumulative, Window
@@ -68,7 +73,10 @@ class Followers:
         self._shadows = {
             name: {path: _shadow(layer, averaging) for path, layer in self._layers.items()} for name, averaging in averages.items()
         }
-        self._seen: set[str] = set()
+        self._model = model
+        self._seen: set[_BatchNorm] = set()
+        self._pending: dict[_BatchNorm, Loan] = {}
+        self._wide: list[_Wide] = []
         self._counts = {
             path: layer.num_batches_tracked.clone() for path, layer in self._layers.items() if layer.num_batches_tracked is not None
         }
@@ -76,12 +84,28 @@ class Followers:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Take in every training batch that reaches the layers."""
-        handles = [layer.register_forward_hook(self._hook(path), with_kwargs=True) for path, layer in self._layers.items()]
-        try:
+        self._wide = [
+            _Wide([self._layers[path] for path in paths], [[row[path] for path in paths] for row in self._shadows.values()])
+            for paths in self._alike()
+        ]
+        layers = list(self._layers.values())
+        with ExitStack() as stack:
+            stack.callback(listening([layer for layer in layers if takes_loans(layer)], self._settled))
+            for layer in layers:
+                if not takes_loans(layer):
+                    stack.callback(layer.register_forward_hook(self._see, with_kwargs=True).remove)
+            for module in dict.fromkeys([self._model, *parts_called_by(self._model)]):
+                # Also where a forward fails: the layers before have moved their own statistics.
+                stack.callback(module.register_forward_hook(self._flush, always_call=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            self._flush()
+
+    def _alike(self) -> list[list[str]]:
+        """The layers' names, those together whose shadows have the same dtype and device."""
+        alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+        for path, shadow in next(iter(self._shadows.values()), {}).items():
+            alike.setdefault((shadow.running_mean.dtype, shadow.running_mean.device), []).append(path)
+        return list(alike.values())
 
     def missed(self) -> list[str]:
         """Return the names of layers that took in batches of which nothing was seen here; waits for the device.
@@ -91,13 +115,14 @@ class Followers:
         return [
             path
             for path, before in self._counts.items()
-            if path not in self._seen and bool(self._layers[path].num_batches_tracked != before)
+            if self._layers[path] not in self._seen and bool(self._layers[path].num_batches_tracked != before)
         ]
 
     @contextmanager
     @torch.no_grad()
     def applied(self, name: str) -> Iterator[None]:
         """Let the layers hold the statistics of the average `name`, in place; at exit they hold their own again."""
+        self._flush()
         before = [(layer, layer.running_mean.clone(), layer.running_var.clone()) for layer in self._layers.values()]
         try:
             for path, layer in self._layers.items():
@@ -112,6 +137,7 @@ class Followers:
 
     def state_dict(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """Return, by average and layer, all that the averages need to go on."""
+        self._flush()
         return {name: {path: _copied(shadow.state_dict()) for path, shadow in row.items()} for name, row in self._shadows.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
@@ -121,40 +147,83 @@ class Followers:
                 if path in state.get(name, {}):
                     shadow.load_state_dict(state[name][path])
 
-    def _hook(self, path: str) -> Any:
-        shadows = [row[path] for row in self._shadows.values()]
+    def _settled(self, settled: Settled) -> None:
+        """Take in what layers of this package have settled."""
+        self._seen.update(layer for layer, ran in zip(settled.layers, settled.ran, strict=True) if ran)
+        for wide in self._wide:
+            if wide.layers == settled.layers:
+                wide.take(settled.mean, settled.var, settled.count)
+                return
+        sizes = [layer.num_features for layer in settled.layers]
+        pieces = zip(settled.mean.split(sizes), settled.var.split(sizes), settled.count.unbind(), strict=True)
+        for layer, ran, piece in zip(settled.layers, settled.ran, pieces, strict=True):
+            if ran:
+                self._put_down(layer, *piece)
+        self._flush()
 
-        def take(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if layer.training and layer.track_running_stats and not in_backward():
-                self._seen.add(path)
-                _take(shadows, _moments(layer, *input_and_mask(layer, args, kwargs)))
+    def _see(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        """Note down the batch of a layer of plain torch."""
+        if torch.compiler.is_compiling() or not (layer.training and layer.track_running_stats) or in_backward():
+            return
+        self._seen.add(layer)
+        self._put_down(layer, *_moments(layer, *input_and_mask(layer, args, kwargs), output))
 
-        return take
+    def _put_down(self, layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+        if layer in self._pending:
+            self._flush()
+        dtype = torch.promote_types(mean.dtype, torch.float32)
+        self._pending[layer] = loan = Loan(None, mean.to(dtype), var.to(dtype), None)
+        loan.own_rows = True
+        loan.repay(count)
+
+    @torch.no_grad()
+    def _flush(self, *_: Any) -> None:
+        if not self._pending or torch.compiler.is_compiling():
+            return
+        pending, self._pending = self._pending, {}
+        for wide in self._wide:
+            wide.take_each(pending)
+
+
+class _Wide:
+    """The shadows of `layers` under each average, each average's as one wide layer."""
+
+    def __init__(self, layers: list[_BatchNorm], shadows: list[list[BatchNorm1d]]) -> None:
+        self.layers = layers
+        self._groups = [Group(row, [rule_of(shadow) for shadow in row], skip_nonfinite=True) for row in shadows]
+        like = shadows[0][0].running_mean
+        self._absent = [torch.zeros(layer.num_features, dtype=like.dtype, device=like.device) for layer in layers]
+
+    def take_each(self, pending: Mapping[_BatchNorm, Loan]) -> None:
+        """Take in the batches of those layers that ran."""
+        loans = [pending.get(layer) or Loan(None, none, none, None) for layer, none in zip(self.layers, self._absent, strict=True)]
+        if any(loan.ran for loan in loans):
+            for loan in loans:
+                loan.own_rows = True
+            rows = self._groups[0].collect(self._absent[0], loans)
+            self.take(rows.mean, rows.var, rows.count)
+
+    @torch.no_grad()
+    def take(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Take in the batches of all layers, a layer's being left out where it has no variance or is not finite."""
+        first = self._groups[0]
+        mean, var = mean.to(first.dtype), var.to(first.dtype)
+        rows = Rows(mean, var, count.to(first.dtype), (count > 1) & first.finite(var))
+        for group in self._groups:
+            group.settle(rows)
 
 
 @torch.no_grad()
-def _take(shadows: list[BatchNorm1d], moments: Moments) -> None:
-    var = moments.variance(unbiased=True)
-    valid = is_finite(var) & (moments.count > 1)
-    for shadow in shadows:
-        advance(shadow, shadow.averaging, Batch(moments.mean, var, moments.count, shadow.num_batches_tracked + 1, valid))
-
-
-@torch.no_grad()
-def _moments(layer: _BatchNorm, input: Tensor, mask: Tensor | None) -> Moments:
-    """The moments of what the layer's own statistics take in: the batch, or that of all ranks where the layer is synchronised."""
-    if mask is None and input.numel():
-        mean, var = kernel_moments(input)
-        count = torch.full((), input.numel() // input.shape[1], dtype=mean.dtype, device=mean.device)
-        moments = Moments(count, mean, var * count)
-    else:
+def _moments(layer: _BatchNorm, input: Tensor, mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Mean, *unbiased* variance and count of what the layer's own statistics take in: the batch, or that of all ranks if it is synchronised."""
+    moments = synchronised_moments(layer)
+    if isinstance(layer, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        (moments,) = merge_over_ranks([Moments.of(input, mask)], layer.process_group)
+    elif moments is None and (mask is not None or not input.numel()):
         moments = Moments.of(input, mask)
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if ranks > 1 and (is_synchronised(layer) or is_deferred(layer) or isinstance(layer, nn.SyncBatchNorm)):
-        dtype = moments.mean.dtype
-        (merged,) = merge_over_ranks([moments], getattr(layer, "process_group", None))
-        moments = Moments(merged.count.reshape(()).to(dtype), merged.mean.to(dtype), merged.m2.to(dtype))
-    return moments
+    if moments is None:
+        return (*batch_moments(layer, input, output), input.numel() // layer.num_features)
+    return moments.mean, moments.variance(unbiased=True), moments.count.reshape(())
 
 
 def _shadow(layer: _BatchNorm, averaging: Averaging) -> BatchNorm1d:

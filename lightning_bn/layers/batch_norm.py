@@ -13,7 +13,22 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_bn.averaging import Averaging, Batch, Exponential
 from lightning_bn.averaging.training_state import apply_without_narrowing
-from lightning_bn.layers.settlement import advance, counts, is_deferred, is_finite, is_synchronised, settle, torch_rule, values_per_channel
+from lightning_bn.layers.settlement import (
+    LISTENERS,
+    LOAN,
+    SYNCHRONISED,
+    Loan,
+    advance,
+    batch_moments,
+    borrowed,
+    exclusive,
+    is_finite,
+    is_synchronised,
+    kernel_momentum,
+    rule_of,
+    tell,
+    write,
+)
 from lightning_bn.moments import Moments
 from lightning_bn.torch_internals import in_backward
 
@@ -56,6 +71,8 @@ class AveragedBatchNorm(_BatchNorm):
 
     averaging: Averaging | None
     skip_nonfinite: bool
+    takes_mask = True
+    takes_loans = True
 
     def __init__(
         self,
@@ -126,7 +143,7 @@ class AveragedBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if mask is not None:
             _check_mask(input, mask)
-        batch_statistics = self.training or self.running_mean is None
+        batch_statistics = self.training or self._buffers["running_mean"] is None
         if batch_statistics and input.numel() == input.shape[1] and not is_synchronised(self):
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {input.shape}. "
@@ -142,7 +159,7 @@ class AveragedBatchNorm(_BatchNorm):
         return self._training_forward(input)
 
     def _tracks(self) -> bool:
-        return self.training and self.track_running_stats and self.running_mean is not None
+        return self.training and self.track_running_stats and self._buffers["running_mean"] is not None
 
     def _normalise_with_running(self, input: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
@@ -152,40 +169,73 @@ class AveragedBatchNorm(_BatchNorm):
         return F.batch_norm(input, mean, var, *self._affine(mean.dtype), False, 0.0, self.eps)
 
     def _training_forward(self, input: Tensor) -> Tensor:
-        averaging = self.averaging
-        momentum = self.momentum if averaging is None else averaging.kernel_momentum
-        if momentum is not None and not is_deferred(self):
-            return self._kernel_forward(input, momentum)
-        # With momentum 1 the kernel leaves the batch's mean and unbiased variance in the buffers it is given, for free. They start as
-        # zeros, since a NaN in fresh memory would survive being multiplied by 0.
+        compiling = torch.compiler.is_compiling()
+        loan = None if compiling else borrowed(self)
+        if loan is not None:
+            return self._forward_on_loan(input, loan)
+        momentum = kernel_momentum(self)
+        if momentum is None or (not compiling and LOAN in self.__dict__ and not in_backward()):
+            return self._forward_on_scratch(input)
+        with exclusive():
+            return self._forward_in_kernel(input, momentum)
+
+    def _forward_on_loan(self, input: Tensor, loan: Loan) -> Tensor:
+        """Let the kernel write the rows that the model's ledger lends, and settles when the model's forward ends."""
+        if is_synchronised(self):
+            loan.take_own_rows()
+        dtype = loan.mean.dtype
+        output = F.batch_norm(input, loan.mean, loan.var, *self._affine(dtype), True, loan.kernel_momentum, self.eps)
+        count = self._values_per_channel(input)
+        if LISTENERS in self.__dict__ and loan.momentum is not None:
+            loan.batch = batch_moments(self, input, output)
+        if loan.momentum is not None or isinstance(count, Tensor) or count > 0:
+            loan.repay(count)
+        return output
+
+    def _forward_on_scratch(self, input: Tensor) -> Tensor:
+        """Let the kernel leave the batch's mean and unbiased variance in scratch buffers, which with momentum 1 costs nothing, and settle at once.
+
+        They start as zeros, since a NaN in fresh memory would survive being multiplied by 0.
+        """
         dtype = self.running_mean.dtype
         mean, var = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind()
         output = F.batch_norm(input, mean, var, *self._affine(dtype), True, 1.0, self.eps)
-        if counts(self, input) and not in_backward():
-            count = values_per_channel(self, input, dtype)
+        count = self._values_per_channel(input)
+        if (isinstance(count, Tensor) or count > 0) and not in_backward():
             valid = is_finite(var) if self.skip_nonfinite else None
-            step = self.num_batches_tracked + 1
-            advance(self, averaging or torch_rule(momentum), Batch(mean, var, count, step, valid))
+            values = count.to(dtype) if isinstance(count, Tensor) else torch.full((), count, dtype=dtype, device=input.device)
+            advance(self, rule_of(self), Batch(mean, var, values, self.num_batches_tracked + 1, valid))
         return output
 
-    def _kernel_forward(self, input: Tensor, momentum: float) -> Tensor:
+    def _forward_in_kernel(self, input: Tensor, momentum: float) -> Tensor:
         """Torch's own training forward, on copies that are kept only where the batch was finite and is not a recomputation.
 
         A recomputation has to run the same kernel on the same kinds of tensors: checkpointing compares what either pass saves.
         """
         again = in_backward()
         mean, var = self.running_mean, self.running_var
-        if self.skip_nonfinite or again:
+        if self.skip_nonfinite or again or LISTENERS in self.__dict__:
             mean, var = mean.clone(), var.clone()
         output = F.batch_norm(input, mean, var, *self._affine(mean.dtype), True, momentum, self.eps)
         if again:
             return output
-        if self.skip_nonfinite:
-            with torch.no_grad():
-                settle(self, mean, var, is_finite(var))
-        elif self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        with torch.no_grad():
+            if LISTENERS in self.__dict__:
+                values = torch.full((), self._values_per_channel(input), dtype=mean.dtype, device=mean.device)
+                batch = Batch(*batch_moments(self, input, output), values, self.num_batches_tracked + 1, None)
+                tell(self, batch, (self.running_mean, self.running_var))
+            if mean is not self.running_mean:
+                write(self, mean, var, is_finite(var) if self.skip_nonfinite else None)
+            elif self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
         return output
+
+    def _values_per_channel(self, input: Tensor) -> int | Tensor:
+        """Values per channel in this batch, of all ranks where the layer is synchronised."""
+        if is_synchronised(self):
+            count: Tensor = self.__dict__[SYNCHRONISED].count
+            return count
+        return input.numel() // self.num_features
 
     def _masked_forward(self, input: Tensor, mask: Tensor, batch_statistics: bool) -> Tensor:
         if not batch_statistics:
@@ -196,14 +246,18 @@ class AveragedBatchNorm(_BatchNorm):
             self._take_masked(moments.detach())
         return output
 
+    @torch.no_grad()
     def _take_masked(self, moments: Moments) -> None:
         var = moments.variance(unbiased=True)
         valid = moments.count > 1
         if self.skip_nonfinite:
             valid = valid & is_finite(var)
-        step = self.num_batches_tracked + 1
-        averaging = self.averaging or torch_rule(self.momentum)
-        advance(self, averaging, Batch(moments.mean, var, moments.count, step, valid))
+        batch = Batch(moments.mean, var, moments.count, self.num_batches_tracked + 1, valid)
+        loan = None if torch.compiler.is_compiling() else borrowed(self)
+        if loan is not None:
+            loan.repay_moments(batch, (self.running_mean, self.running_var))
+        else:
+            advance(self, rule_of(self), batch)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AveragedBatchNorm:
         # torch's cast of all buffers with the model makes an average in bfloat16, which stalls: at momentum 0.01, on the way from 0
@@ -215,8 +269,19 @@ class AveragedBatchNorm(_BatchNorm):
 
     def _affine(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in the dtype of the statistics that the kernel gets beside them: it takes no others."""
-        weight, bias = (None if parameter is None else parameter.to(dtype) for parameter in (self.weight, self.bias))
+        weight: Tensor | None = self._parameters["weight"]
+        bias: Tensor | None = self._parameters["bias"]
+        if weight is not None and weight.dtype != dtype:
+            weight = weight.to(dtype)
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
         return weight, bias
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        averaging = self._modules.get("averaging")
+        if isinstance(averaging, Averaging):
+            averaging.upgrade(self.num_features)
 
     def reset_running_stats(self) -> None:
         """Put mean 0, variance 1 and no batches tracked into the buffers, and empty the averaging."""
@@ -285,18 +350,6 @@ def masked_batch_norm(input: Tensor, mask: Tensor, weight: Tensor | None, bias: 
     if bias is not None:
         output = output + bias.reshape(shape)
     return torch.where(kept, output, 0.0).to(input.dtype), moments
-
-
-def input_and_mask(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Return what a call of `layer`, of whatever class, normalises, and the mask, if a layer of this package is given one.
-
-    The second argument of a forward of others' making may mean something else.
-    """
-    given = dict(zip(("input", "mask"), args, strict=False)) | kwargs
-    mask = given.get("mask")
-    if not (isinstance(layer, AveragedBatchNorm) and isinstance(mask, Tensor) and mask.dtype == torch.bool):
-        mask = None
-    return given["input"] if "input" in given else next(iter(given.values())), mask
 
 
 def check_averaging(averaging: object, call: str) -> None:

@@ -9,6 +9,8 @@ from lightning_bn.averaging import Averaging
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_averaging
+from lightning_bn.layers.ledger import release as release_ledger
+from lightning_bn.layers.ledger import settle_together
 
 __all__ = ["convert_batch_norm", "to_torch"]
 
@@ -56,7 +58,7 @@ def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) ->
         raise TypeError(f"convert_batch_norm(module, {averaging!r}) can't serve {_listing(refused)}. Nothing was changed.")
     for layer in layers:
         _convert(layer.module, averaging)
-    return module
+    return settle_together(module)
 
 
 def to_torch(module: nn.Module) -> nn.Module:
@@ -87,6 +89,8 @@ def to_torch(module: nn.Module) -> nn.Module:
         raise TypeError(f"to_torch(module) can't turn {_listing(refused)}. Nothing was changed.")
     for layer in layers:
         _revert(layer.module)
+    for each in module.modules():
+        release_ledger(each)
     return module
 
 

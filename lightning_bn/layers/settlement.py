@@ -1,19 +1,117 @@
-"""The step from a batch's moments to a layer's buffers: taken at once, where the batch is finite, or put off until ranks are merged."""
+"""How the batch of a forward gets into the running statistics: settled for all layers of a model at once, or for one layer by itself.
+
+When the outermost forward of a model begins, its ledger (`lightning_bn.layers.ledger`) lends each layer a pair of rows, and the layer's forward lets
+the kernel write into them. When it ends, all loans are settled together, as if the layers were one wide layer. A layer that nobody has lent
+anything, because it is called by itself or inside compiled code, settles at once: slower, and with the same result.
+"""
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
+from lightning_bn.moments import Moments
+from lightning_bn.torch_internals import in_backward, kernel_moments, saved_moments
 
-# Names of attributes by which synchronization over ranks makes itself known to a layer, of whatever class, while it lasts.
-SYNCHRONISED = "_values_of_all_ranks"  # values per channel in the last batch of all ranks
-DEFERRED = "_deferred_batches"  # a list to which batches go that are yet to be merged with the other ranks'
+__all__ = [
+    "Listener",
+    "Loan",
+    "Settled",
+    "advance",
+    "borrowed",
+    "is_finite",
+    "is_lent",
+    "kernel_momentum",
+    "listening",
+    "rule_of",
+    "tell",
+    "torch_rule",
+]
+
+# Names of attributes that a layer, of whatever class, has for a while.
+SYNCHRONISED = "_moments_of_all_ranks"  # while it normalises with the batch of all ranks: the `Moments` of the last one
+LOAN = "_loan"  # during a forward of its model
+SERVED = "_lightning_bn_service"  # of a subclass of another package, while it has an averaging
+MERGED = "_merged_over_ranks"  # while a ledger merges its statistics over ranks, to which all others yield
+OBSERVED = "_lightning_bn_observed"  # of a layer of plain torch, while a ledger serves it
+LISTENERS = "_listeners"  # while somebody wants to know the moments of its batches
+
+_at_once = threading.Lock()  # two threads may run one layer
+
+
+class Listener(Protocol):
+    """Told of the batches that layers have settled."""
+
+    def __call__(self, settled: Settled) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What has just been settled, for one layer or for several as one wide layer of all their channels, before any buffer is written."""
+
+    layers: Sequence[_BatchNorm]
+    mean: Tensor  # (C,), of the batch
+    var: Tensor  # (C,), unbiased, within the batch
+    count: Tensor  # (L,), floating: values per channel, 0 for a layer that did not run or whose batch was skipped
+    ran: Sequence[bool]  # which layers ran
+    before: tuple[Tensor, Tensor]  # running mean and variance, (C,) each, that were there before the batch
+
+
+class Loan:
+    """The rows that one layer is lent for one forward of its model, and what it reports of its run.
+
+    The rows are zeros with momentum 1, in which the kernel leaves the batch's mean and *unbiased* variance, or copies of the running statistics
+    with the layer's own momentum, of which the kernel makes the new running statistics.
+    """
+
+    def __init__(self, ledger: Any, mean: Tensor, var: Tensor, momentum: float | None) -> None:
+        self.thread = threading.get_ident()
+        self.ledger = ledger
+        self.mean, self.var = mean, var
+        self.momentum = momentum  # None: rows of zeros
+        self.ran = False
+        self.own_rows = False  # whether mean and var are other tensors than those that the ledger cut out of its one
+        self.count: int | Tensor = 0  # values per channel
+        self.valid: Tensor | None = None  # (), bool: whether the batch counts for other reasons than being finite
+        self.batch: tuple[Tensor, Tensor] | None = None  # mean and unbiased variance of the batch, where the rows are not these
+
+    @property
+    def kernel_momentum(self) -> float:
+        """The momentum to hand to the kernel."""
+        return 1.0 if self.momentum is None else self.momentum
+
+    def take_own_rows(self) -> None:
+        """Exchange the rows for copies, which may be written without changing what autograd has saved of the other layers' rows."""
+        self.mean, self.var, self.own_rows = self.mean.clone(), self.var.clone(), True
+
+    def repay(self, count: int | Tensor) -> None:
+        """Report that the kernel has written the rows, of a batch of `count` values per channel."""
+        self.ran, self.count = True, count
+
+    def repay_moments(self, batch: Batch, running: tuple[Tensor, Tensor]) -> None:
+        """Report a batch whose moments are known and that the kernel has not seen."""
+        mean, var = batch.mean, batch.var
+        if self.momentum is not None:
+            self.batch = mean, var
+            mean, var = (old.to(new.dtype).lerp(new, self.momentum) for old, new in zip(running, (mean, var), strict=True))
+        self.mean, self.var, self.own_rows = mean.to(self.mean.dtype), var.to(self.var.dtype), True
+        self.ran, self.count, self.valid = True, batch.count, batch.valid
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a layer in the middle of its model's forward has borrowed nothing."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def is_synchronised(layer: _BatchNorm) -> bool:
@@ -21,22 +119,17 @@ def is_synchronised(layer: _BatchNorm) -> bool:
     return SYNCHRONISED in layer.__dict__
 
 
-def is_deferred(layer: _BatchNorm) -> bool:
-    """Whether the layer's batches are merged with those of the other ranks before an averaging takes them."""
-    return DEFERRED in layer.__dict__
+def is_lent(layer: _BatchNorm) -> bool:
+    """Whether a forward of the layer's model is under way, at whose end the layer's batch is settled."""
+    return layer.__dict__.get(LOAN) is not None
 
 
-def counts(layer: _BatchNorm, input: Tensor) -> bool:
-    """Whether `input` is a batch to average: one that is empty here may be a part of the other ranks' batch."""
-    return input.numel() > 0 or is_synchronised(layer) or is_deferred(layer)
-
-
-def values_per_channel(layer: _BatchNorm, input: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values per channel in this batch, of all ranks where the layer is synchronised: () in `dtype`, on the input's device."""
-    if is_synchronised(layer):
-        count: Tensor = layer.__dict__[SYNCHRONISED]
-        return count.to(dtype)
-    return torch.full((), input.numel() // layer.num_features, dtype=dtype, device=input.device)
+def borrowed(layer: _BatchNorm) -> Loan | None:
+    """Return the loan that this call of the layer may use, or None where it must settle by itself."""
+    loan: Loan | None = layer.__dict__.get(LOAN)
+    if loan is None or loan.thread != threading.get_ident() or in_backward():
+        return None
+    return loan.ledger.another(layer) if loan.ran else loan
 
 
 def torch_rule(momentum: float | None) -> Averaging:
@@ -44,13 +137,27 @@ def torch_rule(momentum: float | None) -> Averaging:
     return Cumulative() if momentum is None else Exponential(momentum)
 
 
+_torch_rule = cache(torch_rule)  # a module made anew for each layer and step would be what settling costs
+
+
 def rule_of(layer: _BatchNorm) -> Averaging:
     """The averaging that moves the layer's statistics; for one of torch's, the same rule in this package's words."""
-    averaging = getattr(layer, "averaging", None)
-    return averaging if isinstance(averaging, Averaging) else _torch_rule(layer.momentum)
+    averaging = layer._modules.get("averaging")
+    if not isinstance(averaging, Averaging) or (SERVED in layer.__dict__ and averaging.by_momentum):
+        # torch.compile can't look into a cache of Python's.
+        return torch_rule(layer.momentum) if torch.compiler.is_compiling() else _torch_rule(layer.momentum)
+    return averaging
 
 
-_torch_rule = cache(torch_rule)  # a module made anew for each layer and step would be what drift costs
+def kernel_momentum(layer: _BatchNorm) -> float | None:
+    """The momentum with which torch's kernel computes the layer's average in place; None where it can't."""
+    averaging: Any = layer._modules.get("averaging")
+    if averaging is None or (SERVED in layer.__dict__ and averaging.by_momentum):
+        # Third parties set a layer's momentum, and a subclass of another package has no property that would pass it on.
+        momentum: float | None = layer.__dict__["momentum"]
+    else:
+        momentum = averaging.kernel_momentum
+    return momentum
 
 
 def is_finite(var: Tensor) -> Tensor:
@@ -61,24 +168,105 @@ def is_finite(var: Tensor) -> Tensor:
     return (var < math.inf).all()
 
 
+def batch_moments(layer: _BatchNorm, input: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and *unbiased* variance of the batch that `layer` has just normalised, (C,) each; the kernel has kept them where there is a graph."""
+    synchronised = synchronised_moments(layer)
+    if synchronised is not None:
+        return synchronised.mean, synchronised.variance(unbiased=True)
+    count = input.numel() // layer.num_features
+    if count == 0:
+        return torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)
+    with torch.no_grad():
+        # Another class may do more in its forward than call the kernel once.
+        known = type(layer).forward in _KERNEL_FORWARDS and "forward" not in layer.__dict__
+        saved = saved_moments(output, layer.eps, count) if known or getattr(type(layer), "takes_mask", False) else None
+        if saved is None:
+            mean, var = kernel_moments(input)
+            saved = mean, var * (count / max(count - 1, 1))
+    return saved
+
+
+_KERNEL_FORWARDS = (nn.BatchNorm2d.forward,)  # which 1d and 3d inherit too
+
+
+def synchronised_moments(layer: _BatchNorm) -> Moments | None:
+    """The moments of the last batch of all ranks, if the layer normalises with that."""
+    moments: Moments | None = layer.__dict__.get(SYNCHRONISED)
+    return moments
+
+
+def exclusive() -> AbstractContextManager[Any]:
+    """Return a context that one thread is in at a time: two may run one layer. Compiled code has one thread."""
+    return nullcontext() if torch.compiler.is_compiling() else _at_once
+
+
 @torch.no_grad()
-def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch, *, now: bool = False) -> None:
+def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
     """Let `averaging` take `batch` in and write the statistics it gives into the layer's buffers, in place.
 
-    Where the layer's batches are deferred, this one is put with them; `now` is for whoever has merged it since.
+    If another thread is in the middle of a forward of the layer's model, that forward's settlement does it, since it will write the buffers.
     """
-    deferred = layer.__dict__.get(DEFERRED)
-    if deferred is not None and not now:
-        deferred.append((layer, averaging, batch))
+    loan: Loan | None = None if torch.compiler.is_compiling() else layer.__dict__.get(LOAN)
+    if loan is not None:
+        loan.ledger.later.append((layer, averaging, batch))
         return
+    with exclusive():
+        _advance(layer, averaging, batch)
+
+
+def _advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
+    if any(value.device != layer.running_mean.device for value in averaging.state().values()):
+        return  # a replica that `DataParallel` throws away after the forward, buffers and all
     dtype = batch.mean.dtype
-    mean, var = averaging.update(layer.running_mean.to(dtype), layer.running_var.to(dtype), batch)
-    settle(layer, mean, var, batch.valid)
+    running = layer.running_mean.to(dtype), layer.running_var.to(dtype)
+    tell(layer, batch, running)
+    mean, var = averaging.update(*running, per_channel(batch) if averaging.elementwise else batch)
+    write(layer, mean, var, batch.valid)
 
 
-def settle(layer: _BatchNorm, mean: Tensor, var: Tensor, valid: Tensor | None) -> None:
+def per_channel(batch: Batch) -> Batch:
+    """Return the batch of one layer as an elementwise averaging is told of it."""
+    count, step = batch.count.expand_as(batch.mean), batch.step.expand_as(batch.mean)
+    return Batch(batch.mean, batch.var, count, step, None if batch.valid is None else batch.valid.expand_as(batch.mean))
+
+
+def write(layer: _BatchNorm, mean: Tensor, var: Tensor, valid: Tensor | None) -> None:
     """Write new running statistics in place and count the batch, both only where `valid`; the device alone knows whether."""
     for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
         buffer.copy_(value if valid is None else torch.where(valid, value.to(buffer.dtype), buffer))
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1 if valid is None else valid)
+
+
+def tell(layer: _BatchNorm, batch: Batch, running: tuple[Tensor, Tensor]) -> None:
+    """Tell the layer's listeners of a batch that it settles by itself."""
+    if not torch.compiler.is_compiling() and (listeners := layer.__dict__.get(LISTENERS)):
+        settled = Settled([layer], batch.mean, batch.var, batch.count.reshape(1), [True], running)
+        for listener in listeners:
+            listener(settled)
+
+
+class _Listeners(list[Listener]):
+    """A list of which a copy of the layer gets an empty one: nobody listens to a copy."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Listeners:
+        return _Listeners()
+
+    def __reduce__(self) -> tuple[type[_Listeners], tuple[()]]:
+        return _Listeners, ()
+
+
+def listening(layers: Sequence[_BatchNorm], listener: Listener) -> Callable[[], None]:
+    """Let `listener` be told of the batches of `layers`; return what ends that."""
+    for layer in layers:
+        layer.__dict__.setdefault(LISTENERS, _Listeners()).append(listener)
+
+    def end() -> None:
+        for layer in layers:
+            listeners = layer.__dict__.get(LISTENERS, [])
+            if listener in listeners:
+                listeners.remove(listener)
+            if not listeners:
+                layer.__dict__.pop(LISTENERS, None)
+
+    return end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,36 +12,87 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.layers.settlement import advance, counts, is_deferred, is_finite, settle, torch_rule, values_per_channel
+from lightning_bn.averaging.training_state import apply_without_narrowing
+from lightning_bn.layers.calls import input_and_mask
+from lightning_bn.layers.settlement import (
+    LISTENERS,
+    LOAN,
+    OBSERVED,
+    SERVED,
+    Loan,
+    advance,
+    batch_moments,
+    borrowed,
+    is_finite,
+    is_synchronised,
+    kernel_momentum,
+    rule_of,
+    synchronised_moments,
+    tell,
+    write,
+)
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["is_served", "observe", "obstacle", "release", "serve"]
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_EXCHANGED = "_lightning_bn_exchanged"
+
+
+class _Exchange:
+    """What a layer has in the place of its own buffers, momentum and 16-bit parameters during one call, and what it had."""
+
+    def __init__(self, layer: _BatchNorm, loan: Loan | None, scratch: bool) -> None:
+        self.thread = threading.get_ident()
+        self.loan = loan
+        self.scratch = scratch
+        self.buffers = {name: layer._buffers[name] for name in _BUFFERS}
+        self.parameters = {name: layer._parameters[name] for name in ("weight", "bias") if layer._parameters.get(name) is not None}
+        self.momentum = layer.momentum
+
+    def make(self, layer: _BatchNorm) -> None:
+        mean, var, tracked = self.buffers.values()
+        if self.loan is not None:
+            mean, var = self.loan.mean, self.loan.var
+        elif self.scratch:
+            dtype = torch.promote_types(mean.dtype, torch.float32)
+            mean, var = torch.zeros(2, layer.num_features, dtype=dtype, device=mean.device).unbind()
+        else:
+            mean, var = mean.clone(), var.clone()
+        layer._buffers |= {"running_mean": mean, "running_var": var, "num_batches_tracked": tracked.clone()}
+        if self.scratch:
+            layer.momentum = 1.0
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != mean.dtype:  # the kernel takes no parameters of another dtype than that of the statistics
+                with torch.enable_grad():
+                    layer._parameters[name] = parameter.to(mean.dtype)  # type: ignore[assignment]
+
+    def undo(self, layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+        """Give the layer its own back; return what its forward has left in the exchanged buffers."""
+        left = layer._buffers["running_mean"], layer._buffers["running_var"]
+        layer._buffers |= self.buffers
+        layer._parameters |= self.parameters
+        layer.momentum = self.momentum
+        return left  # type: ignore[return-value]
 
 
 class _Service:
-    """Two hooks around a layer's own forward: it runs with scratch tensors for buffers, and then its own get the average.
+    """Two hooks around a layer's own forward: it runs with other tensors for buffers, and then its own get the average.
 
     A batch-norm forward that follows torch's pattern calls ``F.batch_norm`` with the module's own buffers and ``momentum``. With
     zeroed buffers and momentum 1 it leaves the batch's mean and unbiased variance in them, whatever else it does (timm's also drop).
     The buffers are exchanged, not overwritten: autograd keeps those of the forward for backward, and finds them changed otherwise.
+    A layer that several threads run is run by one of them at a time.
     """
 
-    def __init__(self, layer: _BatchNorm, averaging: Averaging | None) -> None:
-        # None: torch's rule, by the layer's momentum, which third parties set at any time. Where the kernel can compute the averaging,
-        # it does so by that momentum too.
-        self._averaging = None if averaging is None or averaging.kernel_momentum is not None else averaging
-        self._own: dict[str, Any] | None = None
+    def __init__(self, layer: _BatchNorm) -> None:
+        self._lock = threading.RLock()
         self._handles = [
             layer.register_forward_pre_hook(self._enter, prepend=True),
             # Called on an exception too: a forward that failed must not leave the scratch tensors behind.
             layer.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
-
-    def _in_kernel(self, layer: _BatchNorm) -> bool:
-        return self._averaging is None and not is_deferred(layer)
 
     def end(self) -> None:
         for handle in self._handles:
@@ -50,61 +102,125 @@ class _Service:
     def _enter(self, layer: _BatchNorm, args: tuple[Any, ...]) -> None:
         if not layer.track_running_stats:
             return
-        self._own = {name: getattr(layer, name) for name in (*_BUFFERS, "momentum")}
-        for name in _BUFFERS:
-            setattr(layer, name, getattr(layer, name).clone())
-        if layer.training and not self._in_kernel(layer):
-            layer.running_mean.zero_()
-            layer.running_var.zero_()
-            layer.momentum = 1.0
+        if self.__dict__.pop("_unpickled", False):
+            layer.averaging.upgrade(layer.num_features)
+        self._lock.acquire()
+        interrupted: _Exchange | None = layer.__dict__.pop(_EXCHANGED, None)
+        if interrupted is not None:  # by a BaseException, of which no hook is told
+            interrupted.undo(layer)
+            self._lock.release()
+        compiling = torch.compiler.is_compiling()
+        loan = borrowed(layer) if layer.training and not compiling else None
+        if loan is not None and is_synchronised(layer):
+            loan.take_own_rows()
+        elsewhere = LOAN in layer.__dict__ and not in_backward() and loan is None
+        momentum = kernel_momentum(layer) if loan is None else loan.momentum
+        exchange = _Exchange(layer, loan, scratch=layer.training and (momentum is None or elsewhere))
+        layer.__dict__[_EXCHANGED] = exchange
+        exchange.make(layer)
 
     @torch.no_grad()
     def _leave(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None) -> None:
-        if self._own is None:
+        exchange: _Exchange | None = layer.__dict__.pop(_EXCHANGED, None)
+        if exchange is None:
             return
-        mean, var = layer.running_mean, layer.running_var
-        for name, value in self._own.items():
-            setattr(layer, name, value)
-        self._own = None
-        if output is None or not layer.training or in_backward():
-            return
-        dtype = torch.promote_types(mean.dtype, torch.float32)
-        mean, var = mean.to(dtype), var.to(dtype)
-        valid = is_finite(var)
-        (input, *_) = (*args, *kwargs.values())
-        if self._in_kernel(layer):
-            settle(layer, mean, var, valid)
-        elif counts(layer, input):
-            count = values_per_channel(layer, input, dtype)
-            averaging = torch_rule(layer.momentum) if self._averaging is None else self._averaging
-            advance(layer, averaging, Batch(mean, var, count, layer.num_batches_tracked + 1, valid))
+        try:
+            mean, var = exchange.undo(layer)
+            if output is not None and layer.training and not in_backward():
+                input, _ = input_and_mask(layer, args, kwargs)
+                _take(layer, exchange, mean, var, input, output)
+        finally:
+            self._lock.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+        self._unpickled = True
+
+
+def _take(layer: _BatchNorm, exchange: _Exchange, mean: Tensor, var: Tensor, input: Tensor, output: Tensor) -> None:
+    """Report or settle what the layer's forward has left in the buffers it was given."""
+    synchronised = synchronised_moments(layer)
+    count: int | Tensor = input.numel() // layer.num_features if synchronised is None else synchronised.count
+    listened = LISTENERS in layer.__dict__ and not exchange.scratch and (exchange.loan is None or exchange.loan.momentum is not None)
+    batch = batch_moments(layer, input, output) if listened else None
+    loan = exchange.loan
+    if loan is not None:
+        if mean is not loan.mean:  # the forward has put other tensors in their place
+            loan.mean, loan.var, loan.own_rows = mean, var, True
+        loan.batch = batch
+        if loan.momentum is not None or isinstance(count, Tensor) or count > 0:
+            loan.repay(count)
+        return
+    if not exchange.scratch:
+        if batch is not None:
+            tell(layer, _batch(layer, *batch, count, None), (layer.running_mean, layer.running_var))
+        write(layer, mean, var, is_finite(var))
+    elif isinstance(count, Tensor) or count > 0:
+        advance(layer, rule_of(layer), _batch(layer, mean, var, count, is_finite(var)))
+
+
+def _batch(layer: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor, valid: Tensor | None) -> Batch:
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    values = count.to(dtype) if isinstance(count, Tensor) else torch.full((), count, dtype=dtype, device=mean.device)
+    return Batch(mean.to(dtype), var.to(dtype), values, layer.num_batches_tracked + 1, valid)
+
+
+class _WideStatistics:
+    """The ``_apply`` of a layer whose running statistics stay float32 when the model is cast to 16 bits: an average kept in bfloat16 stalls."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        self.layer = layer
+
+    def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _BatchNorm:
+        layer = self.layer
+        wide = {name: layer._buffers[name] for name in ("running_mean", "running_var")}
+        type(layer)._apply(layer, fn, recurse)
+        layer._buffers |= {name: apply_without_narrowing(fn, buffer) for name, buffer in wide.items() if buffer is not None}
+        return layer
 
 
 def observe(layer: _BatchNorm) -> Callable[[], None]:
-    """Let the layer's batches be put off, and then averaged by torch's rule; without a trace but two hooks. Return what removes them."""
-    return _Service(layer, None).end
+    """Let the layer of plain torch take loans from a ledger, adding only two hooks. Returns a function that removes them."""
+    layer.__dict__[OBSERVED] = service = _Service(layer)
+
+    def end() -> None:
+        service.end()
+        del layer.__dict__[OBSERVED]
+
+    return end
 
 
 def is_served(layer: _BatchNorm) -> bool:
     """Whether `serve` gave the layer an averaging."""
-    return "_lightning_bn_service" in layer.__dict__
+    return SERVED in layer.__dict__
 
 
 def serve(layer: _BatchNorm, averaging: Averaging) -> None:
     """Have `averaging` keep the running statistics of `layer` from now on."""
     release(layer)
+    for name in ("running_mean", "running_var"):
+        layer._buffers[name] = apply_without_narrowing(lambda value: value.float(), layer._buffers[name])
     layer.averaging = averaging.for_layer(layer.running_mean)
-    if averaging.kernel_momentum is not None:
+    if averaging.by_momentum:
         layer.momentum = averaging.kernel_momentum
-    layer.__dict__["_lightning_bn_service"] = _Service(layer, layer.averaging)
+    layer.__dict__["_apply"] = _WideStatistics(layer)
+    layer.__dict__[SERVED] = _Service(layer)
 
 
 def release(layer: _BatchNorm) -> None:
     """Undo `serve`; a layer that is not served stays as it is."""
-    service = layer.__dict__.pop("_lightning_bn_service", None)
+    service = layer.__dict__.pop(SERVED, None)
     if service is not None:
         service.end()
         del layer.averaging
+        layer.__dict__.pop("_apply", None)
+        if layer.weight is not None:
+            # torch's kernel takes 16-bit parameters next to no other statistics than 16-bit ones.
+            for name in ("running_mean", "running_var"):
+                layer._buffers[name] = layer._buffers[name].to(layer.weight.dtype)
 
 
 def obstacle(layer: _BatchNorm) -> str | None:

@@ -10,8 +10,7 @@ from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
 from lightning_bn.discovery import find_batch_norms
-from lightning_bn.ranks.deferral import merge_statistics
-from lightning_bn.ranks.synchronization import synchronise
+from lightning_bn.ranks.synchronization import merge_statistics, synchronise
 
 __all__ = ["BatchNormSync"]
 

@@ -14,16 +14,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from lightning_bn.discovery import find_batch_norms
 from lightning_bn.layers.batch_norm import masked_batch_norm
-from lightning_bn.layers.settlement import SYNCHRONISED
+from lightning_bn.layers.ledger import Ledger, takes_loans
+from lightning_bn.layers.settlement import MERGED, SYNCHRONISED
+from lightning_bn.layers.subclasses import observe
 from lightning_bn.moments import Moments
 
-__all__ = ["merge_over_ranks", "synchronise", "unsynchronised"]
+__all__ = ["merge_over_ranks", "merge_statistics", "synchronise", "unsynchronised"]
 
 Group = Any  # torch's ProcessGroup, which a torch built without distributed does not have; None is the default group
 
@@ -34,9 +37,7 @@ def merge_over_ranks(parts: Sequence[Moments], group: Group = None) -> list[Mome
     Every rank merges in the order of the ranks, so that all get the same to the bit. A rank without data has empty moments.
     """
     own = [part.wide().to_row() for part in parts]
-    row = torch.cat(own)
-    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, row, group=group)
+    rows = _of_every_rank(torch.cat(own), group)
     merged = []
     for pieces in zip(*(each.split([len(piece) for piece in own]) for each in rows), strict=True):
         total = Moments.from_row(pieces[0])
@@ -150,9 +151,10 @@ class _OverRanks(TorchFunctionMode):
         self, input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Moments]:
         output, count, mean, m2 = _NormaliseOverRanks.apply(input, mask, weight, bias, eps, self._group)
-        self._layer.__dict__[SYNCHRONISED] = count
         dtype = torch.promote_types(input.dtype, torch.float32)
-        return output, Moments(count.to(dtype), mean.to(dtype), m2.to(dtype))
+        moments = Moments(count.to(dtype), mean.to(dtype), m2.to(dtype))
+        self._layer.__dict__[SYNCHRONISED] = moments.detach()
+        return output, moments
 
 
 class _SynchronisedForward:
@@ -187,6 +189,42 @@ def synchronise(layer: _BatchNorm, group: Group = None) -> Callable[[], None]:
     during = {SYNCHRONISED: None, "forward": _SynchronisedForward(layer, group, before)}
     layer.__dict__.update(during)
     return partial(_exchange, layer, during, before)
+
+
+def merge_statistics(model: nn.Module, group: Group = None) -> Callable[[], None]:
+    """Let each rank normalise with its own batch, and every rank's running statistics be those of the batches of all.
+
+    A step's batches are merged at the end of the forward of `model`, by count, with Chan's formula: the running variance has the
+    *unbiased* variance of the ranks' batches taken together, the spread between the ranks included. One collective per forward.
+
+    Args:
+        model: its forward is the unit after which ranks meet, so it must be what every rank calls equally often.
+        group: the process group, None for the default one.
+
+    Returns:
+        A function that leaves the model as it was.
+    """
+    layers = [layer.module for layer in find_batch_norms(model) if layer.module.running_mean is not None]
+    ends = [observe(layer) for layer in layers if not takes_loans(layer)]
+    for layer in layers:
+        layer.__dict__[MERGED] = True
+    ledger = Ledger(layers, partial(_of_every_rank, group=group))
+    ledger.attach(model)
+
+    def undo() -> None:
+        ledger.detach()
+        for layer in layers:
+            layer.__dict__.pop(MERGED, None)
+        for end in ends:
+            end()
+
+    return undo
+
+
+def _of_every_rank(tensor: Tensor, group: Group) -> list[Tensor]:
+    tensors = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(tensors, tensor, group=group)
+    return tensors
 
 
 @contextmanager

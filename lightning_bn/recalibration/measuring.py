@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.channel_moments import channel_moments
 from lightning_bn.layers import subclasses
-from lightning_bn.layers.batch_norm import AveragedBatchNorm, input_and_mask
+from lightning_bn.layers.batch_norm import AveragedBatchNorm
+from lightning_bn.layers.calls import input_and_mask
 from lightning_bn.modes import kept_attribute
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import unsynchronised

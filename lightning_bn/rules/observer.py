@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, user_name
-from lightning_bn.layers.settlement import is_deferred
+from lightning_bn.layers.settlement import is_lent
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["Forward", "Modes", "Observer"]
@@ -207,7 +207,7 @@ class _Tap:
     def _moved(self, layer: _BatchNorm) -> bool:
         after = _version(layer.num_batches_tracked)
         # Statistics that wait for the other ranks' are written later, and some tensors keep no version.
-        if self._before is None or after is None or is_deferred(layer):
+        if self._before is None or after is None or is_lent(layer):
             return bool(layer.training and layer.track_running_stats and layer.running_mean is not None and not in_backward())
         return after != self._before
 

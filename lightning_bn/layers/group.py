@@ -1,0 +1,202 @@
+"""Layers that follow one rule, as one wide layer of all their channels: whatever is one number a layer is given per channel."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.averaging import Averaging, Batch
+from lightning_bn.layers.settlement import LISTENERS, Loan, Settled, kernel_momentum
+from lightning_bn.torch_internals import copy_each
+
+__all__ = ["Group", "Rows"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the layers of a group have reported of one forward, side by side."""
+
+    mean: Tensor  # (C,): of the batch, or where the kernel computes the average, the new running mean
+    var: Tensor  # (C,): *unbiased*, likewise
+    count: Tensor  # (L,), floating: values per channel, 0 for a layer that did not run
+    valid: Tensor | None  # (L,), bool: which layers' batches count; None if all do
+    ran: Sequence[bool] = ()  # which layers ran, for listeners
+
+
+class Group:
+    """Layers with one rule, dtype and device.
+
+    Args:
+        layers: at least one.
+        rules: the averaging of each, all of the same settings; empty if the kernel computes the averages itself.
+        skip_nonfinite: whether a batch that is not finite leaves no trace.
+    """
+
+    def __init__(self, layers: Sequence[_BatchNorm], rules: Sequence[Averaging], *, skip_nonfinite: bool) -> None:
+        self.layers = list(layers)
+        self.rules = list(rules)
+        self.skip_nonfinite = skip_nonfinite
+        self._sizes = [layer.num_features for layer in self.layers]
+        self._channels = sum(self._sizes)
+        like = self.layers[0].running_mean
+        self.dtype, self.device = like.dtype, like.device
+        owner = torch.repeat_interleave(torch.arange(len(self._sizes)), torch.tensor(self._sizes))
+        self._owner = owner.to(self.device, non_blocking=True)  # (C,): the place of the layer that a channel belongs to
+        self._known: dict[tuple[Any, ...], Tensor] = {}
+        self._own = [rule for layer, rule in zip(self.layers, self.rules, strict=False) if layer._modules.get("averaging") is rule]
+        self._rule = self._tied_rule() if self.rules and self.rules[0].elementwise else None
+
+    def lend(self, ledger: Any) -> tuple[Tensor, list[Loan]]:
+        """Return the rows of all layers, (2 C,), and a loan of a part of them for each layer."""
+        if self.rules:
+            rows = torch.zeros(2 * self._channels, dtype=self.dtype, device=self.device)
+        else:
+            # Scratch of its own for each forward: autograd keeps it for backward.
+            rows = torch.cat([*self._buffers("running_mean"), *self._buffers("running_var")])
+        pieces = rows.split(self._sizes * 2)
+        momenta = [None] * len(self.layers) if self.rules else [kernel_momentum(layer) for layer in self.layers]
+        loans = [
+            Loan(ledger, mean, var, momentum) for mean, var, momentum in zip(pieces, pieces[len(self.layers) :], momenta, strict=False)
+        ]
+        return rows, loans
+
+    def collect(self, rows: Tensor, loans: Sequence[Loan]) -> Rows:
+        """Put the reports of one forward side by side; `rows` and `loans` are those of `lend`."""
+        if any(loan.own_rows for loan in loans):
+            rows = torch.cat([loan.mean for loan in loans] + [loan.var for loan in loans])
+        mean, var = (rows.to(self._moments_dtype()) if self.rules else rows).split(self._channels)
+        return Rows(mean, var, self._counts(loans), self._valid(loans, var), [loan.ran for loan in loans])
+
+    def settle(self, rows: Rows, batch: tuple[Tensor, Tensor] | None = None) -> None:
+        """Update the running statistics of all layers.
+
+        Args:
+            rows: as from `collect`.
+            batch: mean and *unbiased* variance of the batch, (C,) each, where the kernel made new running statistics of them in `rows`; for
+                listeners.
+        """
+        before = self._gathered("running_mean"), self._gathered("running_var")
+        self._tell(rows, batch, before)
+        steps = torch.stack(self._buffers("num_batches_tracked"))
+        valid = None if rows.valid is None else rows.valid[self._owner]
+        if not self.rules:
+            mean, var = rows.mean, rows.var
+        elif self._rule is not None:
+            count, step = rows.count[self._owner], (steps + 1)[self._owner]
+            mean, var = self._rule.update(*before, Batch(rows.mean, rows.var, count, step, valid))
+            self._check_state(self._rule)
+        else:
+            mean, var = self._update_each(rows, before, steps + 1)
+        if valid is not None:
+            mean, var = (torch.where(valid, new.to(old.dtype), old) for new, old in zip((mean, var), before, strict=True))
+        buffers = chain(self._buffers("running_mean"), self._buffers("running_var"))
+        copy_each(list(buffers), [*mean.split(self._sizes), *var.split(self._sizes)])
+        copy_each(self._buffers("num_batches_tracked"), list((steps + (1 if rows.valid is None else rows.valid)).unbind()))
+
+    def finite(self, var: Tensor) -> Tensor:
+        """Whether the moments of a layer's batch are finite, told by its variances: (L,) bool."""
+        return torch.zeros(len(self.layers), device=self.device).index_add_(0, self._owner, (~(var < math.inf)).float()) == 0
+
+    def split(self, wide: Tensor) -> tuple[Tensor, ...]:
+        """Cut a tensor of all channels into the layers' parts."""
+        return tuple(wide.split(self._sizes))
+
+    def widened(self, per_layer: Tensor) -> Tensor:
+        """Repeat a number a layer, (L,), for each of its channels, (C,)."""
+        return per_layer[self._owner]
+
+    def is_tied(self) -> bool:
+        """Whether the layers' averagings still are what this group took them for."""
+        return self._rule is None or all(rule.__dict__.get("tie") is self for rule in self._own)
+
+    def _moments_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _buffers(self, name: str) -> list[Tensor]:
+        return [layer._buffers[name] for layer in self.layers]  # type: ignore[misc]  # faster than by attribute, of which each takes a search
+
+    def _gathered(self, name: str) -> Tensor:
+        gathered = torch.cat(self._buffers(name))
+        return gathered.to(self._moments_dtype()) if self.rules else gathered
+
+    def _counts(self, loans: Sequence[Loan]) -> Tensor:
+        counts, dtype = [loan.count for loan in loans], self._moments_dtype()
+        if any(isinstance(count, Tensor) for count in counts):
+            tensors = [c.to(dtype) if isinstance(c, Tensor) else torch.full((), c, dtype=dtype, device=self.device) for c in counts]
+            return torch.stack([count.reshape(()) for count in tensors])
+        return self._constant("count", tuple(counts), dtype)
+
+    def _valid(self, loans: Sequence[Loan], var: Tensor) -> Tensor | None:
+        """Which layers' batches count: those that ran, and were finite if anything else is to be skipped."""
+        valid = self.finite(var) if self.skip_nonfinite else None
+        if not all(loan.ran for loan in loans):
+            ran = self._constant("ran", tuple(loan.ran for loan in loans), torch.bool)
+            valid = ran if valid is None else valid & ran
+        if any(loan.valid is not None for loan in loans):
+            yes = self._constant("ran", (True,), torch.bool)[0]
+            own = torch.stack([yes if loan.valid is None else loan.valid for loan in loans])
+            valid = own if valid is None else valid & own
+        return valid
+
+    def _constant(self, what: str, values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+        """Return numbers of the host's on the device; remembered, since most forwards are alike and a copy costs more than what is done with it."""
+        key = (what, values)
+        if key not in self._known:
+            if len(self._known) >= 64:
+                self._known.clear()
+            self._known[key] = torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+        return self._known[key]
+
+    def _tell(self, rows: Rows, batch: tuple[Tensor, Tensor] | None, before: tuple[Tensor, Tensor]) -> None:
+        listeners = {id(each): each for layer in self.layers for each in layer.__dict__.get(LISTENERS, ())}
+        if listeners:
+            count = rows.count if rows.valid is None else torch.where(rows.valid, rows.count, 0.0)
+            settled = Settled(self.layers, *((rows.mean, rows.var) if batch is None else batch), count, rows.ran, before)
+            for listener in listeners.values():
+                listener(settled)
+
+    @torch.no_grad()
+    def _tied_rule(self) -> Averaging:
+        """Lay the layers' states side by side, each layer's own a view of it, and return the averaging that has the whole."""
+        for own, size in zip(self.rules, self._sizes, strict=True):
+            own.upgrade(size)
+        rule = copy.copy(self.rules[0])
+        self._state: dict[str, Tensor] = {}
+        with torch.inference_mode(False):
+            for name in rule.state():
+                wide = self._state[name] = torch.cat([getattr(own, name) for own in self.rules], dim=-1)
+                rule.__dict__[name] = wide
+                for own, part in zip(self.rules, wide.split(self._sizes, dim=-1), strict=True):
+                    own.__dict__[name] = part
+        for own in self._own:
+            own.__dict__["tie"] = self
+        return rule
+
+    def _check_state(self, rule: Averaging) -> None:
+        for name, tensor in self._state.items():
+            if getattr(rule, name) is not tensor:
+                raise TypeError(
+                    f"{type(rule).__name__}.update assigns self.{name}, of which each layer holds a part. Write it in place: "
+                    f"batch.write(self.{name}, value)."
+                )
+
+    def _update_each(self, rows: Rows, before: tuple[Tensor, Tensor], steps: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for a rule that is not known to be elementwise: layer by layer, as it was written."""
+        means, variances = [], []
+        running = zip(*(self.split(each) for each in before), strict=True)
+        for place, (rule, (old_mean, old_var)) in enumerate(zip(self.rules, running, strict=True)):
+            mean, var = self.split(rows.mean)[place], self.split(rows.var)[place]
+            count = rows.count[place]
+            valid = None if rows.valid is None else rows.valid[place]
+            new_mean, new_var = rule.update(old_mean, old_var, Batch(mean, var, count, steps[place], valid))
+            means.append(new_mean)
+            variances.append(new_var)
+        return torch.cat(means), torch.cat(variances)

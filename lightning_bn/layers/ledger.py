@@ -1,0 +1,221 @@
+"""The ledger of a model: what its layers are lent for one forward, settled for all of them together when the forward ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.averaging import Averaging, Batch
+from lightning_bn.discovery import find_batch_norms
+from lightning_bn.layers.forwards import OutermostForward, parts_called_by
+from lightning_bn.layers.group import Group, Rows
+from lightning_bn.layers.settlement import LISTENERS, LOAN, MERGED, OBSERVED, SERVED, Loan, advance, kernel_momentum, rule_of
+from lightning_bn.moments import Moments, wide_dtype
+
+__all__ = ["Ledger", "settle_together", "takes_loans"]
+
+Gather = Callable[[Tensor], list[Tensor]]
+"""Returns the tensor of every rank, in the order of ranks."""
+
+_PLANS = 16  # how many choices of layers, of those that train and those that don't, are kept ready
+
+
+def settle_together(model: nn.Module) -> nn.Module:
+    """Let the batch-norm layers of `model` settle their running statistics together, once at the end of each training forward of the model.
+
+    `convert_batch_norm` and this package's callbacks do it themselves; call it on a model that is built of this package's layers. The running
+    statistics are the same with and without it. What changes is the cost, which on a GPU is the number of kernels launched: about 60 for the whole
+    model in place of up to 140 a layer. Until the outermost forward ends, ``running_mean``, ``running_var`` and ``num_batches_tracked`` hold what
+    they held before the batch.
+
+    The model, and each part of it that a training step may call by itself (its children, also those in containers), gets hooks. A layer that
+    is called on its own, or inside compiled code, settles at once. Layers of plain torch stay untouched.
+
+    Args:
+        model: any module; may be called again after layers were added or replaced.
+
+    Returns:
+        `model` itself.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_bn import BatchNorm1d, Window, settle_together
+        >>> model = settle_together(nn.Sequential(nn.Linear(2, 4), BatchNorm1d(4, averaging=Window(20)), nn.Linear(4, 4), BatchNorm1d(4)))
+        >>> _ = model(torch.randn(8, 2))
+        >>> model[1].num_batches_tracked.item()
+        1
+    """
+    for module in dict.fromkeys([model, *parts_called_by(model)]):
+        release(module)
+        layers = [layer.module for layer in find_batch_norms(module) if takes_loans(layer.module)]
+        if layers and layers != [module]:
+            Ledger(layers).attach(module)
+    return model
+
+
+def release(module: nn.Module) -> None:
+    """Take away the ledger that `settle_together` gave to this very module."""
+    for hook in list(module._forward_pre_hooks.values()):
+        ledger = getattr(hook, "__self__", None)
+        if type(ledger) is Ledger and ledger.gather is None:
+            ledger.detach()
+
+
+def takes_loans(layer: nn.Module) -> bool:
+    """Whether the layer's forward knows of loans: this package's, and subclasses of other packages that were given an averaging."""
+    return getattr(type(layer), "takes_loans", False) or SERVED in layer.__dict__ or OBSERVED in layer.__dict__
+
+
+class Ledger(OutermostForward):
+    """Lends to `layers` when the outermost forward of a module begins, and settles when it ends.
+
+    Args:
+        layers: which are below that module.
+        gather: where the statistics are to be those of several ranks: what fetches a tensor of all of them. One call a forward.
+    """
+
+    def __init__(self, layers: Iterable[_BatchNorm], gather: Gather | None = None) -> None:
+        super().__init__()
+        self.layers = [layer for layer in layers if layer.running_mean is not None and layer.num_batches_tracked is not None]
+        self.gather = gather
+        self.later: list[tuple[_BatchNorm, Averaging, Batch]] = []
+        """Batches that other threads have run through the layers meanwhile."""
+        self._plans: dict[tuple[Any, ...], list[Group]] = {}
+        self._rounds: list[list[tuple[Group, Tensor, list[Loan]]]] = []
+        self._groups: list[Group] = []
+
+    def begin(self) -> bool:
+        for layer in self.layers:
+            loan: Loan | None = layer.__dict__.get(LOAN)
+            if loan is not None:
+                if loan.ledger.is_running():
+                    return False  # a model around this one has lent already
+                loan.ledger.abort()
+        signature = tuple([self._signature(layer) for layer in self.layers])
+        if not any(signature):
+            return False
+        self._groups = self._plan(signature)
+        self._rounds = []
+        self._lend()
+        return True
+
+    @torch.no_grad()
+    def end(self) -> None:
+        if self.gather is None:
+            for lent in self._rounds.pop():
+                _settle(*lent)
+        else:
+            self._merge(self.gather)
+
+    def close(self) -> None:
+        self._rounds = []
+        for group in self._groups:
+            for layer in group.layers:
+                layer.__dict__.pop(LOAN, None)
+        self._groups = []
+        later, self.later = self.later, []
+        for layer, averaging, batch in later:
+            advance(layer, averaging, Batch(batch.mean, batch.var, batch.count, layer.num_batches_tracked + 1, batch.valid))
+
+    @torch.no_grad()
+    def another(self, layer: _BatchNorm) -> Loan:
+        """Begin a second round, for a layer that is called again; where ranks don't meet, the first is settled now."""
+        if self.gather is None:
+            self.end()
+        self._lend()
+        loan: Loan = layer.__dict__[LOAN]
+        return loan
+
+    @torch.no_grad()
+    def _lend(self) -> None:
+        lent = []
+        for group in self._groups:
+            rows, loans = group.lend(self)
+            for layer, loan in zip(group.layers, loans, strict=True):
+                layer.__dict__[LOAN] = loan
+            lent.append((group, rows, loans))
+        self._rounds.append(lent)
+
+    def _signature(self, layer: _BatchNorm) -> tuple[Any, ...] | None:
+        """What decides with which others a layer is settled; None where its statistics don't move."""
+        if not (layer.training and layer.track_running_stats) or (self.gather is None and MERGED in layer.__dict__):
+            return None
+        mean = layer._buffers["running_mean"]
+        rule = None if self.gather is None and kernel_momentum(layer) is not None else rule_of(layer)
+        return (rule, mean.dtype, mean.device)
+
+    def _plan(self, signature: tuple[Any, ...]) -> list[Group]:
+        groups = self._plans.get(signature)
+        if groups is None or not all(group.is_tied() for group in groups):
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            groups = self._plans[signature] = self._grouped(signature)
+        return groups
+
+    def _grouped(self, signature: tuple[Any, ...]) -> list[Group]:
+        members: dict[tuple[Any, ...], list[tuple[_BatchNorm, Averaging | None]]] = {}
+        for layer, sign in zip(self.layers, signature, strict=True):
+            if sign is not None:
+                rule, dtype, device = sign
+                key = (_kind(rule), dtype, device, getattr(layer, "skip_nonfinite", True))
+                members.setdefault(key, []).append((layer, rule))
+        return [
+            Group([layer for layer, _ in pairs], [rule for _, rule in pairs if rule is not None], skip_nonfinite=key[-1])
+            for key, pairs in members.items()
+        ]
+
+    def _merge(self, gather: Gather) -> None:
+        """Settle every round with the batches of all ranks: the *unbiased* variance of their data together, by Chan's formula."""
+        collected = [(group, group.collect(rows, loans)) for lent in self._rounds for group, rows, loans in lent]
+        self._rounds = []
+        parts = [part for group, rows in collected for part in _own_part(group, rows)]
+        ranks = [iter(flat.split([len(part) for part in parts])) for flat in gather(torch.cat(parts))]
+        for group, rows in collected:
+            first, *others = [(next(rank), next(rank), next(rank)) for rank in ranks]
+            count, merged = first[0], Moments(group.widened(first[0]), *first[1:])
+            for each in others:
+                count, merged = count + each[0], merged.merge(Moments(group.widened(each[0]), *each[1:]))
+            group.settle(_of_all_ranks(group, count, merged, rows))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"later": [], "_plans": {}, "_rounds": [], "_groups": []}
+
+
+def _kind(rule: Averaging | None) -> tuple[Any, ...]:
+    """What rules must have in common to be one; None is the kernel."""
+    if rule is None:
+        return (None,)
+    settings = rule.settings()
+    # A setting of another type may be equal now and change in place later, for one layer alone.
+    alike = rule.elementwise and all(isinstance(value, (bool, int, float, str, type(None))) for value in settings.values())
+    return (type(rule), *settings.items()) if alike else (type(rule), id(rule) if rule.elementwise else None)
+
+
+def _settle(group: Group, rows: Tensor, loans: list[Loan]) -> None:
+    if not any(loan.ran for loan in loans):
+        return
+    batch = None
+    if not group.rules and any(LISTENERS in layer.__dict__ for layer in group.layers):
+        moments = [loan.batch or (loan.mean, loan.var) for loan in loans]
+        batch = torch.cat([mean for mean, _ in moments]), torch.cat([var for _, var in moments])
+    group.settle(group.collect(rows, loans), batch)
+
+
+def _own_part(group: Group, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts (L,), means and m2 (C,) of this rank's batches, in the widest dtype; no data where a layer did not run."""
+    dtype = wide_dtype(group.device)
+    count, mean, var = rows.count.to(dtype), rows.mean.to(dtype), rows.var.to(dtype)
+    values = group.widened(count)
+    return count, mean, torch.where(values > 1, var * (values - 1), 0.0)
+
+
+def _of_all_ranks(group: Group, count: Tensor, moments: Moments, own: Rows) -> Rows:
+    dtype = own.mean.dtype
+    mean, var = moments.mean.to(dtype), moments.variance(unbiased=True).to(dtype)
+    valid = count > 1
+    return Rows(mean, var, count.to(dtype), valid & group.finite(var) if group.skip_nonfinite else valid, own.ran)
