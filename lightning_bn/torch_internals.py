@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copy_each", "image_moments", "in_backward", "is_compiled", "kernel_moments", "saved_moments"]
+__all__ = ["copy_each", "image_moments", "in_backward", "is_compiled", "is_replica", "kernel_moments", "saved_moments"]
 
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
 _update_stats = getattr(torch, "batch_norm_update_stats", None)
@@ -31,6 +31,14 @@ def in_backward() -> bool:
     if torch.compiler.is_compiling() or _graph_task_id is None:
         return False
     return bool(_graph_task_id() != -1)
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Tell whether `DataParallel` has made `module` for one forward: a copy around the original's hooks and state.
+
+    Only a mark that torch sets says so; where it is gone the answer is False, and the hooks of the original act on the original.
+    """
+    return bool(getattr(module, "_is_replica", False))
 
 
 def is_compiled(module: nn.Module) -> bool:

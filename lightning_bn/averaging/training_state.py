@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["STATE_OF", "TrainingState", "apply_without_narrowing"]
+__all__ = ["STATE_OF", "TrainingState", "apply_to_statistics", "apply_without_narrowing"]
 
 STATE_OF = "state_of"
 """The key of a ``state_dict`` under which the text stands that says what the state means, as bytes: a checkpoint holds tensors alone."""
@@ -145,6 +145,12 @@ def apply_without_narrowing(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> T
     """Return ``fn(tensor)``, or where that is a cast to fewer bits, `tensor` with its accuracy on the device where `fn` would have it."""
     moved = fn(tensor)
     return moved if torch.promote_types(moved.dtype, tensor.dtype) == moved.dtype else tensor.to(moved.device)
+
+
+def apply_to_statistics(fn: Callable[[Tensor], Tensor], statistics: Tensor) -> Tensor:
+    """Return ``fn(statistics)``, or where that is a cast to 16 bits, the statistics in float32: an average kept in bfloat16 stalls."""
+    moved = fn(statistics)
+    return statistics.to(moved.device, torch.float32) if moved.dtype.itemsize < 4 else moved
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_bn.averaging import Averaging, Batch, Exponential
-from lightning_bn.averaging.training_state import apply_without_narrowing
+from lightning_bn.averaging.training_state import apply_to_statistics
 from lightning_bn.layers.settlement import (
     LISTENERS,
     LOAN,
@@ -140,6 +140,9 @@ class AveragedBatchNorm(_BatchNorm):
             ValueError: wrong number of dimensions; one value per channel in training; a mask of another shape.
             TypeError: a mask that is not boolean.
         """
+        if not isinstance(self, AveragedBatchNorm):
+            # A bound method that somebody took, as accelerate's hooks do, before `to_torch` changed the class.
+            return type(self).forward(self, input)
         self._check_input_dim(input)
         if mask is not None:
             _check_mask(input, mask)
@@ -264,7 +267,7 @@ class AveragedBatchNorm(_BatchNorm):
         # to 5, at 3.34. _apply is what .to(), .half() and Lightning's bf16-true call; torch's own modules override it too.
         wide = {name: self._buffers[name] for name in ("running_mean", "running_var")} if self.averaging is not None else {}
         super()._apply(fn, recurse)
-        self._buffers.update({name: apply_without_narrowing(fn, buffer) for name, buffer in wide.items()})
+        self._buffers.update({name: apply_to_statistics(fn, buffer) for name, buffer in wide.items()})
         return self
 
     def _affine(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

@@ -95,14 +95,21 @@ def to_torch(module: nn.Module) -> nn.Module:
 
 
 def _refusal(layer: _BatchNorm, averaging: Averaging | None) -> str | None:
-    if isinstance(layer, AveragedBatchNorm) or type(layer) in _OURS:
+    if isinstance(layer, AveragedBatchNorm) or (type(layer) in _OURS and not _has_own_forward(layer)):
         return "it keeps no running statistics" if averaging is not None and layer.running_mean is None else None
     return subclasses.obstacle(layer) if averaging is not None else None
 
 
+def _has_own_forward(layer: _BatchNorm) -> bool:
+    """Whether the layer runs another forward than its class's, as one does that has been given accelerate's hooks or is patched."""
+    forward = layer.__dict__.get("forward")
+    return forward is not None and not getattr(forward, "follows_class", False)
+
+
 def _convert(layer: _BatchNorm, averaging: Averaging | None) -> None:
-    ours = _OURS.get(type(layer))
+    ours = None if _has_own_forward(layer) else _OURS.get(type(layer))
     if ours is not None:
+        subclasses.release(layer)
         # A change of class and not a new module: whoever holds the layer (optimizers, hooks, lists) holds the converted one.
         layer.__class__ = ours
         layer.__dict__["skip_nonfinite"] = True

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_bn.torch_internals import in_backward
+from lightning_bn.torch_internals import in_backward, is_replica
 
 __all__ = ["OutermostForward", "parts_called_by"]
 
@@ -74,7 +74,7 @@ class OutermostForward:
         self._open.pop("thread", None)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() or in_backward():
+        if torch.compiler.is_compiling() or in_backward() or is_replica(module):
             return
         me = threading.get_ident()
         if self._open and self._open.get("thread") == me:
@@ -106,7 +106,7 @@ class OutermostForward:
             self.abort()
 
     def _is_mine(self) -> bool:
-        return bool(self._open) and self._open.get("thread") == threading.get_ident() and not in_backward()
+        return self._open.get("thread") == threading.get_ident() and not in_backward()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model is not in the middle of the forward of the original.

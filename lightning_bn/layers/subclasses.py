@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.averaging.training_state import apply_without_narrowing
+from lightning_bn.averaging.training_state import apply_to_statistics
 from lightning_bn.layers.calls import input_and_mask
 from lightning_bn.layers.settlement import (
     LISTENERS,
@@ -31,6 +31,7 @@ from lightning_bn.layers.settlement import (
     tell,
     write,
 )
+from lightning_bn.modes import kept_attribute
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["is_served", "observe", "obstacle", "release", "serve"]
@@ -178,7 +179,7 @@ class _WideStatistics:
         layer = self.layer
         wide = {name: layer._buffers[name] for name in ("running_mean", "running_var")}
         type(layer)._apply(layer, fn, recurse)
-        layer._buffers |= {name: apply_without_narrowing(fn, buffer) for name, buffer in wide.items() if buffer is not None}
+        layer._buffers |= {name: apply_to_statistics(fn, buffer) for name, buffer in wide.items() if buffer is not None}
         return layer
 
 
@@ -202,7 +203,8 @@ def serve(layer: _BatchNorm, averaging: Averaging) -> None:
     """Have `averaging` keep the running statistics of `layer` from now on."""
     release(layer)
     for name in ("running_mean", "running_var"):
-        layer._buffers[name] = apply_without_narrowing(lambda value: value.float(), layer._buffers[name])
+        buffer = getattr(layer, name)
+        layer._buffers[name] = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
     layer.averaging = averaging.for_layer(layer.running_mean)
     if averaging.by_momentum:
         layer.momentum = averaging.kernel_momentum
@@ -238,6 +240,8 @@ def obstacle(layer: _BatchNorm) -> str | None:
     if isinstance(layer, nn.SyncBatchNorm):
         return None  # torch's own, known to follow the pattern; in a process group it can't be tried out by one rank alone
     with torch.random.fork_rng(devices=[]), torch.no_grad():
+        if "forward" in layer.__dict__ and not layer.running_mean.is_meta:
+            return _try_in_place(layer)
         return _try_out(_plain_copy(layer))
 
 
@@ -252,18 +256,34 @@ def _plain_copy(layer: _BatchNorm) -> _BatchNorm:
     return twin
 
 
+def _try_in_place(layer: _BatchNorm) -> str | None:
+    """Try out the layer itself: a forward that was put on it from outside may go on meaning this layer when it is copied."""
+    exchange = _Exchange(layer, None, scratch=True)
+    with kept_attribute([layer], "training"), kept_attribute([layer], "track_running_stats"):
+        layer.training = layer.track_running_stats = True
+        exchange.make(layer)
+        try:
+            return _tried(layer, layer.forward)
+        finally:
+            exchange.undo(layer)
+
+
 def _try_out(layer: _BatchNorm) -> str | None:
     layer.running_mean.zero_()
     layer.running_var.zero_()
     layer.momentum = 1.0
+    return _tried(layer, layer)
+
+
+def _tried(layer: _BatchNorm, forward: Callable[[Tensor], Any]) -> str | None:
     rank = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5}.get(next((c for c in type(layer).__mro__ if c in _TORCH_LAYERS), None), 4)
     data = torch.randn(4, layer.num_features, *[3] * (rank - 2)) + torch.arange(4.0).reshape(4, *[1] * (rank - 1))
+    data = data.to(layer.running_mean.device)
     try:
-        layer(data)
+        forward(data)
     except Exception as error:  # another's forward may raise anything; the reason is passed on
         return f"its forward, tried on a batch of shape {tuple(data.shape)}, raised {type(error).__name__}: {error}"
-    over = [0, *range(2, rank)]
-    var, mean = torch.var_mean(data, over, unbiased=True)
+    var, mean = torch.var_mean(data, [0, *range(2, rank)], unbiased=True)
     if torch.allclose(layer.running_mean, mean, atol=1e-4) and torch.allclose(layer.running_var, var, rtol=1e-3):
         return None
     return "its forward does not leave the batch's mean and unbiased variance in its buffers when momentum is 1"

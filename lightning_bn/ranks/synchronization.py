@@ -163,14 +163,20 @@ class _SynchronisedForward:
     def __init__(self, layer: _BatchNorm, group: Group, before: Mapping[str, Any]) -> None:
         self.before = before  # the forward that the layer had as an attribute of its own, if it had one
         self._layer, self._group = layer, group
-        self._forward = layer.forward
+
+    @property
+    def follows_class(self) -> bool:
+        """Whether it runs the forward of the layer's class, whatever that is by now: a layer may be converted meanwhile."""
+        return not self.before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._layer.training:
+        layer = self._layer
+        forward = self.before["forward"] if self.before else partial(type(layer).forward, layer)
+        if not layer.training:
             # A layer without running statistics normalises with its batch in eval too, where ranks may have unequal numbers of batches.
-            return self._forward(*args, **kwargs)
-        with _OverRanks(self._layer, self._group):
-            return self._forward(*args, **kwargs)
+            return forward(*args, **kwargs)
+        with _OverRanks(layer, self._group):
+            return forward(*args, **kwargs)
 
 
 def synchronise(layer: _BatchNorm, group: Group = None) -> Callable[[], None]:
