@@ -20,15 +20,15 @@ class Operations(TorchDispatchMode):
     """While entered, count every operation that reaches a backend, those of backward and of optimizers too; views are among them.
 
     Attributes:
-        calls: how often, by the operation's name, such as ``aten.add_.Tensor``.
+        calls: how often, by operation, such as ``torch.ops.aten.add_.Tensor``.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[str] = Counter()
+        self.calls: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[str(operation)] += 1
+        self.calls[operation] += 1
         return operation(*args, **(kwargs or {}))
 
 
