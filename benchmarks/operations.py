@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 
 
 class Operations(TorchDispatchMode):
-    """While entered, count every operation that reaches a backend, those of backward and of optimizers too; views are among them.
+    """While entered, count every operation that reaches a backend, also in backward and in optimizers, views included.
 
     Attributes:
         calls: how often, by operation, such as ``torch.ops.aten.add_.Tensor``.
@@ -105,8 +105,8 @@ def operations_a_further_layer(layers: Callable[[nn.Sequential], nn.Module]) -> 
     shallow, deep = 10, 20
 
     def operations(depth: int) -> int:
-        stack = nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))))
-        step = on_meta(layers(stack), 2, 8, 4, 4)
+        pairs = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)) for _ in range(depth)]
+        step = on_meta(layers(nn.Sequential(*pairs)), 2, 8, 4, 4)
         step()  # a first forward may set things up
         return count_operations(step)
 

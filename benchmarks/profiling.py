@@ -13,9 +13,10 @@ from turns import Step
 STEPS = 10
 
 
-def profile_steps(steps: dict[str, Step], card: str) -> str:
-    """Return a table of the kernels in a step, and of how often the host waited for a stream in all of the steps looked at."""
-    lines = [f"| {STEPS} steps on {card} | kernels a step | StreamSynchronize calls | copies to the host |", "|---|---:|---:|---:|"]
+def profile_steps(steps: dict[str, Step]) -> str:
+    """Return a table of the kernels in a step, and of how often the host waited for a stream in all `STEPS` steps."""
+    header = f"| {STEPS} steps | kernels a step | StreamSynchronize calls | copies to the host |"
+    lines = [header, "|---|---:|---:|---:|"]
     for name, step in steps.items():
         for _ in range(3):  # a first batch may set things up
             step()

@@ -1,4 +1,7 @@
-"""The ResNets of He et al. (2016) for images of 3x32x32, shared by the benchmarks. Each ReLU is a module, so that hooks see it."""
+"""The ResNets of He et al. (2016) for images of 3x32x32, shared by the benchmarks.
+
+Each ReLU is a module of its own, so that hooks see it.
+"""
 
 from __future__ import annotations
 

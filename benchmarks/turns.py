@@ -1,4 +1,4 @@
-"""Training steps timed in turn, so that whatever else the machine does meets all of them alike; steps of a real Trainer among them."""
+"""Training steps, also of a real Trainer, timed in turn, so that whatever else the machine does meets all alike."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def ratios(steps: dict[str, Step], device: str, rounds: int, repeat: int) -> dic
 
 
 def _seconds(step: Step, device: str, repeat: int) -> float:
-    # On the CPU, time of this process on its one thread: what else the machine does is nobody's cost here. An accelerator works beside the
-    # process, so there the clock counts, from an idle device to an idle device.
+    # On the CPU, time of this process on its one thread: what other processes do is no cost of the step.
+    # An accelerator works while the process goes on, so there the clock counts, from an idle device to an idle one.
     clock = time.process_time if device == "cpu" else time.perf_counter
     _wait(device)
     started = clock()
@@ -69,7 +69,7 @@ def training_step(model: nn.Module, device: str, images: Tensor) -> Step:
 
 
 class Module(pl.LightningModule):
-    """What `training_step` does, for a Trainer; the validation is never reached, but callbacks may want that there is one."""
+    """What `training_step` does, for a Trainer. The validation is never reached, but some callbacks demand one."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -104,13 +104,13 @@ class Repeated(Sequence[Tensor]):
 class _Turn(pl.Callback):
     """Hand over to whoever asked for a step, each time a batch begins."""
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, *args: Any) -> None:
         getcurrent().parent.switch()
 
 
 @contextmanager
 def trainer_step(model: nn.Module, device: str, images: Tensor, *callbacks: pl.Callback) -> Iterator[Step]:
-    """Yield a step of a real Trainer that fits `model`: from one batch's beginning to the next one's, with all that callbacks do there."""
+    """Yield a step of a real Trainer that fits `model`: from the start of a batch to the start of the next one."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():

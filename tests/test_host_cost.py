@@ -1,4 +1,4 @@
-"""What a training step costs the host, in operations counted on the meta device, and that nothing on its path waits for a device.
+"""What a training step costs the host, in operations, and that nothing on its path waits for a device.
 
 On the meta device tensors have no values, so code that asks for one, as `.item()` does, raises there.
 """
@@ -46,8 +46,9 @@ every_average = pytest.mark.parametrize("averaging", AVERAGES.values(), ids=AVER
 
 def network() -> nn.Sequential:
     """Return three batch norms and two ReLUs on the meta device, in training."""
-    first, second = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8)).to("meta").train()
+    first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    second = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    return nn.Sequential(first, second, nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8)).to("meta").train()
 
 
 def step_of(model: nn.Module) -> Callable[[], None]:
@@ -88,7 +89,7 @@ def test_peak_of_memory_is_of_what_lives_at_one_time(device: str) -> None:
 
 
 @every_average
-def test_a_step_launches_hardly_more_than_with_torchs_layers(averaging: Averaging | None, torch_operations: int) -> None:
+def test_a_step_launches_hardly_more_than_torchs(averaging: Averaging | None, torch_operations: int) -> None:
     """At most 1.25 times the operations, in a ResNet of 52 batch norms."""
     step = on_meta(convert_batch_norm(resnet50(16), averaging), 2, 3, 32, 32)
     step()  # a first forward may set things up
@@ -124,7 +125,7 @@ def test_followers_wait_for_no_device(averaging: Averaging | None) -> None:
 
 @every_average
 def test_mode_check_waits_for_no_device_between_looks(averaging: Averaging | None) -> None:
-    """ModeCheck's hooks and what it judges at each batch read no value of the device; an epoch's end and every n-th step may."""
+    """ModeCheck's hooks and what it judges at each batch read no value; an epoch's end may."""
     model = convert_batch_norm(network(), averaging)
     inspection = Inspection(model, Setting(caller=ModeCheck.__name__))
     step = step_of(model)
