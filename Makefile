@@ -21,6 +21,7 @@ unit: .venv/dev.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 bench: .venv/dev.installed
+	$(BIN)/python benchmarks/host_cost.py
 	$(BIN)/python benchmarks/batch_norm.py
 	$(BIN)/python benchmarks/recalibration.py
 	$(BIN)/python benchmarks/activation_stats.py

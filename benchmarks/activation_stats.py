@@ -19,6 +19,7 @@ import delve
 import torch
 import torch.nn.functional as F
 from batch_norm import ratios
+from resnet import resnet20
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.tensorboard import SummaryWriter
@@ -29,29 +30,6 @@ from lightning_bn.activations.layer_table import LayerTable, scalars
 from lightning_bn.activations.layers import select_layers
 
 Look = Callable[[nn.Module], AbstractContextManager[Any]]
-
-
-class Block(nn.Module):
-    """The basic block of He et al. (2016), figure 5 left, with its activation functions as modules and a shortcut without parameters."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.stride = 1 if inputs == outputs else 2
-        self.conv1, self.bn1, self.relu1 = nn.Conv2d(inputs, outputs, 3, self.stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-        self.conv2, self.bn2, self.relu2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, branch.shape[1] - x.shape[1]))
-        return self.relu2(branch + shortcut)
-
-
-def resnet20() -> nn.Sequential:
-    """The network of He et al. (2016), section 4.2: 19 batch-norm layers, 19 ReLUs."""
-    widths = [16] * 3 + [32] * 3 + [64] * 3
-    blocks = [Block(i, o) for i, o in zip([16, *widths], widths, strict=False)]
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 def ours(model: nn.Module, **options: Any) -> Look:

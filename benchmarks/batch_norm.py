@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from resnet import resnet18
+from torch import nn
 from tqdm import tqdm
 
 from lightning_bn import Averaging, BatchNorm2d, Cumulative, Exponential, Window, convert_batch_norm
@@ -29,29 +30,6 @@ AVERAGES: dict[str, Averaging] = {
     "Window(100, pooled)": Window(100, pooled=True),
 }
 SHAPES = [(64, 16, 32, 32), (64, 64, 16, 16), (64, 256, 8, 8), (32, 512, 4, 4)]
-
-
-class Block(nn.Module):
-    """The basic block of He et al. (2016), figure 5 left."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
-
-
-def resnet18() -> nn.Sequential:
-    """ResNet-18 with the stem for 3x32x32 images: 20 batch-norm layers, 4800 channels."""
-    widths = [64, 64, 128, 128, 256, 256, 512, 512]
-    blocks = [Block(i, o, 1 if i == o else 2) for i, o in zip([64, *widths], widths, strict=False)]
-    stem = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
 
 def layer_step(layer: nn.Module, shape: tuple[int, ...]) -> Callable[[], None]:

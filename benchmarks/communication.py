@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from batch_norm import resnet18
+from resnet import resnet18
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

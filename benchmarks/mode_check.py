@@ -17,7 +17,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from resnet import resnet18
 from tqdm import trange
 
 from lightning_bn import ModeCheck
@@ -25,31 +25,12 @@ from lightning_bn import ModeCheck
 EVERY = 50  # Lightning's default of log_every_n_steps
 
 
-class Block(nn.Module):
-    """The basic block of He et al. (2016), figure 5 left."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        stride = 1 if inputs == outputs else 2
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
-
-
 class ResNet18(pl.LightningModule):
     """ResNet-18 with the stem for small images, its four stages `width` to 8 times `width` channels wide."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        widths = [width * factor for factor in (1, 1, 2, 2, 4, 4, 8, 8)]
-        blocks = [Block(i, o) for i, o in zip([width, *widths], widths, strict=False)]
-        stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        self.model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10))
+        self.model = resnet18(width)
 
 
 def steps(width: int, size: int, batch_size: int, *, checked: bool) -> Callable[[], None]:

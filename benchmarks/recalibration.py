@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import resnet
 import torch
 import torch.nn.functional as F
 from fvcore.nn.precise_bn import update_bn_stats
@@ -39,27 +39,10 @@ Batches = list[Tensor]
 Way = Callable[[nn.Module, Batches], object]
 
 
-class Block(nn.Module):
-    """The basic block of He et al. (2016), section 4.2, with a 1x1 convolution where the width changes."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        stride = 1 if inputs == outputs else 2
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
-
-
 def resnet20() -> nn.Sequential:
-    """ResNet-20 for 3x32x32 images: 19 batch-norm layers."""
+    """ResNet-20 with 1x1 convolutions where the width changes; the same weights each time."""
     torch.manual_seed(0)
-    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    blocks = [Block(i, o) for i, o in pairwise(widths)]
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return resnet.resnet20(shortcut=resnet.convolution)
 
 
 def pictures(count: int) -> Tensor:
