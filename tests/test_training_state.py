@@ -99,7 +99,7 @@ def test_a_plain_checkpoint_loads_strictly() -> None:
 def test_another_window_is_refused() -> None:
     """The history of a window of another length is refused, and the error names both and says what to do."""
     with pytest.raises(
-        RuntimeError, match=r"averaging: the checkpoint has the state of Window\(size=4\).*by Window\(size=9\).*drop the keys"
+        RuntimeError, match=r"averaging\.state_of \(it holds the state of Window\(size=4\).*by Window\(size=9\).*drop the keys"
     ):
         BatchNorm1d(3, averaging=Window(9)).load_state_dict(trained().state_dict())
 

@@ -99,13 +99,12 @@ class TrainingState(nn.Module):
         saved = {name: state_dict[key] for key, name in keys.items() if key in state_dict}
         public = {key: value for key, value in state_dict.items() if key not in keys and key != prefix + STATE_OF}
         super()._load_from_state_dict(public, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        meaning = self._saved_meaning(saved, state_dict.get(prefix + STATE_OF))
+        text = state_dict.get(prefix + STATE_OF)
+        meaning = self._saved_meaning(saved, text)
         if meaning is not None and meaning != self.state_meaning:
-            message = (
-                f"{prefix.rstrip('.')}: the checkpoint has the state of {meaning}, this layer averages by {self}. {_MEND.format(prefix)}"
-            )
-            error_msgs.extend([message] * strict)
-            unexpected_keys.extend(key for key in keys if key in state_dict)
+            # torch raises for unexpected keys where it is strict, and returns them where it is not; that is all it tells a module.
+            why = f" (it holds the state of {meaning}, and this layer averages by {self}. {_MEND.format(prefix)})"
+            unexpected_keys.extend(key + why for key in state_dict if key == prefix + STATE_OF or (key in keys and text is None))
             self.clear()
         elif not saved:
             # The checkpoint of a plain layer: no history came with it, so none is missing.
