@@ -132,6 +132,18 @@ def test_debias_leaves_nothing_of_the_start() -> None:
     assert torch.equal(layer.running_var, torch.tensor([2e12]))
 
 
+@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_momentum_0_stands_still(debias: bool, pooled: bool) -> None:
+    """No batch has any weight: the statistics stay what they are, and no NaN comes of dividing by no weight."""
+    layer = BatchNorm1d(3, averaging=Exponential(0.0, debias=debias, pooled=pooled))
+    layer.running_mean.fill_(2.0)
+    for _ in range(3):
+        layer(torch.randn(5, 3))
+    assert torch.equal(layer.running_mean, torch.full((3,), 2.0))
+    torch.testing.assert_close(layer.running_var, torch.ones(3))
+
+
 @pytest.mark.parametrize("averaging", [Exponential(0.1), Exponential(0.1, debias=True), Cumulative(), Window(4)], ids=str)
 def test_estimators_part_where_batches_differ(averaging: Averaging) -> None:
     """Within-batch variance misses the spread between batches, and the pooled one has it."""

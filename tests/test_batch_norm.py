@@ -135,6 +135,12 @@ def test_empty_batch() -> None:
         before = copy.deepcopy(layer.state_dict())
         layer(batch)
         assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    for layer in (BatchNorm2d(3), BatchNorm2d(3, averaging=Exponential(0.1)), nn.BatchNorm2d(3)):
+        layer(torch.randn(4, 3, 2, 2))
+        mean = layer.running_mean.clone()
+        layer(batch)
+        assert layer.num_batches_tracked == 2  # torch's kernel computes these, and torch counts it
+        assert torch.equal(layer.running_mean, mean)
 
 
 @pytest.mark.parametrize("value", [0.01, 1.0, None])

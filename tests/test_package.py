@@ -102,6 +102,45 @@ ADAPTERS = ("callbacks", "plugins", "cli", "__main__")
 CALLBACKS = {f"callbacks.{name}" for name in ("activation_stats", "comparison", "conversion", "mode_check", "recalibration")}
 
 
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_all_is_true_in_every_module(path: Path) -> None:
+    """`__all__` names what other modules take from this one, and nothing that is not there."""
+    if path.name == "__main__.py":
+        return
+    tree = ast.parse(path.read_text())
+    names = {name for node in tree.body for name in _defined(node)}
+    declared = next(
+        (ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and "__all__" in _defined(node)), []
+    )
+    assert set(declared) <= names | set(lightning_bn._LAZY if path.parent == PACKAGE else ())
+    module = ".".join(("lightning_bn", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    assert TAKEN.get(module, set()) <= set(declared), "taken elsewhere, and not in __all__"
+
+
+def _defined(node: ast.stmt) -> set[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _taken() -> dict[str, set[str]]:
+    """By module, the names that other modules of the package import from it, submodules aside."""
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lightning_bn"):
+                module = PACKAGE.parent / str(node.module).replace(".", "/")
+                names = {a.name for a in node.names if not (module / a.name).is_dir() and not (module / f"{a.name}.py").exists()}
+                found.setdefault(str(node.module), set()).update(names)
+    return found
+
+
+TAKEN = _taken()
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_arrows_point_one_way(path: Path) -> None:
     """No room imports from one above it; lightning is known to callbacks/, plugins/ and cli alone; callbacks don't know each other."""
