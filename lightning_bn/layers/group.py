@@ -48,7 +48,8 @@ class Group:
         self._channels = sum(self._sizes)
         like = self.layers[0].running_mean
         self.dtype, self.device = like.dtype, like.device
-        owner = torch.repeat_interleave(torch.arange(len(self._sizes)), torch.tensor(self._sizes))
+        places, sizes = torch.arange(len(self._sizes), device="cpu"), torch.tensor(self._sizes, device="cpu")
+        owner = torch.repeat_interleave(places, sizes, output_size=self._channels)
         self._owner = owner.to(self.device, non_blocking=True)  # (C,): the place of the layer that a channel belongs to
         self._known: dict[tuple[Any, ...], Tensor] = {}
         self._own = [rule for layer, rule in zip(self.layers, self.rules, strict=False) if layer._modules.get("averaging") is rule]
@@ -152,7 +153,7 @@ class Group:
         if key not in self._known:
             if len(self._known) >= 64:
                 self._known.clear()
-            self._known[key] = torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
+            self._known[key] = torch.tensor(values, dtype=dtype, device="cpu").to(self.device, non_blocking=True)
         return self._known[key]
 
     def _tell(self, rows: Rows, batch: tuple[Tensor, Tensor] | None, before: tuple[Tensor, Tensor]) -> None:
