@@ -10,7 +10,7 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
-__all__ = ["image_moments", "in_backward", "is_compiled", "kernel_moments"]
+__all__ = ["buffers_of", "image_moments", "in_backward", "is_compiled", "kernel_moments", "parameters_of"]
 
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
 _update_stats = getattr(torch, "batch_norm_update_stats", None)
@@ -28,6 +28,22 @@ def in_backward() -> bool:
     if torch.compiler.is_compiling() or _graph_task_id is None:
         return False
     return bool(_graph_task_id() != -1)
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the module's own buffers by name; not to be changed.
+
+    `Module.__getattr__`, which finds them in public, takes twenty times as long, for each layer at each step. Where the dict is gone, the
+    public way it is.
+    """
+    buffers: dict[str, Tensor | None] | None = module.__dict__.get("_buffers")
+    return dict(module.named_buffers(recurse=False)) if buffers is None else buffers
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the module's own parameters by name; not to be changed. `buffers_of` says why."""
+    parameters: dict[str, nn.Parameter | None] | None = module.__dict__.get("_parameters")
+    return dict(module.named_parameters(recurse=False)) if parameters is None else parameters
 
 
 def is_compiled(module: nn.Module) -> bool:
