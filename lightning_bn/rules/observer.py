@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from operator import attrgetter
+from operator import attrgetter, sub
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class Observer:
         self.routine = Routine()
         self._calls: list[Hashable] = []
         self._versions: list[int] = []
+        self._buffers = [buffers_of(layer.module) for layer in self.layers]
+        self._parameters = [parameters_of(layer.module) for layer in self.layers]
         self._sources: list[weakref.ref[Tensor]] = []
         self._depth = 0
         self._broken = False
@@ -108,8 +110,8 @@ class Observer:
         self.call = self.source = self.at = self._depth = 0
         self._sources, self._calls = [], []
         # Of a layer that is not watched now, the first forward of the batch will have been missed.
-        self.first_weights = dict(enumerate(self._weights())) if self.resting else {}
-        self._versions = self._counts()
+        self.first_weights = dict(enumerate(_versions(self._parameters, "weight"))) if self.resting else {}
+        self._versions = _versions(self._buffers, "num_batches_tracked")
         self._broken = False
         self.recording = True
 
@@ -121,7 +123,7 @@ class Observer:
     def end_training_batch(self) -> None:
         """Like `end`; where the layers were not watched, the record is that of the usual batch, and what more was moved."""
         self.end()
-        rises = [now - before for now, before in zip(self._counts(), self._versions, strict=True)]
+        rises = list(map(sub, _versions(self._buffers, "num_batches_tracked"), self._versions))
         usual = self.routine.usual
         if not self.resting:
             rests = self.routine.seen(Sketch(self._calls, rises, self.trace, self.entered_backward)) and not self._broken
@@ -188,12 +190,6 @@ class Observer:
         self.source = len(self._sources)
         if input is not None:
             self._sources.append(weakref.ref(input))
-
-    def _counts(self) -> list[int]:
-        return [_version(buffers_of(layer.module).get("num_batches_tracked")) or 0 for layer in self.layers]
-
-    def _weights(self) -> list[int]:
-        return [_version(parameters_of(layer.module).get("weight")) or 0 for layer in self.layers]
 
 
 class _Hooks:
@@ -310,6 +306,14 @@ def _version(tensor: Tensor | None) -> int | None:
         return None if tensor is None else tensor._version
     except RuntimeError:  # asked for only where it fails: `is_inference` of every layer would cost more than the version
         return None
+
+
+def _versions(named: Iterable[dict[str, Any]], name: str) -> list[int]:
+    """The versions of the tensors called `name`, by the fastest way there is: it is asked for all layers at each step."""
+    try:
+        return [0 if (tensor := each.get(name)) is None else tensor._version for each in named]
+    except RuntimeError:  # some were made in inference mode
+        return [_version(each.get(name)) or 0 for each in named]
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
