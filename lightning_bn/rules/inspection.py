@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -21,6 +22,9 @@ __all__ = ["Inspection", "check_action", "check_codes", "mendable_codes"]
 # BN208 compares the end of an epoch with a reading of the statistics this many batches before it; where nobody knows when an epoch ends,
 # a reading is taken every so many batches, and the last but one serves.
 _BATCHES_A_READING = 10
+
+# Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
+_LIKE_ONE_OF = 8
 
 _LEVELS = ("info", "warning", "error")
 
@@ -57,7 +61,7 @@ class Inspection:
         self._reported: dict[str, dict[str, int]] = {code: {} for code in RULES}  # how severely, by layer
         self.modes_from: Literal["start", "forward", "end"] = "start"
         self._after: Modes | None = None
-        self._judged: dict[str, Any] = {}
+        self._judged: dict[str, deque[Any]] = {}
         self._moving: set[int] = set()
         self._evaluated: set[int] = set()
         self._steady: set[int] = set()
@@ -267,11 +271,13 @@ class Inspection:
             self._ask(lambda rule: rule.gaps(apart, self.observer))
 
     def _judge(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> None:
-        """Show the batch to the rules, unless it is like the last one of its stage; without modes, its forwards alone."""
+        """Show the batch to the rules, unless it is like one of the last of its stage; without modes, its forwards alone."""
         signature = (self.observer.trace, before, opened, after, len(self.observer.entered_backward))
-        if signature == self._judged.get(self.stage):
+        known = self._judged.setdefault(self.stage, deque(maxlen=_LIKE_ONE_OF))
+        # What is mended and comes back is to be mended again.
+        if signature in (list(known)[-1:] if self._fix else known):
             return
-        self._judged[self.stage] = signature
+        known.append(signature)
         self._remember()
         batch = self._batch(before, opened, after)
         self._ask(lambda rule: rule.batch(batch))
