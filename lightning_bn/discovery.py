@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["BatchNormLayer", "find_batch_norms", "user_name"]
+__all__ = ["BatchNormLayer", "find_batch_norms", "parts_called_by", "user_name"]
 
 
 @dataclass(frozen=True)
@@ -75,3 +75,11 @@ def user_name(path: str) -> str:
         'model.norm'
     """
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def parts_called_by(step: nn.Module) -> list[nn.Module]:
+    """Return what a module calls that has a training step and a model, or several, as its parts: its children, also those in containers."""
+    parts: list[nn.Module] = []
+    for child in step.children():
+        parts += parts_called_by(child) if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
+    return parts

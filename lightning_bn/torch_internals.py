@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copy_each", "image_moments", "in_backward", "is_compiled", "is_replica", "kernel_moments", "saved_moments"]
+__all__ = [
+    "buffers_of",
+    "copy_each",
+    "image_moments",
+    "in_backward",
+    "is_compiled",
+    "is_replica",
+    "kernel_moments",
+    "parameters_of",
+    "saved_moments",
+]
 
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
 _update_stats = getattr(torch, "batch_norm_update_stats", None)
@@ -39,6 +49,22 @@ def is_replica(module: nn.Module) -> bool:
     Only a mark that torch sets says so; where it is gone the answer is False, and the hooks of the original act on the original.
     """
     return bool(getattr(module, "_is_replica", False))
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the module's own buffers by name; not to be changed.
+
+    `Module.__getattr__`, which finds them in public, takes twenty times as long, for each layer at each step. Where the dict is gone, the
+    public way it is.
+    """
+    buffers: dict[str, Tensor | None] | None = module.__dict__.get("_buffers")
+    return dict(module.named_buffers(recurse=False)) if buffers is None else buffers
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the module's own parameters by name; not to be changed. `buffers_of` says why."""
+    parameters: dict[str, nn.Parameter | None] | None = module.__dict__.get("_parameters")
+    return dict(module.named_parameters(recurse=False)) if parameters is None else parameters
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from lightning_bn.comparison.followers import Followers
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.layers.batch_norm import check_averaging
+from lightning_bn.layers.ledger import settle_together
 
 __all__ = ["CompareAverages"]
 
@@ -102,6 +103,7 @@ class CompareAverages(Callback):
             raise MisconfigurationException(
                 f"CompareAverages: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. Leave it out."
             )
+        settle_together(pl_module)
         self._followers = Followers(pl_module, self.averages)
         if self._saved is None:
             self.scores.values = {}  # of an earlier fit

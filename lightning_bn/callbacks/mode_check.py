@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from lightning_bn.activations.tensorboard import add_markdown
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.discovery import parts_called_by
+from lightning_bn.layers.ledger import settle_together
 from lightning_bn.rules import RULES, Finding, ModeCheckError
 from lightning_bn.rules.inspection import Inspection, check_action, check_codes, mendable_codes
-from lightning_bn.rules.observer import Modes, parts_called_by
+from lightning_bn.rules.observer import Modes
 from lightning_bn.rules.rule import Setting
 from lightning_bn.rules.table import markdown
 
@@ -81,7 +83,6 @@ class ModeCheck(Callback):
         self.findings: list[Finding] = []
         self._inspection: Inspection | None = None
         self._batches = 0
-        self._modes_from: Literal["start", "forward"] = "start"
         self._modes: Modes | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -92,9 +93,10 @@ class ModeCheck(Callback):
         trainer.callbacks = [*others, self, *savers]  # type: ignore[attr-defined]  # a new list: Lightning iterates over the old one
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The module's own hook comes after all callbacks'.
-        self._modes_from = "forward" if is_overridden("on_train_batch_start", pl_module) else "start"
+        settle_together(pl_module)
         self._start(trainer, pl_module)
+        # The module's own hook comes after all callbacks'.
+        self._look().modes_from = "forward" if is_overridden("on_train_batch_start", pl_module) else "start"
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._modes = self._look().observer.snapshot()
@@ -115,16 +117,19 @@ class ModeCheck(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         inspection = self._look()
         inspection.returned()
-        inspection.begin_batch("train", trainer.global_step, batch_idx)
+        if batch_idx == 0:
+            # Not when the epoch starts: the module's own hooks, which may exchange layers, come after this one's.
+            inspection.renew(lambda: parts_called_by(pl_module))
+        inspection.begin_batch("train", trainer.global_step, batch_idx, trainer.num_training_batches)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._look().trace(loss)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         inspection = self._look()
-        inspection.end_batch(modes_from=self._modes_from)
+        inspection.end_batch()
         # Lightning puts a module in eval mode before any hook of a validation.
-        self._modes = inspection.observer.snapshot()
+        self._modes = inspection.modes
         self._batches += 1
         if self._batches % (self.every_n_steps or trainer.log_every_n_steps or 50) == 0:  # type: ignore[attr-defined]
             inspection.examine()
@@ -234,6 +239,8 @@ class ModeCheck(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             before = None
             self._start(trainer, module)
+        elif self._look().renew(lambda: parts_called_by(module)):
+            before = None
         self._look().begin_evaluation(_stage(trainer), trainer.global_step, before)
 
     def _begin_evaluation_batch(self, trainer: Trainer, batch_idx: int) -> None:

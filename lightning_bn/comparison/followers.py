@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging
-from lightning_bn.discovery import find_batch_norms
+from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging
 from lightning_bn.layers.calls import input_and_mask
-from lightning_bn.layers.forwards import parts_called_by
 from lightning_bn.layers.group import Group, Rows
 from lightning_bn.layers.ledger import takes_loans
 from lightning_bn.layers.settlement import Loan, Settled, batch_moments, listening, rule_of, synchronised_moments

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.torch_internals import in_backward, is_replica
 
-__all__ = ["OutermostForward", "parts_called_by"]
+__all__ = ["OutermostForward"]
 
 
 class OutermostForward:
@@ -111,11 +111,3 @@ class OutermostForward:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model is not in the middle of the forward of the original.
         return self.__dict__ | {"_open": {}, "_depth": 0, "_frame": None}
-
-
-def parts_called_by(step: nn.Module) -> list[nn.Module]:
-    """Return what a module calls that has a training step and a model, or several, as its parts: its children, also those in containers."""
-    parts: list[nn.Module] = []
-    for child in step.children():
-        parts += parts_called_by(child) if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
-    return parts

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.layers.settlement import LISTENERS, Loan, Settled, kernel_momentum
-from lightning_bn.torch_internals import copy_each
+from lightning_bn.torch_internals import buffers_of, copy_each
 
 __all__ = ["Group", "Rows"]
 
@@ -122,7 +122,7 @@ class Group:
         return torch.promote_types(self.dtype, torch.float32)
 
     def _buffers(self, name: str) -> list[Tensor]:
-        return [layer._buffers[name] for layer in self.layers]  # type: ignore[misc]  # faster than by attribute, of which each takes a search
+        return [buffers_of(layer)[name] for layer in self.layers]  # type: ignore[misc]  # none of them is None
 
     def _gathered(self, name: str) -> Tensor:
         gathered = torch.cat(self._buffers(name))

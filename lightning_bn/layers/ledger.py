@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.discovery import find_batch_norms
-from lightning_bn.layers.forwards import OutermostForward, parts_called_by
+from lightning_bn.discovery import find_batch_norms, parts_called_by
+from lightning_bn.layers.forwards import OutermostForward
 from lightning_bn.layers.group import Group, Rows
 from lightning_bn.layers.settlement import LISTENERS, LOAN, MERGED, OBSERVED, SERVED, Loan, advance, kernel_momentum, rule_of
 from lightning_bn.moments import Moments, wide_dtype
+from lightning_bn.torch_internals import buffers_of
 
 __all__ = ["Ledger", "settle_together", "takes_loans"]
 
@@ -145,7 +146,7 @@ class Ledger(OutermostForward):
         """What decides with which others a layer is settled; None where its statistics don't move."""
         if not (layer.training and layer.track_running_stats) or (self.gather is None and MERGED in layer.__dict__):
             return None
-        mean = layer._buffers["running_mean"]
+        mean = buffers_of(layer)["running_mean"]
         rule = None if self.gather is None and kernel_momentum(layer) is not None else rule_of(layer)
         return (rule, mean.dtype, mean.device)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -17,8 +19,12 @@ from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Return, Se
 
 __all__ = ["Inspection", "check_action", "check_codes", "mendable_codes"]
 
-# A reading of the statistics is taken every so many batches, for BN208 to compare the end of an epoch with the last but one.
+# BN208 compares the end of an epoch with a reading of the statistics this many batches before it; where nobody knows when an epoch ends,
+# a reading is taken every so many batches, and the last but one serves.
 _BATCHES_A_READING = 10
+
+# Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
+_LIKE_ONE_OF = 8
 
 _LEVELS = ("info", "warning", "error")
 
@@ -31,6 +37,10 @@ class Inspection:
         setting: what is known of the run beside the model.
         ignore: codes of rules that are not looked at.
         fix: codes of rules whose findings are mended on the spot.
+
+    Attributes:
+        modes_from: which modes a training step found: those at `begin_batch`; those at the first forward, where someone may still have
+            set them on purpose in between; those at the end, where nobody can say when a step begins.
 
     Raises:
         ValueError: an unknown code, a rule that can't be mended, or an ``allow_eval`` pattern that no module matches.
@@ -49,8 +59,9 @@ class Inspection:
         self._fix = set(fix)
         self._rules = [rule for code, rule in RULES.items() if code not in ignore]
         self._reported: dict[str, dict[str, int]] = {code: {} for code in RULES}  # how severely, by layer
-        self._before: Modes = ()
-        self._judged: dict[str, Any] = {}
+        self.modes_from: Literal["start", "forward", "end"] = "start"
+        self._after: Modes | None = None
+        self._judged: dict[str, deque[Any]] = {}
         self._moving: set[int] = set()
         self._evaluated: set[int] = set()
         self._steady: set[int] = set()
@@ -72,6 +83,33 @@ class Inspection:
         self._counted = (self._batches, Reading(self.observer.layers))
         self._probe = AdjacencyProbe(self.model, self.observer.layers)
         self.tracing = True
+
+    def renew(self, entries: Callable[[], Iterable[nn.Module]]) -> bool:
+        """Observe the modules that the model has now; returns whether any came, went or was replaced since they were last looked for.
+
+        Args:
+            entries: returns the modules that a training step calls now.
+        """
+        old = self.observer
+        if list(self.model.modules()) == old.modules:
+            return False
+        old.close()
+        self.observer = Observer(self.model)
+        places = {layer.module: index for index, layer in enumerate(self.observer.layers)}
+        for known, indices in ((self._moving,) * 2, (self._evaluated,) * 2, (self._steady,) * 2, (self.observer.seen, old.seen)):
+            kept = {places[layer] for index in indices if (layer := old.layers[index].module) in places}
+            known.clear()
+            known.update(kept)
+        self._judged, self._marks, self._away, self._anchor, self._counts_before = {}, [], None, None, {}
+        tracing, probe = self.tracing, self._probe
+        if probe is not None:
+            probe.close()
+        self.attach(entries())
+        if not tracing:
+            self._stop_tracing()
+            self._probe = probe
+        self.configuration()
+        return True
 
     def close(self) -> None:
         """Remove every hook."""
@@ -101,36 +139,51 @@ class Inspection:
         """Begin a training epoch: what could be told of its batches from the last one's is forgotten, as parameters may be frozen now."""
         self._judged = {}
         self._marks = []
+        self.observer.watch_closely()
 
-    def begin_batch(self, stage: str, step: int, index: int) -> None:
-        if self.observer.forwards and self.stage != "train":
-            self._judge()  # what ran before the first batch of an evaluation, or between two
-        self.stage, self.step, self.index = stage, step, index
-        self._before = self.observer.snapshot()
-        self.observer.begin()
-        if stage == "train" and (self._batches % _BATCHES_A_READING == 0 or not self._marks):
-            self._marks = [*self._marks[-1:], Reading(self.observer.layers)]
-
-    def end_batch(self, *, modes_from: Literal["start", "forward", "end"] = "start") -> None:
-        """Judge the batch; of an evaluation, what comes until the next one is recorded too.
+    def begin_batch(self, stage: str, step: int, index: int, batches: float | None = None) -> None:
+        """Begin a batch.
 
         Args:
-            modes_from: which modes a training step found: those at `begin_batch`; those at the first forward, where someone may still have
-                set them on purpose in between; those at the end, where nobody can say when a step begins.
+            batches: how many the training epoch has, where that is known and the end of the epoch is to be looked at; infinity: not known.
         """
-        self.observer.end()
+        if self.observer.trace and self.stage != "train":
+            self._judge()  # what ran before the first batch of an evaluation, or between two
+        self.stage, self.step, self.index = stage, step, index
+        training = stage == "train"
+        self.observer.begin(self.observer.snapshot() if training and self.modes_from == "start" else None)
+        if training and batches is not None:
+            self._mark(index, batches)
+
+    def _mark(self, index: int, batches: float) -> None:
+        """Take a reading for `end_epoch`: at the start of the epoch, as it may be cut short, and shortly before its end."""
+        near = index == batches - _BATCHES_A_READING if math.isfinite(batches) else index % _BATCHES_A_READING == 0
+        if near and math.isfinite(batches):
+            self._marks = [Reading(self.observer.layers)]
+        elif near or not self._marks:
+            self._marks = [*self._marks[-1:], Reading(self.observer.layers)]
+
+    def end_batch(self) -> None:
+        """Judge the batch; of an evaluation, what comes until the next one is recorded too."""
         if self.stage != "train":
+            self.observer.end()
             self._judge()
             self.index = -1
             self.observer.begin()
             return
+        self.observer.end_training_batch()
         self._batches += 1
         self.trained = True
-        after = self.observer.snapshot()
+        after = self._after = self.observer.snapshot()
         opened = self.observer.modes or after
-        self._judge({"start": self._before, "forward": opened, "end": after}[modes_from], opened, after)
+        self._judge(after if self.modes_from == "end" else opened, opened, after)
         if self.tracing and any(forward.training for forward in self.observer.forwards):
             self._end_tracing()
+
+    @property
+    def modes(self) -> Modes:
+        """The modes of all modules after a training batch and what was mended in it."""
+        return self.observer.snapshot() if self._after is None else self._after
 
     def trace(self, outputs: Any) -> None:
         """Look through the autograd graph behind `outputs`, a loss or what the model returned; only of the first training batch."""
@@ -145,6 +198,7 @@ class Inspection:
         self._judged.pop(stage, None)
         # Its hooks say nothing: what it wrote shows in a comparison alone.
         self._counts_before = Reading(self.observer.layers).counts() if self._unseen() else {}
+        self.observer.watch_closely()
         self.observer.begin()
 
     def end_evaluation(self) -> None:
@@ -217,11 +271,13 @@ class Inspection:
             self._ask(lambda rule: rule.gaps(apart, self.observer))
 
     def _judge(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> None:
-        """Show the batch to the rules, unless it is like the last one of its stage; without modes, its forwards alone."""
-        signature = (self.observer.forwards, before, opened, after, len(self.observer.entered_backward))
-        if signature == self._judged.get(self.stage):
+        """Show the batch to the rules, unless it is like one of the last of its stage; without modes, its forwards alone."""
+        signature = (self.observer.trace, before, opened, after, len(self.observer.entered_backward))
+        known = self._judged.setdefault(self.stage, deque(maxlen=_LIKE_ONE_OF))
+        # What is mended and comes back is to be mended again.
+        if signature in (list(known)[-1:] if self._fix else known):
             return
-        self._judged[self.stage] = signature
+        known.append(signature)
         self._remember()
         batch = self._batch(before, opened, after)
         self._ask(lambda rule: rule.batch(batch))
@@ -256,7 +312,11 @@ class Inspection:
         if self._probe is not None:
             biases = self._probe.dead_biases()
             self._ask(lambda rule: rule.biases(biases))
-            # What it measured of dropouts stays on the device until the next check.
+        self._stop_tracing()
+
+    def _stop_tracing(self) -> None:
+        # What was measured of dropouts stays on the device until the next check.
+        if self._probe is not None:
             self._probe.close()
         self.tracing = False
 
@@ -271,6 +331,7 @@ class Inspection:
         mended = rule.code in self._fix and seen.mend is not None
         if mended and seen.mend is not None:
             seen.mend()
+            self._after = None
         known, severity = self._reported[rule.code], _LEVELS.index(seen.level or rule.level)
         new = [name for name in seen.layers if known.get(name, -1) < severity]
         if not new:

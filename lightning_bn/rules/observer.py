@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from operator import attrgetter, sub
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,43 +14,23 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, user_name
 from lightning_bn.layers.settlement import is_lent
-from lightning_bn.torch_internals import in_backward
+from lightning_bn.rules.forwards import Forward, Trace, forward_of
+from lightning_bn.rules.routine import Routine, Sketch
+from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
 
-__all__ = ["Forward", "Modes", "Observer"]
+__all__ = ["Forward", "Modes", "Observer", "moves_later"]
 
 Modes = tuple[bool, ...]
 """The ``training`` flags of `Observer.modules`, in their order."""
 
-
-class Forward(NamedTuple):
-    """One forward of one batch-norm layer. Nothing in it was read from a device."""
-
-    layer: int
-    """Index into `Observer.layers`."""
-    training: bool
-    moved: bool
-    """Whether it wrote the running statistics: whether the version of ``num_batches_tracked`` rose, which lives on the host."""
-    tracking: bool
-    """The layer's ``track_running_stats`` at that time."""
-    grad: bool
-    recomputed: bool
-    """Whether it ran inside a backward pass: the recomputation of activation checkpointing."""
-    failed: bool
-    call: int
-    """Which outermost call of the model it was part of, counted since `Observer.begin`; negative where the layer was called by itself."""
-    source: int
-    """Which input that call had: calls that were given the same tensor have the same number."""
-    reweighted: bool
-    """Whether the layer's affine weight was written since its first forward of this batch."""
-    samples: int
-    values: int
-    """Values per channel."""
+_flags = attrgetter("training", "track_running_stats")
 
 
 class Observer:
     """Hooks on the batch-norm layers of `model`, and on the modules that a training step calls.
 
     Under `torch.compile` the hooks do nothing, and are traced to nothing: a layer that moves and was never seen is `unseen`.
+    The hooks on the layers rest while training batches are alike: see `Routine`.
 
     Args:
         model: its modules and layers are found now; hooks come with `attach`.
@@ -61,16 +42,38 @@ class Observer:
         self.modules = [module for _, module in named]
         self.layers: list[BatchNormLayer] = find_batch_norms(model)
         self.seen: set[int] = set()
-        self.forwards: list[Forward] = []
+        self.trace: list[Trace] = []
         self.entered_backward: set[int] = set()
         """The calls of this batch, of those that repeat an input at other weights, that gradients flowed through."""
         self.modes: Modes | None = None
-        """The modes at the first forward of this batch."""
-        self.depth = self.call = self.source = 0
+        """The modes at the first forward of this batch, unless they were set when it began."""
+        self.recording = False
+        self.call = self.source = 0
+        self.at = 0
+        """The call of the model that is being run; 0: none."""
+        self.first_weights: dict[int, int] = {}
+        """The version of each layer's affine weight at its first forward of this batch."""
+        self.routine = Routine()
+        self._calls: list[Hashable] = []
+        self._versions: list[int] = []
+        self._buffers = [buffers_of(layer.module) for layer in self.layers]
+        self._parameters = [parameters_of(layer.module) for layer in self.layers]
         self._sources: list[weakref.ref[Tensor]] = []
-        self._recording = False
-        self._handles: list[RemovableHandle] = []
+        self._depth = 0
+        self._broken = False
+        self._compiled = is_compiled(model)
+        self._doors: list[_Door] = []
         self._taps: list[_Tap] = []
+
+    @property
+    def forwards(self) -> list[Forward]:
+        """The forwards of this batch, in their order."""
+        return [forward_of(trace) for trace in self.trace]
+
+    @property
+    def resting(self) -> bool:
+        """Whether the hooks on the layers are off, as training batches are alike."""
+        return bool(self._doors) and not self._taps
 
     def attach(self, entries: Iterable[nn.Module]) -> None:
         """Set the hooks.
@@ -78,36 +81,68 @@ class Observer:
         Args:
             entries: the modules whose calls count as calls of the model: the model itself, or what its training step calls.
         """
-        self._taps = [_Tap(self, index, layer.module) for index, layer in enumerate(self.layers)]
-        for module in dict.fromkeys(entries):
-            if not isinstance(module, _BatchNorm):
-                self._handles += [
-                    module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                    module.register_forward_hook(self._leave, always_call=True),
-                ]
+        parts = [module for module in dict.fromkeys(entries) if not isinstance(module, _BatchNorm)]
+        self._doors = [_Door(self, place, module) for place, module in enumerate(parts)]
+        self.wake()
 
     def close(self) -> None:
         """Remove every hook."""
-        for handle in (*self._handles, *(handle for tap in self._taps for handle in tap.handles)):
-            handle.remove()
-        self._handles, self._taps = [], []
-        self._recording = False
+        self._rest()
+        for door in self._doors:
+            door.close()
+        self._doors = []
+        self.recording = False
 
-    def begin(self) -> None:
-        """Begin a batch: what was recorded before is forgotten."""
-        self.forwards = []
-        self.entered_backward = set()
-        self.modes = None
-        self.depth = self.call = self.source = 0
-        self._sources = []
+    def wake(self) -> None:
+        """Set the hooks on the layers, where they are not set."""
+        if not self._taps:
+            self._taps = [_Tap(self, index, layer.module) for index, layer in enumerate(self.layers)]
+
+    def _rest(self) -> None:
         for tap in self._taps:
-            tap.first_weights = None
-        self._recording = True
+            tap.close()
+        self._taps = []
+
+    def begin(self, modes: Modes | None = None) -> None:
+        """Begin a batch: what was recorded before is forgotten."""
+        self.trace = []
+        self.entered_backward = set()
+        self.modes = modes
+        self.call = self.source = self.at = self._depth = 0
+        self._sources, self._calls = [], []
+        # Of a layer that is not watched now, the first forward of the batch will have been missed.
+        self.first_weights = dict(enumerate(_versions(self._parameters, "weight"))) if self.resting else {}
+        self._versions = _versions(self._buffers, "num_batches_tracked")
+        self._broken = False
+        self.recording = True
 
     def end(self) -> None:
         """Record nothing until the next `begin`."""
-        self._recording = False
+        self.recording = False
         self._sources = []
+
+    def end_training_batch(self) -> None:
+        """Like `end`; where the layers were not watched, the record is that of the usual batch, and what more was moved."""
+        self.end()
+        rises = list(map(sub, _versions(self._buffers, "num_batches_tracked"), self._versions))
+        usual = self.routine.usual
+        if not self.resting:
+            alike = self.routine.seen(Sketch(self._calls, rises, self.trace, self.entered_backward))
+            # Code that torch.compile made is made again whenever hooks come or go.
+            if alike and not self._broken and not self._compiled:
+                self._rest()
+        elif (self._calls, rises) == (usual.calls, usual.rises):
+            self.trace, self.entered_backward = usual.trace, usual.entered_backward
+        else:
+            self.trace, self.entered_backward = self.routine.with_surplus(rises), usual.entered_backward
+            self.routine.broken()
+            self.wake()
+
+    def watch_closely(self) -> None:
+        """Watch every layer again, whatever batches were like so far."""
+        self.routine.forget()
+        if self._doors:
+            self.wake()
 
     def snapshot(self) -> Modes:
         """Return the ``training`` flag of every module."""
@@ -123,18 +158,32 @@ class Observer:
         changed = {name: one for name, was, one in zip(self.names, before, after, strict=True) if was != one}
         return [name for name, now in changed.items() if all(changed.get(parent) != now for parent in ancestors(name))]
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not self._recording:
+    def enter(self, layers: list[_BatchNorm], place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note that a call of a part of the model begins; the layers' hooks are set where it is unlike the usual one."""
+        self._depth += 1
+        if self._depth > 1:
             return
-        self.depth += 1
-        if self.depth == 1:
-            self.open_call(next(_tensors((args, kwargs)), None))
+        input = next(_tensors((args, kwargs)), None)
+        self.open_call(input)
+        self.at = self.call
+        samples = tuple(input.shape[:1]) if input is not None else None
+        self._calls.append((place, samples, self.source, torch.is_grad_enabled(), in_backward(), tuple(map(_flags, layers))))
+        if self.resting and not self.routine.follows(self._calls):
+            self.trace = self.routine.before(self.call)
+            self.routine.broken()
+            self._broken = True
+            self.wake()
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling() and self._recording:
-            self.depth = max(self.depth - 1, 0)
+    def leave(self) -> None:
+        """Note that a call of a part of the model ended."""
+        self._depth = max(self._depth - 1, 0)
+        if not self._depth:
+            self.at = 0
 
     def open_call(self, input: Tensor | None) -> None:
+        """Count a call of the model, or of a layer by itself, and find whether an earlier one had the same input."""
+        if self.modes is None:
+            self.modes = self.snapshot()
         self.call += 1
         for number, source in enumerate(self._sources):
             if input is not None and source() is input:
@@ -144,80 +193,93 @@ class Observer:
         if input is not None:
             self._sources.append(weakref.ref(input))
 
-    def before_layer(self, input: Tensor | None) -> bool:
-        """Note that a layer is about to run; returns whether that is to be recorded."""
-        if not self._recording:
-            return False
-        if self.modes is None:
-            self.modes = self.snapshot()
-        if self.depth == 0:
-            self.open_call(input)
-        return True
+
+class _Hooks:
+    """The hooks on one module. A copy of the module, made or pickled while it is watched, has hooks that do nothing."""
+
+    _observer: Observer | None = None
+
+    def __init__(self, observer: Observer, before: Callable[[], RemovableHandle], after: Callable[[], RemovableHandle]) -> None:
+        self._observer = observer
+        self._handles = (before(), after())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
-class _Tap:
+class _Door(_Hooks):
+    """The two hooks of a part that a training step calls."""
+
+    def __init__(self, observer: Observer, place: int, module: nn.Module) -> None:
+        self._place = place
+        self._layers = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+        super().__init__(
+            observer,
+            lambda: module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            lambda: module.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling() and self._observer is not None and self._observer.recording:
+            self._observer.enter(self._layers, self._place, args, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.compiler.is_compiling() and self._observer is not None and self._observer.recording:
+            self._observer.leave()
+
+
+class _Tap(_Hooks):
     """The two hooks of one layer."""
 
     def __init__(self, observer: Observer, index: int, layer: _BatchNorm) -> None:
-        self.first_weights: int | None = None
-        self._observer = observer
         self._index = index
         self._before: int | None = None
-        self._recording = False
-        self.handles = [
+        super().__init__(
+            observer,
             # First in, last out: the layer may have hooks that exchange its buffers for the length of a forward.
-            layer.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
-            layer.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-        ]
+            lambda: layer.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
+            lambda: layer.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+        )
 
     def _enter(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._observer is None or not self._observer.recording:
             return
-        self._recording = self._observer.before_layer(_input(args, kwargs))
-        self._before = _version(layer.num_batches_tracked)
+        if not self._observer.at:
+            self._observer.open_call(_input(args, kwargs))
+        self._before = _version(buffers_of(layer).get("num_batches_tracked"))
 
     def _leave(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling() or not self._recording:
+        if torch.compiler.is_compiling() or self._observer is None or not self._observer.recording:
             return
-        observer, input = self._observer, _input(args, kwargs)
-        weights = _version(layer.weight) or 0
-        repeated = self.first_weights is not None
-        if not repeated:
-            self.first_weights = weights
-        forward = Forward(
-            layer=self._index,
-            training=layer.training,
-            moved=output is not None and self._moved(layer),
-            tracking=layer.track_running_stats and layer.running_mean is not None,
-            grad=torch.is_grad_enabled(),
-            recomputed=in_backward(),
-            failed=output is None,
-            call=observer.call if observer.depth else -observer.call,
-            source=observer.source,
-            reweighted=weights != self.first_weights,
-            samples=0 if input is None else input.shape[0],
-            values=0 if input is None else input.numel() // max(input.shape[1], 1),
-        )
-        observer.forwards.append(forward)
-        observer.seen.add(self._index)
-        if forward.reweighted and isinstance(output, Tensor) and output.requires_grad:
-            entered, call = observer.entered_backward, forward.call
+        observer, index, buffers, input = self._observer, self._index, buffers_of(layer), _input(args, kwargs)
+        training, recomputed = layer.training, in_backward()
+        tracking = layer.track_running_stats and buffers.get("running_mean") is not None
+        now = _version(buffers.get("num_batches_tracked"))
+        # Some tensors keep no version.
+        if self._before is None or now is None or (now == self._before and moves_later(layer)):
+            moved = training and tracking and not recomputed
+        else:
+            moved = now != self._before
+        weights = _version(parameters_of(layer).get("weight")) or 0
+        reweighted = observer.first_weights.setdefault(index, weights) != weights
+        call = observer.at or -observer.call
+        failed = output is None
+        shape = () if input is None else tuple(input.shape)
+        seen = (training, moved and not failed, tracking, torch.is_grad_enabled(), recomputed, failed)
+        observer.trace.append((index, *seen, call, observer.source, reweighted, shape))
+        observer.seen.add(index)
+        if reweighted and isinstance(output, Tensor) and output.requires_grad:
+            entered = observer.entered_backward
             output.register_hook(lambda _: entered.add(call))
 
-    def _moved(self, layer: _BatchNorm) -> bool:
-        after = _version(layer.num_batches_tracked)
-        # Statistics that wait for the other ranks' are written later, and some tensors keep no version.
-        if self._before is None or after is None or is_lent(layer):
-            return bool(layer.training and layer.track_running_stats and layer.running_mean is not None and not in_backward())
-        return after != self._before
 
-
-def parts_called_by(step: nn.Module) -> list[nn.Module]:
-    """Return what a module calls that has a training step and a model, or several, as its parts: its children, also those in containers."""
-    parts: list[nn.Module] = []
-    for child in step.children():
-        parts += parts_called_by(child) if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
-    return parts
+def moves_later(layer: _BatchNorm) -> bool:
+    """Whether what a training forward of the layer measures moves its statistics only after that forward."""
+    return is_lent(layer)
 
 
 def ancestors(name: str) -> Iterator[str]:
@@ -234,7 +296,18 @@ def ancestors(name: str) -> Iterator[str]:
 
 def _version(tensor: Tensor | None) -> int | None:
     """How often the tensor was written; None where that is not kept: there is no tensor, or it was made in inference mode."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
+    try:
+        return None if tensor is None else tensor._version
+    except RuntimeError:  # asked for only where it fails: `is_inference` of every layer would cost more than the version
+        return None
+
+
+def _versions(named: Iterable[dict[str, Any]], name: str) -> list[int]:
+    """The versions of the tensors called `name`, by the fastest way there is: it is asked for all layers at each step."""
+    try:
+        return [0 if (tensor := each.get(name)) is None else tensor._version for each in named]
+    except RuntimeError:  # some were made in inference mode
+        return [_version(each.get(name)) or 0 for each in named]
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

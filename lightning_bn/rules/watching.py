@@ -70,6 +70,7 @@ def watch(model: nn.Module, *, action: str = "warn", ignore: Sequence[str] = (),
     """
     check_action("watch", action)
     inspection = Inspection(model, Setting(caller="watch", allow_eval=tuple(allow_eval)), ignore=ignore)
+    inspection.modes_from = "end"
     inspection.attach([model])
     own = {id(parameter) for parameter in model.parameters()}
     steps = 0
@@ -82,7 +83,7 @@ def watch(model: nn.Module, *, action: str = "warn", ignore: Sequence[str] = (),
         nonlocal steps
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             steps += 1
-            inspection.end_batch(modes_from="end")
+            inspection.end_batch()
             inspection.begin_batch("train", steps, steps)
 
     handles = [model.register_forward_hook(trace), register_optimizer_step_post_hook(after_step)]
