@@ -103,9 +103,7 @@ def merge(pools: Sequence[Pool]) -> Pool:
     m2 = summed(m2 + count * (mean - together[where]).square())
     largest = layers.new_zeros(len(places)).scatter_reduce_(0, here, layers[0], "amax")
     saturated = layers.new_zeros(len(places)).index_add_(0, here, layers[1])
-    return Pool(
-        tuple(places), tuple(seen), torch.stack((total, together, m2, summed(zeros))), torch.stack((largest, saturated))
-    )
+    return Pool(tuple(places), tuple(seen), torch.stack((total, together, m2, summed(zeros))), torch.stack((largest, saturated)))
 
 
 def _channel_places(keys: tuple[Key, ...], places: dict[Key, int]) -> Tensor:
@@ -120,9 +118,7 @@ def _channel_places(keys: tuple[Key, ...], places: dict[Key, int]) -> Tensor:
     return torch.arange(int(ends[-1])) + offset.repeat_interleave(widths)
 
 
-def _numbers(
-    values: list[tuple[int, float]], keys: tuple[Key, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _numbers(values: list[tuple[int, float]], keys: tuple[Key, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Numbers that the host knows of each reading, for each of its channels: two vectors (S,)."""
     widths = torch.tensor([key.width for key in keys])
     # Repeated on the host, and not waited for.

@@ -71,9 +71,7 @@ def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None
 def moments_of(reading: Reading) -> Moments:
     """Return the moments of the finite values of one reading, all three of shape (C,), in the widest dtype."""
     dtype = wide_dtype(reading.centre.device)
-    count, centre, rest, variance = (
-        tensor.to(dtype) for tensor in (reading.count, reading.centre, reading.rest, reading.variance)
-    )
+    count, centre, rest, variance = (tensor.to(dtype) for tensor in (reading.count, reading.centre, reading.rest, reading.variance))
     moments = finite_moments(torch.full_like(count, reading.positions), count, centre, rest, variance)
     return Moments(moments.count, moments.mean / reading.scale, moments.m2 / reading.scale**2)
 
