@@ -105,7 +105,7 @@ def _read_on_host(data: Tensor) -> Reading | None:
 
 def _read_masked(data: Tensor) -> Reading:
     over = [dim for dim in range(data.dim()) if dim != 1]
-    dtype = torch.promote_types(data.dtype, torch.float32)
+    dtype = data.dtype if data.dtype in (torch.float32, torch.float64) else torch.float32
     positions = data.numel() // data.shape[1]
     clean = torch.nan_to_num(data, 0.0, 0.0, 0.0)
     # NaN and infinity differ from the 0 in their place.
@@ -150,7 +150,7 @@ def histogram_edges() -> Tensor:
 @torch.no_grad()
 def bucket_counts(data: Tensor) -> Tensor:
     """Return the number of finite values in each bucket between `histogram_edges`: (B + 1,) int64."""
-    dtype = torch.promote_types(data.dtype, torch.float32)
+    dtype = data.dtype if data.dtype in (torch.float32, torch.float64) else torch.float32
     edges = histogram_edges().to(device=data.device, dtype=dtype, non_blocking=True)
     # Unlike bincount and histc, adding in place needs no value from the device.
     counts = torch.zeros(len(edges) + 1, dtype=torch.int64, device=data.device)
