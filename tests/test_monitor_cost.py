@@ -24,8 +24,8 @@ class Counts(TorchDispatchMode):
         self.given: list[tuple[int, torch.dtype, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
         result = func(*args, **(kwargs or {}))
+        self.operations += 1  # not before: the meta device has no kernel for some, and another one follows
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, Tensor):
                 self.given.append((tensor.numel(), tensor.dtype, tensor.numel() * tensor.element_size()))
@@ -78,7 +78,7 @@ def operations(model: nn.Module, collector: LayerCollector | None) -> int:
     return counts.operations
 
 
-@pytest.mark.xfail(reason="the drift meter still launches kernels layer by layer for the newest weights", strict=True)
+@pytest.mark.xfail(reason="not reached yet: a few operations a layer too many", strict=True)
 def test_a_sampled_step_launches_twelve_operations_a_layer() -> None:
     """Forward, backward and all that comes before the one transfer, for 52 batch norms and 49 ReLUs, without a wait for the device."""
     with torch.device("meta"):
@@ -87,6 +87,7 @@ def test_a_sampled_step_launches_twelve_operations_a_layer() -> None:
     assert len(layers) == 101
     assert sum(isinstance(layer, nn.BatchNorm2d) for layer in layers.values()) == 52
     collector = LayerCollector(model, layers)
+    operations(model, collector)  # the first time the drift meter looks at each layer's rule, on the host
     plain, watched = operations(model, None), operations(model, collector)
     assert plain > 600
     assert 0 < watched - plain <= 12 * len(layers)
