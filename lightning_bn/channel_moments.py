@@ -10,7 +10,7 @@ from lightning_bn.torch_internals import image_moments, kernel_moments
 
 __all__ = ["channel_moments"]
 
-# Values that are cheaper summed up in float64 at once than in groups.
+# Values that are cheaper summed up in float64 one by one than in groups.
 _FEW = 2**13
 # Rows that the kernel sums in one go where it sums in float32: more and the sum loses digits, fewer and the merge costs time.
 _ROWS = 32
@@ -59,13 +59,13 @@ def _image_moments(data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    if rows.numel() <= _FEW:
-        rows = rows.double()
-        mean = rows.mean(0)
-        return mean, (rows - mean).square().mean(0)
-    origin = rows[0].clone()
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)) - origin
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    origin = rows[0].to(wide, copy=True)
+    rows = rows - origin if rows.dtype == wide else rows.to(wide).sub_(origin)
     positions, channels = rows.shape
+    if rows.numel() <= _FEW:
+        var, mean = torch.var_mean(rows, 0, unbiased=False)  # on the CPU a float64 sum, one by one
+        return mean.double() + origin, var.double()
     groups = positions // _ROWS
     if not groups:
         mean, var = kernel_moments(rows)

@@ -93,7 +93,7 @@ def kernel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors of shape (C,), in float32 (float64 for float64 data).
     """
-    dtype = torch.promote_types(data.dtype, torch.float32)
+    dtype = data.dtype if data.dtype in (torch.float32, torch.float64) else torch.float32
     if _update_stats is not None:
         # Without running statistics the kernel gives 16-bit moments for 16-bit data; beside float32 ones it gives float32.
         scratch = None if data.dtype == dtype else torch.zeros(data.shape[1], dtype=dtype, device=data.device)

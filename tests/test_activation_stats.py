@@ -537,7 +537,7 @@ def test_one_transfer_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(tensors)
 
     monkeypatch.setattr(collector, "to_host", counted)
-    monkeypatch.setattr("lightning_bn.activations.stats._may_look", lambda data: False)  # as on an accelerator
+    monkeypatch.setattr("lightning_bn.activations.reading._may_look", lambda data: False)  # as on an accelerator
     module = Small()
     layers = {name: layer for name, layer in module.named_modules() if name in LAYERS}
     watched = collector.LayerCollector(module, layers, gradients=True, histograms=LAYERS)

@@ -24,7 +24,7 @@ from lightning_bn import ActivationStatsMonitor
 from lightning_bn.activations.collector import COLUMNS, Sample
 from lightning_bn.activations.heatmap import Scale, draw_channels, draw_grid, scale_of
 from lightning_bn.activations.layer_table import LayerTable
-from lightning_bn.activations.stats import histogram_edges
+from lightning_bn.activations.reading import histogram_edges
 from lightning_bn.activations.tensorboard import TensorBoardReport, tell
 
 matplotlib = pytest.importorskip("matplotlib")

@@ -6,16 +6,21 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.drift import DRIFT_STATISTICS, DriftMeter, summarise_drift
 from lightning_bn.activations.layers import bounds_of
-from lightning_bn.activations.stats import ActivationStats, dead_channels, merge_states, summarise
+from lightning_bn.activations.pooling import Key, Pool, flatten, merge
+from lightning_bn.activations.reading import Reading, bucket_counts, read
+from lightning_bn.activations.stats import by_channel
+from lightning_bn.activations.summary import Summary, summarise, weights_and_biases
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager
 from lightning_bn.moments import drift
@@ -42,15 +47,12 @@ COLUMNS = (
     "grad_nonfinite",
 )
 
-# A batch norm's weight starts at 1; below a hundredth of that the channel hardly reaches the next layer.
-NEAR_ZERO = 0.01
-
 # A layer may be called with activations of several widths, as torchvision's Bottleneck does with its ReLU. More than these are no widths
 # but lengths: the channels are in another dimension.
 MAX_WIDTHS = 8
 
-_Key = tuple[str, str, int]  # what ("activation", "gradient" or "input"), layer, channels
-_State = dict[str, Tensor]
+# Channels whose readings wait to be put together: a validation has many batches, a training step is below this.
+MAX_WAITING = 2**20
 
 
 @dataclass
@@ -111,9 +113,13 @@ class LayerCollector:
         self._meter: DriftMeter | None = None
         self._observed = frozenset(self._tracking)
         self._is_open = False
-        self._stats: dict[_Key, ActivationStats] = {}
+        self._readings: list[tuple[Key, Reading]] = []
+        self._waiting = 0  # channels in them
+        self._pool: Pool | None = None  # of the readings before these
+        self._counts: dict[Key, Tensor] = {}  # in the buckets of a histogram
+        self._widths: dict[tuple[str, str], set[int]] = {}
         self._order: dict[str, None] = {}  # names in the order of their first call
-        self._dead: dict[_Key, Tensor] = {}
+        self._dead: dict[Key, NDArray[np.bool_]] = {}
         self._left_out: set[str] = set()
         self._attached = ExitStack()
         self._is_attached = False
@@ -155,21 +161,56 @@ class LayerCollector:
 
     def collect(self) -> Sample:
         """Return the sample, the same on every rank, and forget it; every rank must call this."""
+        measured = self.measure()
+        host = to_host(measured)
+        pool = None if self._pool is None else self._pool.on(*host[:2])
+        histograms = dict(zip(self._counts, host[2:], strict=False))
+        drifts, weights, biases, means, variances = host[-5:]
         # As objects, since a layer may have run on one rank alone.
-        ranks = share((*self._to_host(), list(self._order)))
-        # Each rank's layers see their own batches; the buffers of the first are the ones that are broadcast and saved.
-        _, drifts, parameters, _ = ranks[0]
-        states = reduce(_merge, (states for states, *_ in ranks))
+        ranks = share((pool, histograms, (drifts, weights, biases, means, variances), list(self._order)))
         self._order = dict.fromkeys(name for *_, order in ranks for name in order)
-        sample = Sample()
-        for name in (*self._order, *(name for name in self._norms if name not in self._order)):
-            self._add_rows(sample, name, states, parameters.get(name, {}))
-        for name, values in drifts.items():
-            sample.rows[name].update(zip(DRIFT_STATISTICS, map(_number, values), strict=True))
-        for stats in self._stats.values():
-            stats.reset()
+        pools = [pool for pool, *_ in ranks if pool is not None]
+        counts: dict[Key, Tensor] = {}
+        for _, found, *_ in ranks:
+            for key, values in found.items():
+                counts[key] = counts[key] + values if key in counts else values
+        # Each rank's layers see their own batches; the buffers of the first are the ones that are broadcast and saved.
+        sample = self._sample(summarise(merge(pools)) if pools else {}, counts, *ranks[0][2])
+        self._readings, self._waiting, self._pool, self._counts = [], 0, None, {}
         self._is_open = False
         return sample
+
+    @torch.no_grad()
+    def measure(self) -> list[Tensor]:
+        """Return all that was measured, still on the device, for one transfer; waits for nothing."""
+        self._put_together()
+        self._hand_in()
+        drifts = self._meter.measure() if self._meter is not None and self._is_open else torch.empty(0, 4)
+        norms = list(self._norms.values())
+        weights = _joined([norm.weight for norm in norms if norm.weight is not None])
+        biases = _joined([norm.bias for norm in norms if norm.bias is not None])
+        tracking = [] if self._training else list(self._tracking.values())
+        statistics = [_joined([layer.running_mean for layer in tracking]), _joined([layer.running_var for layer in tracking])]
+        pooled = [torch.empty(4, 0), torch.empty(2, 0)] if self._pool is None else [self._pool.channels, self._pool.layers]
+        return [*pooled, *self._counts.values(), drifts, weights, biases, *statistics]
+
+    def _put_together(self) -> None:
+        if self._readings:
+            device = self._readings[0][1].centre.device if self._pool is None else self._pool.channels.device
+            new = flatten(self._readings, device)
+            self._pool = merge([new] if self._pool is None else [self._pool, new])
+            self._readings, self._waiting = [], 0
+
+    def _hand_in(self) -> None:
+        """Tell the drift meter what the layers were given whose buffers don't tell."""
+        if self._meter is None or self._pool is None or not self._observed:
+            return
+        places = {name: index for index, name in enumerate(self._tracking)}
+        found = []
+        for key, values in zip(self._pool.keys, self._pool.split(), strict=True):
+            if key.what == "input" and key.layer in places:
+                found.append((places[key.layer], values[1], values[2] / (values[0] - 1)))
+        self._meter.hand_in(found)
 
     def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         tensor = next(_tensors(output), None)
@@ -192,23 +233,29 @@ class LayerCollector:
     @torch.no_grad()
     def _take(self, what: str, name: str, tensor: Tensor) -> None:
         layer = self.layers[name]
-        dim = 1 if isinstance(layer, _BatchNorm) else self._channel_dim
+        is_norm = name in self._norms
+        dim = 1 if is_norm else self._channel_dim
         width = tensor.shape[dim] if tensor.dim() > 1 else 1
-        key = (what, name, width)
-        if key not in self._stats:
-            if width == 0 or self._too_many_widths(what, name, tensor):
+        if tensor.numel() == 0:
+            return
+        widths = self._widths.setdefault((what, name), set())
+        if width not in widths:
+            if self._too_many_widths(widths, name, tensor):
                 return
-            with torch.device(tensor.device):
-                self._stats[key] = ActivationStats(
-                    width,
-                    channel_dim=dim,
-                    bounds=bounds_of(layer) if what == "activation" else None,
-                    histogram=what == "activation" and name in self._histograms,
-                )
-        self._stats[key].update(tensor)
+            widths.add(width)
+        key, data = Key(what, name, width), by_channel(tensor, width, dim)
+        # A normalised value is zero by chance alone; of a gradient, nobody asks.
+        is_activation = what == "activation"
+        bounds = bounds_of(layer) if is_activation else None
+        self._readings.append((key, read(data, zeros=is_activation and not is_norm, bounds=bounds)))
+        self._waiting += width
+        if is_activation and name in self._histograms:
+            counts = bucket_counts(data)
+            self._counts[key] = self._counts[key] + counts if key in self._counts else counts
+        if self._waiting > MAX_WAITING:
+            self._put_together()
 
-    def _too_many_widths(self, what: str, name: str, tensor: Tensor) -> bool:
-        widths = [key for key in self._stats if key[:2] == (what, name)]
+    def _too_many_widths(self, widths: set[int], name: str, tensor: Tensor) -> bool:
         if len(widths) == MAX_WIDTHS and name not in self._left_out:
             self._left_out.add(name)
             warnings.warn(
@@ -218,79 +265,68 @@ class LayerCollector:
             )
         return len(widths) >= MAX_WIDTHS
 
-    def _to_host(self) -> tuple[dict[_Key, _State], dict[str, list[float]], dict[str, _State]]:
-        """All that was measured on the device, in one transfer: states by key, drift by layer, parameters by layer."""
-        measured = {(key, name): tensor for key, stats in self._stats.items() for name, tensor in stats.metric_state.items()}
-        parameters = {
-            (layer, name): tensor
-            for layer, norm in self._norms.items()
-            for name in (("weight", "bias") if self._training else ("weight", "bias", "running_mean", "running_var"))
-            if isinstance(tensor := getattr(norm, name), Tensor)
-        }
-        drifts = self._meter.measure(self._observed_moments()) if self._meter is not None and self._is_open else torch.empty(0, 1)
-        tensors: list[Any] = [*measured.values(), *parameters.values(), drifts]
-        host = to_host(tensors)
-        states: dict[_Key, _State] = {key: {} for key, _ in measured}
-        for (key, name), tensor in zip(measured, host, strict=False):
-            states[key][name] = tensor
-        own: dict[str, _State] = {layer: {} for layer, _ in parameters}
-        for (layer, name), tensor in zip(parameters, host[len(measured) :], strict=False):
-            own[layer][name] = tensor
-        return states, dict(zip(self._tracking, host[-1].tolist(), strict=False)), own
+    def _sample(self, summaries: dict[Key, Summary], counts: dict[Key, Tensor], drifts: Tensor, *statistics: Tensor) -> Sample:
+        weights, biases, means, variances = statistics
+        sample = Sample()
+        affine = weights_and_biases(self._norms, weights, biases)
+        keys: dict[str, list[Key]] = {}
+        for key in summaries:
+            if key.what == "activation":
+                keys.setdefault(key.layer, []).append(key)
+        for name in (*self._order, *(name for name in self._norms if name not in self._order)):
+            for position, key in enumerate(keys.get(name) or [Key("activation", name, 0)]):
+                label = name if position == 0 else f"{name}[{key.width}]"
+                row = sample.rows[label] = dict.fromkeys(COLUMNS)
+                if (found := summaries.get(key)) is not None:
+                    row.update(self._activation_values(key, found))
+                    sample.channels[label] = (torch.from_numpy(found.channel_mean), torch.from_numpy(found.channel_std))
+                    if key in counts:
+                        sample.histograms[label] = counts[key]
+                if (found := summaries.get(key._replace(what="gradient"))) is not None:
+                    row.update(grad_std=_number(found.std), grad_nonfinite=_number(found.nonfinite))
+                row.update(affine.get(name, {}))
+        for name, values in zip(self._tracking, drifts.tolist(), strict=False):
+            sample.rows[name].update(zip(DRIFT_STATISTICS, map(_number, values), strict=True))
+        if len(means):
+            self._add_evaluation_drift(sample, summaries, means, variances)
+        return sample
 
-    def _observed_moments(self) -> dict[int, tuple[Tensor, Tensor]]:
-        found = {}
-        for index, (name, layer) in enumerate(self._tracking.items()):
-            stats = self._stats.get(("input", name, layer.num_features))
-            if stats is not None:
-                values = summarise(stats.metric_state)
-                found[index] = (values["channel_mean"], values["channel_std"].square())
-        return found
-
-    def _add_rows(self, sample: Sample, name: str, states: dict[_Key, _State], parameters: dict[str, Tensor]) -> None:
-        widths = [key[2] for key in states if key[:2] == ("activation", name)]
-        for position, width in enumerate(widths or [0]):
-            label = name if position == 0 else f"{name}[{width}]"
-            row = sample.rows[label] = dict.fromkeys(COLUMNS)
-            if (state := states.get(("activation", name, width))) is not None:
-                values = summarise(state)
-                row.update(self._activation_values(("activation", name, width), state, values))
-                sample.channels[label] = (values["channel_mean"], values["channel_std"])
-                if "histogram" in values:
-                    sample.histograms[label] = values["histogram"]
-            if (state := states.get(("gradient", name, width))) is not None:
-                values = summarise(state)
-                row.update(grad_std=_number(values["std"]), grad_nonfinite=_number(values["nonfinite"]))
-            if name in self._norms:
-                row.update(_affine_values(parameters))
-                if not self._training and (state := states.get(("input", name, width))) is not None:
-                    row.update(self._evaluation_drift(name, state, parameters))
-
-    def _activation_values(self, key: _Key, state: _State, values: dict[str, Tensor]) -> dict[str, float | None]:
-        row = {name: _number(values[name]) for name in COLUMNS if name in values}
-        # Dead is dead since the epoch began, and a batch of a training step is only a part of it.
-        if state["seen"] > 0:
-            self._dead[key] = dead_channels(state) & self._dead.get(key, torch.tensor(True))
-        if key in self._dead:
-            row["dead_fraction"] = self._dead[key].double().mean().item()
-        if key[1] in self._norms:
-            # A normalised value is zero by chance alone, so that neither says anything of the layer.
-            row.update(zero_fraction=None, dead_fraction=None)
+    def _activation_values(self, key: Key, found: Summary) -> dict[str, float | None]:
+        row = {name: _number(getattr(found, name)) for name in ("mean", "std", "abs_max", "nonfinite")}
+        if bounds_of(self.layers[key.layer]) is not None:
+            row["saturated_fraction"] = found.saturated_fraction
+        if key.layer not in self._norms:
+            # Dead is dead since the epoch began, and a batch of a training step is only a part of it.
+            self._dead[key] = found.dead & self._dead.get(key, np.array(True))
+            row.update(zero_fraction=found.zero_fraction, dead_fraction=float(self._dead[key].mean()))
         return row
 
-    def _evaluation_drift(self, name: str, state: _State, parameters: dict[str, Tensor]) -> dict[str, float | None]:
-        values = summarise(state)
-        mean, var = values["channel_mean"], values["channel_std"].square()
-        changes = drift(mean, var, parameters["running_mean"].double(), parameters["running_var"].double(), self._norms[name].eps)
-        summary = summarise_drift(changes[0][None], changes[1][None], torch.tensor([len(mean)]))
-        return dict(zip(DRIFT_STATISTICS, map(_number, summary[0]), strict=True))
+    def _add_evaluation_drift(self, sample: Sample, summaries: dict[Key, Summary], means: Tensor, variances: Tensor) -> None:
+        widths = [layer.num_features for layer in self._tracking.values()]
+        for (name, layer), mean, variance in zip(self._tracking.items(), means.split(widths), variances.split(widths), strict=True):
+            found = summaries.get(Key("input", name, layer.num_features))
+            if found is None:
+                continue
+            batch = torch.from_numpy(found.channel_mean), torch.from_numpy(found.channel_std).square()
+            shift, log_ratio = drift(*batch, mean.double(), variance.double(), layer.eps)
+            values = summarise_drift(shift[None], log_ratio[None], torch.tensor([len(mean)]))[0].tolist()
+            sample.rows[name].update(zip(DRIFT_STATISTICS, map(_number, values), strict=True))
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    """The tensors one after the other, on the device of the first."""
+    return (
+        torch.cat([tensor if tensor.device == tensors[0].device else tensor.to(tensors[0].device) for tensor in tensors])
+        if tensors
+        else torch.empty(0)
+    )
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors of any shapes and dtypes to the host, bit for bit, in a single transfer: each would wait for the device anew."""
     if not tensors:
         return []
-    device = tensors[0].device
+    device = next((tensor.device for tensor in tensors if tensor.numel()), tensors[0].device)
     of_dtype: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(tensors):
         of_dtype.setdefault(tensor.dtype, []).append(index)
@@ -304,24 +340,6 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
         for index, piece in zip(indices, pieces, strict=True):
             host[index] = piece.view(tensors[index].shape)
     return host
-
-
-def _merge(one: dict[_Key, _State], other: dict[_Key, _State]) -> dict[_Key, _State]:
-    merged = dict(one)
-    for key, state in other.items():
-        merged[key] = merge_states(merged[key], state) if key in merged else state
-    return merged
-
-
-def _affine_values(parameters: dict[str, Tensor]) -> dict[str, float | None]:
-    values: dict[str, float | None] = {}
-    for name in ("weight", "bias"):
-        if name in parameters:
-            numbers = parameters[name].float().numpy()  # a third of the time of torch for so few numbers
-            values |= {f"{name}_min": _number(numbers.min()), f"{name}_max": _number(numbers.max())}
-            if name == "weight":
-                values["weight_near_zero"] = float((abs(numbers) < NEAR_ZERO).mean())
-    return values
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

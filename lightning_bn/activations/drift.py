@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class DriftMeter:
     def __init__(self, layers: Sequence[_BatchNorm]) -> None:
         self.layers = list(layers)
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
+        self._handed: dict[int, list[tuple[Tensor, Tensor]]] = {}
         if not self.layers:
             return
         self._device = self.layers[0].running_mean.device
@@ -85,18 +86,26 @@ class DriftMeter:
     @torch.no_grad()
     def start(self) -> None:
         """Remember the running statistics as they are now."""
+        self._handed = {}
         if self.layers:
             self._before = self._buffers()
 
-    @torch.no_grad()
-    def measure(self, observed: Mapping[int, tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Return the drift of all layers since `start`: (L, 4), in the order of `DRIFT_STATISTICS`, on the layers' device.
-
-        NaN for a layer that took no batch in, or whose buffers don't tell. Of several batches since then it is their mean; a
-        window's is its newest batch.
+    def hand_in(self, batches: Iterable[tuple[int, Tensor, Tensor]]) -> None:
+        """Take note of what a batch was like in layers; where that is known it is not read from the buffers.
 
         Args:
-            observed: by index, the mean and unbiased variance of what an unreadable layer was seen to be given.
+            batches: index of the layer, the batch's mean (C,) and its *unbiased* variance (C,). Of several batches of a layer since `start`
+                it is their mean.
+        """
+        for index, mean, var in batches:
+            self._handed.setdefault(index, []).append((mean, var))
+
+    @torch.no_grad()
+    def measure(self) -> Tensor:
+        """Return the drift of all layers since `start`: (L, 4), in the order of `DRIFT_STATISTICS`, on the layers' device.
+
+        NaN for a layer that took no batch in, or whose buffers don't tell and for which nothing was handed in. Of several batches since then it is their mean; a
+        window's is its newest batch.
 
         Raises:
             RuntimeError: `start` was not called.
@@ -109,7 +118,7 @@ class DriftMeter:
         batches = after[2] - tracked
         weight = self._per_channel(self._newest_weight(after[2], batches))
         batch_mean, batch_var = mean + (after[0] - mean) / weight, var + (after[1] - var) / weight
-        self._fill_in(batch_mean, batch_var, observed or {})
+        batch_mean, batch_var = self._with_handed(batch_mean, batch_var)
         shift, log_ratio = drift(batch_mean, batch_var, mean, var, self._eps)
         measured = summarise_drift(self._rows(shift), self._rows(log_ratio), self._widths)
         return torch.where((batches > 0)[:, None], measured, torch.nan)
@@ -137,15 +146,15 @@ class DriftMeter:
                 weights[members] = weight.to(self._dtype)
         return weights
 
-    def _fill_in(self, mean: Tensor, var: Tensor, observed: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """Write over what the running statistics don't tell, from what an averaging kept or a hook saw."""
-        place = 0
-        for index, layer in enumerate(self.layers):
-            known = _kept_batch(layer) or observed.get(index)
-            if known is not None:
-                here = slice(place, place + layer.num_features)
-                mean[here], var[here] = known
-            place += layer.num_features
+    def _with_handed(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with what was handed in, or kept by an averaging, in the places of those layers."""
+        known = {index: [kept] for index, layer in enumerate(self.layers) if (kept := _kept_batch(layer)) is not None} | self._handed
+        if not known:
+            return mean, var
+        parts = iter([_mean(known[index]) if index in known else None for index in range(len(self.layers))])
+        columns = torch.stack((mean, var)).split([layer.num_features for layer in self.layers], dim=1)
+        filled = torch.cat([column if part is None else part.to(mean) for column, part in zip(columns, parts, strict=True)], dim=1)
+        return filled[0], filled[1]
 
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.repeat_interleave(self._widths, output_size=int(sum(layer.num_features for layer in self.layers)))
@@ -162,3 +171,9 @@ class DriftMeter:
 def _kept_batch(layer: _BatchNorm) -> tuple[Tensor, Tensor] | None:
     averaging = getattr(layer, "averaging", None)
     return averaging.newest_batch() if isinstance(averaging, Averaging) else None
+
+
+def _mean(batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The mean of the batches' means and of their variances: (2, C)."""
+    stacked = torch.stack([torch.stack(batch) for batch in batches])
+    return stacked[0] if len(batches) == 1 else stacked.mean(0)

@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_bn.channel_moments import channel_moments
+from lightning_bn.activations.reading import bucket_counts, histogram_edges, moments_of, read
 from lightning_bn.moments import Moments, wide_dtype
 
-__all__ = ["ActivationStats", "dead_channels", "histogram_edges", "merge_states", "summarise"]
-
-# A sigmoid's slope within this share of its range from either bound is below a tenth of its largest; a tanh's likewise.
-SATURATION_MARGIN = 0.025
+__all__ = ["ActivationStats", "by_channel"]
 
 
 class ActivationStats(Metric):
@@ -113,44 +110,50 @@ class ActivationStats(Metric):
             ValueError: another number of channels.
             TypeError: not floating point.
         """
-        data = self._by_channel(activation.detach())
+        data = by_channel(activation.detach(), self.num_channels, self.channel_dim)
         if data.numel() == 0:
             return
-        positions = data.numel() // self.num_channels
-        moments, abs_max = _finite_moments(data)
+        reading = read(data, bounds=self.bounds)
+        moments = moments_of(reading)
         self.moments = _stack(_moments(self.moments).merge(moments))
-        self.abs_max = torch.maximum(self.abs_max, abs_max)
-        self.seen = self.seen + positions
-        self.zeros = self.zeros + _count_zeros(data)
-        self.nonfinite = self.nonfinite + (positions - moments.count).to(torch.int64)
-        if self.bounds is not None:
-            margin = SATURATION_MARGIN * (self.bounds[1] - self.bounds[0])
-            self.saturated = self.saturated + ((data <= self.bounds[0] + margin) | (data >= self.bounds[1] - margin)).sum()
+        self.abs_max = torch.maximum(self.abs_max, torch.maximum(-reading.low, reading.high))
+        self.seen = self.seen + reading.positions
+        if reading.zeros is not None:
+            self.zeros = self.zeros + reading.zeros.to(torch.int64)
+        self.nonfinite = self.nonfinite + (reading.positions - reading.count)
+        if reading.saturated is not None:
+            self.saturated = self.saturated + reading.saturated
         if self.histogram:
-            self.buckets = self.buckets + _bucket_counts(data)
+            self.buckets = self.buckets + bucket_counts(data)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the statistics of all that was taken in, by name."""
-        return summarise(self.metric_state)
-
-    def _by_channel(self, activation: Tensor) -> Tensor:
-        """The activation as (N, C, *spatial), without a copy where that can be."""
-        if not activation.is_floating_point():
-            raise TypeError(f"update(activation of dtype {activation.dtype}): activations are floating point; pass activation.float().")
-        if activation.dim() < 2:
-            activation = activation.reshape(-1, 1)
-        dim = self.channel_dim
-        if not -activation.dim() <= dim < activation.dim() or activation.shape[dim] != self.num_channels:
-            raise ValueError(
-                f"update(activation of shape {tuple(activation.shape)}): there are no {self.num_channels} channels in dimension {dim}. "
-                f"Build one ActivationStats(num_channels) a layer, with channel_dim=-1 where the channels come last."
-            )
-        if dim % activation.dim() == activation.dim() - 1:
-            return activation.reshape(-1, self.num_channels)
-        return activation.movedim(dim, 1)
+        return _summarise(self.metric_state)
 
 
-def summarise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def by_channel(activation: Tensor, num_channels: int, channel_dim: int) -> Tensor:
+    """Return the activation as (N, C, *spatial), without a copy where that can be.
+
+    Raises:
+        ValueError: another number of channels.
+        TypeError: not floating point.
+    """
+    if not activation.is_floating_point():
+        raise TypeError(f"update(activation of dtype {activation.dtype}): activations are floating point; pass activation.float().")
+    if activation.dim() < 2:
+        activation = activation.reshape(-1, 1)
+    dims = activation.dim()
+    if not -dims <= channel_dim < dims or activation.shape[channel_dim] != num_channels:
+        raise ValueError(
+            f"update(activation of shape {tuple(activation.shape)}): there are no {num_channels} channels in dimension {channel_dim}. "
+            f"Build one ActivationStats(num_channels) a layer, with channel_dim=-1 where the channels come last."
+        )
+    if channel_dim % dims == 1:
+        return activation
+    return activation.reshape(-1, num_channels) if channel_dim % dims == dims - 1 else activation.movedim(channel_dim, 1)
+
+
+def _summarise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what `ActivationStats.compute` does, from its state."""
     channels = _moments(state["moments"])
     layer = _pooled_over_channels(channels)
@@ -160,7 +163,7 @@ def summarise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "std": _unbiased_std(layer),
         "abs_max": torch.where(layer.count > 0, state["abs_max"], torch.nan),
         "zero_fraction": state["zeros"].sum() / total,
-        "dead_fraction": torch.where(total > 0, dead_channels(state).to(total.dtype).mean(), torch.nan),
+        "dead_fraction": torch.where(total > 0, _dead_channels(state).to(total.dtype).mean(), torch.nan),
         "nonfinite": state["nonfinite"].sum(),
         "channel_mean": torch.where(channels.count > 0, channels.mean, torch.nan),
         "channel_std": _unbiased_std(channels),
@@ -172,66 +175,9 @@ def summarise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return values
 
 
-def dead_channels(state: Mapping[str, Tensor]) -> Tensor:
+def _dead_channels(state: Mapping[str, Tensor]) -> Tensor:
     """Return whether each channel was zero at every position of every input: (C,) bool, False where nothing was seen."""
     return (state["zeros"] == state["seen"]) & (state["seen"] > 0)
-
-
-def merge_states(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of two `ActivationStats` taken together."""
-    merged = {name: one[name] + other[name] for name in one}
-    merged["moments"] = _merge_ranks(torch.stack((one["moments"], other["moments"])))
-    merged["abs_max"] = torch.maximum(one["abs_max"], other["abs_max"])
-    return merged
-
-
-def histogram_edges() -> Tensor:
-    """Return the edges between the buckets of `ActivationStats`, ascending: ``+-2**(k / 4)`` from 2**-16 to 2**16 and 0 between them."""
-    positive = torch.exp2(torch.arange(-64, 65, dtype=torch.float64) / 4)
-    return torch.cat((-positive.flip(0), positive))
-
-
-def _over(data: Tensor) -> list[int]:
-    """All dimensions of (N, C, *spatial) but the channels'."""
-    return [dim for dim in range(data.dim()) if dim != 1]
-
-
-def _count_zeros(data: Tensor) -> Tensor:
-    """How many values are exactly 0, per channel: (C,) int64."""
-    # Comparing straight into float32 and adding up takes a third of the time of counting bools, and is exact up to 2**24.
-    dtype = torch.float32 if data.numel() // data.shape[1] < 2**24 else torch.float64
-    return torch.eq(data, 0, out=torch.empty_like(data, dtype=dtype)).sum(_over(data)).to(torch.int64)
-
-
-def _finite_moments(data: Tensor) -> tuple[Moments, Tensor]:
-    """Moments of the finite values per channel, all three of shape (C,), and their greatest absolute value; in the widest dtype."""
-    if _may_look(data):
-        mean, biased = channel_moments(data)
-        if biased.isfinite().all():
-            count = torch.full_like(mean, data.numel() // data.shape[1], dtype=torch.float64)
-            low, high = data.aminmax()
-            return Moments(count, mean.double(), biased.double() * count), torch.maximum(-low, high).double()
-    # Wide from the start: the square of an exploding float32 overflows from 1.8e19 on.
-    wide = data.to(wide_dtype(data.device))
-    finite = wide.isfinite()
-    wide = torch.where(finite, wide, 0.0)
-    count = finite.sum(_over(data)).to(wide.dtype)
-    mean = wide.sum(_over(data)) / count.clamp(min=1)
-    centred = torch.where(finite, wide - mean.reshape(1, -1, *[1] * (data.dim() - 2)), 0.0)
-    return Moments(count, mean, centred.square().sum(_over(data))), wide.abs().amax()
-
-
-def _may_look(data: Tensor) -> bool:
-    """Whether a branch on a value costs nothing: anywhere but on the CPU it waits for the device."""
-    return data.device.type == "cpu"
-
-
-def _bucket_counts(data: Tensor) -> Tensor:
-    edges = histogram_edges().to(device=data.device, dtype=torch.promote_types(data.dtype, torch.float32))
-    index = torch.bucketize(data.to(edges.dtype), edges).flatten()
-    # Unlike bincount and histc, adding in place needs no value from the device.
-    counts = torch.zeros(len(edges) + 1, dtype=torch.int64, device=data.device)
-    return counts.index_add_(0, index, data.isfinite().flatten().to(torch.int64))
 
 
 def _pooled_over_channels(channels: Moments) -> Moments:

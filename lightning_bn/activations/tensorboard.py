@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_bn.activations.collector import Sample
 from lightning_bn.activations.heatmap import Scale, draw_channels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable, worst_layers
-from lightning_bn.activations.stats import histogram_edges
+from lightning_bn.activations.reading import histogram_edges
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -1,0 +1,159 @@
+"""What one activation is like: a handful of kernels in its own dtype or float32, and nothing that waits for the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_bn.channel_moments import channel_moments
+from lightning_bn.moments import Moments, wide_dtype
+from lightning_bn.torch_internals import kernel_moments
+
+__all__ = ["SATURATION_MARGIN", "Reading", "bucket_counts", "histogram_edges", "moments_of", "read"]
+
+# A sigmoid's slope within this share of its range from either bound is below a tenth of its largest; a tanh's likewise.
+SATURATION_MARGIN = 0.025
+
+# A float32 counts up to here without losing one.
+_COUNTABLE = 2**24
+
+# The squares of larger float32 values may overflow when they are summed.
+_LARGE = 1e15
+
+# How many values are put into buckets at once, so that their indices take little memory.
+_BUCKETED = 2**20
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One activation: what its kernels gave, not yet put together; C channels with `positions` values each.
+
+    ``mean = (centre + rest * positions / count) / scale``; `variance` is the *biased* one around it, of data in which each value that is
+    not finite was replaced by `centre`. `moments_of` undoes that, flat for all layers.
+    """
+
+    positions: int
+    count: Tensor  # (C,), integers: finite values
+    centre: Tensor  # (C,), NaN where no value is finite
+    rest: Tensor  # (C,), mean of the data from which `centre` was taken
+    variance: Tensor  # (C,)
+    low: Tensor  # (), least finite value, or 0
+    high: Tensor  # (), greatest finite value, or 0
+    zeros: Tensor | None  # (C,); None where nobody asked
+    saturated: Tensor | None  # (), int64; None without bounds
+    scale: float = 1.0  # all values were multiplied by it, so that their squares don't overflow
+
+
+@torch.no_grad()
+def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None = None) -> Reading:
+    """Return the reading of an activation; memory beside it: at most twice its own.
+
+    On the CPU, where a look at a value costs nothing, the fast kernels of `channel_moments` do it unless a value is not finite. Elsewhere
+    the centre is the mean, and a second pass sums what is left of the centred data, which is as accurate in float32 as a sum in float64. A
+    standard deviation beyond 1e19 is infinite there.
+
+    Args:
+        data: (N, C, *spatial), not empty, floating point.
+        zeros: whether to count zeros.
+        bounds: the least and the greatest value the layer can give.
+    """
+    reading = (_read_on_host(data) if _may_look(data) else None) or _read_masked(data)
+    return replace(
+        reading,
+        zeros=_count_zeros(data, reading.positions) if zeros else None,
+        saturated=None if bounds is None else _count_saturated(data, *bounds),
+    )
+
+
+def moments_of(reading: Reading) -> Moments:
+    """Return the moments of the finite values of one reading, all three of shape (C,), in the widest dtype."""
+    dtype = wide_dtype(reading.centre.device)
+    count, centre, rest, variance = (tensor.to(dtype) for tensor in (reading.count, reading.centre, reading.rest, reading.variance))
+    moments = finite_moments(torch.full_like(count, reading.positions), count, centre, rest, variance)
+    return Moments(moments.count, moments.mean / reading.scale, moments.m2 / reading.scale**2)
+
+
+def finite_moments(positions: Tensor, count: Tensor, centre: Tensor, rest: Tensor, variance: Tensor) -> Moments:
+    """Return the moments of the finite values alone; all vectors wide and of one length, whatever the layers they come from."""
+    some = count > 0
+    rest = rest * positions / count
+    # What was filled in lies at the centre: `positions - count` values of m2 0. Chan's formula, undone; `rest` is next to nothing.
+    m2 = variance * positions - rest.square() * count * (positions - count) / positions
+    return Moments(count, torch.where(some, centre + rest, 0.0), torch.where(some, m2.clamp(min=0), 0.0))
+
+
+def _read_on_host(data: Tensor) -> Reading | None:
+    """The reading of an activation on the CPU, None where a value is not finite."""
+    mean, variance = channel_moments(data)
+    low, high = data.aminmax()
+    largest = max(abs(low.item()), abs(high.item()))
+    if not math.isfinite(largest):
+        return None
+    if largest > _LARGE:
+        # By a power of two, which loses no digit.
+        scale = 2.0 ** -math.frexp(largest)[1]
+        mean, variance = channel_moments(data * scale)
+    else:
+        scale = 1.0
+    positions = data.numel() // data.shape[1]
+    count = torch.full((data.shape[1],), positions)
+    return Reading(positions, count, mean, torch.zeros_like(mean), variance, low, high, None, None, scale)
+
+
+def _read_masked(data: Tensor) -> Reading:
+    over = [dim for dim in range(data.dim()) if dim != 1]
+    dtype = data.dtype if data.dtype in (torch.float32, torch.float64) else torch.float32
+    positions = data.numel() // data.shape[1]
+    clean = torch.nan_to_num(data, 0.0, 0.0, 0.0)
+    # NaN and infinity differ from the 0 in their place.
+    count = torch.eq(data, clean).sum(over)
+    centre = clean.sum(over, dtype=dtype) / count
+    around = centre.view(-1, *[1] * (data.dim() - 2))
+    low, high = torch.aminmax(clean)
+    if clean.dtype == dtype:
+        centred = torch.sub(data, around, out=clean)
+    else:
+        del clean  # before the float32 copy is made, not after it
+        centred = data.to(dtype).sub_(around)
+    rest, variance = kernel_moments(centred.nan_to_num_(0.0, 0.0, 0.0))
+    return Reading(positions, count, centre, rest, variance, low, high, None, None)
+
+
+def _may_look(data: Tensor) -> bool:
+    """Whether a branch on a value costs nothing: anywhere but on the CPU it waits for the device."""
+    return data.device.type == "cpu"
+
+
+def _count_zeros(data: Tensor, positions: int) -> Tensor:
+    """How many values are exactly 0, per channel: (C,)."""
+    over = [dim for dim in range(data.dim()) if dim != 1]
+    if data.device.type == "cpu" and positions < _COUNTABLE and data.element_size() >= 4:
+        # Comparing straight into float32 and adding up takes a third of the time of counting bools.
+        return torch.eq(data, 0, out=torch.empty_like(data, dtype=torch.float32)).sum(over)
+    return torch.eq(data, 0).sum(over)
+
+
+def _count_saturated(data: Tensor, low: float, high: float) -> Tensor:
+    margin = SATURATION_MARGIN * (high - low)
+    return ((data <= low + margin) | (data >= high - margin)).sum()
+
+
+def histogram_edges() -> Tensor:
+    """Return the edges between the buckets of `ActivationStats`, ascending: ``+-2**(k / 4)`` from 2**-16 to 2**16 and 0 between them."""
+    positive = torch.exp2(torch.arange(-64, 65, dtype=torch.float64) / 4)
+    return torch.cat((-positive.flip(0), positive))
+
+
+@torch.no_grad()
+def bucket_counts(data: Tensor) -> Tensor:
+    """Return the number of finite values in each bucket between `histogram_edges`: (B + 1,) int64."""
+    dtype = data.dtype if data.dtype in (torch.float32, torch.float64) else torch.float32
+    edges = histogram_edges().to(device=data.device, dtype=dtype, non_blocking=True)
+    # Unlike bincount and histc, adding in place needs no value from the device.
+    counts = torch.zeros(len(edges) + 1, dtype=torch.int64, device=data.device)
+    for part in data.reshape(-1).split(_BUCKETED):
+        counts.index_add_(0, torch.bucketize(part.to(dtype), edges), part.isfinite().to(torch.int64))
+    return counts
