@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bn import Averaging, BatchNorm1d, BatchNorm2d, Cumulative, Exponential, Window, convert_batch_norm
+from lightning_bn import (
+    Averaging,
+    BatchNorm1d,
+    BatchNorm2d,
+    Cumulative,
+    Exponential,
+    Window,
+    convert_batch_norm,
+    settle_together,
+)
 from lightning_bn.activations.drift import DRIFT_STATISTICS, DriftMeter
 
 
@@ -118,18 +127,9 @@ class Polynomial(Averaging):
         return running_mean.lerp(batch.mean, weight), running_var.lerp(batch.var, weight)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        BatchNorm1d(3, averaging=Exponential(0.1, pooled=True)),
-        BatchNorm1d(3, averaging=Cumulative(pooled=True)),
-        BatchNorm1d(3, averaging=Polynomial()),
-        nn.BatchNorm1d(3).bfloat16(),
-    ],
-    ids=["exponential, pooled", "cumulative, pooled", "another's", "bfloat16"],
-)
-def test_what_the_buffers_do_not_tell_is_observed(layer: Any) -> None:
-    """Such a layer says so; given the batch's moments, its drift is the batch's."""
+def test_what_nothing_tells_is_handed_in() -> None:
+    """torch's layer in 16 bits says so; given the batches' moments, its drift is that of the mean of the batches that are finite."""
+    layer = nn.BatchNorm1d(3).bfloat16()
     meter = DriftMeter([nn.BatchNorm1d(2), layer])
     assert meter.unreadable() == [1]
     meter.layers[0](torch.randn(4, 2))
@@ -138,13 +138,37 @@ def test_what_the_buffers_do_not_tell_is_observed(layer: Any) -> None:
     meter.start()
     layer(batch)
     wide = batch.double()
-    meter.hand_in([(1, wide.mean(0), wide.var(0))])
-    measured = meter.measure()[1].tolist()
-    assert measured == pytest.approx(oracle(batch, mean, var, layer.eps), rel=1e-4)
+    nothing = torch.full((3,), torch.nan)
+    for moments in ((wide.mean(0) - 1, wide.var(0)), (nothing, nothing), (wide.mean(0) + 1, wide.var(0))):
+        meter.hand_in([(1, *moments)])
+    assert meter.measure()[1].tolist() == pytest.approx(oracle(batch, mean, var, layer.eps), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "averaging", [Window(3), Exponential(0.1, pooled=True), Cumulative(pooled=True), Polynomial()], ids=lambda rule: type(rule).__name__
+)
+def test_layers_of_this_package_tell_of_their_batches(averaging: Averaging) -> None:
+    """By themselves and in a model, whatever their average; several batches count as their mean, one that is not finite not at all."""
+    for wrap in (lambda layer: layer, lambda layer: settle_together(nn.Sequential(nn.Identity(), layer))):
+        layer = BatchNorm1d(3, averaging=averaging)
+        model = wrap(layer)
+        model(torch.randn(8, 3))
+        meter = DriftMeter([layer])
+        assert meter.unreadable() == []
+        mean, var = layer.running_mean.clone(), layer.running_var.clone()
+        batch = torch.randn(16, 3) + 1
+        meter.start()
+        for each in (batch - 0.5, batch * torch.nan, batch + 0.5):
+            model(each)
+        assert meter.measure()[0].tolist() == pytest.approx(oracle(batch, mean, var, layer.eps), rel=1e-4)
+        before = dict(layer.__dict__)
+        meter.start()
+        meter.close()
+        assert set(layer.__dict__) == set(before), "something was left on the layer"
 
 
 def test_a_served_subclass_is_read_too() -> None:
-    """SyncBatchNorm and subclasses of others' making with an averaging are read like this package's layers."""
+    """SyncBatchNorm and subclasses of other packages with an averaging are read like this package's layers."""
 
     class Quiet(nn.BatchNorm1d):
         def forward(self, input: Tensor) -> Tensor:
@@ -164,15 +188,3 @@ def test_measure_before_start_is_told() -> None:
     with pytest.raises(RuntimeError, match="call start"):
         DriftMeter([nn.BatchNorm1d(2)]).measure()
     assert DriftMeter([]).measure().shape == (0, 4)
-
-
-@pytest.mark.parametrize("averaging", [Window(2), Window(3), Window(6), Window(7, pooled=True)], ids=str)
-def test_the_newest_batch_of_a_window_is_in_its_rows(averaging: Window) -> None:
-    """Through several turns of the ring, newest_batch gives the mean and the unbiased variance of the batch just taken in."""
-    layer = BatchNorm1d(2, averaging=averaging)
-    for _ in range(20):
-        batch = torch.randn(9, 2)
-        layer(batch)
-        mean, var = layer.averaging.newest_batch()
-        torch.testing.assert_close(mean, batch.mean(0))
-        torch.testing.assert_close(var, batch.var(0))

@@ -180,6 +180,13 @@ class LayerCollector:
         self._is_open = False
         return sample
 
+    def close(self) -> None:
+        """Remove the hooks, and whatever else was placed; a sample that was begun is given up."""
+        self.detach()
+        if self._meter is not None:
+            self._meter.close()
+        self._is_open = False
+
     @torch.no_grad()
     def measure(self) -> list[Tensor]:
         """Return all that was measured, still on the device, for one transfer; waits for nothing."""
@@ -187,10 +194,10 @@ class LayerCollector:
         self._hand_in()
         drifts = self._meter.measure() if self._meter is not None and self._is_open else torch.empty(0, 4)
         norms = list(self._norms.values())
-        weights = _joined([norm.weight for norm in norms if norm.weight is not None])
-        biases = _joined([norm.bias for norm in norms if norm.bias is not None])
+        weights = _joined([norm.weight for norm in norms if isinstance(norm.weight, Tensor)])
+        biases = _joined([norm.bias for norm in norms if isinstance(norm.bias, Tensor)])
         tracking = [] if self._training else list(self._tracking.values())
-        statistics = [_joined([layer.running_mean for layer in tracking]), _joined([layer.running_var for layer in tracking])]
+        statistics = [_joined([getattr(layer, name) for layer in tracking]) for name in ("running_mean", "running_var")]
         pooled = [torch.empty(4, 0), torch.empty(2, 0)] if self._pool is None else [self._pool.channels, self._pool.layers]
         return [*pooled, *self._counts.values(), drifts, weights, biases, *statistics]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Cumulative, Exponential
-from lightning_bn.layers.settlement import rule_of
+from lightning_bn.layers.ledger import takes_loans
+from lightning_bn.layers.settlement import Settled, listening, rule_of
 from lightning_bn.moments import drift, wide_dtype
 
 __all__ = ["DRIFT_STATISTICS", "DriftMeter", "summarise_drift"]
@@ -35,9 +36,9 @@ class DriftMeter:
     """Drift of many batch-norm layers at once, between `start` and `measure`, with as few kernels as for one.
 
     What the batches in between were like follows from how the running statistics moved: by an exponential average of momentum m, one batch
-    is ``before + (after - before) / m``. An averaging says how much its newest batches weigh, or keeps the newest one
-    (`Averaging.newest_weight`, `Averaging.newest_batch`). Drift is measured against the statistics *before* those batches: what an
-    evaluation at that moment would have used.
+    is ``before + (after - before) / m``. An averaging says how much its newest batches weigh (`Averaging.newest_weight`). Where it can't,
+    as a window can't, a layer of this package tells of its batches when it settles them; of any other, somebody hands them in. Drift is measured against the statistics *before* those batches: what an evaluation at that moment
+    would have used.
 
     Args:
         layers: which keep running statistics.
@@ -56,7 +57,9 @@ class DriftMeter:
     def __init__(self, layers: Sequence[_BatchNorm]) -> None:
         self.layers = list(layers)
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
-        self._handed: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._handed: list[dict[int, tuple[Tensor, Tensor]]] = []  # each layer's first batch since `start`, each one's second, ...
+        self._heard: dict[_BatchNorm, int] = {}  # the layers that tell of their batches
+        self._end: Callable[[], None] = _nothing
         if not self.layers:
             return
         self._device = self.layers[0].running_mean.device
@@ -71,24 +74,37 @@ class DriftMeter:
         self._groups: dict[tuple[int, ...], Tensor] = {}
 
     def unreadable(self) -> list[int]:
-        """Return the indices of the layers whose buffers don't tell what the newest batch was like.
+        """Return the indices of the layers of which nothing tells what their batches were like: torch's, if they are kept in 16 bits."""
+        return [index for index in self._silent() if not takes_loans(self.layers[index])]
 
-        Their averaging is of another's making or exponential or cumulative with ``pooled=True``, or it is kept in 16 bits.
-        """
+    def _silent(self) -> list[int]:
+        """The layers whose buffers don't tell, as their average is a window, pooled or a user's own, or is kept in 16 bits."""
         one = torch.ones((), dtype=torch.int64)
         return [
             index
             for index, layer in enumerate(self.layers)
-            if _kept_batch(layer) is None
-            and (torch.finfo(layer.running_mean.dtype).bits < 32 or rule_of(layer).newest_weight(one, one) is None)
+            if torch.finfo(layer.running_mean.dtype).bits < 32 or rule_of(layer).newest_weight(one, one) is None
         ]
 
     @torch.no_grad()
     def start(self) -> None:
-        """Remember the running statistics as they are now."""
-        self._handed = {}
+        """Remember the running statistics as they are now, and listen to the layers whose buffers don't tell, until `measure` or `close`."""
+        self.close()
+        self._handed = []
         if self.layers:
             self._before = self._buffers()
+        self._heard = {self.layers[index]: index for index in self._silent() if takes_loans(self.layers[index])}
+        self._end = listening(list(self._heard), self._hear)
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._end()
+        self._end = _nothing
+
+    def _hear(self, settled: Settled) -> None:
+        widths = [layer.num_features for layer in settled.layers]
+        batches = zip(settled.layers, settled.ran, settled.mean.split(widths), settled.var.split(widths), strict=True)
+        self.hand_in((self._heard[layer], mean, var) for layer, ran, mean, var in batches if ran and layer in self._heard)
 
     def hand_in(self, batches: Iterable[tuple[int, Tensor, Tensor]]) -> None:
         """Take note of what a batch was like in layers; where that is known it is not read from the buffers.
@@ -98,14 +114,17 @@ class DriftMeter:
                 it is their mean.
         """
         for index, mean, var in batches:
-            self._handed.setdefault(index, []).append((mean, var))
+            free = next((each for each in self._handed if index not in each), None)
+            if free is None:
+                self._handed.append(free := {})
+            free[index] = mean, var
 
     @torch.no_grad()
     def measure(self) -> Tensor:
         """Return the drift of all layers since `start`: (L, 4), in the order of `DRIFT_STATISTICS`, on the layers' device.
 
-        NaN for a layer that took no batch in, or whose buffers don't tell and for which nothing was handed in. Of several batches since then it is their mean; a
-        window's is its newest batch.
+        NaN for a layer that took no batch in, or whose buffers don't tell and for which nothing was handed in. Of several batches since
+        then it is their mean.
 
         Raises:
             RuntimeError: `start` was not called.
@@ -114,6 +133,7 @@ class DriftMeter:
             return torch.empty(0, len(DRIFT_STATISTICS))
         if self._before is None:
             raise RuntimeError("DriftMeter.measure() without start(): call start() before the batch, measure() after it.")
+        self.close()
         (mean, var, tracked), after = self._before, self._buffers()
         batches = after[2] - tracked
         weight = self._per_channel(self._newest_weight(after[2], batches))
@@ -147,14 +167,18 @@ class DriftMeter:
         return weights
 
     def _with_handed(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """The same with what was handed in, or kept by an averaging, in the places of those layers."""
-        known = {index: [kept] for index, layer in enumerate(self.layers) if (kept := _kept_batch(layer)) is not None} | self._handed
-        if not known:
+        """The same with what was handed in, in the places of those layers; a batch that was not finite is left out."""
+        if not self._handed:
             return mean, var
-        parts = iter([_mean(known[index]) if index in known else None for index in range(len(self.layers))])
-        columns = torch.stack((mean, var)).split([layer.num_features for layer in self.layers], dim=1)
-        filled = torch.cat([column if part is None else part.to(mean) for column, part in zip(columns, parts, strict=True)], dim=1)
-        return filled[0], filled[1]
+        widths = [layer.num_features for layer in self.layers]
+        nothing = torch.full_like(mean, torch.nan).split(widths)
+        rounds = []
+        for handed in self._handed:
+            pairs = [handed.get(index, (none, none)) for index, none in enumerate(nothing)]
+            rounds.append(torch.stack([torch.cat([pair[place].to(mean) for pair in pairs]) for place in (0, 1)]))
+        known = torch.stack(rounds)
+        known = torch.where(known[:, 1:].isfinite(), known, torch.nan).nanmean(0)
+        return torch.where(known[0].isnan(), mean, known[0]), torch.where(known[1].isnan(), var, known[1])
 
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.repeat_interleave(self._widths, output_size=int(sum(layer.num_features for layer in self.layers)))
@@ -168,12 +192,5 @@ class DriftMeter:
         return self._groups[members]
 
 
-def _kept_batch(layer: _BatchNorm) -> tuple[Tensor, Tensor] | None:
-    averaging = getattr(layer, "averaging", None)
-    return averaging.newest_batch() if isinstance(averaging, Averaging) else None
-
-
-def _mean(batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The mean of the batches' means and of their variances: (2, C)."""
-    stacked = torch.stack([torch.stack(batch) for batch in batches])
-    return stacked[0] if len(batches) == 1 else stacked.mean(0)
+def _nothing() -> None:
+    """What ends listening before it has begun."""

@@ -50,7 +50,10 @@ def flatten(readings: Sequence[tuple[Key, Reading]], device: torch.device) -> Po
     dtype = wide_dtype(device)
 
     def together(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([tensor if tensor.device == device else tensor.to(device) for tensor in tensors]).to(dtype)
+        here = [tensor if tensor.device == device else tensor.to(device) for tensor in tensors]
+        if len({tensor.dim() for tensor in here}) > 1:
+            here = [tensor.flatten() for tensor in here]
+        return torch.cat(here, dim=min(here[0].dim() - 1, 1)).flatten().to(dtype)
 
     positions, scale = _numbers([(reading.positions, reading.scale) for reading in each], keys, dtype, device)
     count = together([reading.count for reading in each])

@@ -36,8 +36,8 @@ class Reading:
     """
 
     positions: int
-    count: Tensor  # (C,), integers: finite values
-    centre: Tensor  # (C,), NaN where no value is finite
+    count: Tensor  # (C,), or (1, C, 1, ...), integers: finite values
+    centre: Tensor  # the same shape, NaN where no value is finite
     rest: Tensor  # (C,), mean of the data from which `centre` was taken
     variance: Tensor  # (C,)
     low: Tensor  # (), least finite value, or 0
@@ -71,7 +71,9 @@ def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None
 def moments_of(reading: Reading) -> Moments:
     """Return the moments of the finite values of one reading, all three of shape (C,), in the widest dtype."""
     dtype = wide_dtype(reading.centre.device)
-    count, centre, rest, variance = (tensor.to(dtype) for tensor in (reading.count, reading.centre, reading.rest, reading.variance))
+    count, centre, rest, variance = (
+        tensor.flatten().to(dtype) for tensor in (reading.count, reading.centre, reading.rest, reading.variance)
+    )
     moments = finite_moments(torch.full_like(count, reading.positions), count, centre, rest, variance)
     return Moments(moments.count, moments.mean / reading.scale, moments.m2 / reading.scale**2)
 
@@ -109,15 +111,15 @@ def _read_masked(data: Tensor) -> Reading:
     positions = data.numel() // data.shape[1]
     clean = torch.nan_to_num(data, 0.0, 0.0, 0.0)
     # NaN and infinity differ from the 0 in their place.
-    count = torch.eq(data, clean).sum(over)
-    centre = clean.sum(over, dtype=dtype) / count
-    around = centre.view(-1, *[1] * (data.dim() - 2))
+    # These keep the dimensions that they sum over: made flat again for all layers at once, that costs nothing.
+    count = torch.eq(data, clean).sum(over, keepdim=True)
+    centre = clean.sum(over, keepdim=True, dtype=dtype) / count
     low, high = torch.aminmax(clean)
     if clean.dtype == dtype:
-        centred = torch.sub(data, around, out=clean)
+        centred = torch.sub(data, centre, out=clean)
     else:
         del clean  # before the float32 copy is made, not after it
-        centred = data.to(dtype).sub_(around)
+        centred = data.to(dtype).sub_(centre)
     rest, variance = kernel_moments(centred.nan_to_num_(0.0, 0.0, 0.0))
     return Reading(positions, count, centre, rest, variance, low, high, None, None)
 

@@ -120,7 +120,7 @@ class ActivationStats(Metric):
         self.seen = self.seen + reading.positions
         if reading.zeros is not None:
             self.zeros = self.zeros + reading.zeros.to(torch.int64)
-        self.nonfinite = self.nonfinite + (reading.positions - reading.count)
+        self.nonfinite = self.nonfinite + (reading.positions - reading.count.flatten())
         if reading.saturated is not None:
             self.saturated = self.saturated + reading.saturated
         if self.histogram:

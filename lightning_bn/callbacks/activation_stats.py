@@ -18,6 +18,7 @@ from lightning_bn.activations.layer_table import STATISTICS, Ailment, LayerTable
 from lightning_bn.activations.layers import Choice, is_chosen, select_layers
 from lightning_bn.activations.tensorboard import TensorBoardReport
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.layers.ledger import settle_together
 
 __all__ = ["ActivationStatsMonitor"]
 
@@ -140,6 +141,7 @@ class ActivationStatsMonitor(Callback):
         last = self._table.last_step()
         if last is not None and logging_step(trainer) < last:
             self._table = LayerTable()  # another run
+        settle_together(pl_module)
         self._collector(trainer, pl_module, "train")
         writers = [logger.experiment for logger in _tensorboards(trainer)] if trainer.is_global_zero else []
         self._reports = [TensorBoardReport(writer, prefix=self.prefix, heatmaps=self.heatmaps) for writer in writers]
@@ -183,12 +185,12 @@ class ActivationStatsMonitor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         for collector in self._collectors.values():
-            collector.detach()
+            collector.close()
         self._draw()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for collector in self._collectors.values():
-            collector.detach()
+            collector.close()
         # They hold the model and the writers; the table is what a user comes back for.
         self._collectors = {}
         self._reports = []
