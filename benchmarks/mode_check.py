@@ -23,7 +23,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from resnet import resnet18
-from torch import nn
+from torch import Tensor, nn
 from tqdm import trange
 
 from lightning_bn import ModeCheck

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_bn import ActivationStatsMonitor, BatchNorm1d, Exponential, Window
-from lightning_bn.activations.collector import COLUMNS, to_host
+from lightning_bn.activations.collector import to_host
+from lightning_bn.activations.registry import COLUMNS
 
 LAYERS = ["bn1", "rest.0", "rest.3", "rest.4"]  # of Small, in forward order
 

@@ -19,7 +19,8 @@ from lightning_bn import (
     convert_batch_norm,
     settle_together,
 )
-from lightning_bn.activations.drift import DRIFT_STATISTICS, DriftMeter
+from lightning_bn.activations.drift import DriftMeter
+from lightning_bn.activations.registry import DRIFT_STATISTICS
 
 
 def oracle(batch: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> list[float]:

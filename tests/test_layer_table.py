@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_bn.activations.collector import COLUMNS
-from lightning_bn.activations.layer_table import STATISTICS, LayerTable, scalars, worst_layers
+from lightning_bn.activations.layer_table import LayerTable, scalars, worst_layers
+from lightning_bn.activations.registry import COLUMNS, STATISTICS
 
 Rows = dict[str, dict[str, float | None]]
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_bn import ActivationStatsMonitor
-from lightning_bn.activations.collector import COLUMNS, Sample
-from lightning_bn.activations.heatmap import Scale, draw_channels, draw_grid, scale_of
+from lightning_bn.activations.collector import Sample
+from lightning_bn.activations.heatmap import draw_channels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable
 from lightning_bn.activations.reading import histogram_edges
+from lightning_bn.activations.registry import COLUMNS, STATISTICS
 from lightning_bn.activations.tensorboard import TensorBoardReport, tell
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -195,10 +196,10 @@ def test_pictures_are_as_tall_as_their_layers_need(layers: int) -> None:
 
 def test_nothing_is_nowhere_drawn_as_sick() -> None:
     """No NaN at all is the palest colour, one NaN is half way to the darkest, and a zero scale is at the cold end."""
-    counts, scale = scale_of("nonfinite"), scale_of("std")
+    counts, scale = STATISTICS["nonfinite"].scale, STATISTICS["std"].scale
     assert counts.place(np.array([0.0, 1.0])).tolist() == [counts.low, (counts.low + counts.high) / 2]
     assert scale.place(np.array([0.0]))[0] < scale.low
-    assert scale_of("zero_fraction").low == 0.5  # a healthy ReLU is pale
+    assert STATISTICS["zero_fraction"].scale.low == 0.5  # a healthy ReLU is pale
 
 
 def test_channels_are_drawn_in_order() -> None:

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.activations.drift import DRIFT_STATISTICS, DriftMeter, summarise_drift
+from lightning_bn.activations.drift import DriftMeter, summarise_drift
 from lightning_bn.activations.layers import bounds_of
 from lightning_bn.activations.pooling import Key, Pool, flatten, merge
 from lightning_bn.activations.reading import Reading, bucket_counts, read
+from lightning_bn.activations.registry import COLUMNS, DRIFT_STATISTICS
 from lightning_bn.activations.stats import by_channel
 from lightning_bn.activations.summary import Summary, summarise, weights_and_biases
 from lightning_bn.discovery import BatchNormLayer
@@ -27,25 +28,7 @@ from lightning_bn.moments import drift
 from lightning_bn.ranks.collective import share
 from lightning_bn.torch_internals import in_backward
 
-__all__ = ["COLUMNS", "LayerCollector", "Sample", "to_host"]
-
-COLUMNS = (
-    "mean",
-    "std",
-    "abs_max",
-    "zero_fraction",
-    "dead_fraction",
-    "saturated_fraction",
-    "nonfinite",
-    *DRIFT_STATISTICS,
-    "weight_min",
-    "weight_max",
-    "bias_min",
-    "bias_max",
-    "weight_near_zero",
-    "grad_std",
-    "grad_nonfinite",
-)
+__all__ = ["LayerCollector", "Sample", "to_host"]
 
 # A layer may be called with activations of several widths, as torchvision's Bottleneck does with its ReLU. More than these are no widths
 # but lengths: the channels are in another dimension.

@@ -13,9 +13,7 @@ from lightning_bn.layers.ledger import takes_loans
 from lightning_bn.layers.settlement import Settled, listening, rule_of
 from lightning_bn.moments import drift, wide_dtype
 
-__all__ = ["DRIFT_STATISTICS", "DriftMeter", "summarise_drift"]
-
-DRIFT_STATISTICS = ("drift_mean", "drift_mean_max", "drift_var", "drift_var_max")
+__all__ = ["DriftMeter", "summarise_drift"]
 
 
 def summarise_drift(shift: Tensor, log_ratio: Tensor, width: Tensor) -> Tensor:
@@ -130,7 +128,7 @@ class DriftMeter:
             RuntimeError: `start` was not called.
         """
         if not self.layers:
-            return torch.empty(0, len(DRIFT_STATISTICS))
+            return torch.empty(0, 4)
         if self._before is None:
             raise RuntimeError("DriftMeter.measure() without start(): call start() before the batch, measure() after it.")
         self.close()

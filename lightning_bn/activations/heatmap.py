@@ -3,69 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bn.activations.layer_table import Array, Grid
+from lightning_bn.activations.layer_table import Grid
+from lightning_bn.activations.registry import Array, Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Pixels", "Scale", "draw_channels", "draw_grid", "scale_of"]
+__all__ = ["Pixels", "draw_channels", "draw_grid"]
 
 Pixels = NDArray[np.uint8]
 
 MAX_COLUMNS = 100
 DPI = 100
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How values become colours. The range is fixed, so that two runs, and two moments of one, can be compared by eye."""
-
-    low: float
-    high: float
-    colours: str
-    unit: str
-    log: bool = False
-    """Whether the range is in decades."""
-    count: bool = False
-    """Whether 0 is the value at the low end of a range in decades."""
-
-    def place(self, values: Array) -> Array:
-        """Return where on the range each value lies; a zero, which no decade holds, just below its low end."""
-        if not self.log:
-            return values
-        floor = 10 ** (self.low if self.count else self.low - 0.01)
-        return np.log10(np.where(values == 0, floor, values))
-
-
-# Pale is healthy and dark is sick; where both sides are sick, pale lies in the middle.
-_FRACTION = Scale(0, 1, "OrRd", "share, 0 to 1")
-# One is half way up from none, so that a single NaN is seen.
-_COUNT = Scale(-6, 6, "OrRd", "NaN and infinite values", log=True, count=True)
-_SCALES = {
-    "std": Scale(-3, 3, "RdBu_r", "standard deviation; 1 is healthy", log=True),
-    "abs_max": Scale(0, 5, "OrRd", "greatest absolute value", log=True),
-    # A ReLU's inputs are half below zero: up to there all is well.
-    "zero_fraction": Scale(0.5, 1, "OrRd", "share; up to a half is healthy"),
-    "dead_fraction": _FRACTION,
-    "saturated_fraction": _FRACTION,
-    "nonfinite": _COUNT,
-    "drift_mean": Scale(0, 2, "OrRd", "running standard deviations"),
-    "drift_var": Scale(0, 2, "OrRd", "|log(batch / running variance)|"),
-    "weight_near_zero": _FRACTION,
-    "grad_std": Scale(-9, 0, "viridis", "standard deviation", log=True),
-    "grad_nonfinite": _COUNT,
-}
-
-
-def scale_of(name: str) -> Scale:
-    """Return how the statistic of that name is coloured."""
-    return _SCALES[name]
 
 
 def draw_grid(grid: Grid) -> Pixels:
@@ -77,7 +31,7 @@ def draw_grid(grid: Grid) -> Pixels:
     shown = grid.thinned(MAX_COLUMNS)
     sick = grid.statistic.is_sick(grid.values[:, -1])
     axes, bar = _figure(shown.layers, grid.statistic.label[0].upper() + grid.statistic.label[1:])
-    _paint(axes, bar, shown.values, scale_of(grid.statistic.name))
+    _paint(axes, bar, shown.values, grid.statistic.scale)
     _name_layers(axes, shown.layers, sick)
     _name_steps(axes, shown.steps)
     return _pixels(axes)

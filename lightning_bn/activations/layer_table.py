@@ -10,57 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lightning_bn.activations.collector import COLUMNS
+from lightning_bn.activations.registry import COLUMNS, STATISTICS, Array, Statistic
 
-__all__ = ["STATISTICS", "Ailment", "Grid", "LayerTable", "Statistic", "scalars", "worst_layers"]
-
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """What is known about one column of the table: how it reads, and which of its values are sick."""
-
-    name: str
-    label: str
-    low: float = 0.0
-    """Below it a layer is sick."""
-    high: float = np.inf
-    """Above it a layer is sick."""
-    healthy: float = 0.0
-    """The best value that a layer can have."""
-    log: bool = False
-    """Whether values are far from healthy by their ratio to it, and not by their difference from it."""
-
-    def distance(self, values: Array) -> Array:
-        """Return how far each value is from healthy, to tell which is worst."""
-        with np.errstate(divide="ignore"):
-            return np.abs(np.log(values / self.healthy)) if self.log else np.abs(values - self.healthy)
-
-    def is_sick(self, values: Array) -> NDArray[np.bool_]:
-        """Return which values are beyond the limits; a missing one (NaN) is not."""
-        return (values < self.low) | (values > self.high)
-
-
-STATISTICS = {
-    statistic.name: statistic
-    for statistic in (
-        Statistic("std", "standard deviation of the activations", low=1e-3, high=1e3, healthy=1.0, log=True),
-        Statistic("abs_max", "greatest absolute activation", high=1e4),
-        Statistic("zero_fraction", "share of activations that are zero", high=0.95),
-        Statistic("dead_fraction", "share of channels that are dead", high=0.25),
-        Statistic("saturated_fraction", "share of activations that are saturated", high=0.5),
-        Statistic("nonfinite", "number of NaN and infinite activations", high=0),
-        Statistic("drift_mean", "shift of the mean, in running standard deviations (rms over channels)", high=1.0),
-        Statistic("drift_var", "log ratio of batch to running variance (rms over channels)", high=1.0),
-        Statistic("weight_near_zero", "share of affine weights near zero", high=0.5),
-        Statistic("grad_std", "standard deviation of the gradient at the output", low=1e-12, high=1e3, healthy=1.0, log=True),
-        Statistic("grad_nonfinite", "number of NaN and infinite gradients", high=0),
-    )
-}
-"""By column, those that are summed up over the layers."""
+__all__ = ["Ailment", "Grid", "LayerTable", "scalars", "worst_layers"]
 
 
 @dataclass(frozen=True)
@@ -188,9 +141,6 @@ def scalars(rows: Mapping[str, Mapping[str, float | None]], wanted: Callable[[st
 
 
 def _worst(statistic: Statistic, values: Array) -> float:
-    if statistic.name == "grad_std":
-        # No scale of a gradient is healthy in itself: it goes with the loss. What vanishes or explodes is far from the other layers.
-        statistic = replace(statistic, healthy=float(np.median(values)) or 1.0)
     return float(values[statistic.distance(values).argmax()])
 
 

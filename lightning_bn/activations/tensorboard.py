@@ -21,26 +21,15 @@ import numpy as np
 from torch import Tensor
 
 from lightning_bn.activations.collector import Sample
-from lightning_bn.activations.heatmap import Scale, draw_channels, draw_grid
+from lightning_bn.activations.heatmap import draw_channels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable, worst_layers
 from lightning_bn.activations.reading import histogram_edges
+from lightning_bn.activations.registry import STATISTICS, Scale, Statistic
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["MAPPED", "TensorBoardReport", "add_markdown", "layout"]
-
-MAPPED = (
-    "std",
-    "zero_fraction",
-    "dead_fraction",
-    "saturated_fraction",
-    "nonfinite",
-    "drift_mean",
-    "drift_var",
-    "grad_std",
-    "grad_nonfinite",
-)
+__all__ = ["TensorBoardReport", "add_markdown", "layout"]
 
 # Pictures are drawn again when the run is so many times as long: TensorBoard shows the last ten, and each takes a tenth of a second.
 _GROWTH = 2
@@ -49,23 +38,17 @@ _LISTED = 30
 
 
 def layout(prefix: str) -> dict[str, dict[str, list[Any]]]:
-    """Return the layout of the Custom Scalars tab: drift, dead units and scale. Two lines a chart, since all have the run's one colour."""
+    """Return the layout of the Custom Scalars tab: a chart a statistic that has one. Two lines a chart, since all have the run's one colour."""
 
-    def lines(name: str) -> list[Any]:
-        return ["Multiline", [f"^{prefix}/{name}/{which}$" for which in ("worst", "median")]]
+    def chart(statistic: Statistic, prefix: str) -> list[Any]:
+        if statistic.band:
+            # A margin chart takes exactly three tags, by name: the line, then the lower and the upper edge.
+            return ["Margin", [f"{prefix}/{statistic.name}/{which}" for which in ("median", "smallest", "largest")]]
+        return ["Multiline", [f"^{prefix}/{statistic.name}/{which}$" for which in ("worst", "median")]]
 
-    # A margin chart takes exactly three tags, by name: the line, then the lower and the upper edge.
-    band = ["Margin", [f"{prefix}/std/{which}" for which in ("median", "smallest", "largest")]]
     return {
-        f"Batch norm, {stage}": {
-            "drift of the mean, in running standard deviations (worst layer, median)": lines("drift_mean"),
-            "drift of the variance, log ratio (worst layer, median)": lines("drift_var"),
-            "dead channels, share (worst layer, median)": lines("dead_fraction"),
-            "zeros, share (worst layer, median)": lines("zero_fraction"),
-            "NaN and infinite activations (worst layer, median)": lines("nonfinite"),
-            "scale: standard deviation of the activations (median, smallest to largest layer)": band,
-        }
-        for stage, prefix in (("training", prefix), ("validation", f"{prefix}_val"))
+        f"Batch norm, {stage}": {each.chart: chart(each, of_stage) for each in STATISTICS.values() if each.chart is not None}
+        for stage, of_stage in (("training", prefix), ("validation", f"{prefix}_val"))
     }
 
 
@@ -110,7 +93,7 @@ class TensorBoardReport:
         if samples == self._drawn or not self.heatmaps:
             return
         self._drawn, self._next_drawing = samples, samples * _GROWTH
-        for name in MAPPED:
+        for name in (each.name for each in STATISTICS.values() if each.mapped):
             grid = table.grid("train", name)
             if grid.layers:
                 self._add_image(name, draw_grid(grid), step)

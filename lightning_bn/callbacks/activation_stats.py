@@ -14,8 +14,9 @@ from torch import nn
 
 from lightning_bn.activations.collector import LayerCollector, Sample
 from lightning_bn.activations.heatmap import Pixels, draw_grid
-from lightning_bn.activations.layer_table import STATISTICS, Ailment, LayerTable, scalars
+from lightning_bn.activations.layer_table import Ailment, LayerTable, scalars
 from lightning_bn.activations.layers import Choice, is_chosen, select_layers
+from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.tensorboard import TensorBoardReport
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.layers.ledger import settle_together

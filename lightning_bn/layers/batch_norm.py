@@ -159,7 +159,8 @@ class AveragedBatchNorm(_BatchNorm):
             return self._normalise_with_running(input)
         if not self._tracks():
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        return self._training_forward(input)
+        loan = None if torch.compiler.is_compiling() else borrowed(self)
+        return self._training_forward(input) if loan is None else self._forward_on_loan(input, loan)
 
     def _tracks(self) -> bool:
         return self.training and self.track_running_stats and self._buffers["running_mean"] is not None
@@ -172,27 +173,26 @@ class AveragedBatchNorm(_BatchNorm):
         return F.batch_norm(input, mean, var, *self._affine(mean.dtype), False, 0.0, self.eps)
 
     def _training_forward(self, input: Tensor) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        loan = None if compiling else borrowed(self)
-        if loan is not None:
-            return self._forward_on_loan(input, loan)
+        """Settle at once: there is no loan that this call may use."""
         momentum = kernel_momentum(self)
-        if momentum is None or (not compiling and LOAN in self.__dict__ and not in_backward()):
+        if momentum is None or (not torch.compiler.is_compiling() and LOAN in self.__dict__ and not in_backward()):
             return self._forward_on_scratch(input)
         with exclusive():
             return self._forward_in_kernel(input, momentum)
 
     def _forward_on_loan(self, input: Tensor, loan: Loan) -> Tensor:
         """Let the kernel write the rows that the model's ledger lends, and settles when the model's forward ends."""
-        if is_synchronised(self):
+        synchronised, momentum = is_synchronised(self), loan.momentum
+        if synchronised:
             loan.take_own_rows()
-        dtype = loan.mean.dtype
-        output = F.batch_norm(input, loan.mean, loan.var, *self._affine(dtype), True, loan.kernel_momentum, self.eps)
-        count = self._values_per_channel(input)
-        if LISTENERS in self.__dict__ and loan.momentum is not None:
+        mean, var = loan.mean, loan.var
+        weight, bias = self._affine(mean.dtype)
+        output = F.batch_norm(input, mean, var, weight, bias, True, 1.0 if momentum is None else momentum, self.eps)
+        count = self._values_per_channel(input) if synchronised else input.numel() // self.num_features
+        if momentum is not None and LISTENERS in self.__dict__:
             loan.batch = batch_moments(self, input, output)
-        if loan.momentum is not None or isinstance(count, Tensor) or count > 0:
-            loan.repay(count)
+        if synchronised or count or momentum is not None:
+            loan.ran, loan.count = True, count
         return output
 
     def _forward_on_scratch(self, input: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.layers.settlement import LISTENERS, Loan, Settled, kernel_momentum
-from lightning_bn.torch_internals import buffers_of, copy_each
+from lightning_bn.torch_internals import add_each, buffers_of, copy_each
 
 __all__ = ["Group", "Rows"]
 
@@ -29,6 +28,8 @@ class Rows:
     count: Tensor  # (L,), floating: values per channel, 0 for a layer that did not run
     valid: Tensor | None  # (L,), bool: which layers' batches count; None if all do
     ran: Sequence[bool] = ()  # which layers ran, for listeners
+    lent: Tensor | None = None  # (2 C,), the means and variances that were lent, if these are they
+    pieces: Sequence[Tensor] = ()  # the layers' parts of it
 
 
 class Group:
@@ -51,6 +52,7 @@ class Group:
         places, sizes = torch.arange(len(self._sizes), device="cpu"), torch.tensor(self._sizes, device="cpu")
         owner = torch.repeat_interleave(places, sizes, output_size=self._channels)
         self._owner = owner.to(self.device, non_blocking=True)  # (C,): the place of the layer that a channel belongs to
+        self._owner_twice = owner.repeat(2).to(self.device, non_blocking=True)
         self._known: dict[tuple[Any, ...], Tensor] = {}
         self._own = [rule for layer, rule in zip(self.layers, self.rules, strict=False) if layer._modules.get("averaging") is rule]
         self._rule = self._tied_rule() if self.rules and self.rules[0].elementwise else None
@@ -61,7 +63,7 @@ class Group:
             rows = torch.zeros(2 * self._channels, dtype=self.dtype, device=self.device)
         else:
             # Scratch of its own for each forward: autograd keeps it for backward.
-            rows = torch.cat([*self._buffers("running_mean"), *self._buffers("running_var")])
+            rows = self._statistics()
         pieces = rows.split(self._sizes * 2)
         momenta = [None] * len(self.layers) if self.rules else [kernel_momentum(layer) for layer in self.layers]
         loans = [
@@ -71,10 +73,12 @@ class Group:
 
     def collect(self, rows: Tensor, loans: Sequence[Loan]) -> Rows:
         """Put the reports of one forward side by side; `rows` and `loans` are those of `lend`."""
-        if any(loan.own_rows for loan in loans):
-            rows = torch.cat([loan.mean for loan in loans] + [loan.var for loan in loans])
-        mean, var = (rows.to(self._moments_dtype()) if self.rules else rows).split(self._channels)
-        return Rows(mean, var, self._counts(loans), self._valid(loans, var), [loan.ran for loan in loans])
+        own = any(loan.own_rows for loan in loans)
+        pieces = [*(loan.mean for loan in loans), *(loan.var for loan in loans)]
+        both = torch.cat(pieces) if own else rows
+        mean, var = (both.to(self._moments_dtype()) if self.rules else both).split(self._channels)
+        count, valid, ran = self._counts(loans), self._valid(loans, var), [loan.ran for loan in loans]
+        return Rows(mean, var, count, valid, ran) if own else Rows(mean, var, count, valid, ran, rows, pieces)
 
     def settle(self, rows: Rows, batch: tuple[Tensor, Tensor] | None = None) -> None:
         """Update the running statistics of all layers.
@@ -84,23 +88,37 @@ class Group:
             batch: mean and *unbiased* variance of the batch, (C,) each, where the kernel made new running statistics of them in `rows`; for
                 listeners.
         """
-        before = self._gathered("running_mean"), self._gathered("running_var")
-        self._tell(rows, batch, before)
-        steps = torch.stack(self._buffers("num_batches_tracked"))
-        valid = None if rows.valid is None else rows.valid[self._owner]
+        both = self._statistics()
+        mean, var = (both.to(self._moments_dtype()) if self.rules else both).split(self._channels)
+        self._tell(rows, batch, (mean, var))
         if not self.rules:
-            mean, var = rows.mean, rows.var
-        elif self._rule is not None:
-            count, step = rows.count[self._owner], (steps + 1)[self._owner]
-            mean, var = self._rule.update(*before, Batch(rows.mean, rows.var, count, step, valid))
-            self._check_state(self._rule)
+            new = rows.lent if rows.lent is not None else torch.cat((rows.mean, rows.var))
         else:
-            mean, var = self._update_each(rows, before, steps + 1)
-        if valid is not None:
-            mean, var = (torch.where(valid, new.to(old.dtype), old) for new, old in zip((mean, var), before, strict=True))
-        buffers = chain(self._buffers("running_mean"), self._buffers("running_var"))
-        copy_each(list(buffers), [*mean.split(self._sizes), *var.split(self._sizes)])
-        copy_each(self._buffers("num_batches_tracked"), list((steps + (1 if rows.valid is None else rows.valid)).unbind()))
+            new = torch.cat(self._updated(rows, (mean, var)))
+        if rows.valid is not None:
+            new = torch.where(rows.valid[self._owner_twice], new.to(self.dtype), both)
+        self._write(new, rows)
+        add_each(self._buffers("num_batches_tracked"), rows.valid)
+
+    def _updated(self, rows: Rows, before: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        steps = torch.stack(self._buffers("num_batches_tracked")) + 1
+        if self._rule is None:
+            return self._update_each(rows, before, steps)
+        valid = None if rows.valid is None else rows.valid[self._owner]
+        batch = Batch(rows.mean, rows.var, rows.count[self._owner], steps[self._owner], valid)
+        updated = self._rule.update(*before, batch)
+        self._check_state(self._rule)
+        return updated
+
+    def _write(self, new: Tensor, rows: Rows) -> None:
+        pieces: Sequence[Tensor] = rows.pieces
+        if rows.lent is None:
+            pieces = new.split(self._sizes * 2)
+        elif new is not rows.lent:
+            # Into the rows that were lent, which are cut up already. Autograd has saved them and must not notice, as it does not when the kernel
+            # writes them: in training, backward takes the batch's moments and not these.
+            rows.lent.data.copy_(new)
+        copy_each([*self._buffers("running_mean"), *self._buffers("running_var")], list(pieces))
 
     def finite(self, var: Tensor) -> Tensor:
         """Whether the moments of a layer's batch are finite, told by its variances: (L,) bool."""
@@ -124,9 +142,9 @@ class Group:
     def _buffers(self, name: str) -> list[Tensor]:
         return [buffers_of(layer)[name] for layer in self.layers]  # type: ignore[misc]  # none of them is None
 
-    def _gathered(self, name: str) -> Tensor:
-        gathered = torch.cat(self._buffers(name))
-        return gathered.to(self._moments_dtype()) if self.rules else gathered
+    def _statistics(self) -> Tensor:
+        """All running means and then all running variances: (2 C,)."""
+        return torch.cat([*self._buffers("running_mean"), *self._buffers("running_var")])
 
     def _counts(self, loans: Sequence[Loan]) -> Tensor:
         counts, dtype = [loan.count for loan in loans], self._moments_dtype()
@@ -157,10 +175,12 @@ class Group:
         return self._known[key]
 
     def _tell(self, rows: Rows, batch: tuple[Tensor, Tensor] | None, before: tuple[Tensor, Tensor]) -> None:
-        listeners = {id(each): each for layer in self.layers for each in layer.__dict__.get(LISTENERS, ())}
+        listeners = {id(each): each for layer in self.layers if LISTENERS in layer.__dict__ for each in layer.__dict__[LISTENERS]}
         if listeners:
             count = rows.count if rows.valid is None else torch.where(rows.valid, rows.count, 0.0)
-            settled = Settled(self.layers, *((rows.mean, rows.var) if batch is None else batch), count, rows.ran, before)
+            # Copies: the rows are written once more.
+            mean, var = (rows.mean.clone(), rows.var.clone()) if batch is None else batch
+            settled = Settled(self.layers, mean, var, count, rows.ran, before)
             for listener in listeners.values():
                 listener(settled)
 

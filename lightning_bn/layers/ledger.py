@@ -97,7 +97,7 @@ class Ledger(OutermostForward):
                 if loan.ledger.is_running():
                     return False  # a model around this one has lent already
                 loan.ledger.abort()
-        signature = tuple([self._signature(layer) for layer in self.layers])
+        signature = self._signature()
         if not any(signature):
             return False
         self._groups = self._plan(signature)
@@ -142,13 +142,19 @@ class Ledger(OutermostForward):
             lent.append((group, rows, loans))
         self._rounds.append(lent)
 
-    def _signature(self, layer: _BatchNorm) -> tuple[Any, ...] | None:
-        """What decides with which others a layer is settled; None where its statistics don't move."""
-        if not (layer.training and layer.track_running_stats) or (self.gather is None and MERGED in layer.__dict__):
-            return None
-        mean = buffers_of(layer)["running_mean"]
-        rule = None if self.gather is None and kernel_momentum(layer) is not None else rule_of(layer)
-        return (rule, mean.dtype, mean.device)
+    def _signature(self) -> tuple[Any, ...]:
+        """What decides which layers are settled together, for each of them; None for one whose statistics don't move."""
+        found: list[Any] = []
+        merging = self.gather is not None
+        for layer in self.layers:
+            attributes = layer.__dict__
+            if not (attributes["training"] and layer.track_running_stats) or (not merging and MERGED in attributes):
+                found.append(None)
+                continue
+            mean = buffers_of(layer)["running_mean"]
+            rule = None if not merging and kernel_momentum(layer) is not None else rule_of(layer)
+            found.append((rule, mean.dtype, mean.device))
+        return tuple(found)
 
     def _plan(self, signature: tuple[Any, ...]) -> list[Group]:
         groups = self._plans.get(signature)

@@ -74,6 +74,8 @@ class Loan:
     with the layer's own momentum, of which the kernel makes the new running statistics.
     """
 
+    __slots__ = ("batch", "count", "ledger", "mean", "momentum", "own_rows", "ran", "thread", "valid", "var")
+
     def __init__(self, ledger: Any, mean: Tensor, var: Tensor, momentum: float | None) -> None:
         self.thread = threading.get_ident()
         self.ledger = ledger
@@ -84,11 +86,6 @@ class Loan:
         self.count: int | Tensor = 0  # values per channel
         self.valid: Tensor | None = None  # (), bool: whether the batch counts for other reasons than being finite
         self.batch: tuple[Tensor, Tensor] | None = None  # mean and unbiased variance of the batch, where the rows are not these
-
-    @property
-    def kernel_momentum(self) -> float:
-        """The momentum to hand to the kernel."""
-        return 1.0 if self.momentum is None else self.momentum
 
     def take_own_rows(self) -> None:
         """Exchange the rows for copies, which may be written without changing what autograd has saved of the other layers' rows."""
