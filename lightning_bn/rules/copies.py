@@ -33,6 +33,11 @@ class Copies:
         self._decided: set[int] = set()
         self._start: tuple[Tensor, Reading] | None = None
 
+    @property
+    def held(self) -> set[int]:
+        """Indices of the layers that do not learn."""
+        return set(self._held)
+
     def begin(self) -> None:
         """Begin a training batch; before the first one, keep what weights and statistics are."""
         if self._start is None:

@@ -34,6 +34,8 @@ class Fix:
     imported. A ``with`` line goes around what is to be mended; an argument (``name=value``) goes into the call that `place` names.
     """
 
+    __module__ = "lightning_bn"
+
     code: str
     place: Place = "before fit"
     note: str = ""

@@ -215,6 +215,7 @@ class Inspection:
         values = reading.values() if self._evaluated and not sanity else None
         evaluation = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, values, counted)
         evaluation.trained, evaluation.fitting, evaluation.moving = self.trained, self._away is not None, self._moving
+        evaluation.held = self._copies.held
         evaluation.copies = self._copies.stale(self._evaluated - self._moving - self._steady) if self.trained and not sanity else ()
         if self._look is not None and not sanity:
             evaluation.vanishing = {self.observer.layers[i].name: channels for i, channels in vanishing(self._look).items()}
@@ -276,7 +277,7 @@ class Inspection:
         self.exchanged("after")
         if self.trained:
             values = Reading(self.observer.layers).values()
-            ended = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, values, trained=True)
+            ended = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, values, held=self._copies.held)
             self._ask(lambda rule: rule.ended(ended))
         self.anchor()
 

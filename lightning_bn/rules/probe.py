@@ -86,7 +86,7 @@ class EvaluationProbe:
     def _look(self, index: int) -> Any:
         def look(layer: _BatchNorm, args: tuple[Any, ...]) -> None:
             input = args[0] if args else None
-            if torch.compiler.is_compiling() or layer.training or index in self.looks or not isinstance(input, Tensor):
+            if torch.compiler.is_compiling() or layer.training or not isinstance(input, Tensor):
                 return
             if layer.running_mean is None or input.dim() < 2 or input.numel() < LEAST_VALUES * input.shape[1]:
                 return

@@ -125,6 +125,8 @@ class Evaluation:
     """Whether training may go on after it."""
     moving: Collection[int] = ()
     """Indices of the layers whose statistics training batches moved."""
+    held: Collection[int] = ()
+    """Indices of the layers that did not learn in training."""
     gaps: Sequence[Gap] = ()
     """How far the statistics were from the latest training batches' when the evaluation began."""
     copies: Collection[int] = ()

@@ -150,7 +150,11 @@ class NeverUpdated(Rule):
             return
         layers = evaluation.observer.layers
         # A frozen layer that has always run in eval mode is a constant, and the same one in training.
-        meant = {index for index in evaluation.steady if layers[index].frozen or evaluation.setting.allows_eval(layers[index].name)}
+        meant = {
+            index
+            for index in evaluation.steady
+            if layers[index].frozen or index in evaluation.held or evaluation.setting.allows_eval(layers[index].name)
+        }
         ran = set(evaluation.evaluated) - meant - set(evaluation.copies)
         untouched = {index: each for index, each in evaluation.values.items() if index in ran and each.untouched}
         if not evaluation.trained:
