@@ -343,7 +343,8 @@ class Inspection:
         self._ask(lambda rule: rule.averaged(exchange))
 
     def _compare_ranks(self) -> None:
-        spread = ranks_apart(share(Reading(self.observer.layers).values()))
+        own = {index: (each.mean, each.var) for index, each in Reading(self.observer.layers).values().items()}
+        spread = ranks_apart(share(own))
         names = [self.observer.layers[index].name for index in spread]
         self._ask(lambda rule: rule.apart(names, max(spread.values(), default=0.0)))
 

@@ -19,6 +19,9 @@ LEAST_BATCHES = 12
 
 LEAST_SAMPLES = 8
 
+LEAST_ALIKE = 0.7
+"""The correlation between the batch means of two epochs from which on they count as the same batches."""
+
 
 _State = tuple[Tensor, Tensor, Tensor]  # running mean, running variance, batches counted
 
@@ -70,8 +73,8 @@ class BatchOrder:
     def ratio(self, samples: int) -> float | None:
         """Return the variance of the batch means, in units of what random batches of `samples` samples have; waits for the device.
 
-        None where nothing can be said. The smaller of two epochs, and 0 where the second does not repeat the first: then the data were
-        shuffled, and the batches differ because the weights moved. The straight line that they moved along is taken out.
+        None where nothing can be said. What counts is what two epochs have in common: their covariance. It is 0 for shuffled data, and 1 for
+        data that lie in no order. Weights that move give a straight line over both epochs, which is taken out; sorted data begin anew.
         """
         if self.done or self.layer is None or len(self._epochs) < 2 or samples < LEAST_SAMPLES:
             return None
@@ -80,14 +83,12 @@ class BatchOrder:
         if length < LEAST_BATCHES:
             return None
         self.done = True
-        residuals = [_detrended(means[:length]) for means, _ in batches]
-        ratios = [
-            (residual.square().sum(0) / (length - 2)).sum() / within[:length].mean(0).sum() * samples
-            for residual, (_, within) in zip(residuals, batches, strict=True)
-        ]
-        first, second = (residual.flatten() for residual in residuals)
+        both = _detrended(torch.cat([means[:length] for means, _ in batches]))
+        first, second = ((half - half.mean(0)).flatten() for half in both.split(length))
+        within = torch.cat([variances[:length] for _, variances in batches]).mean(0).sum()
         alike = torch.dot(first, second) / (first.norm() * second.norm())
-        return float(min(ratios)) if alike > 0.7 else 0.0
+        common = torch.dot(first, second) / (length - 1) / within * samples
+        return float(common) if alike > LEAST_ALIKE else 0.0
 
     def _batches(self, epoch: list[tuple[_State, _State]]) -> tuple[Tensor, Tensor]:
         """Return mean and unbiased variance of each batch, (batches, C), from how the buffers moved."""

@@ -132,14 +132,18 @@ def gaps(earlier: Reading, now: Reading) -> dict[int, Gap]:
     return found
 
 
-def ranks_apart(values: Sequence[Values]) -> dict[int, float]:
-    """Return the layers whose running statistics differ between ranks, with the largest distance of means in running deviations."""
-    first = values[0]
+def ranks_apart(of_ranks: Sequence[dict[int, tuple[Tensor, Tensor]]], eps: float = 1e-5) -> dict[int, float]:
+    """Return by how many running deviations the running means differ between ranks, at the layers where statistics differ at all.
+
+    Args:
+        of_ranks: for each rank the running mean and variance of its layers, (C,) each, on the host.
+        eps: what is added to a variance.
+    """
     apart: dict[int, float] = {}
-    for other in values[1:]:
-        for index, each in first.items():
-            if index in other and not each.equals(other[index]):
-                distance = ((each.mean - other[index].mean) / (each.var + each.layer.module.eps).sqrt()).abs().max().item()
+    for other in of_ranks[1:]:
+        for index, (mean, var) in of_ranks[0].items():
+            if index in other and not (torch.equal(mean, other[index][0]) and torch.equal(var, other[index][1])):
+                distance = ((mean - other[index][0]) / (var + eps).sqrt()).abs().max().item()
                 apart[index] = max(distance, apart.get(index, 0.0))
     return apart
 
