@@ -12,6 +12,9 @@ from tiny_runs import data, quiet, trainer
 
 from lightning_bn import ActivationStatsMonitor, Finding, ModeCheck
 
+PAGE = Path(__file__).parent.parent / "docs" / "rules.md"
+BEGIN, END = "<!-- programs begin -->", "<!-- programs end -->"
+
 Outcome = tuple[dict[str, torch.Tensor], torch.Tensor, list[Finding]]
 
 
@@ -28,6 +31,13 @@ def run(name: str, folder: Path, *, watched: bool) -> Outcome:
     return copy.deepcopy(module.state_dict()), torch.rand(()), check.findings
 
 
+def row(name: str, found: list[Finding]) -> str:
+    """Return the row of the table on the page."""
+    kind = PROGRAMS[name].make.__module__.rpartition(".")[2].replace("_", "-")
+    said = ", ".join(f"[{code}](#{code.lower()})" for code in sorted({finding.code for finding in found}))
+    return f"| {name} | {kind} | {said} |"
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_honest_program(name: str, tmp_path: Path) -> None:
     """The same weights, running statistics and random numbers to the bit, and no finding above information."""
@@ -37,6 +47,7 @@ def test_honest_program(name: str, tmp_path: Path) -> None:
     assert plain.keys() == watched.keys()
     assert [key for key in plain if not torch.equal(plain[key], watched[key])] == []
     assert torch.equal(draw, same_draw)
+    assert row(name, found) in PAGE.read_text()
 
 
 def test_there_are_sixty() -> None:

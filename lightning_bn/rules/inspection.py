@@ -89,6 +89,7 @@ class Inspection:
         self._order = BatchOrder(self.observer.layers)
         self._look: EvaluationProbe | None = None
         self._gaps: list[Gap] = []
+        self._begun: dict[int, torch.Tensor] = {}
         self._swapped = False
         self._largest = 0
         self._last: Batch | None = None
@@ -189,11 +190,12 @@ class Inspection:
         self.stage, self.step, self.index = stage, step, -1
         self._away, self._interrupted = modes, False
         self._evaluated, self._swapped, self._look = set(), False, None
-        self._gaps = []
+        self._gaps, self._begun = [], {}
         if self._marks and any(fresh):
             # Statistics that someone wrote since the last batch, as a recalibration does, are not the average of batches any more.
             found = {index: gap for index, gap in gaps(self._marks[0], Reading(self.observer.layers)).items() if fresh[index]}
             self._gaps = list(found.values())
+            self._begun = {index: self.observer.layers[index].module.running_mean.clone() for index in found}
         if not all(fresh):
             self._marks = []
         if self.setting.own_statistics:
@@ -220,7 +222,7 @@ class Inspection:
         if self._look is not None and not sanity:
             evaluation.vanishing = {self.observer.layers[i].name: channels for i, channels in vanishing(self._look).items()}
             self._compare_weights(self._look)
-        evaluation.gaps = () if self._swapped else self._gaps
+        evaluation.gaps = () if self._swapped else self._read()
         self._ask(lambda rule: rule.evaluation(evaluation))
         self._look = None
         self._boundaries.leave()
@@ -278,6 +280,7 @@ class Inspection:
         if self.trained:
             values = Reading(self.observer.layers).values()
             ended = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, values, held=self._copies.held)
+            ended.copies = self._copies.stale(self._evaluated - self._moving - self._steady)
             self._ask(lambda rule: rule.ended(ended))
         self.anchor()
 
@@ -296,13 +299,23 @@ class Inspection:
     def end_epoch(self) -> None:
         """Compare the running statistics with the latest batches'; waits for the device."""
         self._decide()
-        ratio = self._order.ratio(self._largest)
-        if ratio is not None and self._order.layer is not None:
+        likeness = self._order.likeness()
+        if likeness is not None and self._order.layer is not None:
             name = self._order.layer.name
-            self._ask(lambda rule: rule.ordered(name, ratio))
+            self._ask(lambda rule: rule.ordered(name, likeness))
         if self._marks:
             apart = list(gaps(self._marks[0], Reading(self.observer.layers)).values())
             self._ask(lambda rule: rule.gaps(apart, self.observer))
+
+    def _read(self) -> list[Gap]:
+        """Return the gaps of statistics that the evaluation really read: a callback may have exchanged them as it began."""
+        looks = self._look.looks if self._look is not None else {}
+        names = {
+            self.observer.layers[index].name
+            for index, mean in self._begun.items()
+            if index not in looks or torch.equal(looks[index].mean, mean)
+        }
+        return [gap for gap in self._gaps if gap.layer.name in names]
 
     def _decide(self) -> None:
         """By now an averaged copy would have been written: what is frozen and was not is frozen."""

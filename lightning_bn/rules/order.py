@@ -15,12 +15,7 @@ __all__ = ["BatchOrder"]
 MOST_BATCHES = 64
 """Batches of an epoch that are kept; of a longer one every second, every fourth and so on."""
 
-LEAST_BATCHES = 12
-
-LEAST_SAMPLES = 8
-
-LEAST_ALIKE = 0.7
-"""The correlation between the batch means of two epochs from which on they count as the same batches."""
+LEAST_BATCHES = 24
 
 
 _State = tuple[Tensor, Tensor, Tensor]  # running mean, running variance, batches counted
@@ -70,13 +65,13 @@ class BatchOrder:
             return None
         return module.running_mean.clone(), module.running_var.clone(), module.num_batches_tracked.clone()
 
-    def ratio(self, samples: int) -> float | None:
-        """Return the variance of the batch means, in units of what random batches of `samples` samples have; waits for the device.
+    def likeness(self) -> float | None:
+        """Return how alike a batch of one epoch and the *next* batch of the other are: a correlation of batch means; waits for the device.
 
-        None where nothing can be said. What counts is what two epochs have in common: their covariance. It is 0 for shuffled data, and 1 for
-        data that lie in no order. Weights that move give a straight line over both epochs, which is taken out; sorted data begin anew.
+        None where nothing can be said. It is 0 for shuffled data, which come in another order, and for data that lie in no order, whose
+        neighbours have nothing in common. Weights that move give a straight line over both epochs, which is taken out.
         """
-        if self.done or self.layer is None or len(self._epochs) < 2 or samples < LEAST_SAMPLES:
+        if self.done or self.layer is None or len(self._epochs) < 2:
             return None
         batches = [self._batches(epoch) for epoch in self._epochs]
         length = min(len(each[0]) for each in batches)
@@ -84,11 +79,8 @@ class BatchOrder:
             return None
         self.done = True
         both = _detrended(torch.cat([means[:length] for means, _ in batches]))
-        first, second = ((half - half.mean(0)).flatten() for half in both.split(length))
-        within = torch.cat([variances[:length] for _, variances in batches]).mean(0).sum()
-        alike = torch.dot(first, second) / (first.norm() * second.norm())
-        common = torch.dot(first, second) / (length - 1) / within * samples
-        return float(common) if alike > LEAST_ALIKE else 0.0
+        first, second = (half - half.mean(0) for half in both.split(length))
+        return float((first[:-1] * second[1:]).sum() / (first[:-1].norm() * second[1:].norm()))
 
     def _batches(self, epoch: list[tuple[_State, _State]]) -> tuple[Tensor, Tensor]:
         """Return mean and unbiased variance of each batch, (batches, C), from how the buffers moved."""

@@ -18,7 +18,7 @@ __all__ = ["EvaluationProbe", "Look", "far", "vanishing"]
 LEAST_VALUES = 16
 """The variance of fewer values says little."""
 
-FAR = 2.0
+FAR = 4.0
 """BN207: the variance of an evaluation's input is off by this factor, root mean square over channels, on a logarithmic scale."""
 
 

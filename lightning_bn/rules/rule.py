@@ -232,8 +232,8 @@ class Rule:
         """Look at layers whose statistics differ from rank to rank."""
         return ()
 
-    def ordered(self, layer: str, ratio: float) -> Iterable[Seen]:
-        """Look at batches that differ by more than samples drawn at random do, and alike in two epochs."""
+    def ordered(self, layer: str, likeness: float) -> Iterable[Seen]:
+        """Look at how alike the batches of one epoch and their successors in the next are, as a correlation."""
         return ()
 
     def gaps(self, gaps: Sequence[Gap], observer: Observer) -> Iterable[Seen]:
