@@ -14,7 +14,7 @@ from lightning_bn.layers.ledger import settle_together
 from lightning_bn.modes import paused_statistics
 from lightning_bn.recalibration import recalibrate, recalibrated
 from lightning_bn.recalibration.report import LayerReport, RecalibrationReport
-from lightning_bn.rules import Finding, ModeCheckError
+from lightning_bn.rules import Finding, Fix, ModeCheckError
 from lightning_bn.rules.watching import check, watch
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ __all__ = [
     "Cumulative",
     "Exponential",
     "Finding",
+    "Fix",
     "LayerReport",
     "ModeCheck",
     "ModeCheckError",

@@ -115,5 +115,5 @@ def test_the_csv_is_the_table(tmp_path: Path) -> None:
 def test_every_limit_can_be_reached_and_met() -> None:
     """No statistic is sick when it is healthy, and each can be."""
     for statistic in STATISTICS.values():
-        assert not statistic.is_sick(np.array([statistic.healthy, np.nan])).any()
+        assert not statistic.is_sick(np.array([1.0 if statistic.healthy is None else statistic.healthy, np.nan])).any()
         assert statistic.is_sick(np.array([np.inf])).all()

@@ -91,7 +91,7 @@ class TestReport:
             assert lines[0].startswith(f"{finding.code} {finding.level}: ")
             assert [line.split(":")[0].strip() for line in lines[1:]] == ["where", "seen", "why", "fix", "quiet"]
             assert f'ignore=["{finding.code}"]' in lines[-1]
-            assert f"docs/rules.md#{finding.code.lower()}" in lines[-1]
+            assert f"lightning-bn rules {finding.code}" in lines[-1]
 
     def test_ignore(self) -> None:
         """A rule that is ignored is not looked at."""

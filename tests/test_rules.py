@@ -14,8 +14,9 @@ from torch.optim import optimizer
 
 from lightning_bn import Finding, ModeCheckError, Window, check, convert_batch_norm, recalibrate, watch
 from lightning_bn.rules import RULES
+from lightning_bn.rules.fixes import expression, modules_of
 from lightning_bn.rules.inspection import Inspection
-from lightning_bn.rules.rule import Setting, expression, modules_of
+from lightning_bn.rules.rule import Setting
 
 DOCS = Path(__file__).parent.parent / "docs" / "rules.md"
 
@@ -275,7 +276,7 @@ def test_gap_against_loops(momentum: float) -> None:
         if number == 20:
             earlier = Reading(found)
         layer(batch)
-    (gap,) = gaps(earlier, Reading(found))
+    (gap,) = gaps(earlier, Reading(found)).values()
     running, latest = naive_gap(batches[:, :, 0], momentum, 10)
     assert gap.shift == pytest.approx(abs(latest[0] - running[0]) / (running[1] + layer.eps) ** 0.5, rel=1e-6)
     log_ratio = torch.tensor((latest[1] + layer.eps) / (running[1] + layer.eps)).log().abs().item()

@@ -34,10 +34,14 @@ class TestBN101:
         assert serious(findings(module)) == []
 
     def test_says_it_once(self) -> None:
-        """Fifty submodules in eval mode with the module have one cause, and are one message."""
+        """Fifty submodules in eval mode with the module have one cause, and so has a validation with statistics that nothing moved."""
         module = Module()
         module.eval()
-        assert serious(findings(module)) == ["BN101", "BN204"]  # and validation with statistics that nothing moved
+        found = findings(module)
+        assert serious(found) == ["BN101"]
+        finding = only("BN204", found)
+        assert (finding.level, finding.follows) == ("info", "BN101")
+        assert "follows from BN101" in finding.message
 
 
 class TestBN102:

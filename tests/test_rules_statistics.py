@@ -212,8 +212,9 @@ class TestBN204:
             def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
                 self.eval_head(self.model.backbone(batch[0]))
 
-        finding = only("BN204", findings(Branches()))
-        assert (finding.level, finding.layers, finding.stage) == ("error", ("eval_head.1",), "validate")
+        early, late = of("BN204", findings(Branches()))
+        assert (early.level, early.layers, early.stage) == ("info", ("eval_head.1",), "validate")  # its turn may come in a later epoch
+        assert (late.level, late.layers, late.stage) == ("error", ("eval_head.1",), "train")
 
     def test_sanity_check(self) -> None:
         """Before training began every layer is at its start, and the sanity check is no mistake."""
@@ -344,15 +345,16 @@ class Jump(Module):
 
 
 def gap_findings(module: Module) -> list[Finding]:
-    """Train 192 batches in three epochs, so that nothing is left of the start, and return what BN208 says above information."""
-    return [finding for finding in of("BN208", findings(module, loader=data(batches=64), max_epochs=3)) if finding.level != "info"]
+    """Train 192 batches in three epochs, so that nothing is left of the start, and return what BN208 says above information at the end."""
+    found = of("BN208", findings(module, loader=data(batches=64), max_epochs=3))
+    return [finding for finding in found if finding.level != "info" and finding.step == 192]
 
 
 class TestBN208:
     def test_statistics_that_lag(self) -> None:
         """Statistics far from the last batches' are named, the worst layer first, with the two ways out."""
         (finding,) = gap_findings(Jump(20.0))
-        assert (finding.level, finding.stage, finding.layers) == ("warning", "train", ("model.backbone.0.1",))
+        assert (finding.level, finding.stage, finding.layers) == ("warning", "validate", ("model.backbone.0.1",))
         assert "Window" in finding.message
         assert "BatchNormRecalibration" in finding.message
 

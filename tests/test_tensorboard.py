@@ -25,7 +25,7 @@ from lightning_bn.activations.collector import Sample
 from lightning_bn.activations.heatmap import draw_channels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable
 from lightning_bn.activations.reading import histogram_edges
-from lightning_bn.activations.registry import COLUMNS, STATISTICS
+from lightning_bn.activations.registry import COLUMNS, STATISTICS, Scale
 from lightning_bn.activations.tensorboard import TensorBoardReport, tell
 
 matplotlib = pytest.importorskip("matplotlib")

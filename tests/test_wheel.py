@@ -34,11 +34,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
-    """Every file of the package is in it, py.typed too, and no test, example or page of the docs."""
+    """Every file of the package is in it, py.typed too, and no test or example, and of the docs the page of the rules alone."""
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if not name.startswith(f"lightning_bn-{lightning_bn.__version__}.dist-info/")}
     files = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_bn").rglob("*") if path.suffix in (".py", ".typed")}
-    assert inside == files
+    assert inside == files | {"lightning_bn/rules/rules.md"}  # the page that messages send their reader to
     assert wheel.name == f"lightning_bn-{lightning_bn.__version__}-py3-none-any.whl"
 
 
@@ -70,3 +70,4 @@ def test_wheel_installs_and_its_entry_points_work(wheel: Path, tmp_path: Path) -
         done = run(*command, "rules", "BN203", cwd=tmp_path, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("BN203 (error)")
+        assert "### BN203" in done.stdout

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -109,6 +109,7 @@ class ModeCheck(Callback):
         inspection = self._look()
         inspection.returned()
         inspection.configuration()
+        inspection.boundary()
         self._report(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,6 +131,8 @@ class ModeCheck(Callback):
         inspection.end_batch()
         # Lightning puts a module in eval mode before any hook of a validation.
         self._modes = inspection.modes
+        if is_overridden("on_validation_model_eval", pl_module):
+            inspection.anchor()  # the hook comes before any of a callback's
         self._batches += 1
         if self._batches % (self.every_n_steps or trainer.log_every_n_steps or 50) == 0:  # type: ignore[attr-defined]
             inspection.examine()
@@ -144,13 +147,19 @@ class ModeCheck(Callback):
         self._report(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Averaged weights are put in here for good. Later the module may be on another device, where a sum rounds otherwise.
-        self._look().exchanged()
+        # Averaged weights are put in here for good.
+        self._look().end_training()
+        self._report(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The module's own on_train_end came after all callbacks'.
+        self._look().exchanged("after")
         self._report(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
-        self._look().anchor()
+        if not is_overridden("on_validation_model_eval", pl_module):
+            self._look().anchor()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
@@ -219,6 +228,9 @@ class ModeCheck(Callback):
             ranks=trainer.world_size,
             accumulated=trainer.accumulate_grad_batches,
             manual=not module.automatic_optimization,
+            scheduled=any(isinstance(each, BaseFinetuning) for each in trainer.callbacks),  # type: ignore[attr-defined]
+            own_statistics=trainer.world_size > 1 and getattr(trainer.model, "broadcast_buffers", True) is False,
+            optimizers=(lambda: trainer.optimizers) if trainer.state.fn == TrainerFn.FITTING else None,
         )
         known = self._inspection
         if known is None or known.model is not module or known.observer.modules != list(module.modules()):

@@ -15,6 +15,7 @@ from lightning_bn.checkpoints.health import (
 )
 from lightning_bn.cli.output import FINDINGS, OK, RefusedError, UsageError, print_json, print_table
 from lightning_bn.rules import RULES
+from lightning_bn.rules.page import section
 
 __all__ = ["inspect", "rules"]
 
@@ -43,15 +44,17 @@ def rules(code: str | None = None, *, json: bool = False) -> int:
         raise UsageError(f"there is no rule {code}; the rules are {', '.join(RULES)}.")
     chosen = list(RULES.values()) if code is None else [RULES[code.upper()]]
     if json:
-        print_json([{name: getattr(rule, name) for name in ("code", "level", "title", "why", "fix", "mendable")} for rule in chosen])
+        names = ("code", "level", "title", "why", "mendable")
+        print_json([{**{name: getattr(rule, name) for name in names}, "fix": str(rule.fix)} for rule in chosen])
     elif code is None:
         print_table(("rule", "level", "what"), [(rule.code, rule.level, rule.title) for rule in chosen], left=3)
     else:
         (rule,) = chosen
         print(f"{rule.code} ({rule.level}): {rule.title}\n\nWhy: {rule.why}")
-        print(f"Fix: {rule.fix}" if rule.fix else "Fix: the finding says it, since it depends on what was seen.")
+        print(f"Fix: {rule.fix}" if rule.fix.code else "Fix: the finding says it, since it depends on what was seen.")
         if rule.mendable:
             print(f"ModeCheck(fix=['{rule.code}']) mends it on the spot.")
+        print(f"\n{section(rule.code)}")
     return OK
 
 

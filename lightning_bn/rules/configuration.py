@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.layers.settlement import is_synchronised
 from lightning_bn.rules.adjacency import DeadBias, DropoutShift
-from lightning_bn.rules.observer import Forward
-from lightning_bn.rules.rule import Batch, Configuration, Level, Rule, Seen, Setting, listing
+from lightning_bn.rules.fixes import expression, group_norms, listing
+from lightning_bn.rules.rule import Batch, Configuration, Fix, Level, Rule, Seen, Setting
 
 __all__ = ["CONFIGURATION_RULES"]
 
@@ -21,16 +20,29 @@ FEW_VALUES = 16
 ``sqrt(2 / (n - 1))``: 37 % at 16."""
 
 
+MOST_REPLACED = 4
+"""BN302: layers for which the fix shows how each is replaced by a group norm; for more it is a larger batch."""
+
+SORTED_LIKENESS = 0.4
+"""BN307: the correlation between batches of one epoch and the batches that follow them in another. At random its standard deviation is
+at most ``1 / sqrt(batches)``, 0.2 for the 24 batches that are the least it takes, and less with many channels."""
+
+
 class ExtremeMomentum(Rule):
     code = "BN301"
-    title = "momentum 0, or 1 with a small batch"
+    title = "momentum 0, or 1 with a small batch, or above 0.5"
     why = "momentum is the weight of the new batch: at 0 the statistics never move, at 1 they are those of the last batch alone."
-    fix = "BatchNorm2d(channels, momentum=0.1)  # to freeze a layer: layer.eval()"
 
     def configuration(self, at: Configuration) -> Iterator[Seen]:
         names = [layer.name for layer in at.observer.layers if layer.tracks and layer.module.training and momentum_of(layer) == 0]
         if names:
-            yield Seen(names, "momentum is 0.")
+            yield Seen(names, "momentum is 0.", fix=_with_momentum(at.setting, names, 0.1, "to freeze a layer: layer.eval()"))
+        large = {layer.name: momentum for layer in at.observer.layers if 0.5 < (momentum := momentum_of(layer) or 0) < 1 and layer.tracks}
+        if large:
+            momentum = next(iter(large.values()))
+            other = round(1 - momentum, 6)
+            event = f"momentum is {momentum:g}. In Keras it is the weight of the old value: did you mean {other:g}?"
+            yield Seen(list(large), event, "info", _with_momentum(at.setting, list(large), other))
 
     def batch(self, batch: Batch) -> Iterator[Seen]:
         if not batch.training:
@@ -42,7 +54,9 @@ class ExtremeMomentum(Rule):
                 small[layer.name] = samples
         if small:
             yield Seen(
-                list(small), f"{batch.when} momentum is 1 and the batch has {min(small.values())} samples (fewer than {SMALL_BATCH})."
+                list(small),
+                f"{batch.when} momentum is 1 and the batch has {min(small.values())} samples (fewer than {SMALL_BATCH}).",
+                fix=_with_momentum(batch.setting, list(small), 0.1),
             )
 
 
@@ -54,26 +68,44 @@ class FewValues(Rule):
     def batch(self, batch: Batch) -> Iterator[Seen]:
         if not batch.training:
             return
-        by_event: dict[tuple[Level, str, str], list[str]] = defaultdict(list)
+        alone: list[BatchNormLayer] = []
+        single: list[BatchNormLayer] = []
+        few: dict[str, int] = {}
+        fewest = 0
         for layer, forwards in batch.by_layer().items():
-            few = min((f for f in forwards if f.training), key=lambda f: f.values, default=None)
-            judged = self._judge(layer, few, batch.setting) if few is not None else None
-            if judged is not None:
-                by_event[judged].append(layer.name)
-        for (level, event, fix), names in by_event.items():
-            yield Seen(names, f"{batch.when} {event}.", level=level, fix=fix)
+            smallest = min((f for f in forwards if f.training), key=lambda f: f.values, default=None)
+            if smallest is None:
+                continue
+            ranks = _ranks(layer, batch.setting)
+            samples, values = smallest.samples * ranks, smallest.values * ranks
+            if samples == 1 or values == 1:
+                alone.append(layer)
+                fewest = min(fewest, values) if len(alone) > 1 else values
+                single += [layer] * (values == 1)
+            elif 0 < values < FEW_VALUES:
+                few[layer.name] = values
+        if alone:
+            yield self._one_sample(batch, alone, single, fewest)
+        if few:
+            event = f"{batch.when} {min(few.values())} values per channel (fewer than {FEW_VALUES})."
+            yield Seen(list(few), event, "info", Fix("a larger batch, or statistics over all devices", "advice"))
 
-    def _judge(self, layer: BatchNormLayer, few: Forward, setting: Setting) -> tuple[Level, str, str] | None:
-        ranks = _ranks(layer, setting)
-        samples, values = few.samples * ranks, few.values * ranks
-        if values == 1:
-            return "error", "one value per channel has no variance: torch raises", "DataLoader(..., drop_last=True)  # or a larger batch"
-        if samples == 1:
-            event = f"a batch of one sample: it normalises each by itself, as instance norm does in training, over {values} values"
-            return "warning", event, f"nn.GroupNorm(32, {layer.module.num_features})  # or a larger batch"
-        if 0 < values < FEW_VALUES:
-            return "info", f"{values} values per channel (fewer than {FEW_VALUES})", "a larger batch, or statistics over all devices"
-        return None
+    def _one_sample(self, batch: Batch, alone: list[BatchNormLayer], single: list[BatchNormLayer], fewest: int) -> Seen:
+        """One cause, one finding: some layers of a network still have a whole image to normalise, others one value."""
+        names = [layer.name for layer in alone]
+        level: Level = "error" if single else "warning"
+        event = f"a batch of one sample, {fewest} values per channel: it is normalised by itself in training, as by instance norm"
+        if single:
+            event = (
+                f"a batch of one sample: at {listing([layer.name for layer in single])} one value per channel has no variance: torch raises"
+            )
+        if batch.largest > 1:
+            event = f"{event}; other batches have {batch.largest}"
+            return Seen(names, f"{batch.when} {event}.", level, Fix("drop_last=True", "in the training DataLoader"))
+        if single or len(names) > MOST_REPLACED:
+            return Seen(names, f"{batch.when} {event}.", level, Fix("batch_size=16", "in the training DataLoader", "any size above 1"))
+        norms = group_norms(batch.setting.root, [(layer.name, layer.module.num_features) for layer in alone])
+        return Seen(names, f"{batch.when} {event}.", level, Fix(norms, note="or a larger batch"))
 
 
 class BiasBeforeBatchNorm(Rule):
@@ -88,7 +120,9 @@ class BiasBeforeBatchNorm(Rule):
             yield Seen(
                 [each.layer for each in biases],
                 f"in the graph of the loss, {listing(names)} goes into a batch norm and nowhere else.",
-                fix=f"bias=False where {names[0].rpartition('.')[0]} is built  # the batch norm has a bias of its own",
+                fix=Fix(
+                    "bias=False", "where the model is built", f"at {names[0].rpartition('.')[0]}: the batch norm has a bias of its own"
+                ),
             )
 
 
@@ -113,7 +147,7 @@ class BatchPerDevice(Rule):
                 list(alone),
                 f"normalised with {samples} samples; the gradient has {samples * setting.ranks * setting.accumulated} "
                 f"({setting.ranks} devices, {setting.accumulated} accumulated batches).",
-                fix="Trainer(sync_batchnorm=True) joins the devices; nothing joins accumulated batches but a larger batch",
+                fix=Fix("sync_batchnorm=True", "in the Trainer", "joins the devices; accumulated batches only a larger batch joins"),
             )
 
 
@@ -123,13 +157,13 @@ class DropoutBeforeBatchNorm(Rule):
     level = "info"
     why = "dropout raises the variance in training alone; in eval the layer divides by one its input does not have (Li et al. 2019)."
 
-    def dropouts(self, dropouts: Sequence[DropoutShift]) -> Iterator[Seen]:
+    def dropouts(self, dropouts: Sequence[DropoutShift], root: str) -> Iterator[Seen]:
         if dropouts:
             first = dropouts[0]
             yield Seen(
                 [each.layer for each in dropouts],
                 f"behind {first.dropout} (p={first.p}) the variance was {first.ratio:.2f} times that before it.",
-                fix="put the dropout behind the last batch norm, or recalibrate(model, batches) after training",
+                fix=Fix(f"recalibrate({root}, batches)", "after training", "or put the dropout behind the last batch norm"),
             )
 
 
@@ -144,10 +178,43 @@ def _ranks(layer: BatchNormLayer, setting: Setting) -> int:
     return setting.ranks if layer.synced or is_synchronised(layer.module) else 1
 
 
+class RanksApart(Rule):
+    code = "BN306"
+    title = "each rank evaluates with running statistics of its own"
+    why = "broadcast_buffers=False leaves them apart: every rank judges another network, and a checkpoint holds rank 0's."
+    fix = Fix("plugins=[BatchNormSync()]", "in the Trainer", "or DDPStrategy() with its default broadcast_buffers=True")
+
+    def apart(self, layers: Sequence[str], spread: float) -> Iterator[Seen]:
+        if layers:
+            yield Seen(layers, f"the running means of two ranks are up to {spread:.2g} deviations apart.")
+
+
+class SortedBatches(Rule):
+    code = "BN307"
+    title = "the training batches are sorted, and come in the same order in each epoch"
+    why = "an average of the last batches is then one of the last classes: it fits no evaluation."
+    fix = Fix("shuffle=True", "in the training DataLoader")
+
+    def ordered(self, layer: str, likeness: float) -> Iterator[Seen]:
+        if likeness > SORTED_LIKENESS:
+            event = f"batch means of one epoch and of the next batches in another correlate by {likeness:.2f}; at random it is 0."
+            yield Seen([layer], event)
+
+
+def _with_momentum(setting: Setting, names: Sequence[str], momentum: float, note: str = "") -> Fix:
+    """The code that gives the layers `names` a momentum."""
+    expressions = [expression(setting.root, name) for name in names]
+    if len(expressions) == 1:
+        return Fix(f"{expressions[0]}.momentum = {momentum:g}", note=note)
+    return Fix(f"for layer in ({', '.join(expressions)}): layer.momentum = {momentum:g}", note=note)
+
+
 CONFIGURATION_RULES: tuple[Rule, ...] = (
     ExtremeMomentum(),
     FewValues(),
     BiasBeforeBatchNorm(),
     BatchPerDevice(),
     DropoutBeforeBatchNorm(),
+    RanksApart(),
+    SortedBatches(),
 )

@@ -11,13 +11,27 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lightning_bn.rules import RULES, Finding, Rule
+from lightning_bn.ranks.collective import share
+from lightning_bn.rules import RULES, Finding, Level, Rule
 from lightning_bn.rules.adjacency import AdjacencyProbe
-from lightning_bn.rules.observer import Modes, Observer
-from lightning_bn.rules.readings import Reading, gaps, weight_sums
-from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Return, Seen, Setting, listing, modules_of
+from lightning_bn.rules.boundaries import Boundaries
+from lightning_bn.rules.copies import Copies
+from lightning_bn.rules.fixes import listing, modules_of
+from lightning_bn.rules.learning import Learning
+from lightning_bn.rules.observer import Modes, Observer, ancestors
+from lightning_bn.rules.order import BatchOrder
+from lightning_bn.rules.probe import EvaluationProbe, far, vanishing
+from lightning_bn.rules.readings import Gap, Reading, gaps, ranks_apart, weight_samples
+from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Exchange, Return, Seen, Setting
+from lightning_bn.torch_internals import is_compiled
 
 __all__ = ["Inspection", "check_action", "check_codes", "mendable_codes"]
+
+LEAST_TRACKED = 30
+"""Batches after which averaged statistics are held to the evaluation: by then torch's default average has left its start."""
+
+LINK = "lightning-bn rules {code}"
+"""Where a message sends its reader: the page of the rule, printed by the command that is installed with the package."""
 
 # BN208 compares the end of an epoch with a reading of the statistics this many batches before it; where nobody knows when an epoch ends,
 # a reading is taken every so many batches, and the last but one serves.
@@ -27,6 +41,15 @@ _BATCHES_A_READING = 10
 _LIKE_ONE_OF = 8
 
 _LEVELS = ("info", "warning", "error")
+
+# What follows from a finding about the same layers is information. A rule that is ignored explains nothing.
+_CAUSES = {
+    "BN204": ("BN101", "BN102", "BN103", "BN105", "BN301"),
+    "BN207": ("BN209",),
+    "BN208": ("BN104", "BN106", "BN107", "BN201", "BN202", "BN207", "BN209", "BN301", "BN307"),
+    "BN209": ("BN101", "BN204", "BN207"),
+    "BN210": ("BN203", "BN204", "BN207", "BN208"),
+}
 
 
 class Inspection:
@@ -72,6 +95,15 @@ class Inspection:
         self._counted: tuple[int, Reading] = (0, Reading(()))
         self._last_check = "nothing was known of them before"
         self._anchor: tuple[torch.Tensor, Reading] | None = None
+        self._copies = Copies(self.observer)
+        self._boundaries = Boundaries(self.observer.layers)
+        self._order = BatchOrder(self.observer.layers)
+        self._look: EvaluationProbe | None = None
+        self._gaps: list[Gap] = []
+        self._begun: dict[int, torch.Tensor] = {}
+        self._swapped = False
+        self._largest = 0
+        self._last: Batch | None = None
         self._counts_before: dict[int, int] = {}
         self._probe: AdjacencyProbe | None = None
         self.tracing = False
@@ -115,8 +147,10 @@ class Inspection:
         """Remove every hook."""
         self.observer.close()
         self.tracing = False
-        if self._probe is not None:
-            self._probe.close()
+        self._boundaries.forget()
+        for probe in (self._probe, self._look):
+            if probe is not None:
+                probe.close()
 
     def new(self) -> list[Finding]:
         """Return the findings that were not returned before."""
@@ -140,6 +174,7 @@ class Inspection:
         self._judged = {}
         self._marks = []
         self.observer.watch_closely()
+        self._order.begin_epoch()
 
     def begin_batch(self, stage: str, step: int, index: int, batches: float | None = None) -> None:
         """Begin a batch.
@@ -151,6 +186,12 @@ class Inspection:
             self._judge()  # what ran before the first batch of an evaluation, or between two
         self.stage, self.step, self.index = stage, step, index
         training = stage == "train"
+        if training:
+            self._compare_boundary(f"before batch {index}")
+            self._copies.begin()
+            self._order.begin()
+        elif index == 0 and not is_compiled(self.model):  # a hook would compile it anew
+            self._look = EvaluationProbe(self.observer.layers)
         self.observer.begin(self.observer.snapshot() if training and self.modes_from == "start" else None)
         if training and batches is not None:
             self._mark(index, batches)
@@ -167,6 +208,8 @@ class Inspection:
         """Judge the batch; of an evaluation, what comes until the next one is recorded too."""
         if self.stage != "train":
             self.observer.end()
+            if self._look is not None:
+                self._look.close()
             self._judge()
             self.index = -1
             self.observer.begin()
@@ -176,7 +219,10 @@ class Inspection:
         self.trained = True
         after = self._after = self.observer.snapshot()
         opened = self.observer.modes or after
+        self._copies.begin()
         self._judge(after if self.modes_from == "end" else opened, opened, after)
+        self._boundaries.leave()
+        self._order.end()
         if self.tracing and any(forward.training for forward in self.observer.forwards):
             self._end_tracing()
 
@@ -192,9 +238,21 @@ class Inspection:
 
     def begin_evaluation(self, stage: str, step: int, modes: Modes | None = None) -> None:
         """Begin a validation, test or prediction; `modes` are those before it, where they shall be back after it."""
+        fresh = [self._boundaries.untouched(index) for index in range(len(self.observer.layers))]
+        self._compare_boundary(f"before {stage}")
         self.stage, self.step, self.index = stage, step, -1
         self._away, self._interrupted = modes, False
-        self._evaluated = set()
+        self._evaluated, self._swapped, self._look = set(), False, None
+        self._gaps, self._begun = [], {}
+        if self._marks and any(fresh):
+            # Statistics that someone wrote since the last batch, as a recalibration does, are not the average of batches any more.
+            found = {index: gap for index, gap in gaps(self._marks[0], Reading(self.observer.layers)).items() if fresh[index]}
+            self._gaps = list(found.values())
+            self._begun = {index: self.observer.layers[index].module.running_mean.clone() for index in found}
+        if not all(fresh):
+            self._marks = []
+        if self.setting.own_statistics:
+            self._compare_ranks()
         self._judged.pop(stage, None)
         # Its hooks say nothing: what it wrote shows in a comparison alone.
         self._counts_before = Reading(self.observer.layers).counts() if self._unseen() else {}
@@ -209,15 +267,26 @@ class Inspection:
         reading = Reading(self.observer.layers)
         now = reading.counts() if self._counts_before else {}
         counted = [index for index in self._unseen() if now.get(index, 0) > self._counts_before.get(index, 0)]
-        values = reading.values() if self.trained and self._evaluated else None
+        sanity = self.stage == "sanity_check"
+        values = reading.values() if self._evaluated and not sanity else None
         evaluation = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, values, counted)
+        evaluation.trained, evaluation.fitting, evaluation.moving = self.trained, self._away is not None, self._moving
+        evaluation.held = self._copies.held
+        evaluation.copies = self._copies.stale(self._evaluated - self._moving - self._steady) if self.trained and not sanity else ()
+        if self._look is not None and not sanity:
+            evaluation.vanishing = {self.observer.layers[i].name: channels for i, channels in vanishing(self._look).items()}
+            self._compare_weights(self._look)
+        evaluation.gaps = () if self._swapped else self._read()
         self._ask(lambda rule: rule.evaluation(evaluation))
+        self._look = None
+        self._boundaries.leave()
 
     def finish(self) -> None:
         """End a loop of which stages and batches are not known: judge the forwards since the last step, and the statistics."""
         try:
             self.observer.end()
             self._judge()
+            self._decide()
             if self.trained:
                 self.end_evaluation()
             self.examine()
@@ -241,16 +310,33 @@ class Inspection:
 
     def anchor(self) -> None:
         """Remember weights and statistics for `exchanged`."""
-        self._anchor = (weight_sums(self.model), Reading(self.observer.layers)) if self._moving else None
+        self._anchor = (weight_samples(self.model), Reading(self.observer.layers)) if self._moving else None
 
-    def exchanged(self) -> None:
+    def exchanged(self, where: Literal["before", "after"] = "before") -> None:
         """Look whether weights were exchanged since `anchor` and the statistics that go with them were not; waits for the device."""
         anchor, self._anchor = self._anchor, None
-        if anchor is None or torch.equal(anchor[0], weight_sums(self.model)):
+        if anchor is None or torch.equal(anchor[0].cpu(), weight_samples(self.model).cpu()):
             return
+        self._swapped = True
         before, now = anchor[1].values(), Reading(self.observer.layers).values()
         names = [each.layer.name for index, each in now.items() if index in self._moving & before.keys() and each.equals(before[index])]
-        self._ask(lambda rule: rule.averaged(names))
+        exchange = Exchange(self.observer, self.setting, names, where, self.stage)
+        self._ask(lambda rule: rule.averaged(exchange))
+
+    def boundary(self) -> None:
+        """From here on, what moves statistics outside of batches is told."""
+        self._boundaries.leave()
+
+    def end_training(self) -> None:
+        """Look at what came after the last batch; the module's own hook may still exchange the weights."""
+        self._compare_boundary("after the last batch")
+        self.exchanged("after")
+        if self.trained:
+            values = Reading(self.observer.layers).values()
+            ended = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, values, held=self._copies.held)
+            ended.copies = self._copies.stale(self._evaluated - self._moving - self._steady)
+            self._ask(lambda rule: rule.ended(ended))
+        self.anchor()
 
     def examine(self) -> None:
         """Look at the values of the running statistics; waits for the device."""
@@ -259,16 +345,75 @@ class Inspection:
         self._count(reading)
         if self._probe is not None and not self.tracing:
             shifts, self._probe = self._probe.dropout_shifts(), None
-            self._ask(lambda rule: rule.dropouts(shifts))
+            self._ask(lambda rule: rule.dropouts(shifts, self.setting.root))
         if not reading.sound():
             values = reading.values()
-            self._ask(lambda rule: rule.values(values, last))
+            self._ask(lambda rule: rule.values(values, last, self.setting.root))
 
     def end_epoch(self) -> None:
         """Compare the running statistics with the latest batches'; waits for the device."""
+        self._decide()
+        likeness = self._order.likeness()
+        if likeness is not None and self._order.layer is not None:
+            name = self._order.layer.name
+            self._ask(lambda rule: rule.ordered(name, likeness))
         if self._marks:
-            apart = gaps(self._marks[0], Reading(self.observer.layers))
+            apart = list(gaps(self._marks[0], Reading(self.observer.layers)).values())
             self._ask(lambda rule: rule.gaps(apart, self.observer))
+
+    def _read(self) -> list[Gap]:
+        """Return the gaps of statistics that the evaluation really read: a callback may have exchanged them as it began."""
+        looks = self._look.looks if self._look is not None else {}
+        names = {
+            self.observer.layers[index].name
+            for index, mean in self._begun.items()
+            if index not in looks or torch.equal(looks[index].mean, mean)
+        }
+        return [gap for gap in self._gaps if gap.layer.name in names]
+
+    def _decide(self) -> None:
+        """By now an averaged copy would have been written: what is frozen and was not is frozen."""
+        last, self._last = self._last, None
+        stale = self._copies.stale(self._evaluated - self._moving - self._steady) if self.stage == "train" else []
+        self._copies.look()
+        if stale:
+            names = [self.observer.layers[index].name for index in stale]
+            at = Configuration(self.observer, self.setting)
+            self._ask(lambda rule: rule.stale(names, at))
+        if last is not None:
+            batch = replace(last, averaged=self._averaged(), undecided=())
+            self._ask(lambda rule: rule.batch(batch))
+
+    def _averaged(self) -> list[str]:
+        return [self.observer.layers[index].name for index in sorted(self._copies.written)]
+
+    def _compare_boundary(self, when: str) -> None:
+        moved = [self.observer.layers[index].name for index in self._boundaries.back()]
+        if moved:
+            at = Configuration(self.observer, self.setting)
+            self._ask(lambda rule: rule.between(moved, when, at))
+
+    def _compare_weights(self, look: EvaluationProbe) -> None:
+        """Look whether the evaluation's step exchanged the weights, or weights and statistics were exchanged and do not fit each other."""
+        inside = [index for index in look.exchanged() if index in self._moving]
+        stayed = [
+            self.observer.layers[i].name for i in inside if torch.equal(look.looks[i].mean, self.observer.layers[i].module.running_mean)
+        ]
+        self._swapped = self._swapped or bool(inside)
+        apart: dict[str, float] = {}
+        if self._swapped:
+            tracked = Reading(self.observer.layers).counts()
+            apart = {self.observer.layers[i].name: times for i, times in far(look).items() if tracked.get(i, 0) >= LEAST_TRACKED}
+            apart = {name: times for name, times in apart.items() if name not in stayed and name not in self._reported["BN207"]}
+        where: Literal["before", "inside"] = "inside" if inside else "before"
+        exchange = Exchange(self.observer, self.setting, stayed, where, self.stage, apart)
+        self._ask(lambda rule: rule.averaged(exchange))
+
+    def _compare_ranks(self) -> None:
+        own = {index: (each.mean, each.var) for index, each in Reading(self.observer.layers).values().items()}
+        spread = ranks_apart(share(own))
+        names = [self.observer.layers[index].name for index in spread]
+        self._ask(lambda rule: rule.apart(names, max(spread.values(), default=0.0)))
 
     def _judge(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> None:
         """Show the batch to the rules, unless it is like one of the last of its stage; without modes, its forwards alone."""
@@ -280,18 +425,29 @@ class Inspection:
         known.append(signature)
         self._remember()
         batch = self._batch(before, opened, after)
+        if batch.undecided:
+            self._last = batch
         self._ask(lambda rule: rule.batch(batch))
 
     def _batch(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> Batch:
         explained = {name for code in ("BN103", "BN105") if code not in self._fix for name in self._reported[code]}
-        return Batch(
+        batch = Batch(
             self.observer, self.setting, self.stage, self.step, self.index, before, opened, after, explained, self.observer.forwards
         )
+        if self.stage == "train":
+            learning = batch.learning = Learning(self.observer, self.setting)
+            self._copies.hold(index for index, layer in enumerate(self.observer.layers) if learning.frozen(layer))
+            batch.averaged, batch.undecided = self._averaged(), self._copies.undecided(learning)
+        batch.largest = self._largest
+        return batch
 
     def _remember(self) -> None:
         for forward in self.observer.forwards:
-            if forward.moved and self.stage == "train":
-                self._moving.add(forward.layer)
+            if self.stage == "train":
+                self.observer.trained.add(forward.layer)
+                self._largest = max(self._largest, forward.samples)
+                if forward.moved:
+                    self._moving.add(forward.layer)
             if not forward.training:
                 (self._steady if forward.grad and self.stage == "train" else self._evaluated).add(forward.layer)
 
@@ -332,30 +488,42 @@ class Inspection:
         if mended and seen.mend is not None:
             seen.mend()
             self._after = None
-        known, severity = self._reported[rule.code], _LEVELS.index(seen.level or rule.level)
+        cause = self._cause(rule, seen)
+        level: Level = "info" if cause is not None else seen.level or rule.level
+        known, severity = self._reported[rule.code], _LEVELS.index(level)
         new = [name for name in seen.layers if known.get(name, -1) < severity]
         if not new:
             return None
         known.update(dict.fromkeys(new, severity))
-        return self._finding(rule, replace(seen, layers=new), mended)
+        return self._finding(rule, replace(seen, layers=new, level=level), mended, cause)
 
-    def _finding(self, rule: Rule, seen: Seen, mended: bool) -> Finding:
+    def _cause(self, rule: Rule, seen: Seen) -> str | None:
+        """Return the rule that has spoken, above information, of all these layers, where this follows from it."""
+        for code in _CAUSES.get(rule.code, ()):
+            told = {name for name, severity in self._reported[code].items() if severity > 0}
+            if told and all(told.intersection((name, *ancestors(name))) for name in seen.layers):
+                return code
+        return None
+
+    def _finding(self, rule: Rule, seen: Seen, mended: bool, cause: str | None) -> Finding:
         names = [layer.name for layer in self.observer.layers]
-        parts = modules_of(seen.layers, names) if set(seen.layers) <= set(names) else list(seen.layers)
-        where = listing(parts) + f" ({len(seen.layers)} layers)" * (len(seen.layers) > len(parts))
-        level = seen.level or rule.level
-        when = "" if self.stage == "check" else f"; {self.stage}, step {self.step}"
-        message = "\n".join(
-            (
-                f"{rule.code} {level}: {rule.title}" + " (mended on the spot)" * mended,
-                f"  where: {where}{when}",
-                f"  seen:  {seen.event}",
-                f"  why:   {rule.why}",
-                f"  fix:   {seen.fix or rule.fix}",
-                f'  quiet: {self.setting.caller}(ignore=["{rule.code}"]); more: docs/rules.md#{rule.code.lower()}',
-            )
+        parts = modules_of(seen.layers, names) if set(seen.layers) <= set(names) and not seen.worst_first else list(seen.layers)
+        return Finding(
+            code=rule.code,
+            level=seen.level or rule.level,
+            title=rule.title,
+            layers=tuple(seen.layers),
+            where=listing(parts) + f" ({len(seen.layers)} layers)" * (len(seen.layers) > len(parts)),
+            stage=self.stage,
+            step=self.step,
+            seen=seen.event if isinstance(seen.event, str) else seen.event(seen.layers),
+            why=rule.why,
+            fix=seen.fix or rule.fix,
+            link=LINK.format(code=rule.code),
+            quiet=f'{self.setting.caller}(ignore=["{rule.code}"])',
+            mended=mended,
+            follows=cause,
         )
-        return Finding(rule.code, level, tuple(seen.layers), self.stage, self.step, message, mended)
 
     def _check_patterns(self) -> None:
         for pattern in self.setting.allow_eval:

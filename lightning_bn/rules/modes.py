@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.discovery import BatchNormLayer, user_name
+from lightning_bn.rules.fixes import allowed, call, expression, learns, mode_calls, modules_of
 from lightning_bn.rules.observer import Forward, Modes, Observer, ancestors
-from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Return, Rule, Seen, Setting, call, expression, modules_of
+from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Fix, Level, Return, Rule, Seen, Setting
+from lightning_bn.torch_internals import is_compiled
 
 __all__ = ["MODE_RULES"]
 
@@ -18,7 +22,7 @@ class Unseen(Rule):
     title = "compiled layers are known only by the count of their batches"
     level = "info"
     why = "no hook fires inside compiled code: the rules that look at single forwards (BN106, BN205, BN3xx) say nothing about them."
-    fix = "fit once without torch.compile to have every rule look"
+    fix = Fix("fit once without torch.compile, so that every rule applies", "advice")
 
     def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterator[Seen]:
         if moved:
@@ -39,7 +43,10 @@ class ModuleInEval(Rule):
         yield Seen(
             [""],
             f"{batch.when} training was False at the first forward and at the end.",
-            fix=f"{setting.root}.train()  # before fit; parts that shall stay in eval: .eval() after it",
+            fix=Fix(
+                mode_calls(setting.root, observer, [""], _trained(observer, setting, [""])),
+                note="parts that stay in eval mode: .eval() after it",
+            ),
             mend=lambda: _train(observer, setting, [""]),
         )
 
@@ -54,25 +61,34 @@ class SubmoduleInEval(Rule):
         if not batch.training or not batch.opened or not batch.opened[0]:
             return ()
         modes = tuple(one or other for one, other in zip(batch.opened, batch.after, strict=True))
-        return self._look(batch.observer, batch.setting, modes, set(batch.explained), batch.when)
+        # A network that training never runs may be in any mode: an averaged copy, a metric's.
+        idle = {layer.name for layer in batch.observer.layers} - {layer.name for layer in batch.by_layer()}
+        if is_compiled(batch.observer.modules[0]):
+            idle = set()  # what ran can't be seen
+        learning = batch.learning.parameter if batch.learning is not None else None
+        names = eval_regions(batch.observer, modes, learning, idle)
+        return self._look(batch.observer, batch.setting, names, set(batch.explained), batch.when)
 
     def at_rest(self, at: Configuration) -> Iterable[Seen]:
         modes = at.observer.snapshot()
-        return self._look(at.observer, at.setting, modes, set(), "at rest") if modes[0] else ()
+        return self._look(at.observer, at.setting, eval_regions(at.observer, modes), set(), "at rest") if modes[0] else ()
 
-    def _look(self, observer: Observer, setting: Setting, modes: Modes, explained: set[str], when: str) -> Iterator[Seen]:
-        names = [
-            name
-            for name in eval_regions(observer, modes)
-            if not setting.allows_eval(name) and not explained.intersection((name, *ancestors(name)))
-        ]
-        if names:
-            yield Seen(
-                names,
-                f"{when} training is False, and it has parameters that require grad.",
-                fix=f"{call(setting, names, 'train')}  # or, if meant, allow_eval={names[:3]}",
-                mend=lambda: _train(observer, setting, names),
-            )
+    def _look(self, observer: Observer, setting: Setting, names: list[str], explained: set[str], when: str) -> Iterator[Seen]:
+        names = [name for name in names if not setting.allows_eval(name) and not explained.intersection((name, *ancestors(name)))]
+        alone = [name for name in names if isinstance(observer.modules[observer.names.index(name)], _BatchNorm)]
+        others = [name for name in names if name not in alone]
+        # Batch norms alone in eval mode are what detection does on purpose: no one puts all of them there by mistake.
+        groups: tuple[tuple[list[str], Level], ...] = ((others, "warning"), (alone, "info"))
+        for group, level in groups:
+            if group:
+                wanted = _trained(observer, setting, group)
+                yield Seen(
+                    group,
+                    f"{when} training is False, and it has parameters that learn.",
+                    level=level,
+                    fix=Fix(mode_calls(setting.root, observer, group, wanted), note=f"or, if intended, {setting.caller}({allowed(group)})"),
+                    mend=partial(_train, observer, setting, group),
+                )
 
 
 class ModeChangedInStep(Rule):
@@ -91,13 +107,13 @@ class ModeChangedInStep(Rule):
                 for name in observer.differing(before, batch.after)
                 if batch.after[observer.names.index(name)] is now
                 # To put a frozen part in eval mode at the head of the step is a way to freeze it.
-                and (now or (trainable(observer, name) and not setting.allows_eval(name)))
+                and (now or (learns(observer.modules[observer.names.index(name)]) and not setting.allows_eval(name)))
             ]
             if names:
                 yield Seen(
                     names,
                     f"{batch.when} training went from {not now} to {now}.",
-                    fix=f"{call(setting, names, 'eval' if now else 'train')}  # at the end of what needed the other mode",
+                    fix=Fix(mode_calls(setting.root, observer, names, before), "at the end of the training step"),
                     mend=lambda: observer.restore(before),
                 )
 
@@ -124,7 +140,8 @@ class StatisticsWrittenInEvaluation(Rule):
     def _seen(self, observer: Observer, setting: Setting, moved: list[BatchNormLayer], event: str) -> Seen:
         names = [layer.name for layer in moved]
         modules = modules_of(names, [layer.name for layer in observer.layers])
-        return Seen(names, event, fix=f"{call(setting, modules, 'eval')}  # and no .train() in an evaluation step")
+        fix = Fix(call(setting.root, modules, "eval"), "at the start of the evaluation step", "and no .train() in it")
+        return Seen(names, event, fix=fix)
 
 
 class ModesNotPutBack(Rule):
@@ -143,7 +160,10 @@ class ModesNotPutBack(Rule):
         yield Seen(
             names,
             f"training was {was} before the validation and is {not was} after it: {cause}.",
-            fix=f"{call(back.setting, names, 'train' if was else 'eval')}  # before training goes on; or leave the hook to Lightning",
+            fix=Fix(
+                mode_calls(back.setting.root, observer, names, before),
+                "instead of the override of on_validation_model_train" if not back.interrupted else "before fit",
+            ),
             mend=lambda: observer.restore(before),
         )
 
@@ -156,22 +176,44 @@ class MovedWithoutGrad(Rule):
     def batch(self, batch: Batch) -> Iterator[Seen]:
         if not batch.training:
             return
-        without_grad, at_other_weights = [], []
+        without_grad, copies, at_other_weights = [], [], []
         for layer, forwards in batch.by_layer().items():
             # The first pass of reentrant checkpointing has no grad either, and its second comes inside backward.
             if any(f.moved and not f.grad for f in forwards) and not any(f.recomputed for f in forwards):
-                without_grad.append(layer.name)
+                if layer.name in batch.averaged:
+                    copies.append(layer.name)
+                elif layer.name not in batch.undecided:
+                    without_grad.append(layer.name)
             if visits(forwards, batch.observer):
                 at_other_weights.append(layer.name)
-        events = (
-            (without_grad, f"{batch.when} a training-mode forward under no_grad moved them."),
-            (at_other_weights, f"{batch.when} a second forward of the same input, at changed weights, moved them (as in SAM)."),
+        repeats = batch.learning is not None and batch.learning.repeats
+        second = f"{batch.when} a second forward of the same input, at changed weights, moved them"
+        yield from self._seen(batch, without_grad, f"{batch.when} a training-mode forward under no_grad moved them.", "warning")
+        # A mean teacher (Tarvainen & Valpola 2017) is run like this.
+        event = f"{batch.when} a copy whose weights are averaged ran in training mode under no_grad."
+        yield from self._seen(batch, copies, event, "info")
+        yield from self._seen(
+            batch, at_other_weights, f"{second} (as LBFGS does)." if repeats else f"{second} (as in SAM).", "info" if repeats else "warning"
         )
-        for names, event in events:
-            if names:
-                modules = modules_of(names, [layer.name for layer in batch.observer.layers])
-                target = expression(batch.setting.root, modules[0] if len(modules) == 1 else "")
-                yield Seen(names, event, fix=f"with paused_statistics({target}): ...  # around that forward, or {target}.eval()")
+
+    def _seen(self, batch: Batch, names: list[str], event: str, level: Level) -> Iterator[Seen]:
+        if names:
+            modules = modules_of(names, [layer.name for layer in batch.observer.layers])
+            target = expression(batch.setting.root, modules[0] if len(modules) == 1 else "")
+            note = f"or {target}.eval() if its running statistics are to be used" if len(modules) == 1 else ""
+            yield Seen(names, event, level, Fix(f"with paused_statistics({target}):", "around that forward", note))
+
+
+class MovedBetweenBatches(Rule):
+    code = "BN107"
+    title = "a forward between two batches moved the running statistics"
+    why = "they become those of a mixture: of training batches and of whatever else was run in training mode."
+
+    def between(self, layers: Sequence[str], when: str, at: Configuration) -> Iterator[Seen]:
+        modules = modules_of(layers, [layer.name for layer in at.observer.layers])
+        target = expression(at.setting.root, modules[0] if len(modules) == 1 else "")
+        fix = Fix(f"with paused_statistics({target}):", "around that forward", f"or {target}.eval() before and {target}.train() after it")
+        yield Seen(layers, f"{when} num_batches_tracked rose: in a hook, a data set or a callback the model ran in training mode.", fix=fix)
 
 
 def visits(forwards: Sequence[Forward], observer: Observer) -> list[Forward]:
@@ -191,24 +233,47 @@ def visits(forwards: Sequence[Forward], observer: Observer) -> list[Forward]:
     ]
 
 
-def eval_regions(observer: Observer, modes: Modes) -> list[str]:
-    """Return the topmost modules in eval mode that hold trainable parameters of their own or in parts likewise in eval mode."""
+def eval_regions(
+    observer: Observer,
+    modes: Modes,
+    learning: Callable[[nn.Parameter], bool] | None = None,
+    idle: Collection[str] = (),
+) -> list[str]:
+    """Return the topmost modules in eval mode that hold parameters that learn, of their own or in parts likewise in eval mode.
+
+    Args:
+        observer: knows the modules.
+        modes: theirs.
+        learning: whether a parameter learns; None: whether it requires grad.
+        idle: batch-norm layers that did not run: a region whose every layer is among them is left out.
+    """
+    learning = learning or (lambda parameter: parameter.requires_grad)
     in_eval = {name: module for name, module, training in zip(observer.names, observer.modules, modes, strict=True) if not training}
     tops = []
     for name, module in in_eval.items():
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        if any(learning(parameter) for parameter in module.parameters(recurse=False)):
             above = name
             for parent in ancestors(name):
                 if parent not in in_eval:
                     break
                 above = parent
             tops.append(above)
-    return list(dict.fromkeys(tops))
+    return [top for top in dict.fromkeys(tops) if not _idle(observer, top, idle)]
 
 
-def trainable(observer: Observer, name: str) -> bool:
-    """Whether any parameter in the module requires grad."""
-    return any(parameter.requires_grad for parameter in observer.modules[observer.names.index(name)].parameters())
+def _idle(observer: Observer, top: str, idle: Collection[str]) -> bool:
+    inside = [layer.name for layer in observer.layers if not top or layer.name == top or layer.name.startswith(f"{top}.")]
+    return bool(inside) and set(inside) <= set(idle)
+
+
+def _trained(observer: Observer, setting: Setting, tops: list[str]) -> Modes:
+    """Return the modes after `_train`, which are given back at once."""
+    before = observer.snapshot()
+    try:
+        _train(observer, setting, tops)
+        return observer.snapshot()
+    finally:
+        observer.restore(before)
 
 
 def _train(observer: Observer, setting: Setting, tops: list[str]) -> None:
@@ -234,4 +299,5 @@ MODE_RULES: tuple[Rule, ...] = (
     StatisticsWrittenInEvaluation(),
     ModesNotPutBack(),
     MovedWithoutGrad(),
+    MovedBetweenBatches(),
 )

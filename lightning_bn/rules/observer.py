@@ -42,6 +42,8 @@ class Observer:
         self.modules = [module for _, module in named]
         self.layers: list[BatchNormLayer] = find_batch_norms(model)
         self.seen: set[int] = set()
+        self.trained: set[int] = set()
+        """Indices of the layers that ran in a training batch."""
         self.trace: list[Trace] = []
         self.entered_backward: set[int] = set()
         """The calls of this batch, of those that repeat an input at other weights, that gradients flowed through."""

@@ -15,7 +15,7 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.layers.settlement import rule_of
 from lightning_bn.moments import drift
 
-__all__ = ["Gap", "Reading", "Values", "gaps", "weight_sums"]
+__all__ = ["Gap", "Reading", "Values", "gaps", "learned", "ranks_apart", "weight_samples"]
 
 LEAST_UPDATES = 5
 """The statistics of fewer batches are too noisy to be compared with."""
@@ -110,14 +110,14 @@ class Gap:
     tracked: int
 
 
-def gaps(earlier: Reading, now: Reading) -> list[Gap]:
-    """Compare the running statistics with the batches that came between two readings; waits for the device.
+def gaps(earlier: Reading, now: Reading) -> dict[int, Gap]:
+    """Compare the running statistics with the batches that came between two readings, layer by layer; waits for the device.
 
     The latest batches' statistics are in the buffers already (`Averaging.newest_weight`): no forward needs to be watched for them. Layers
     whose average does not tell (a window, a pooled one), with 16-bit buffers, and those that hardly moved, are left out.
     """
     before, after = earlier.values(), now.values()
-    found = []
+    found = {}
     for index, new in after.items():
         old, module = before.get(index), new.layer.module
         updates = new.tracked - old.tracked if old else 0
@@ -128,17 +128,41 @@ def gaps(earlier: Reading, now: Reading) -> list[Gap]:
             continue
         mean, var = (a.double() + (b.double() - a.double()) / weight for a, b in ((old.mean, new.mean), (old.var, new.var)))
         shift, log_ratio = drift(mean, var, new.mean.double(), new.var.double(), module.eps)
-        found.append(Gap(new.layer, _rms(shift), _rms(log_ratio), updates, new.tracked))
+        found[index] = Gap(new.layer, _rms(shift), _rms(log_ratio), updates, new.tracked)
     return found
 
 
+def ranks_apart(of_ranks: Sequence[dict[int, tuple[Tensor, Tensor]]], eps: float = 1e-5) -> dict[int, float]:
+    """Return by how many running deviations the running means differ between ranks, at the layers where statistics differ at all.
+
+    Args:
+        of_ranks: for each rank the running mean and variance of its layers, (C,) each, on the host.
+        eps: what is added to a variance.
+    """
+    apart: dict[int, float] = {}
+    for other in of_ranks[1:]:
+        for index, (mean, var) in of_ranks[0].items():
+            if index in other and not (torch.equal(mean, other[index][0]) and torch.equal(var, other[index][1])):
+                distance = ((mean - other[index][0]) / (var + eps).sqrt()).abs().max().item()
+                apart[index] = max(distance, apart.get(index, 0.0))
+    return apart
+
+
 @torch.no_grad()
-def weight_sums(model: nn.Module) -> Tensor:
-    """Return one number for each parameter, that changes when it is written: its sum. Does not wait for the device."""
+def weight_samples(model: nn.Module) -> Tensor:
+    """Return a few values of each parameter, which differ after an exchange of the weights. Does not wait for the device."""
     parameters = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in model.parameters()]
-    parameters = [parameter for parameter in parameters if parameter.is_floating_point() and not parameter.is_meta]
-    sums = [parameter.detach().sum(dtype=torch.float32) for parameter in parameters]
-    return torch.stack([each.to(sums[0].device) for each in sums]) if sums else torch.zeros(0)
+    parameters = [p for p in parameters if p.is_floating_point() and not p.is_meta and not is_lazy(p)]
+    samples = [parameter.detach().reshape(-1)[:8].float() for parameter in parameters]
+    return torch.cat([each.to(samples[0].device) for each in samples]) if samples else torch.zeros(0)
+
+
+def learned(layer: BatchNormLayer) -> bool:
+    """Whether the affine parameters differ from channel to channel, both of them: no initialisation does that. Waits for the device."""
+    weight, bias = layer.module.weight, layer.module.bias
+    if weight is None or bias is None or weight.is_meta or is_lazy(weight) or weight.numel() < 2:
+        return False
+    return bool(((weight != weight[0]).any() & (bias != bias[0]).any()).item())
 
 
 def _rms(values: Tensor) -> float:

@@ -8,52 +8,18 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from torch.optim import Optimizer
+
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.rules.finding import Finding, Fix, Level, ModeCheckError
 from lightning_bn.rules.observer import Forward, Modes, Observer, ancestors
 
 if TYPE_CHECKING:
     from lightning_bn.rules.adjacency import DeadBias, DropoutShift
+    from lightning_bn.rules.learning import Learning
     from lightning_bn.rules.readings import Gap, Values
 
-__all__ = ["Batch", "Evaluation", "Finding", "Level", "ModeCheckError", "Return", "Rule", "Seen", "Setting"]
-
-Level = Literal["error", "warning", "info"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A mistake that was seen.
-
-    ``str(finding)`` is its message, of at most six lines: what happened, where and when; why it matters; the mend; how to silence it.
-    """
-
-    __module__ = "lightning_bn"
-
-    code: str
-    level: Level
-    """error: certain and harmful. warning: observed, and may be meant. info: harmless, or no more than likely."""
-    layers: tuple[str, ...]
-    """Names of all layers or modules it is about."""
-    stage: str
-    """train, sanity_check, validate, test, predict; "check" where nothing ran."""
-    step: int
-    """Optimizer steps taken by then."""
-    message: str
-    mended: bool = False
-    """Whether it was mended on the spot, as `fix` asked."""
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class ModeCheckError(RuntimeError):
-    """Raised in place of a warning; `findings` are those that raised it."""
-
-    __module__ = "lightning_bn"
-
-    def __init__(self, findings: Sequence[Finding]) -> None:
-        self.findings = list(findings)
-        super().__init__("\n".join(str(finding) for finding in findings))
+__all__ = ["Batch", "Evaluation", "Finding", "Fix", "Level", "ModeCheckError", "Return", "Rule", "Seen", "Setting"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +27,15 @@ class Seen:
     """One observation of a rule: one cause, for all the layers that share it."""
 
     layers: Sequence[str]
-    event: str
+    event: str | Callable[[Sequence[str]], str]
+    """What was seen; a function of the layers where the words name one of them, since those that were told before are left out."""
     level: Level | None = None
     """None: the rule's own."""
-    fix: str | None = None
+    fix: Fix | None = None
     """None: the rule's own."""
     mend: Callable[[], None] | None = None
+    worst_first: bool = False
+    """Whether the first of the layers is the one to name, rather than a module that holds several."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +52,12 @@ class Setting:
     """Batches a gradient is accumulated over."""
     manual: bool = False
     """Whether the user's code steps the optimizers, and so may call parts of the model in turn."""
+    scheduled: bool = False
+    """Whether a callback freezes parts of the model for a while and unfreezes them later."""
+    own_statistics: bool = False
+    """Whether nothing makes the running statistics of one rank those of the others (DDP with ``broadcast_buffers=False``)."""
+    optimizers: Callable[[], Sequence[Optimizer]] | None = None
+    """Asked anew each time, since parameters are added while a model is unfrozen; None where nobody knows."""
 
     def allows_eval(self, name: str) -> bool:
         """Whether the module, or one above it, is kept in eval mode on purpose."""
@@ -106,6 +81,13 @@ class Batch:
     explained: Collection[str] = ()
     """Modules whose mode a finding has told of already."""
     forwards: list[Forward] = field(default_factory=list)
+    learning: Learning | None = None
+    averaged: Collection[str] = ()
+    """Names of the layers that no optimizer holds and whose weights are written all the same: copies, such as an averaged teacher."""
+    undecided: Collection[str] = ()
+    """Names of the layers that no optimizer holds and that may turn out to be such copies before the epoch ends."""
+    largest: int = 0
+    """Samples in the largest training batch so far."""
 
     @property
     def training(self) -> bool:
@@ -137,6 +119,20 @@ class Evaluation:
     """The statistics after it; None before training began."""
     counted: Collection[int] = ()
     """Indices of the layers no forward of which could be seen, and whose count of batches rose."""
+    trained: bool = True
+    """Whether a training batch ran before."""
+    fitting: bool = False
+    """Whether training may go on after it."""
+    moving: Collection[int] = ()
+    """Indices of the layers whose statistics training batches moved."""
+    held: Collection[int] = ()
+    """Indices of the layers that did not learn in training."""
+    gaps: Sequence[Gap] = ()
+    """How far the statistics were from the latest training batches' when the evaluation began."""
+    copies: Collection[int] = ()
+    """Indices of the layers whose weights were written since training began and whose statistics were not."""
+    vanishing: dict[str, list[int]] = field(default_factory=dict)
+    """Channels whose running variance is next to nothing, and whose input varied in the evaluation."""
 
 
 @dataclass
@@ -149,6 +145,21 @@ class Return:
     after: Modes
     interrupted: bool
     """Whether the evaluation ended in an exception."""
+
+
+@dataclass
+class Exchange:
+    """Weights that were exchanged for others."""
+
+    observer: Observer
+    setting: Setting
+    layers: Sequence[str]
+    """Names of the layers whose statistics stayed as they were."""
+    where: Literal["before", "inside", "after"]
+    """Before the evaluation; inside of its step; or after the last training step."""
+    stage: str
+    far: dict[str, float] = field(default_factory=dict)
+    """Of layers whose statistics were exchanged too: by what factor the evaluation's spread differs from them, where that is far."""
 
 
 @dataclass
@@ -169,7 +180,7 @@ class Rule:
     title: ClassVar[str]
     level: ClassVar[Level] = "warning"
     why: ClassVar[str]
-    fix: ClassVar[str] = ""
+    fix: ClassVar[Fix] = Fix("", "advice")
     mendable: ClassVar[bool] = False
     """Whether it can be mended on the spot, safely: by putting modules into the mode they were meant to be in."""
 
@@ -189,20 +200,40 @@ class Rule:
         """Look at the end of a validation, test or prediction."""
         return ()
 
+    def ended(self, evaluation: Evaluation) -> Iterable[Seen]:
+        """Look, at the end of training, at the layers that the last evaluation ran."""
+        return ()
+
     def returned(self, back: Return) -> Iterable[Seen]:
         """Look at the modes when training goes on after an evaluation."""
         return ()
 
-    def values(self, values: Values, last: str) -> Iterable[Seen]:
-        """Look at the running statistics; `last` says when they were looked at before."""
+    def values(self, values: Values, last: str, root: str) -> Iterable[Seen]:
+        """Look at the running statistics; `last` says when they were looked at before, `root` how the model is called."""
         return ()
 
     def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterable[Seen]:
         """Look at how often the layers that can't be seen `moved` in `batches` training batches."""
         return ()
 
-    def averaged(self, layers: Sequence[str]) -> Iterable[Seen]:
-        """Look at layers whose weights were exchanged while their statistics were not."""
+    def averaged(self, exchange: Exchange) -> Iterable[Seen]:
+        """Look at weights that were exchanged for others."""
+        return ()
+
+    def between(self, layers: Sequence[str], when: str, at: Configuration) -> Iterable[Seen]:
+        """Look at layers whose statistics a forward moved while no batch was running."""
+        return ()
+
+    def stale(self, layers: Sequence[str], at: Configuration) -> Iterable[Seen]:
+        """Look at averaged copies that ran in eval mode in training, and whose statistics stayed as they were."""
+        return ()
+
+    def apart(self, layers: Sequence[str], spread: float) -> Iterable[Seen]:
+        """Look at layers whose statistics differ from rank to rank."""
+        return ()
+
+    def ordered(self, layer: str, likeness: float) -> Iterable[Seen]:
+        """Look at how alike the batches of one epoch and their successors in the next are, as a correlation."""
         return ()
 
     def gaps(self, gaps: Sequence[Gap], observer: Observer) -> Iterable[Seen]:
@@ -213,51 +244,6 @@ class Rule:
         """Look at the biases that a batch norm takes away."""
         return ()
 
-    def dropouts(self, dropouts: Sequence[DropoutShift]) -> Iterable[Seen]:
-        """Look at the variances on either side of a dropout that feeds a batch norm."""
+    def dropouts(self, dropouts: Sequence[DropoutShift], root: str) -> Iterable[Seen]:
+        """Look at the variances on either side of a dropout that feeds a batch norm; `root` is how the model is called."""
         return ()
-
-
-def modules_of(layers: Collection[str], among: Collection[str]) -> list[str]:
-    """Return the topmost modules that hold nothing of `among` but `layers`, and together hold all of these.
-
-    Example:
-        >>> modules_of(["a.0", "a.1", "b.0"], among=["a.0", "a.1", "b.0", "b.1"])
-        ['a', 'b.0']
-    """
-    others = {above for name in among if name not in set(layers) for above in (name, *ancestors(name))}
-    tops = []
-    for name in layers:
-        top = name
-        for above in ancestors(name):
-            if above in others or not above:
-                break
-            top = above
-        tops.append(top)
-    return list(dict.fromkeys(tops))
-
-
-def expression(root: str, name: str) -> str:
-    """Return the expression that leads to the module `name` from `root`.
-
-    Example:
-        >>> expression("self", "backbone.layer1.0.bn1")
-        'self.backbone.layer1[0].bn1'
-    """
-    return root + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
-
-
-def call(setting: Setting, names: Sequence[str], method: str) -> str:
-    """Return a line of code that calls `method` of every module in `names`."""
-    expressions = [expression(setting.root, name) for name in names]
-    if len(expressions) == 1:
-        return f"{expressions[0]}.{method}()"
-    if len(expressions) > 4:
-        expressions = [*expressions[:3], "..."]
-    return f"for module in ({', '.join(expressions)}): module.{method}()"
-
-
-def listing(names: Sequence[str], shown: int = 3) -> str:
-    """Return `names` in words, the first few of many."""
-    words = [name or "the module itself" for name in names[:shown]]
-    return ", ".join(words) + (f" and {len(names) - shown} more" if len(names) > shown else "")

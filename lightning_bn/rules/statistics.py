@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from lightning_bn.averaging import Exponential
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.rules.fixes import call, frozen_regions, modules_of
 from lightning_bn.rules.modes import visits
 from lightning_bn.rules.observer import Forward, Observer
-from lightning_bn.rules.readings import Gap, Values
-from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Level, Rule, Seen, call, modules_of
+from lightning_bn.rules.readings import Gap, LayerValues, Reading, Values, learned
+from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Exchange, Fix, Level, Rule, Seen, Setting
 
 __all__ = ["STATISTICS_RULES"]
 
@@ -30,6 +31,10 @@ GAP_WARM_UP = 0.05
 """BN208: while what the buffers started with still weighs more than this, a gap is no more than information."""
 
 
+LEAST_TRACKED = 30
+"""BN208: batches after which an evaluation may be held to the statistics it reads: torch's default average has left its start by then."""
+
+
 class FrozenMoves(Rule):
     code = "BN201"
     title = "a frozen layer still moves its statistics"
@@ -40,28 +45,38 @@ class FrozenMoves(Rule):
         moved = [
             layer
             for layer, forwards in (batch.by_layer().items() if batch.training else ())
-            if layer.frozen and any(f.moved and f.grad for f in forwards)
+            if any(f.moved and f.grad for f in forwards) and self._stands_still(batch, layer)
         ]
-        return self._seen(batch, moved, f"{batch.when} num_batches_tracked rose; no parameter of the layer requires grad.")
+        return self._seen(batch, moved, f"{batch.when} num_batches_tracked rose")
 
     def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterable[Seen]:
-        layers = [layer for index, rise in moved.items() if (layer := batch.observer.layers[index]).frozen and rise]
-        return self._seen(batch, layers, f"num_batches_tracked rose in {batches} batches; no parameter of the layer requires grad.")
+        layers = [layer for index, rise in moved.items() if rise and self._stands_still(batch, layer := batch.observer.layers[index])]
+        return self._seen(batch, layers, f"num_batches_tracked rose in {batches} batches")
 
     def at_rest(self, at: Configuration) -> Iterable[Seen]:
         layers = [layer for layer in at.observer.layers if layer.frozen and layer.tracks and layer.module.training]
-        return self._seen(at, layers, "it is in train mode, so every training batch will move them; no parameter requires grad.")
+        return self._seen(at, layers, "it is in train mode, so every training batch will move them")
+
+    def _stands_still(self, batch: Batch, layer: BatchNormLayer) -> bool:
+        frozen = layer.frozen if batch.learning is None else batch.learning.frozen(layer)
+        return frozen and layer.name not in batch.averaged and layer.name not in batch.undecided
 
     def _seen(self, at: Batch | Configuration, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
-        if layers:
-            names = [layer.name for layer in layers]
-            modules = modules_of(names, [layer.name for layer in at.observer.layers])
-            yield Seen(
-                names,
-                event,
-                fix=f"{call(at.setting, modules, 'eval')}  # once, before fit: Lightning keeps it",
-                mend=lambda: [layer.module.eval() for layer in layers] and None,
-            )
+        if not layers:
+            return
+        names = [layer.name for layer in layers]
+        learning = at.learning if isinstance(at, Batch) else None
+        left_out = learning is not None and all(learning.left_out(layer) for layer in layers)
+        cause = "no optimizer holds a parameter of the layer" if left_out else "no parameter of the layer requires grad"
+        modules = frozen_regions(names, at.observer, learning.parameter if learning is not None else None)
+        # A finetuning callback freezes for a while, with statistics that move on by design.
+        yield Seen(
+            names,
+            f"{event}; {cause}.",
+            level="info" if at.setting.scheduled else None,
+            fix=Fix(call(at.setting.root, modules, "eval"), note="once: Lightning keeps the mode"),
+            mend=lambda: [layer.module.eval() for layer in layers] and None,
+        )
 
 
 class MovedTwice(Rule):
@@ -72,7 +87,7 @@ class MovedTwice(Rule):
     def batch(self, batch: Batch) -> Iterator[Seen]:
         if not batch.training:
             return
-        by_cause: dict[tuple[str, Level, str], list[str]] = defaultdict(list)
+        by_cause: dict[tuple[str, Level, Fix], list[str]] = defaultdict(list)
         for layer, forwards in batch.by_layer().items():
             elsewhere = visits(forwards, batch.observer)
             moved = [f for f in forwards if f.moved and (f.grad or f.recomputed) and f not in elsewhere]
@@ -87,20 +102,21 @@ class MovedTwice(Rule):
             most = max(moved.values())
             yield Seen(names, f"num_batches_tracked rose by up to {most} in {batches} batches; which forward did it can't be seen here.")
 
-    def _cause(self, batch: Batch, layer: BatchNormLayer, moved: list[Forward]) -> tuple[str, Level, str]:
+    def _cause(self, batch: Batch, layer: BatchNormLayer, moved: list[Forward]) -> tuple[str, Level, Fix]:
         if any(f.recomputed for f in moved):
-            fix = f"convert_batch_norm({batch.setting.root})  # this package's layers tell a recomputation from a batch"
+            fix = Fix(f"convert_batch_norm({batch.setting.root})", note="this package's layers tell a recomputation from a batch")
             return "activation checkpointing ran the forward a second time, inside backward", "warning", fix
         within_one_call = len({f.call for f in moved}) < len(moved)
         if layer.shared or within_one_call:
             where = f", registered as {' and '.join(layer.names)}" if layer.shared else ""
-            fix = "one batch norm for each place that calls it: the statistics of two places are not one distribution"
+            fix = Fix("a batch norm for each place that calls it: the statistics of two places are not one distribution", "advice")
             return f"a shared layer{where} was called {len(moved)} times", "warning", fix
         same_input = len({f.source for f in moved}) < len(moved)
-        fix = f"with paused_statistics({batch.setting.root}): ...  # around the forward that should not count"
+        fix = Fix(f"with paused_statistics({batch.setting.root}):", "around that forward", "the one that should not count")
         what = "an extra forward" if moved[0].call > 0 else "an extra forward, or a second use of the layer,"
         # Two views of the data, real and generated images, or parts that learn in turn: nothing counts twice that should not.
-        level: Level = "warning" if same_input and not batch.setting.manual else "info"
+        repeats = batch.learning is not None and batch.learning.repeats
+        level: Level = "warning" if same_input and not batch.setting.manual and not repeats else "info"
         return f"{what} of {'the same' if same_input else 'another'} input moved them", level, fix
 
 
@@ -110,15 +126,17 @@ class NotFinite(Rule):
     level = "error"
     why = "an average never forgets a NaN: every evaluation from here on is NaN, while training, which uses the batch, looks well."
 
-    def values(self, values: Values, last: str) -> Iterator[Seen]:
+    def values(self, values: Values, last: str, root: str) -> Iterator[Seen]:
         bad = {each.layer.name: each.unsound for each in values.values() if each.unsound}
         if bad:
-            name, channels = next(iter(bad.items()))
-            yield Seen(
-                list(bad),
-                f"{name} in channel{'s' * (len(channels) > 1)} {_numbers(channels)}; {last}.",
-                fix="convert_batch_norm(model)  # skips such batches; recalibrate(model, batches) mends what is there",
-            )
+
+            def event(names: Sequence[str]) -> str:
+                channels = bad[names[0]]
+                return f"{names[0]} in channel{'s' * (len(channels) > 1)} {_numbers(channels)}; {last}."
+
+            # What is there is mended by recalibrate(); a layer of this package skips such batches from then on.
+            fix = Fix(f"convert_batch_norm({root}); recalibrate({root}, batches)", "before fit", "the first skips such batches")
+            yield Seen(list(bad), event, fix=fix, worst_first=True)
 
 
 class NeverUpdated(Rule):
@@ -130,20 +148,50 @@ class NeverUpdated(Rule):
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
         if evaluation.values is None:
             return
+        layers = evaluation.observer.layers
         # A frozen layer that has always run in eval mode is a constant, and the same one in training.
         meant = {
             index
             for index in evaluation.steady
-            if evaluation.observer.layers[index].frozen or evaluation.setting.allows_eval(evaluation.observer.layers[index].name)
+            if layers[index].frozen or index in evaluation.held or evaluation.setting.allows_eval(layers[index].name)
         }
-        ran = set(evaluation.evaluated) - meant
-        untouched = [each for index, each in evaluation.values.items() if index in ran and each.untouched]
-        if untouched:
-            tracked = sorted({each.tracked for each in untouched})
+        ran = set(evaluation.evaluated) - meant - set(evaluation.copies)
+        untouched = {index: each for index, each in evaluation.values.items() if index in ran and each.untouched}
+        if not evaluation.trained:
+            yield from self._loaded(
+                evaluation.setting, [each.layer for each in untouched.values() if learned(each.layer)], evaluation.stage
+            )
+            return
+        # A part that training has not run yet may have its turn in a later epoch.
+        waiting = {index for index in untouched if evaluation.fitting and index not in evaluation.observer.trained}
+        groups: tuple[tuple[set[int], Level], ...] = ((set(untouched) - waiting, "error"), (waiting, "info"))
+        for group, level in groups:
+            if group:
+                yield self._seen(evaluation, [untouched[index] for index in sorted(group)], level)
+
+    def ended(self, evaluation: Evaluation) -> Iterator[Seen]:
+        return self.evaluation(evaluation)
+
+    def at_rest(self, at: Configuration) -> Iterator[Seen]:
+        untouched = [each.layer for each in Reading(at.observer.layers).values().values() if each.untouched]
+        yield from self._loaded(at.setting, [layer for layer in untouched if learned(layer)], "check")
+
+    def _seen(self, evaluation: Evaluation, untouched: list[LayerValues], level: Level) -> Seen:
+        tracked = sorted({each.tracked for each in untouched})
+        root = evaluation.setting.root
+        return Seen(
+            [each.layer.name for each in untouched],
+            f"after training began, mean is 0 and variance 1 in all channels; num_batches_tracked is {_numbers(tracked)}.",
+            level,
+            Fix(f"recalibrate({root}, batches)", "after training", "and run the layer in training mode while it trains"),
+        )
+
+    def _loaded(self, setting: Setting, layers: list[BatchNormLayer], stage: str) -> Iterator[Seen]:
+        if layers:
             yield Seen(
-                [each.layer.name for each in untouched],
-                f"after training began, mean is 0 and variance 1 in all channels; num_batches_tracked is {_numbers(tracked)}.",
-                fix=f"{evaluation.setting.root}.train() while training, or recalibrate({evaluation.setting.root}, batches)",
+                [layer.name for layer in layers],
+                "weight and bias were trained, and mean is 0 and variance 1 in all channels: a state of parameters alone was loaded.",
+                fix=Fix(f"recalibrate({setting.root}, batches)", "after training", "or load the checkpoint's buffers too"),
             )
 
 
@@ -171,7 +219,7 @@ class StaleBuffers(Rule):
             yield Seen(
                 names,
                 event,
-                fix=f"{call(at.setting, modules, 'eval')}  # frozen for good; BaseFinetuning.freeze(train_bn=False) leaves this",
+                fix=Fix(call(at.setting.root, modules, "eval"), note="BaseFinetuning.freeze(train_bn=False) leaves layers like this"),
             )
 
 
@@ -182,15 +230,19 @@ class TooFewBits(Rule):
 
     def configuration(self, at: Configuration) -> Iterator[Seen]:
         stuck: dict[str, float] = {}
+        momentum = 0.1
         for layer in at.observer.layers:
             zone = dead_zone(layer)
             if zone > DEAD_ZONE:
                 stuck[layer.name] = zone
+                momentum = layer.module.momentum or momentum
         if stuck:
             yield Seen(
                 list(stuck),
                 f"they may stop {max(stuck.values()):.0%} away from the batches' statistics.",
-                fix="convert_batch_norm(model, Exponential(momentum))  # keeps them in float32, as precision='bf16-mixed' does",
+                fix=Fix(
+                    f"convert_batch_norm({at.setting.root}, Exponential({momentum}))", note="keeps them in float32, as bf16-mixed does"
+                ),
             )
 
 
@@ -200,13 +252,32 @@ class OtherWeights(Rule):
     level = "error"
     why = "the statistics were gathered with weights that are not the ones evaluated; accuracy can fall to chance."
 
-    def averaged(self, layers: Sequence[str]) -> Iterator[Seen]:
-        if layers:
+    def averaged(self, exchange: Exchange) -> Iterator[Seen]:
+        if exchange.layers:
             yield Seen(
-                layers,
+                exchange.layers,
                 "weights were exchanged for others, as averaged ones are, and the running statistics stayed.",
-                fix="callbacks=[..., BatchNormRecalibration()]  # or WeightAveraging(use_buffers=True)",
+                fix=self._fix(exchange),
             )
+        if exchange.far:
+            yield Seen(
+                list(exchange.far),
+                lambda names: (
+                    f"weights were exchanged, and statistics with them: at {names[0]} {exchange.stage} divides by a spread "
+                    f"{exchange.far[names[0]]:.1f} times off."
+                ),
+                level="warning",
+                fix=self._fix(exchange),
+                worst_first=True,
+            )
+
+    def _fix(self, exchange: Exchange) -> Fix:
+        root = exchange.setting.root
+        if exchange.where == "inside":
+            return Fix(f"with recalibrated({root}, batches):", "around that forward")
+        if exchange.where == "after":
+            return Fix(f"recalibrate({root}, batches)", "after training", "or callbacks=[..., BatchNormRecalibration()]")
+        return Fix('callbacks=[..., BatchNormRecalibration(when="validation")]', "in the Trainer")
 
 
 class TrainEvalGap(Rule):
@@ -216,18 +287,34 @@ class TrainEvalGap(Rule):
 
     def gaps(self, gaps: Sequence[Gap], observer: Observer) -> Iterator[Seen]:
         for level in ("warning", "info"):
-            wide = [gap for gap in gaps if gap.shift > GAP_SHIFT or gap.log_ratio > GAP_LOG_RATIO]
-            wide = [gap for gap in wide if (_weight_of_start(gap) > GAP_WARM_UP) == (level == "info")]
-            wide.sort(key=lambda gap: max(gap.shift / GAP_SHIFT, gap.log_ratio / GAP_LOG_RATIO), reverse=True)
+            wide = [gap for gap in _wide(gaps) if (_weight_of_start(gap) > GAP_WARM_UP) == (level == "info")]
             if wide:
-                worst = wide[0]
-                yield Seen(
-                    [gap.layer.name for gap in wide],
-                    f"against the last {worst.updates} updates the mean of {worst.layer.name} is {worst.shift:.2f} deviations off, "
-                    f"its variance by a factor of {math.exp(worst.log_ratio):.1f}.",
-                    level="warning" if level == "warning" else "info",
-                    fix="convert_batch_norm(model, Window(20)), or callbacks=[..., BatchNormRecalibration()]",
-                )
+                yield self._seen(wide, lambda gap: (
+                    f"against the last {gap.updates} updates the mean of {gap.layer.name} is {gap.shift:.2f} deviations off, "
+                    f"its variance by a factor of {math.exp(gap.log_ratio):.1f}."
+                ), "warning" if level == "warning" else "info")  # fmt: skip
+
+    def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
+        read = [gap for gap in evaluation.gaps if any(evaluation.observer.layers[i].name == gap.layer.name for i in evaluation.evaluated)]
+        wide = [gap for gap in _wide(read) if gap.tracked >= LEAST_TRACKED]
+        if wide:
+            yield self._seen(wide, lambda gap: (
+                f"at {gap.layer.name} {evaluation.stage} divides by a spread {math.exp(gap.log_ratio / 2):.1f} times off, around a mean "
+                f"{gap.shift:.1f} deviations off; {_weight_of_start(gap):.0%} of the average is still the 0 and 1 it began with."
+            ), "warning")  # fmt: skip
+
+    def _seen(self, wide: Sequence[Gap], event: Callable[[Gap], str], level: Level) -> Seen:
+        by_name = {gap.layer.name: gap for gap in wide}
+        fix = Fix(
+            'callbacks=[..., BatchNormRecalibration(when="validation")]', "in the Trainer", "or convert_batch_norm(model, Window(20))"
+        )
+        return Seen(list(by_name), lambda names: event(by_name[names[0]]), level, fix, worst_first=True)
+
+
+def _wide(gaps: Sequence[Gap]) -> list[Gap]:
+    """Return the gaps beyond the limits, the widest first."""
+    wide = [gap for gap in gaps if gap.shift > GAP_SHIFT or gap.log_ratio > GAP_LOG_RATIO]
+    return sorted(wide, key=lambda gap: max(gap.shift / GAP_SHIFT, gap.log_ratio / GAP_LOG_RATIO), reverse=True)
 
 
 def dead_zone(layer: BatchNormLayer) -> float:

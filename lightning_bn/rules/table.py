@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lightning_bn.rules.rule import Finding, listing
+from lightning_bn.rules.finding import Finding
 
 __all__ = ["markdown"]
 
@@ -15,13 +15,7 @@ def markdown(findings: Iterable[Finding]) -> str:
     """Return the findings as a Markdown table, the worst first."""
     rows = ["| level | rule | where | when | what |", "| --- | --- | --- | --- | --- |"]
     for finding in sorted(findings, key=lambda finding: _ORDER.index(finding.level)):
-        title, _, *body = finding.message.splitlines()
-        cells = (
-            finding.level,
-            finding.code,
-            listing(finding.layers),
-            f"{finding.stage}, step {finding.step}",
-            "<br>".join((title, *(line.strip() for line in body))),
-        )
+        what = (finding.title, f"seen: {finding.seen}", f"why: {finding.why}", f"fix: `{finding.fix}`", f"more: {finding.link}")
+        cells = (finding.level, finding.code, finding.where, f"{finding.stage}, step {finding.step}", "<br>".join(what))
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(rows)

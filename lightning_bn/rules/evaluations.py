@@ -1,0 +1,76 @@
+"""The rules about what an evaluation reads: copies of a network, channels next to nothing, layers without statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lightning_bn.rules.copies import twin
+from lightning_bn.rules.fixes import call, expression, modules_of
+from lightning_bn.rules.rule import Configuration, Evaluation, Fix, Rule, Seen
+
+__all__ = ["EVALUATION_RULES"]
+
+
+class StaleCopy(Rule):
+    code = "BN209"
+    title = "an averaged copy's weights move and its statistics do not"
+    why = "its weights are rewritten while training and its buffers are not: it normalises with statistics of weights it no longer has."
+
+    def stale(self, layers: Sequence[str], at: Configuration) -> Iterator[Seen]:
+        modules = modules_of(layers, [layer.name for layer in at.observer.layers])
+        fix = Fix(
+            call(at.setting.root, modules, "train"), note="as a mean teacher: it then normalises with the batch, and its statistics follow"
+        )
+        yield Seen(
+            layers, "it ran in eval mode in training; its weights changed, its running statistics are those before training.", fix=fix
+        )
+
+    def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
+        if not evaluation.copies:
+            return
+        observer, root = evaluation.observer, evaluation.setting.root
+        names = [observer.layers[index].name for index in evaluation.copies]
+        modules = modules_of(names, [layer.name for layer in observer.layers])
+        original = twin(observer, modules[0], evaluation.moving) if len(modules) == 1 else None
+        if original is None:
+            fix = Fix(f"recalibrate({expression(root, modules[0])}, batches)", "after training")
+        else:
+            pairs = f"zip({expression(root, modules[0])}.buffers(), {expression(root, original)}.buffers(), strict=True)"
+            fix = Fix(f"for own, other in {pairs}: own.copy_(other)", "after the teacher's weights are averaged")
+        yield Seen(names, f"{evaluation.stage} read it; its weights changed, its running statistics are those before training.", fix=fix)
+
+
+class VanishingVariance(Rule):
+    code = "BN210"
+    title = "evaluation divides a channel by almost nothing"
+    why = "the channel stood still in training and varies now: what is noise there is multiplied by up to 1 / sqrt(eps) here."
+
+    def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
+        if evaluation.vanishing:
+            found = evaluation.vanishing
+            yield Seen(
+                list(found),
+                lambda names: (
+                    f"at {names[0]} the running variance of channel {', '.join(map(str, found[names[0]][:8]))} is below 10 eps; "
+                    f"in {evaluation.stage} its input varies 100 times as much."
+                ),
+                fix=Fix(f"recalibrate({evaluation.setting.root}, batches)", "after training", "with batches like those of the evaluation"),
+                worst_first=True,
+            )
+
+
+class DependsOnBatch(Rule):
+    code = "BN211"
+    title = "evaluation depends on the batch"
+    level = "info"
+    why = "track_running_stats=False: in eval mode too the layer normalises with the batch, so a sample's result depends on its neighbours."
+    fix = Fix("track_running_stats=True", "where the model is built", "unless it is intended")
+
+    def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
+        layers = [evaluation.observer.layers[index] for index in sorted(evaluation.evaluated)]
+        names = [layer.name for layer in layers if layer.module.running_mean is None]
+        if names:
+            yield Seen(names, f"{evaluation.stage} ran it, and it keeps no running statistics.")
+
+
+EVALUATION_RULES: tuple[Rule, ...] = (StaleCopy(), VanishingVariance(), DependsOnBatch())

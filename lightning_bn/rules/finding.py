@@ -1,0 +1,110 @@
+"""What a rule found: fields first, and the message made of them when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Finding", "Fix", "Level", "ModeCheckError", "Place"]
+
+Level = Literal["error", "warning", "info"]
+
+Place = Literal[
+    "before fit",
+    "at the end of the training step",
+    "at the start of the evaluation step",
+    "around that forward",
+    "after the teacher's weights are averaged",
+    "instead of the override of on_validation_model_train",
+    "in the Trainer",
+    "in the training DataLoader",
+    "where the model is built",
+    "after training",
+    "advice",
+]
+"""Where the code of a fix goes. "advice": it is words, not code."""
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A change that mends a finding: code that runs as printed, where it goes, and what else to know.
+
+    In the code, ``self`` (or ``model``, see `Finding`) is the module that was watched, and names of this package, ``torch`` and ``nn`` are
+    imported. A ``with`` line goes around what is to be mended; an argument (``name=value``) goes into the call that `place` names.
+    """
+
+    __module__ = "lightning_bn"
+
+    code: str
+    place: Place = "before fit"
+    note: str = ""
+
+    def __str__(self) -> str:
+        remark = "; ".join(part for part in (self.place if self.place != "advice" else "", self.note) if part)
+        return f"{self.code}  # {remark}" if remark else self.code
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A mistake that was seen.
+
+    ``str(finding)`` is its message, of six lines: what happened, where and when; why it matters; the mend; how to silence it.
+    """
+
+    __module__ = "lightning_bn"
+
+    code: str
+    level: Level
+    """error: certain and harmful. warning: observed, and possibly intentional. info: harmless, or only probable."""
+    title: str
+    layers: tuple[str, ...]
+    """Names of all layers or modules it is about."""
+    where: str
+    """The same in words: the topmost modules that hold them, the first few of many."""
+    stage: str
+    """train, sanity_check, validate, test, predict; "check" where nothing ran."""
+    step: int
+    """Optimizer steps taken by then."""
+    seen: str
+    """The event that was observed."""
+    why: str
+    """Why it matters."""
+    fix: Fix
+    """The mend."""
+    link: str
+    """Where to read on."""
+    quiet: str
+    """The argument that silences the rule."""
+    mended: bool = False
+    """Whether it was mended on the spot, as `fix` asked."""
+    follows: str | None = None
+    """The code of the finding that this one is a consequence of; it is then information."""
+
+    @property
+    def message(self) -> str:
+        """The finding in six lines."""
+        when = "" if self.stage == "check" else f"; {self.stage}, step {self.step}"
+        return "\n".join(
+            (
+                f"{self.code} {self.level}: {self.title}{' (mended on the spot)' if self.mended else ''}",
+                f"  where: {self.where}{when}",
+                f"  seen:  {f'follows from {self.follows}: ' if self.follows else ''}{self.seen}",
+                f"  why:   {self.why}",
+                f"  fix:   {self.fix}",
+                f"  quiet: {self.quiet}; more: {self.link}",
+            )
+        )
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ModeCheckError(RuntimeError):
+    """Raised in place of a warning; `findings` are those that raised it."""
+
+    __module__ = "lightning_bn"
+
+    def __init__(self, findings: Sequence[Finding]) -> None:
+        self.findings = list(findings)
+        super().__init__("\n".join(str(finding) for finding in findings))

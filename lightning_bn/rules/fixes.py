@@ -1,0 +1,132 @@
+"""Lines of code that mend a model: made from module names, so that they run as printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lightning_bn.rules.observer import Modes, ancestors
+
+if TYPE_CHECKING:
+    from lightning_bn.rules.observer import Observer
+
+__all__ = ["allowed", "call", "expression", "frozen_regions", "group_norms", "learns", "listing", "mode_calls", "modules_of"]
+
+
+def modules_of(layers: Collection[str], among: Collection[str]) -> list[str]:
+    """Return the topmost modules that hold nothing of `among` but `layers`, and together hold all of these.
+
+    Example:
+        >>> modules_of(["a.0", "a.1", "b.0"], among=["a.0", "a.1", "b.0", "b.1"])
+        ['a', 'b.0']
+    """
+    wanted = set(layers)
+    others = {above for name in among if name not in wanted for above in (name, *ancestors(name))}
+    tops = []
+    for name in layers:
+        top = name
+        for above in ancestors(name):
+            if above in others or not above:
+                break
+            top = above
+        tops.append(top)
+    return list(dict.fromkeys(tops))
+
+
+def frozen_regions(layers: Collection[str], observer: Observer, learning: Callable[[nn.Parameter], bool] | None = None) -> list[str]:
+    """Return the topmost modules that hold all of `layers`, no other batch norm, and no parameter that learns (or that requires grad).
+
+    In eval mode such a region is frozen whole, and nothing that learns has its dropout switched off.
+    """
+    learning = learning or (lambda parameter: parameter.requires_grad)
+    modules = zip(observer.names, observer.modules, strict=True)
+    own = {name for name, module in modules if any(map(learning, module.parameters(recurse=False)))}
+    return modules_of(layers, {layer.name for layer in observer.layers} | own - set(layers))
+
+
+def expression(root: str, name: str) -> str:
+    """Return the expression that leads to the module `name` from `root`.
+
+    Example:
+        >>> expression("self", "backbone.layer1.0.bn1")
+        'self.backbone.layer1[0].bn1'
+    """
+    return root + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
+
+
+def call(root: str, names: Sequence[str], method: str) -> str:
+    """Return a line of code that calls `method` of every module in `names`.
+
+    Example:
+        >>> call("self", ["norm"], "eval")
+        'self.norm.eval()'
+        >>> call("self", ["a", "b"], "eval")
+        'for module in (self.a, self.b): module.eval()'
+    """
+    expressions = [expression(root, name) for name in names]
+    if len(expressions) == 1:
+        return f"{expressions[0]}.{method}()"
+    return f"for module in ({', '.join(expressions)}): module.{method}()"
+
+
+def mode_calls(root: str, observer: Observer, tops: Sequence[str], wanted: Modes) -> str:
+    """Return code that gives the modules `tops`, and all below them, the modes `wanted`, in as few calls as ``train`` and ``eval`` need.
+
+    ``self.model.train()`` alone would wake a frozen part: it is followed by ``self.model.backbone.eval()``.
+    """
+    want = dict(zip(observer.names, wanted, strict=True))
+    given: dict[str, bool] = {}
+    calls: list[tuple[str, bool]] = []
+    for name, mode in want.items():  # each module after those that hold it
+        above = next((given[parent] for parent in ancestors(name) if parent in given), None)
+        if name in tops or above is not None:
+            given[name] = mode
+            if above != mode:
+                calls.append((name, mode))
+    if len({mode for _, mode in calls}) == 1:
+        return call(root, [name for name, _ in calls], "train" if calls[0][1] else "eval")
+    return "; ".join(f"{expression(root, name)}.{'train' if mode else 'eval'}()" for name, mode in calls)
+
+
+def allowed(names: Sequence[str], shown: int = 6) -> str:
+    """Return the argument ``allow_eval`` that covers all of `names`; of many, by patterns of their last parts.
+
+    Example:
+        >>> allowed(["backbone"])
+        "allow_eval=['backbone']"
+        >>> allowed([f"layer{i}.bn{j}" for i in range(5) for j in (1, 2)])
+        "allow_eval=['*.bn1', '*.bn2']"
+    """
+    if len(names) > shown:
+        names = [f"*.{name.rpartition('.')[2]}" if "." in name else name for name in names]
+    return f"allow_eval={list(dict.fromkeys(names))}"
+
+
+def group_norms(root: str, layers: Sequence[tuple[str, int]]) -> str:
+    """Return code that puts a group norm in the place of each layer, given by its name and its channels.
+
+    The number of groups divides the channels, and is 32 or less; no group is of one channel, which would be an instance norm.
+
+    Example:
+        >>> group_norms("self", [("model.1", 48)])
+        'self.model[1] = nn.GroupNorm(24, 48)'
+    """
+    parts = (f"{expression(root, name)} = nn.GroupNorm({_groups(channels)}, {channels})" for name, channels in layers)
+    return "; ".join(parts)
+
+
+def _groups(channels: int) -> int:
+    return max((groups for groups in range(1, min(32, channels // 2) + 1) if channels % groups == 0), default=1)
+
+
+def listing(names: Sequence[str], shown: int = 3) -> str:
+    """Return `names` in words, the first few of many."""
+    words = [name or "the module itself" for name in names[:shown]]
+    return ", ".join(words) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether any parameter in the module requires grad."""
+    return any(parameter.requires_grad for parameter in module.parameters())
