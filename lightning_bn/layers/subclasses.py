@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def obstacle(layer: _BatchNorm) -> str | None:
     """Say why the subclass can't be served, or None where it can, after one forward of a copy with scratch buffers.
 
     Whether a forward hands its buffers and its momentum to the kernel can't be seen from outside; whether they hold the batch's
-    moments afterwards can.
+    moments afterwards can. It is tried once for a class and its settings.
     """
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "it is lazy and has no buffers yet; run a batch through the model first"
@@ -121,6 +122,19 @@ def obstacle(layer: _BatchNorm) -> str | None:
         return "it does not count its batches (num_batches_tracked is None)"
     if isinstance(layer, nn.SyncBatchNorm):
         return None  # torch's own, known to follow the pattern; in a process group it can't be tried out by one rank alone
+    if "forward" in layer.__dict__:
+        return _tried(layer)  # one of its own, of which its class tells nothing
+    known = _TRIED.setdefault(type(layer), {})
+    settings = frozenset((name, value) for name, value in vars(layer).items() if name != "training" and isinstance(value, (bool, str)))
+    if settings not in known:
+        known[settings] = _tried(layer)
+    return known[settings]
+
+
+_TRIED: WeakKeyDictionary[type, dict[frozenset[tuple[str, bool | str]], str | None]] = WeakKeyDictionary()
+
+
+def _tried(layer: _BatchNorm) -> str | None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         return _try_out(_plain_copy(layer))
 

@@ -19,7 +19,7 @@ from lightning_bn.recalibration.collection import OnePass, Seen, merged
 from lightning_bn.recalibration.feeding import Forward, feed, to_device
 from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.measuring import measured
-from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_report
+from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_reports
 from lightning_bn.recalibration.random_states import kept_random_states
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.selection import Layers, choose
@@ -240,15 +240,16 @@ def _collected(way: OnePass | ExactPass, batches: Iterable[Any], run: Callable[[
 
 def _report(chosen: list[BatchNormLayer], changes: list[StatisticsChange | None], seen: Seen, options: _Options) -> RecalibrationReport:
     rows = zip(chosen, changes, seen.summaries, strict=True)
+    changed = [(layer, change, summary) for layer, change, summary in rows if change is not None and summary is not None]
     return RecalibrationReport(
         batches=seen.batches,
         samples=seen.samples,
         skipped=seen.skipped,
-        layers=tuple(layer_report(layer, change, summary) for layer, change, summary in rows if change is not None and summary is not None),
+        layers=layer_reports(*(list(column) for column in zip(*changed, strict=True))),
         not_run=tuple(layer.name for layer, change in zip(chosen, changes, strict=True) if change is None),
         stopped_by=seen.stopped_by,
         num_batches=options.num_batches,
         tolerance=options.tolerance,
         dry_run=options.dry_run,
-        _changes=() if options.dry_run else tuple(change for change in changes if change is not None),
+        _changes=() if options.dry_run else tuple(change for _, change, _ in changed),
     )
