@@ -173,7 +173,8 @@ def picture(thing: Any, seen: dict[int, int] | None = None) -> Any:
     if isinstance(thing, np.random.Generator):
         return str(thing.bit_generator.state)
     slots = {name: getattr(thing, name, "not set") for name in getattr(type(thing), "__slots__", ()) if isinstance(name, str)}
-    return (id(thing), type(thing).__name__, picture({**getattr(thing, "__dict__", {}), **slots}, {**seen}))
+    members = {**getattr(thing, "__dict__", {}), **slots}
+    return (id(thing), type(thing).__name__, [(name, picture(value, seen)) for name, value in members.items()])
 
 
 def model() -> Everything:
@@ -191,15 +192,18 @@ def test_whatever_a_pass_writes_is_put_back(write: Callable[[Everything], None],
     one = model()
     batches = list(torch.randn(3, 8, 3))
     before = picture(one)
-    spoiled = copy.deepcopy(one)
+    spoiled = model()
     write_alone = picture(spoiled)
     with torch.no_grad():
         write(spoiled)
     assert picture(spoiled) != write_alone, "the oracle sees the write"
 
+    first = iter([True])
+
     def forward(module: Everything, batch: Tensor) -> None:
         module(batch)
-        write(module)
+        if next(first, False):
+            write(module)
 
     report = recalibrate(one, batches, forward=forward, exact=exact, progress=False, layers="all")
     assert report.layers[0].samples == 24
@@ -227,7 +231,7 @@ def test_a_moment_of_the_model_that_others_hold_is_put_back_in_place() -> None:
     """A list that the caller holds too."""
     one = model()
     held = one.nested["a"][1]["b"]
-    one.linear.register_forward_hook(lambda *_: held.add_(1))
+    one.linear.register_forward_hook(lambda *_: [held.add_(1)] and None)
     recalibrate(one, [torch.randn(8, 3)], progress=False)
     assert held.tolist() == [0, 0]
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from operator import is_
@@ -237,9 +237,11 @@ def _is_array(thing: object) -> bool:
 def _restore_dict(members: dict[Any, Any], before: dict[Any, Any]) -> None:
     if len(members) == len(before) and all(map(is_, members.values(), before.values())) and all(map(is_, members, before)):
         return
-    # A subclass may have a say in what is set, and must not here.
-    dict.clear(members)
-    dict.update(members, before)
+    # A subclass may have a say in what is set, and must not here; but an ordered one keeps its order beside what a plain one holds.
+    kind = OrderedDict if isinstance(members, OrderedDict) else dict
+    kind.clear(members)
+    for key, value in before.items():
+        kind.__setitem__(members, key, value)
 
 
 def _restore_list(members: Any, before: list[Any]) -> None:
