@@ -152,7 +152,9 @@ WRITES = [
 def picture(thing: Any, seen: dict[int, int] | None = None) -> Any:
     """All that hangs in `thing`, by value and by identity, as something that can be compared; a walk of its own, of what is in `Everything`."""
     seen = {} if seen is None else seen
-    if isinstance(thing, (int, float, str, bytes, type(None), torch.device, torch.dtype, type)) or callable(getattr(thing, "__code__", None)):
+    if isinstance(thing, (int, float, str, bytes, type(None), torch.device, torch.dtype, type)) or callable(
+        getattr(thing, "__code__", None)
+    ):
         return repr(thing)
     if id(thing) in seen:
         return ("again", id(thing))

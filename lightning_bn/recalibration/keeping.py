@@ -28,20 +28,19 @@ class Weights:
 
 
 @contextmanager
-def kept(outside: tuple[type, ...] = (), **roots: object) -> Iterator[Weights]:
+def kept(**roots: object) -> Iterator[Weights]:
     """Put all back at exit that is written inside into `roots` and what hangs in them: values of tensors to the bit, in place.
 
     Parameters and their gradients, buffers, which of them there are, modes, hooks, plain attributes, lists, dicts, metrics at any depth: see
     `KeptObjects` and `KeptTensors`. It takes the memory of a copy of all tensors.
 
     Args:
-        outside: classes whose instances are left alone.
         **roots: modules, optimizers, batches; named as an error is to name them.
 
     Raises:
         TypeError: something that can't be put back, by name; before anything is done.
     """
-    objects = KeptObjects(roots, outside=outside)
+    objects = KeptObjects(roots)
     parameters, tensors = KeptTensors(objects.parameters), KeptTensors(objects.tensors)
     try:
         objects.exchange()

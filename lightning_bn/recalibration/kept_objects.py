@@ -41,6 +41,8 @@ _ATOMIC_BASES = (type, enum.Enum, pathlib.PurePath)
 # What several threads share, what leads out of the process, and data: none of it is a model's state.
 _LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, threading.Semaphore, threading.Thread)
 _OUTSIDE = (*_LOCKS, queue.Queue, logging.Logger, logging.Handler, io.IOBase, DataLoader, Dataset)
+# What runs a model (a Trainer, a logger) hangs in its attributes too, and is no part of it.
+_FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 # The dictionaries of a module whose values torch calls or reads by themselves: which are there is kept, and not what they are.
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 
@@ -51,12 +53,11 @@ class KeptObjects:
     Modules, attributes, lists, dicts, sets, deques, numpy arrays, generators of random numbers, at any depth; each is put back in place, so
     that whoever else holds it sees it too. What else has a state, and can be copied, is exchanged for a copy meanwhile.
 
-    Left alone: functions and what they close over, weak references, locks and whatever holds one, loggers, open files, loaders, datasets.
+    Left alone: functions and what they close over, weak references, locks and whatever holds one, loggers, open files, loaders, datasets,
+    and Lightning's own objects that are no modules.
 
     Args:
         roots: objects by the name a user knows them by.
-        outside: further classes that are left alone.
-
     Attributes:
         parameters, tensors: all that were found.
 
@@ -64,10 +65,9 @@ class KeptObjects:
         TypeError: something can't be put back; it is named.
     """
 
-    def __init__(self, roots: dict[str, object], *, outside: tuple[type, ...] = ()) -> None:
+    def __init__(self, roots: dict[str, object]) -> None:
         self.parameters: list[Tensor] = []
         self.tensors: list[Tensor] = []
-        self._outside = (*_OUTSIDE, *outside)
         self._undo: list[_Undo] = []
         self._empty: list[Any] = []
         self._exchange: list[_Undo] = []
@@ -98,7 +98,7 @@ class KeptObjects:
             self._visit_tensor(name, thing)
         elif isinstance(thing, nn.Module):
             self._visit_module(name, thing)
-        elif not self._visit_container(name, thing) and not issubclass(kind, (*_ATOMIC_BASES, *self._outside)):
+        elif not self._visit_container(name, thing) and not _is_left_alone(kind):
             self._visit_object(name, thing, holder)
 
     def _visit_tensor(self, name: str, tensor: Tensor) -> None:
@@ -212,6 +212,12 @@ class KeptObjects:
 
 _NOTHING = type("Nothing", (), {})  # stands for an attribute that is not there
 _HEAP_TYPE = 1 << 9  # of classes made by a class statement, whose instances hold what they have in attributes
+
+
+def _is_left_alone(kind: type) -> bool:
+    if issubclass(kind, (*_ATOMIC_BASES, *_OUTSIDE)):
+        return True
+    return any(base.__module__.partition(".")[0] in _FRAMEWORKS for base in kind.__mro__)
 
 
 def _cant_be_kept(name: str, thing: object) -> str:

@@ -31,7 +31,7 @@ _KNOWN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, AveragedBat
 def measured(layers: Sequence[_BatchNorm], station: Station) -> Iterator[None]:
     """Stop every call of `layers` at `station`. The layers are in eval mode, so that they normalise with the buffers they are given.
 
-    The layers' own buffers are not written: other tensors stand in their place, and whoever calls this puts them back (`kept_buffers`).
+    The layers' own buffers are not written: other tensors stand in their place, and whoever calls this puts them back (`kept`).
     """
     with ExitStack() as stack:
         # Ranks may run unequal numbers of batches, and what they see is merged by whoever calls this.
