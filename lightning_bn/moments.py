@@ -63,7 +63,10 @@ class Moments:
         centred = data - mean.reshape(1, -1, *[1] * (data.dim() - 2))
         if kept is not None:
             centred = torch.where(kept, centred, 0.0)
-        return cls(count, mean, centred.square().sum(over))
+        # The mean was rounded: far from zero by so much that its square shows in m2. What is left of the mean tells by how much.
+        rest = centred.sum(over) / count.clamp(min=1)
+        wide = wide_dtype(data.device)
+        return cls(count.to(wide), mean.to(wide) + rest, centred.square().sum(over) - rest.square() * count)
 
     @classmethod
     def from_variance(cls, count: Tensor, mean: Tensor, var: Tensor) -> Moments:
