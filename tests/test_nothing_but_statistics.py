@@ -250,7 +250,7 @@ def test_what_can_only_be_copied_is_exchanged_meanwhile() -> None:
 def test_what_cant_be_put_back_is_refused_by_name_before_anything_is_run() -> None:
     """A generator can't be copied."""
     one = model()
-    one.nested["a"].append((x for x in range(3)))
+    one.nested["a"].append(x for x in range(3))
     before = one.norm.running_mean.clone()
 
     def never(module: nn.Module, batch: Tensor) -> None:
