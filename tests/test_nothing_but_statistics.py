@@ -150,7 +150,7 @@ WRITES = [
 
 
 def picture(thing: Any, seen: dict[int, int] | None = None) -> Any:
-    """All that hangs in `thing`, by value and by identity, as something that can be compared; a walk of its own, of what is in `Everything`."""
+    """All that hangs in `thing`, by value and by identity, as something that can be compared; a walk of its own."""
     seen = {} if seen is None else seen
     if isinstance(thing, (int, float, str, bytes, type(None), torch.device, torch.dtype, type)) or callable(
         getattr(thing, "__code__", None)
@@ -233,7 +233,7 @@ def test_a_moment_of_the_model_that_others_hold_is_put_back_in_place() -> None:
     """A list that the caller holds too."""
     one = model()
     held = one.nested["a"][1]["b"]
-    one.linear.register_forward_hook(lambda *_: [held.add_(1)] and None)
+    one.linear.register_forward_hook(lambda *_: [held.add_(1)].clear())
     recalibrate(one, [torch.randn(8, 3)], progress=False)
     assert held.tolist() == [0, 0]
 
@@ -256,7 +256,7 @@ def test_what_cant_be_put_back_is_refused_by_name_before_anything_is_run() -> No
     def never(module: nn.Module, batch: Tensor) -> None:
         pytest.fail("it was run")
 
-    with pytest.raises(TypeError, match=r"model\.nested\['a'\]\[2\] is a generator, which could not be put back.*Keep it outside"):
+    with pytest.raises(TypeError, match=r"model\.nested\['a'\]\[2\] is a generator, which could not be put back.*Keep it outside the"):
         recalibrate(one, [torch.randn(8, 3)], forward=never, progress=False)
     assert torch.equal(before, one.norm.running_mean)
     assert next(one.nested["a"][2]) == 0

@@ -102,7 +102,7 @@ class KeptObjects:
             self._visit_object(name, thing, holder)
 
     def _visit_tensor(self, name: str, tensor: Tensor) -> None:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             raise TypeError(f"recalibrate(model, batches): {name} is lazy and has no values yet. Run a batch through the model first.")
         (self.parameters if isinstance(tensor, nn.Parameter) else self.tensors).append(tensor)
         if tensor.is_leaf and tensor.grad is not None:
@@ -222,7 +222,7 @@ def _is_left_alone(kind: type) -> bool:
 
 def _cant_be_kept(name: str, thing: object) -> str:
     return (
-        f"recalibrate(model, batches): {name} is a {type(thing).__name__}, which could not be put back after the pass. Keep it outside of the "
+        f"recalibrate(model, batches): {name} is a {type(thing).__name__}, which could not be put back after the pass. Keep it outside the "
         "model, or keep in its place what it is made from (a loader, not its iterator)."
     )
 

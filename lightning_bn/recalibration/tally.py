@@ -213,9 +213,9 @@ class Tally:
         found = [(batch.means[place], batch.vars[place], *batch.numbers[place]) for batch in ran]
         if not found:
             return None
-        means, variances, samples, values = zip(*found, strict=True)
+        means, variances, images, values = zip(*found, strict=True)
         mean, var = torch.stack(means).to(self._home), torch.stack(variances).to(self._home)
-        samples, count = (torch.tensor([[float(n)] for n in each], dtype=torch.float64, device=self._home) for each in (samples, values))
+        samples, count = (torch.tensor([[float(n)] for n in each], dtype=torch.float64, device=self._home) for each in (images, values))
         count = torch.where(var.isfinite().all(1, keepdim=True), count, 0.0)
         (alone,) = Summary.of(mean, var, count.expand_as(var), samples.expand_as(var)).split([self._sizes[place]])
         return alone
