@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.torch_internals import is_compiled
 
-__all__ = ["eager", "evaluating", "kept_attribute", "kept_buffers", "kept_modes", "paused_statistics"]
+__all__ = ["eager", "evaluating", "kept_attribute", "kept_modes", "paused_statistics"]
 
 
 @contextmanager
@@ -74,30 +74,6 @@ def paused_statistics(module: nn.Module) -> Iterator[None]:
             # A training forward of torch's layer hands its buffers to the kernel, and counts, only where this is set.
             layer.track_running_stats = False
         yield
-
-
-@contextmanager
-def kept_buffers(model: nn.Module) -> Iterator[None]:
-    """Give every module its own buffers back at exit, the same tensors with the same values."""
-    kept = [
-        (module, name, buffer, buffer.detach().clone(), _version(buffer))
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, value, version in kept:
-            if getattr(module, name) is not buffer:
-                setattr(module, name, buffer)
-            if version is None or _version(buffer) != version:
-                with torch.no_grad():
-                    buffer.copy_(value)
-
-
-def _version(buffer: Tensor) -> int | None:
-    """The number of in-place writes so far; a tensor made in inference mode does not count them."""
-    return None if buffer.is_inference() else buffer._version
 
 
 def eager(model: nn.Module) -> AbstractContextManager[Any]:

@@ -39,12 +39,14 @@ class Moments:
     m2: Tensor  # (C,), sum of squared deviations from the mean
 
     @classmethod
-    def of(cls, data: Tensor, mask: Tensor | None = None) -> Moments:
+    def of(cls, data: Tensor, mask: Tensor | None = None, *, wide: bool = False) -> Moments:
         """Return the moments of `data` per channel, in at least float32.
 
         Args:
             data: (N, C, *spatial).
             mask: boolean (N, *spatial), True where a position counts; None counts all.
+            wide: give them in the widest dtype of the device: a mean in float32 is too coarse to be merged where it is 1e5 times the
+                standard deviation.
 
         Returns:
             Moments with `mean` and `m2` of shape (C,), differentiable with respect to `data`. Of no values at all: zeros.
@@ -63,7 +65,10 @@ class Moments:
         centred = data - mean.reshape(1, -1, *[1] * (data.dim() - 2))
         if kept is not None:
             centred = torch.where(kept, centred, 0.0)
-        return cls(count, mean, centred.square().sum(over))
+        # The mean was rounded: far from zero by so much that its square shows in m2. What is left of the mean tells by how much.
+        rest = centred.sum(over) / count.clamp(min=1)
+        dtype = wide_dtype(data.device) if wide else data.dtype
+        return cls(count.to(dtype), mean.to(dtype) + rest, (centred.square().sum(over) - rest.square() * count).clamp(min=0).to(dtype))
 
     @classmethod
     def from_variance(cls, count: Tensor, mean: Tensor, var: Tensor) -> Moments:

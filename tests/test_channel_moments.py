@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_bn import torch_internals
-from lightning_bn.channel_moments import channel_moments
+from lightning_bn.channel_moments import _moments_around, channel_moments
 
 SHAPES = [
     (1, 3),
@@ -85,3 +85,14 @@ def test_without_the_undocumented_kernels_the_moments_are_the_same(monkeypatch: 
 def test_there_is_no_graph() -> None:
     """Moments of data with grad have none."""
     assert not any(value.requires_grad for value in channel_moments(torch.randn(4, 3, 5, 5, requires_grad=True)))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (32, 16, 16, 16)], ids=str)
+def test_images_very_far_from_zero(shape: tuple[int, ...]) -> None:
+    """Mean 10000, standard deviation 0.01: the variance to 1e-4, in every layout, and by the way of other devices, around a first value."""
+    data = 1e4 + 0.01 * torch.randn(shape)
+    values = data.double().transpose(0, 1).flatten(1).numpy()
+    truth = torch.tensor([[sum((x - sum(row) / len(row)) ** 2 for x in row) / len(row)] for row in values]).flatten()
+    found = [channel_moments(layout)[1] for layout in layouts(data)]
+    for var in [*found, _moments_around(data[:1, :, 0, 0], data)[1]]:
+        assert (var.double() / truth - 1).abs().max() < 1e-4

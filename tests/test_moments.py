@@ -83,3 +83,13 @@ def test_oracle_goes_red() -> None:
     data = torch.randn(9, 2, dtype=torch.float64)
     with pytest.raises(AssertionError):
         check(spoiled(Moments.of(data)), oracles.channels(data))
+
+
+def test_a_mean_very_far_from_zero() -> None:
+    """Mean 10000, standard deviation 0.01, in parts as over ranks: the variance of all to 1e-4, which a mean rounded to float32 gives to 3e-3."""
+    data = 1e4 + 0.01 * torch.randn(64, 3, 8, 8)
+    whole = Moments.of(data[:7], wide=True)
+    for part in data[7:].split(19):
+        whole = whole.merge(Moments.of(part, wide=True))
+    truth = data.double().movedim(1, -1).reshape(-1, 3).var(0)
+    assert (whole.variance(unbiased=True).double() / truth - 1).abs().max() < 1e-4

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -284,3 +287,32 @@ def test_recalibrated_undoes_under_an_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt), recalibrated(model, batches, progress=False):
         signal.raise_signal(signal.SIGINT)
     assert before == everything(model)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_interrupts_at_random_moments_change_nothing_or_the_report_is_returned(exact: bool) -> None:
+    """A SIGINT from another thread, at any instruction: 150 calls for each kind of pass, of which some end before it comes."""
+    model, batches = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(), nn.BatchNorm1d(3)), list(torch.randn(2, 4, 3))
+    before = everything(model)
+    recalibrate(model, batches, exact=exact, progress=False).rollback()
+    start = time.perf_counter()
+    recalibrate(model, batches, exact=exact, progress=False).rollback()
+    length = time.perf_counter() - start
+    delays = random.Random(0)
+    interrupted = 0
+    for _ in range(150):
+        report, arrived = None, False
+        timer = threading.Timer(delays.uniform(0, 1.3 * length), os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            report = recalibrate(model, batches, exact=exact, progress=False)
+            timer.join()
+            _ = [None for _ in range(100)]  # where it is heard, if it came after the call
+        except KeyboardInterrupt:
+            arrived = True
+            interrupted += report is None
+        timer.join()
+        if report is not None:
+            report.rollback()
+        assert before == everything(model), f"interrupted: {arrived}, report: {report is not None}"
+    assert interrupted > 20

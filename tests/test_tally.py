@@ -18,15 +18,20 @@ def row(data: torch.Tensor) -> Row:
     return Row(len(data), len(data), values.mean(0), values.var(0, correction=0))
 
 
+CPU = torch.device("cpu")
+
+
 def tally(batches: list[torch.Tensor], pending: int | None = 3) -> Tally:
-    found = Tally(pending)
+    """Of a layer of two channels, beside one of a single channel that sees the first of them and one that sees nothing."""
+    found = Tally([1, 2, 3], CPU, pending)
     for number, batch in enumerate(batches):
-        found.add(number, row(batch))
+        found.add(number, 1, row(batch))
+        found.add(number, 0, row(batch[:, :1]))
     return found
 
 
 def summary(batches: list[torch.Tensor]) -> Summary:
-    found = tally(batches).summary()
+    (_, found, _), _ = tally(batches).close()
     assert found is not None
     return found
 
@@ -70,11 +75,11 @@ def test_merging_is_taking_the_batches_together(one: list[int], other: list[int]
 def test_calls_in_one_batch_are_one_row() -> None:
     """In any order, where nothing is summed up in between."""
     data = torch.randn(30, 2) + 5
-    merged = Tally(None)
+    merged = Tally([2], CPU, None)
     for number, part in [(0, data[:4]), (1, data[4:20]), (0, data[20:])]:
-        merged.add(number, row(part))
+        merged.add(number, 0, row(part))
     expected = summary([torch.cat((data[:4], data[20:])), data[4:20]])
-    found = merged.summary()
+    found = merged.summary_of(0)
     torch.testing.assert_close(found.statistics(pooled=False), expected.statistics(pooled=False))
     assert (found.batches, found.samples) == (2, 30)
 
@@ -84,8 +89,9 @@ def test_batches_that_are_not_finite_leave_no_trace_but_their_number() -> None:
     batches = [torch.randn(5, 2) for _ in range(8)]
     poisoned = [batch.clone() for batch in batches]
     poisoned[1][0, 0], poisoned[7][0, 1] = math.nan, math.inf
-    found, skipped = tally(poisoned).close()
+    (one, found, none), skipped = tally(poisoned).close()
     assert skipped == {1, 7}
+    assert (one.samples, one.batches, none.samples, none.batches) == (35, 7, 0, 0)  # the other layers' batches are their own affair
     expected = summary([batch for k, batch in enumerate(batches) if k not in (1, 7)])
     torch.testing.assert_close(found.statistics(pooled=True), expected.statistics(pooled=True))
     torch.testing.assert_close(found.standard_error(0.0), expected.standard_error(0.0))
@@ -95,7 +101,20 @@ def test_batches_that_are_not_finite_leave_no_trace_but_their_number() -> None:
 def test_one_batch_has_no_standard_error() -> None:
     """NaN, which is below no tolerance; none with no data."""
     assert summary([torch.randn(5, 2)]).standard_error(1e-5).isnan()
-    assert Tally(3).summary() is None
+    assert Tally([2], CPU, 3).summary() is None
+    assert Tally([2], CPU, 3).close() == ([None], set())
+
+
+def test_a_layer_alone_is_as_the_layer_among_others() -> None:
+    """What one layer has seen so far, asked for in the middle, and what all have seen side by side."""
+    batches = [torch.randn(5, 2) + 3 for _ in range(6)]
+    batches[2][1, 1] = math.nan
+    found = tally(batches, None)
+    alone, (_, together, _) = found.summary_of(1), found.summary().split([1, 2, 3])
+    assert alone.samples == together.samples == 25
+    torch.testing.assert_close(alone.statistics(pooled=True), together.statistics(pooled=True))
+    torch.testing.assert_close(alone.standard_error(1e-5), together.standard_error(1e-5))
+    assert found.summary_of(2) is None
 
 
 def test_channels_that_are_constant_have_no_error() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_bn.modes import evaluating, kept_buffers
+from lightning_bn.discovery import find_batch_norms
+from lightning_bn.recalibration.keeping import kept
 
 __all__ = ["BatchInput", "WayIn", "ways_in"]
 
@@ -46,12 +47,16 @@ class BatchInput:
         forward: the user's own ``forward(module, batch)``, or None to find a way.
         call: the user's call that needs it, for the error.
         advice: the call that would do without it, or with another.
+        takes_forward: whether that call has a ``forward=``, for a way that was not tried.
     """
 
-    def __init__(self, forward: Callable[[LightningModule, Any], Any] | None, *, call: str, advice: str) -> None:
+    def __init__(
+        self, forward: Callable[[LightningModule, Any], Any] | None, *, call: str, advice: str, takes_forward: bool = False
+    ) -> None:
         self._way = None if forward is None else WayIn("forward=", forward)
         self._call = call
         self._advice = advice
+        self._takes_forward = takes_forward
 
     @property
     def known(self) -> bool:
@@ -65,7 +70,8 @@ class BatchInput:
         """
         if self.known:
             return batches
-        first = list(islice(batches, 1))
+        with kept(module=module):  # the module's transfer hooks see each batch
+            first = list(islice(batches, 1))
         for batch in first:
             self._way = self._find(trainer, module, batch)
         return chain(first, batches)
@@ -81,19 +87,33 @@ class BatchInput:
         failures: list[str] = []
         last: Exception | None = None
         for way in ways_in(module, batch):
-            try:
-                with evaluating(module), kept_buffers(module), trainer.precision_plugin.forward_context():
-                    way.run(module, batch)
-                return way
-            except Exception as error:  # a user's forward may raise anything; all of it is passed on below
-                failures.append(f"{way.call} raised {type(error).__name__}: {error}")
-                last = error
-        reasons = (
-            "; ".join(failures) or f"no forward takes it{'' if module.automatic_optimization else ', and training_step optimises by hand'}"
-        )
+            # The batch is the fit's own, and the step is about to be run on it.
+            with kept(module=module, batch=batch):
+                try:
+                    module.eval()
+                    with trainer.precision_plugin.forward_context():
+                        way.run(module, batch)
+                    return way
+                except Exception as error:  # a user's forward may raise anything; all of it is passed on below
+                    failures.append(f"{way.call} raised {type(error).__name__}: {error}")
+                    last = error
+        if not module.automatic_optimization:
+            failures.append("training_step was not tried, since it optimises by hand")
         raise MisconfigurationException(
-            f"{self._call} can't put a batch ({_form(batch)}) into {type(module).__name__}: {reasons}. {self._advice}"
+            f"{self._call} can't put a batch ({_form(batch)}) into {type(module).__name__}: {'; '.join(failures) or 'no forward takes it'}. "
+            f"{(_another_way(module, batch) if self._takes_forward else None) or self._advice}"
         ) from last
+
+
+def _another_way(module: LightningModule, batch: Any) -> str | None:
+    """Suggest a call of the parts that hold batch-norm layers: the module itself was tried."""
+    parts = dict.fromkeys(layer.name.split(".")[0] for layer in find_batch_norms(module) if "." in layer.name)
+    if not parts:
+        return None
+    first = next(iter(batch), "inputs") if isinstance(batch, Mapping) else 0
+    value = f"batch[{first!r}]" if isinstance(batch, (Mapping, Sequence)) else "batch"
+    calls = ", ".join(f"module.{part}({value if place == 0 else '...'})" for place, part in enumerate(parts))
+    return f"Call the parts that hold the batch-norm layers, each with what it takes: forward=lambda module, batch: ({calls}{',' * (len(parts) == 1)})."
 
 
 def _ways_through_forward(module: LightningModule, batch: Any) -> list[WayIn]:

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 
 __all__ = [
     "afresh",
-    "forgotten_metric_names",
     "iterates_itself",
     "logging_step",
     "to_device",
@@ -104,16 +103,6 @@ def validation_metrics(trainer: Trainer, loader: CombinedLoader) -> dict[str, Te
         stack.callback(again.teardown)
         again.run()
         return {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
-
-
-@contextmanager
-def forgotten_metric_names(module: LightningModule) -> Iterator[None]:
-    """Let ``module.log`` look up anew which attribute a torchmetrics object is, while copies stand in the objects' places.
-
-    It keeps the answers by the objects' ids, in an attribute of its own.
-    """
-    with _exchanged(module, "_metric_attributes", None):
-        yield
 
 
 def _deaf_progress_bar(trainer: Trainer) -> list[Callback]:

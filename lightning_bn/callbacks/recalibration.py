@@ -9,7 +9,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.checkpoint_files import KINDS, check_kinds, files_of, statistics_in, write_recalibrated_copy
@@ -20,6 +20,7 @@ from lightning_bn.callbacks.training_pass import learning, on_training_device, q
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.recalibration import recalibrate
+from lightning_bn.recalibration.kept_objects import KeptObjects
 from lightning_bn.recalibration.report import RecalibrationReport
 
 __all__ = ["BatchNormRecalibration"]
@@ -118,7 +119,8 @@ class BatchNormRecalibration(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._final, self._learning = False, set()
         self._input = self._new_input()
-        if not any(layer.tracks for layer in find_batch_norms(pl_module)):
+        # One that is frozen may not track for now (`BaseFinetuning` tells its layers so), and will when it is unfrozen.
+        if not any(layer.module.running_mean is not None for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
                 f"BatchNormRecalibration: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. "
                 "Leave the callback out of Trainer(callbacks=...)."
@@ -136,8 +138,8 @@ class BatchNormRecalibration(Callback):
         check_kinds(trainer, self.checkpoints)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._layers = find_batch_norms(pl_module)
-        self._learning = learning(self._layers)
+        KeptObjects({"module": pl_module})  # raises where something could not be put back after a pass
+        self._look_again(pl_module)
         if self.dataloader is not None:
             with training_pass(trainer, pl_module, self.dataloader) as batches:
                 self._input.learn_from(trainer, pl_module, batches)
@@ -152,6 +154,9 @@ class BatchNormRecalibration(Callback):
         if self.dataloader is None and not self._input.known and batch is not None:
             with quiet(trainer, pl_module):
                 self._input.learn_from(trainer, pl_module, iter([batch]))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look_again(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the others.
@@ -187,9 +192,22 @@ class BatchNormRecalibration(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._count, self._last_step = state_dict["count"], state_dict["last_step"]
 
+    def _look_again(self, module: LightningModule) -> None:
+        """Find the layers as they are now; how they train is read off when a batch has been trained."""
+        self._layers = find_batch_norms(module)
+        self._learning = learning(self._layers)
+
+    def _take_in_new_layers(self, module: LightningModule) -> None:
+        """Let layers that came since the layers were last looked at be recalibrated too, unless they are frozen."""
+        known = {layer.module for layer in self._layers}
+        now = find_batch_norms(module)
+        new = {layer.name for layer in now if layer.module not in known and layer.tracks and not layer.frozen}
+        self._layers, self._learning = now, (self._learning & {layer.name for layer in now}) | new
+
     def _act(self, trainer: Trainer, module: LightningModule) -> None:
+        self._take_in_new_layers(module)
         if not self._learning:
-            rank_zero_warn("BatchNormRecalibration: every batch-norm layer is frozen, so their statistics were left as they are.")
+            rank_zero_warn(f"BatchNormRecalibration: {_why_none(self._layers)}, so their statistics were left as they are.")
             return
         before = self._validate(trainer, module)
         self.report = self._recalibrate(trainer, module)
@@ -224,9 +242,17 @@ class BatchNormRecalibration(Callback):
                 progress=trainer.progress_bar_callback is not None,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What the fit has found out about its module is of no use elsewhere, and functions can't be pickled.
+        return {**vars(self), "_input": None, "_layers": [], "_learning": set()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._input = self._new_input()
+
     def _new_input(self) -> BatchInput:
         advice = "Say how it goes in: BatchNormRecalibration(forward=lambda module, batch: module(batch[0]))."
-        return BatchInput(self.forward, call="BatchNormRecalibration", advice=advice)
+        return BatchInput(self.forward, call="BatchNormRecalibration", advice=advice, takes_forward=True)
 
     def _validate(self, trainer: Trainer, module: LightningModule) -> float | None:
         if self.monitor is None:
@@ -238,6 +264,18 @@ class BatchNormRecalibration(Callback):
             )
         # The same on every rank, or one would roll back where another does not.
         return float(trainer.strategy.reduce(metrics[self.monitor], reduce_op="mean"))
+
+
+def _why_none(layers: list[BatchNormLayer]) -> str:
+    """Say why no layer was learning: not every one that is in eval mode was meant to be."""
+    if not any(layer.tracks and not layer.frozen for layer in layers):
+        return "every batch-norm layer is frozen"
+    names = [layer.name or "(the module)" for layer in layers if layer.tracks and not layer.frozen]
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"{listed} can learn, but no batch-norm layer was in training mode in the last training step (if that was not meant, call "
+        "module.train() before the fit)"
+    )
 
 
 def _check_arguments(
@@ -260,7 +298,7 @@ def _check_arguments(
             f"BatchNormRecalibration(tolerance={tolerance!r}, exact={exact!r}): tolerance is a standard error in standard deviations, "
             "above 0, and goes with exact=False, since exact needs all batches at once."
         )
-    if isinstance(dataloader, Iterator):
+    if isinstance(dataloader, Iterator) and not isinstance(dataloader, CombinedLoader):
         raise TypeError(
             f"BatchNormRecalibration(dataloader={dataloader!r}): an iterator is used up after one pass. Pass what can be iterated again, a "
             "DataLoader or a list of batches."

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_bn.callbacks.isolation import in_stage, isolated, muted
 from lightning_bn.callbacks.lightning_internals import afresh, to_device, training_loader, validation_loader, validation_metrics
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.modes import eager, kept_attribute, kept_buffers
+from lightning_bn.modes import eager, kept_attribute
+from lightning_bn.recalibration.keeping import kept
 
 __all__ = ["learning", "on_training_device", "quiet", "training_pass", "validate_once_more"]
 
@@ -57,7 +58,7 @@ def validate_once_more(trainer: Trainer, module: LightningModule) -> dict[str, T
     with in_stage(trainer, RunningStage.VALIDATING), ExitStack() as stack:
         loader = validation_loader(trainer)
         stack.enter_context(isolated(module, loader))
-        stack.enter_context(kept_buffers(module))
+        stack.enter_context(kept(module=module))
         stack.enter_context(_kept_broadcast(trainer.strategy.model))
         stack.callback(loader.reset)  # ends the workers
         return validation_metrics(trainer, loader)

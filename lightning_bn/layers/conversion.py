@@ -11,6 +11,7 @@ from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_averaging
 from lightning_bn.layers.ledger import release as release_ledger
 from lightning_bn.layers.ledger import settle_together
+from lightning_bn.layers.trial import obstacle
 
 __all__ = ["convert_batch_norm", "to_torch"]
 
@@ -97,7 +98,7 @@ def to_torch(module: nn.Module) -> nn.Module:
 def _refusal(layer: _BatchNorm, averaging: Averaging | None) -> str | None:
     if isinstance(layer, AveragedBatchNorm) or (type(layer) in _OURS and not _has_own_forward(layer)):
         return "it keeps no running statistics" if averaging is not None and layer.running_mean is None else None
-    return subclasses.obstacle(layer) if averaging is not None else None
+    return obstacle(layer) if averaging is not None else None
 
 
 def _has_own_forward(layer: _BatchNorm) -> bool:

@@ -122,7 +122,7 @@ class Group:
 
     def finite(self, var: Tensor) -> Tensor:
         """Whether the moments of a layer's batch are finite, told by its variances: (L,) bool."""
-        return torch.zeros(len(self.layers), device=self.device).index_add_(0, self._owner, (~(var < math.inf)).float()) == 0
+        return torch.zeros(len(self.layers), dtype=torch.float32, device=self.device).index_add_(0, self._owner, (~(var < math.inf)).float()) == 0
 
     def split(self, wide: Tensor) -> tuple[Tensor, ...]:
         """Cut a tensor of all channels into the layers' parts."""

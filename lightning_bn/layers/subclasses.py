@@ -1,14 +1,13 @@
-"""Averaging for batch-norm subclasses of others' making, which keep their class and run their own forward."""
+"""Averaging for batch-norm subclasses of other packages and for patched layers, which keep their class and run their own forward."""
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
@@ -31,17 +30,16 @@ from lightning_bn.layers.settlement import (
     tell,
     write,
 )
-from lightning_bn.modes import kept_attribute
 from lightning_bn.torch_internals import in_backward
 
-__all__ = ["is_served", "observe", "obstacle", "release", "serve"]
+__all__ = ["Exchange", "is_served", "observe", "release", "serve"]
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _EXCHANGED = "_lightning_bn_exchanged"
 
 
-class _Exchange:
+class Exchange:
     """What a layer has in the place of its own buffers, momentum and 16-bit parameters during one call, and what it had."""
 
     def __init__(self, layer: _BatchNorm, loan: Loan | None, scratch: bool) -> None:
@@ -106,7 +104,7 @@ class _Service:
         if self.__dict__.pop("_unpickled", False):
             layer.averaging.upgrade(layer.num_features)
         self._lock.acquire()
-        interrupted: _Exchange | None = layer.__dict__.pop(_EXCHANGED, None)
+        interrupted: Exchange | None = layer.__dict__.pop(_EXCHANGED, None)
         if interrupted is not None:  # by a BaseException, of which no hook is told
             interrupted.undo(layer)
             self._lock.release()
@@ -116,13 +114,13 @@ class _Service:
             loan.take_own_rows()
         elsewhere = LOAN in layer.__dict__ and not in_backward() and loan is None
         momentum = kernel_momentum(layer) if loan is None else loan.momentum
-        exchange = _Exchange(layer, loan, scratch=layer.training and (momentum is None or elsewhere))
+        exchange = Exchange(layer, loan, scratch=layer.training and (momentum is None or elsewhere))
         layer.__dict__[_EXCHANGED] = exchange
         exchange.make(layer)
 
     @torch.no_grad()
     def _leave(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None) -> None:
-        exchange: _Exchange | None = layer.__dict__.pop(_EXCHANGED, None)
+        exchange: Exchange | None = layer.__dict__.pop(_EXCHANGED, None)
         if exchange is None:
             return
         try:
@@ -141,7 +139,7 @@ class _Service:
         self._unpickled = True
 
 
-def _take(layer: _BatchNorm, exchange: _Exchange, mean: Tensor, var: Tensor, input: Tensor, output: Tensor) -> None:
+def _take(layer: _BatchNorm, exchange: Exchange, mean: Tensor, var: Tensor, input: Tensor, output: Tensor) -> None:
     """Report or settle what the layer's forward has left in the buffers it was given."""
     synchronised = synchronised_moments(layer)
     count: int | Tensor = input.numel() // layer.num_features if synchronised is None else synchronised.count
@@ -223,70 +221,3 @@ def release(layer: _BatchNorm) -> None:
             # torch's kernel takes 16-bit parameters next to no other statistics than 16-bit ones.
             for name in ("running_mean", "running_var"):
                 layer._buffers[name] = layer._buffers[name].to(layer.weight.dtype)
-
-
-def obstacle(layer: _BatchNorm) -> str | None:
-    """Say why the subclass can't be served, or None where it can, after one forward of a copy with scratch buffers.
-
-    Whether a forward hands its buffers and its momentum to the kernel can't be seen from outside; whether they hold the batch's
-    moments afterwards can.
-    """
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-        return "it is lazy and has no buffers yet; run a batch through the model first"
-    if layer.running_mean is None:
-        return "it keeps no running statistics"
-    if layer.num_batches_tracked is None:
-        return "it does not count its batches (num_batches_tracked is None)"
-    if isinstance(layer, nn.SyncBatchNorm):
-        return None  # torch's own, known to follow the pattern; in a process group it can't be tried out by one rank alone
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        if "forward" in layer.__dict__ and not layer.running_mean.is_meta:
-            return _try_in_place(layer)
-        return _try_out(_plain_copy(layer))
-
-
-def _plain_copy(layer: _BatchNorm) -> _BatchNorm:
-    twin = copy.deepcopy(layer)
-    if layer.running_mean.is_meta:
-        twin = twin.to_empty(device="cpu")
-    twin = twin.cpu().float().train()
-    twin.track_running_stats = True
-    twin._forward_hooks.clear()
-    twin._forward_pre_hooks.clear()
-    return twin
-
-
-def _try_in_place(layer: _BatchNorm) -> str | None:
-    """Try out the layer itself: a forward that was put on it from outside may go on meaning this layer when it is copied."""
-    exchange = _Exchange(layer, None, scratch=True)
-    with kept_attribute([layer], "training"), kept_attribute([layer], "track_running_stats"):
-        layer.training = layer.track_running_stats = True
-        exchange.make(layer)
-        try:
-            return _tried(layer, layer.forward)
-        finally:
-            exchange.undo(layer)
-
-
-def _try_out(layer: _BatchNorm) -> str | None:
-    layer.running_mean.zero_()
-    layer.running_var.zero_()
-    layer.momentum = 1.0
-    return _tried(layer, layer)
-
-
-def _tried(layer: _BatchNorm, forward: Callable[[Tensor], Any]) -> str | None:
-    rank = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5}.get(next((c for c in type(layer).__mro__ if c in _TORCH_LAYERS), None), 4)
-    data = torch.randn(4, layer.num_features, *[3] * (rank - 2)) + torch.arange(4.0).reshape(4, *[1] * (rank - 1))
-    data = data.to(layer.running_mean.device)
-    try:
-        forward(data)
-    except Exception as error:  # another's forward may raise anything; the reason is passed on
-        return f"its forward, tried on a batch of shape {tuple(data.shape)}, raised {type(error).__name__}: {error}"
-    var, mean = torch.var_mean(data, [0, *range(2, rank)], unbiased=True)
-    if torch.allclose(layer.running_mean, mean, atol=1e-4) and torch.allclose(layer.running_var, var, rtol=1e-3):
-        return None
-    return "its forward does not leave the batch's mean and unbiased variance in its buffers when momentum is 1"
-
-
-_TORCH_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

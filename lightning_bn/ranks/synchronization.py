@@ -54,7 +54,7 @@ class _NormaliseOverRanks(torch.autograd.Function):
     def forward(
         ctx: Any, input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, group: Group
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        (moments,) = merge_over_ranks([Moments.of(input, mask)], group)
+        (moments,) = merge_over_ranks([Moments.of(input, mask, wide=True)], group)
         count = moments.count.reshape(())
         invstd = torch.rsqrt(moments.m2 / count.clamp(min=1) + eps)
         normalised = _scaled(_centred(input, moments.mean, mask), invstd, weight, bias, mask)

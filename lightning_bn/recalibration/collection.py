@@ -30,7 +30,7 @@ class Seen(NamedTuple):
     """The outcome of a pass: of one rank, or merged over all."""
 
     summaries: list[Summary | None]
-    """By layer; on the CPU; None for a layer that did not run."""
+    """By layer; on the CPU; None, or of no batches, for a layer that did not run."""
     batches: int
     samples: int
     skipped: int
@@ -38,40 +38,64 @@ class Seen(NamedTuple):
 
 
 class Tallies:
-    """What every layer of a list has seen so far."""
+    """What every layer of a list has seen so far: one tally for the layers of each device."""
 
     def __init__(self, layers: Sequence[_BatchNorm], *, pending: int | None) -> None:
-        self._tallies = [Tally(pending) for _ in layers]
-        self._eps = [layer.eps for layer in layers]
+        devices = [layer.running_mean.device for layer in layers]
+        places = {device: [place for place, own in enumerate(devices) if own == device] for device in devices}
+        self._parts = [_Part(layers, own, device, pending) for device, own in places.items()]
+        self._home = {place: (part.tally, number) for part in self._parts for number, place in enumerate(part.places)}
         self._samples: dict[int, int] = {}
         self.batches = 0
 
     def add(self, batch: int, place: int, row: Row) -> None:
         """Take in what the layer at `place` got in the batch of that number."""
         self._samples.setdefault(batch, row.samples)
-        self._tallies[place].add(batch, row)
+        tally, number = self._home[place]
+        tally.add(batch, number, row)
 
     def summary(self, place: int) -> Summary | None:
-        """Return what the layer at `place` has seen, None for nothing."""
-        return self._tallies[place].summary()
+        """Return what the layer at `place` has seen, None for nothing; only where no batch was summed up before (``pending=None``)."""
+        tally, number = self._home[place]
+        return tally.summary_of(number)
 
     def standard_error(self) -> float:
         """Return the standard error of the mean of the worst layer, in units of the standard deviation; NaN while it can't be told."""
-        summaries = [(tally.summary(), eps) for tally, eps in zip(self._tallies, self._eps, strict=True)]
-        errors = [summary.standard_error(eps) for summary, eps in summaries if summary is not None]
-        return torch.stack([error.to(errors[0].device) for error in errors]).max().item() if errors else float("nan")
+        errors = [error.cpu() for part in self._parts for error in part.standard_errors()]
+        return torch.stack(errors).max().item() if errors else float("nan")
 
     def seen(self, num_batches: int | None, *, tolerance_met: bool = False) -> Seen:
         """Return the outcome, on the CPU."""
-        closed = [tally.close() for tally in self._tallies]
+        closed = {part: part.tally.close() for part in self._parts}
+        summaries = {place: found for part, (found_all, _) in closed.items() for place, found in zip(part.places, found_all, strict=True)}
         ended = "num_batches" if self.batches == num_batches else "end"
         return Seen(
-            summaries=[summary for summary, _ in closed],
+            summaries=[summaries[place] for place in sorted(summaries)],
             batches=self.batches,
             samples=sum(self._samples.values()),
-            skipped=len(set().union(*(skipped for _, skipped in closed))),
+            skipped=len(set().union(*(skipped for _, skipped in closed.values()))),
             stopped_by="tolerance" if tolerance_met else ended,
         )
+
+
+class _Part:
+    """The layers on one device."""
+
+    def __init__(self, layers: Sequence[_BatchNorm], places: list[int], device: torch.device, pending: int | None) -> None:
+        self.places = places
+        self._sizes = [len(layers[place].running_mean) for place in places]
+        self._eps = torch.tensor([layers[place].eps for place in places], dtype=torch.float64)
+        self.tally = Tally(self._sizes, device, pending)
+
+    def standard_errors(self) -> list[Tensor]:
+        """Return that of each layer which saw anything, (); see `Summary.standard_error`."""
+        summary = self.tally.summary()
+        if summary is None:
+            return []
+        eps = self._eps.repeat_interleave(torch.tensor(self._sizes)).to(summary.within)
+        squares = summary.relative_errors(eps).split(self._sizes)
+        ran = [each[0] for each in summary.batches.split(self._sizes)]
+        return [square.mean().sqrt() for square, batches in zip(squares, ran, strict=True) if batches]
 
 
 class OnePass:
@@ -123,7 +147,10 @@ def progress_bar(batches: Iterable[Any], num_batches: int | None, layers: Sequen
 
 def merged(seen: Seen) -> Seen:
     """Return what all ranks have seen; every rank must call it."""
-    everyone = share(seen)
+    if not in_group():
+        return seen
+    # Each is a view of all layers' numbers, and would be sent with the whole of them.
+    everyone = share(seen._replace(summaries=[None if summary is None else summary.clone() for summary in seen.summaries]))
     total = everyone[0]
     for other in everyone[1:]:
         pairs = zip(total.summaries, other.summaries, strict=True)

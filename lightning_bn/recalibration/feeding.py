@@ -24,6 +24,16 @@ def feed(model: nn.Module, batch: Any) -> Any:
     Raises:
         TypeError: the batch is something else, or the model's forward does not take the mapping's keys.
     """
+    try:
+        return _feed(model, batch)
+    except NotImplementedError as error:
+        # What torch raises for a module without a forward, and so does a LightningModule that has its training_step alone.
+        if "forward" in str(error) and type(model).__name__ in str(error):
+            raise TypeError(f"{type(model).__name__} has no forward, so recalibrate(model, batches) can't run it. {_ADVICE}") from error
+        raise
+
+
+def _feed(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, (tuple, list)) and batch:

@@ -61,8 +61,16 @@ class HeldInterrupts:
         if self._previous is None:
             return
         try:
-            signal.signal(signal.SIGINT, self._previous)
             self._deliver()
+            # The last call of all: a signal that comes before it is held, and Python looks for one that came at its end, inside the `try`.
+            # Behind it there are returns alone, at which Python looks for none; so what comes later comes to the caller.
+            signal.signal(signal.SIGINT, self._previous)
         except BaseException:
-            self.undo()
+            # A second one may not come in between.
+            self._held = True
+            signal.signal(signal.SIGINT, self._handle)
+            try:
+                self.undo()
+            finally:
+                signal.signal(signal.SIGINT, self._previous)
             raise

@@ -44,7 +44,7 @@ class Lockstep:
 
     def stop(self, place: int) -> None:
         """Wait, inside a job, until all jobs that come to the layer at `place` have come."""
-        job = getcurrent()
+        job = _running_job()
         stop = (place, job.stops[place])
         job.stops[place] += 1
         with _switched_to(self._state):
@@ -52,8 +52,7 @@ class Lockstep:
 
     def current(self) -> int:
         """Return the number of the job that is running."""
-        number: int = getcurrent().number
-        return number
+        return _running_job().number
 
     def run(self, jobs: Iterable[Callable[[], object]]) -> None:
         """Run `jobs` to their ends; what one of them raises ends all, each with its ``finally``, and is raised."""
@@ -88,6 +87,16 @@ class _Job(greenlet):  # type: ignore[misc]
         self.gr_context = contextvars.copy_context()
         self.number = number
         self.stops: Counter[int] = Counter()
+
+
+def _running_job() -> _Job:
+    job = getcurrent()
+    if not isinstance(job, _Job):
+        raise RuntimeError(
+            "recalibrate(model, batches, exact=True): a batch-norm layer was called from a thread or a greenlet of the model's own, and can't "
+            "wait there for the other batches. Let the forward call its layers itself, or leave exact=True out."
+        )
+    return job
 
 
 def _device_types() -> list[str]:

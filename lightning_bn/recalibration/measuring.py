@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.channel_moments import channel_moments
-from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm
 from lightning_bn.layers.calls import input_and_mask
+from lightning_bn.layers.trial import obstacle
 from lightning_bn.modes import kept_attribute
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import unsynchronised
@@ -32,7 +32,7 @@ _KNOWN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, AveragedBat
 def measured(layers: Sequence[_BatchNorm], station: Station) -> Iterator[None]:
     """Stop every call of `layers` at `station`. The layers are in eval mode, so that they normalise with the buffers they are given.
 
-    The layers' own buffers are not written: other tensors stand in their place, and whoever calls this puts them back (`kept_buffers`).
+    The layers' own buffers are not written: other tensors stand in their place, and whoever calls this puts them back (`kept`).
     """
     with ExitStack() as stack:
         # Ranks may run unequal numbers of batches, and what they see is merged by whoever calls this.
@@ -70,7 +70,7 @@ def _normalises_its_input(layer: _BatchNorm) -> bool:
     if "forward" not in layer.__dict__ and type(layer).forward in _KNOWN_FORWARDS:
         return True
     try:
-        return subclasses.obstacle(layer) is None
+        return obstacle(layer) is None
     except Exception:  # a layer that can't be copied for the trial can still be asked by its own forward
         return False
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.moments import drift
 from lightning_bn.ranks.collective import in_group, share
 from lightning_bn.recalibration.collection import Seen
 from lightning_bn.recalibration.report import LayerReport
 from lightning_bn.recalibration.tally import Summary
 from lightning_bn.recalibration.transaction import StatisticsChange
 
-__all__ = ["Estimator", "agreed_changes", "layer_report"]
+__all__ = ["Estimator", "agreed_changes", "layer_reports"]
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -90,28 +93,46 @@ def _nothing_seen(layers: list[BatchNormLayer], seen: Seen) -> str:
     )
 
 
-def layer_report(layer: BatchNormLayer, change: StatisticsChange, summary: Summary) -> LayerReport:
-    """Return the figures of one layer."""
-    eps = layer.module.eps
-    (old_mean, old_var), (new_mean, new_var) = ([value.cpu().double() for value in pair] for pair in (change.old, change.new))
-    shift = (new_mean - old_mean) / (old_var + eps).sqrt()
-    ratio = ((new_var + eps) / (old_var + eps)).log()
-    return LayerReport(
-        name=layer.name,
-        kind=layer.kind,
-        samples=int(summary.samples),
-        batches=int(summary.batches),
-        mean_shift_max=_largest(shift),
-        mean_shift_rms=_rms(shift),
-        log_variance_ratio_max=_largest(ratio),
-        log_variance_ratio_rms=_rms(ratio),
-        standard_error=summary.standard_error(eps).item(),
+def layer_reports(layers: list[BatchNormLayer], changes: list[StatisticsChange], summaries: list[Summary]) -> tuple[LayerReport, ...]:
+    """Return the figures of each layer, computed for all at once."""
+    figures = _figures(layers, changes, summaries).T.tolist() if layers else []
+    return tuple(
+        LayerReport(
+            name=layer.name,
+            kind=layer.kind,
+            samples=int(samples),
+            batches=int(batches),
+            mean_shift_max=shift_max,
+            mean_shift_rms=shift_rms,
+            log_variance_ratio_max=ratio_max,
+            log_variance_ratio_rms=ratio_rms,
+            standard_error=error,
+        )
+        for layer, (samples, batches, shift_max, shift_rms, ratio_max, ratio_rms, error) in zip(layers, figures, strict=True)
     )
 
 
-def _largest(values: Tensor) -> float:
-    return values.abs().max().item()
+def _figures(layers: list[BatchNormLayer], changes: list[StatisticsChange], summaries: list[Summary]) -> Tensor:
+    """Return a row for each figure and a column for each layer, (7, L), float64: layers' channels lie in the rows of (L, widest) tensors."""
+    eps = torch.tensor([layer.module.eps for layer in layers], dtype=torch.float64).unsqueeze(1)
+    width = torch.tensor([len(change.old[0]) for change in changes])
+    old_mean, old_var = (_rows([change.old[place] for change in changes]) for place in range(2))
+    new_mean, new_var = (_rows([change.new[place] for change in changes]) for place in range(2))
+    shift, ratio = drift(new_mean, new_var, old_mean, old_var, eps)
+    squared = _rows([summary.relative_errors(layer.module.eps) for layer, summary in zip(layers, summaries, strict=True)])
+    return torch.stack(
+        (
+            torch.stack([summary.samples for summary in summaries]),
+            torch.stack([summary.batches for summary in summaries]),
+            shift.abs().amax(1),
+            (shift.square().sum(1) / width).sqrt(),
+            ratio.abs().amax(1),
+            (ratio.square().sum(1) / width).sqrt(),
+            (squared.sum(1) / width).sqrt(),
+        )
+    )
 
 
-def _rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
+def _rows(values: list[Tensor]) -> Tensor:
+    """Return tensors (C,) of many sizes as the rows of one, filled up with zeros: which give no shift, no ratio and no error."""
+    return pad_sequence([value.to("cpu", torch.float64) for value in values], batch_first=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["kept_random_states"]
+__all__ = ["generator_keeper", "is_generator", "kept_random_states"]
 
 # Containers longer than this hold data and no generators.
 _LONG = 64
@@ -24,7 +24,7 @@ def kept_random_states(batches: object) -> Iterator[None]:
         _keeper(torch.get_rng_state, torch.set_rng_state),
         _keeper(random.getstate, random.setstate),
         *_accelerator_keepers(),
-        *(_generator_keeper(generator) for generator in _generators(batches)),
+        *(generator_keeper(generator) for generator in _generators(batches)),
     ]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
@@ -51,7 +51,15 @@ def _accelerator_keepers() -> Iterator[Callable[[], Any]]:
         yield _keeper(getattr(module, f"get_rng_state{suffix}"), getattr(module, f"set_rng_state{suffix}"))
 
 
-def _generator_keeper(generator: Any) -> Callable[[], Any]:
+def is_generator(thing: object) -> bool:
+    """Tell whether it is a generator of random numbers: torch's, Python's or numpy's."""
+    numpy = sys.modules.get("numpy")
+    kinds = (numpy.random.Generator, numpy.random.RandomState) if numpy else ()
+    return isinstance(thing, (torch.Generator, random.Random, *kinds))
+
+
+def generator_keeper(generator: Any) -> Callable[[], Any]:
+    """Note where a generator of random numbers stands, and return what puts it back there."""
     if isinstance(generator, random.Random):
         return _keeper(generator.getstate, generator.setstate)
     if hasattr(generator, "set_state"):
@@ -62,15 +70,13 @@ def _generator_keeper(generator: Any) -> Callable[[], Any]:
 
 def _generators(source: object) -> list[Any]:
     """Return the random number generators that a loader holds: its own, its samplers', its datasets', and those of loaders inside it."""
-    numpy = sys.modules.get("numpy")
-    kinds = (torch.Generator, random.Random, *((numpy.random.Generator, numpy.random.RandomState) if numpy else ()))
     found, seen, waiting = [], set(), [source]
     while waiting:
         thing = waiting.pop()
         if id(thing) in seen:
             continue
         seen.add(id(thing))
-        if isinstance(thing, kinds):
+        if is_generator(thing):
             found.append(thing)
         elif isinstance(thing, (list, tuple)) and len(thing) <= _LONG:
             waiting.extend(thing)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.modes import eager, evaluating, kept_buffers
+from lightning_bn.modes import eager
 from lightning_bn.ranks.collective import tell_failure
 from lightning_bn.recalibration.collection import OnePass, Seen, merged
 from lightning_bn.recalibration.feeding import Forward, feed, to_device
 from lightning_bn.recalibration.interrupts import HeldInterrupts
+from lightning_bn.recalibration.keeping import Weights, kept
 from lightning_bn.recalibration.measuring import measured
-from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_report
+from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_reports
 from lightning_bn.recalibration.random_states import kept_random_states
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.selection import Layers, choose
@@ -125,8 +126,12 @@ def recalibrate(
     with HeldInterrupts() as interrupts:
         estimator = Estimator(chosen, pooled=pooled, prior=prior)
         way = _pass(chosen, estimator, options)
-        with _all_else_kept(core, batches), measured([layer.module for layer in chosen], way.station), interrupts.allowed():
-            seen = _collected(way, batches, run)
+        with (
+            _all_else_kept(core, batches) as weights,
+            measured([layer.module for layer in chosen], way.station),
+            interrupts.allowed(),
+        ):
+            seen = _collected(way, batches, run, weights)
             changes = agreed_changes(chosen, estimator, seen)
         report = _report(chosen, changes, seen, options)
         if not dry_run:
@@ -205,18 +210,18 @@ def _runner(model: nn.Module, forward: Forward | None, device: torch.device | st
 
 
 @contextmanager
-def _all_else_kept(model: nn.Module, batches: object) -> Iterator[None]:
+def _all_else_kept(model: nn.Module, batches: object) -> Iterator[Weights]:
     """Prepare the model for a pass over the data, and put back at exit what the preparation or the pass changes."""
     # Not inference mode, and out of the caller's: what the model caches on the way would be of no use for training.
     with (
         kept_random_states(batches),
-        kept_buffers(model),
-        evaluating(model),
+        kept(model=model) as weights,
         eager(model),
         torch.inference_mode(False),
         torch.no_grad(),
     ):
-        yield
+        model.eval()
+        yield weights
 
 
 def _pass(chosen: list[BatchNormLayer], estimator: Estimator, options: _Options) -> OnePass | ExactPass:
@@ -228,10 +233,16 @@ def _pass(chosen: list[BatchNormLayer], estimator: Estimator, options: _Options)
     return ExactPass(modules, estimator, num_batches=options.num_batches, progress=options.progress)
 
 
-def _collected(way: OnePass | ExactPass, batches: Iterable[Any], run: Callable[[Any], object]) -> Seen:
+def _collected(way: OnePass | ExactPass, batches: Iterable[Any], run: Callable[[Any], object], weights: Weights) -> Seen:
     """Let the data through, and return what all ranks have seen together."""
+
+    def run_with_the_weights_as_they_are(batch: Any) -> None:
+        run(batch)
+        weights.batch_is_done()
+
     try:
-        seen = way.collect(batches, run)
+        # In lockstep all batches are on their way at once: what they write into weights is undone when all are through.
+        seen = way.collect(batches, run_with_the_weights_as_they_are if isinstance(way, OnePass) else run)
     except BaseException as error:
         tell_failure(error)
         raise
@@ -240,15 +251,16 @@ def _collected(way: OnePass | ExactPass, batches: Iterable[Any], run: Callable[[
 
 def _report(chosen: list[BatchNormLayer], changes: list[StatisticsChange | None], seen: Seen, options: _Options) -> RecalibrationReport:
     rows = zip(chosen, changes, seen.summaries, strict=True)
+    changed = [(layer, change, summary) for layer, change, summary in rows if change is not None and summary is not None]
     return RecalibrationReport(
         batches=seen.batches,
         samples=seen.samples,
         skipped=seen.skipped,
-        layers=tuple(layer_report(layer, change, summary) for layer, change, summary in rows if change is not None and summary is not None),
+        layers=layer_reports(*(list(column) for column in zip(*changed, strict=True))),
         not_run=tuple(layer.name for layer, change in zip(chosen, changes, strict=True) if change is None),
         stopped_by=seen.stopped_by,
         num_batches=options.num_batches,
         tolerance=options.tolerance,
         dry_run=options.dry_run,
-        _changes=() if options.dry_run else tuple(change for change in changes if change is not None),
+        _changes=() if options.dry_run else tuple(change for _, change, _ in changed),
     )

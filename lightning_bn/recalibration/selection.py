@@ -32,7 +32,7 @@ def choose(model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
     _refuse_lazy(tracking)
     chosen = [layer for layer in tracking if _wanted(layer, model, layers)]
     if not chosen:
-        raise ValueError(_nothing(tracking, layers))
+        raise ValueError(_nothing(tracking, layers, model))
     return chosen
 
 
@@ -53,12 +53,19 @@ def _refuse_lazy(layers: list[BatchNormLayer]) -> None:
         raise TypeError(f"recalibrate(model, batches): {', '.join(lazy)} is lazy and has no statistics yet. Run a batch through it first.")
 
 
-def _nothing(tracking: list[BatchNormLayer], layers: Layers) -> str:
-    names = ", ".join(layer.name or "(the model)" for layer in tracking[:3]) + (", ..." if len(tracking) > 3 else "")
-    if callable(layers):
-        return f"recalibrate(model, batches, layers=<predicate>): it is true for none of the {len(tracking)} batch-norm layers ({names})."
+def _nothing(layers: list[BatchNormLayer], wanted: Layers, model: nn.Module) -> str:
+    number = f"{len(layers)} batch-norm layers ({_listed(layers)})"
+    if callable(wanted):
+        return f"recalibrate(model, batches, layers=<predicate>): it is true for none of the {number}."
+    choose_others = "Pass layers='all' to recalibrate them nevertheless, or a predicate layers=lambda name, module: ... to choose."
+    learning = [layer for layer in layers if not layer.frozen]
+    if not learning:
+        return f"recalibrate(model, batches): all {number} are frozen: no affine parameter requires grad. {choose_others}"
     return (
-        f"recalibrate(model, batches): all {len(tracking)} batch-norm layers ({names}) are frozen: no affine parameter requires grad, or "
-        "the layer is in eval mode in a model that is training. Pass layers='all' to recalibrate them nevertheless, or a predicate "
-        "layers=lambda name, module: ... to choose."
+        f"recalibrate(model, batches): {_listed(learning)} can learn, but are in eval mode in a model that is in training mode, so they are "
+        f"taken for frozen, as all {number} are. If that was not meant, call model.train() first. {choose_others}"
     )
+
+
+def _listed(layers: list[BatchNormLayer]) -> str:
+    return ", ".join(layer.name or "(the model)" for layer in layers[:3]) + (", ..." if len(layers) > 3 else "")

@@ -1,9 +1,10 @@
-"""What a layer saw over many batches, kept so that its statistics and their standard error can be told at any time."""
+"""What layers saw over many batches, kept so that their statistics and the standard error can be told at any time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,10 @@ def _moments(row: Row) -> Moments:
 
 @dataclass(frozen=True)
 class Summary:
-    """The sums over some batches from which both estimators and the standard error follow; float64, and merged by addition."""
+    """The sums over some batches from which both estimators and the standard error follow; float64, and merged by addition.
+
+    Of one layer, or of several whose channels stand side by side: then what is one number a layer, (), is given per channel, (C,).
+    """
 
     moments: Moments
     """Of all the data taken together."""
@@ -53,39 +57,33 @@ class Summary:
     var_sum: Tensor
     """(C,), sum of the unbiased within-batch variances."""
     batches: Tensor
-    """(), with any data."""
+    """() or (C,), with any data."""
     varied: Tensor
-    """(), batches with at least two values per channel, which alone have an unbiased variance."""
+    """() or (C,), batches with at least two values per channel, which alone have an unbiased variance."""
     samples: Tensor
-    """()"""
+    """() or (C,)"""
 
     @classmethod
-    def of(cls, rows: Sequence[Row], home: torch.device) -> tuple[Summary, Tensor]:
-        """Sum up `rows`, one a batch, on `home`; return also which of them were finite, (k,) bool, and so taken in."""
-        dtype = torch.float64
-        mean = torch.stack([row.mean for row in rows]).to(home, dtype)
-        var = torch.stack([row.var for row in rows]).to(home, dtype)
-        finite = var.isfinite().all(1)
-        count = torch.stack([torch.as_tensor(row.values, dtype=dtype).to(home) for row in rows]) * finite
-        samples = torch.tensor([row.samples for row in rows], dtype=dtype).to(home) * finite
-        seen, varied = (count > 0).unsqueeze(1), (count > 1).unsqueeze(1)
+    def of(cls, mean: Tensor, var: Tensor, count: Tensor, samples: Tensor) -> Summary:
+        """Sum up over batches: four tensors (batches, C), with a `count` of 0 where there was nothing or it is to be left out."""
+        seen, varied = count > 0, count > 1
+        samples = samples * seen
         # A NaN would survive the weight 0 which a batch that is left out gets.
         mean, var = torch.where(seen, mean, 0.0), torch.where(seen, var, 0.0)
-        total, weight = count.sum(), count.unsqueeze(1)
-        centre = (mean * weight).sum(0) / total.clamp(min=1)
-        within = (var * weight).sum(0)
-        between = (torch.where(seen, mean - centre, 0.0).square() * weight).sum(0)
-        unbiased = var * weight / (weight - 1).clamp(min=1)
-        summary = cls(
+        total = count.sum(0)
+        centre = (mean * count).sum(0) / total.clamp(min=1)
+        within = (var * count).sum(0)
+        between = (torch.where(seen, mean - centre, 0.0).square() * count).sum(0)
+        unbiased = var * count / (count - 1).clamp(min=1)
+        return cls(
             moments=Moments(total, centre, within + between),
             within=within,
             mean_sum=mean.sum(0),
             var_sum=torch.where(varied, unbiased, 0.0).sum(0),
-            batches=seen.sum().to(dtype),
-            varied=varied.sum().to(dtype),
-            samples=samples.sum(),
+            batches=seen.sum(0).to(count),
+            varied=varied.sum(0).to(count),
+            samples=samples.sum(0),
         )
-        return summary, finite
 
     def merge(self, other: Summary) -> Summary:
         """Return the summary of both sets of batches: `moments` by Chan's formula, and the sums added up."""
@@ -97,10 +95,27 @@ class Summary:
 
     def to(self, device: torch.device) -> Summary:
         """Return the summary on `device`."""
+        return self._each(lambda value: value.to(device))
+
+    def clone(self) -> Summary:
+        """Return the summary in memory of its own."""
+        return self._each(torch.clone)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Summary:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         moments: Moments = parts.pop("moments")
-        moved = Moments(moments.count.to(device), moments.mean.to(device), moments.m2.to(device))
-        return Summary(moments=moved, **{name: value.to(device) for name, value in parts.items()})
+        changed = Moments(change(moments.count), change(moments.mean), change(moments.m2))
+        return Summary(moments=changed, **{name: change(value) for name, value in parts.items()})
+
+    def split(self, sizes: Sequence[int]) -> list[Summary]:
+        """Return the summary of each layer, of those whose channels stand side by side."""
+        first = torch.tensor([0, *accumulate(sizes[:-1])], device=self.within.device)
+        each = {name: getattr(self, name).split(sizes) for name in ("within", "mean_sum", "var_sum")}
+        each |= {name: getattr(self, name)[first].unbind() for name in ("batches", "varied", "samples")}
+        moments = zip(self.moments.count[first].unbind(), self.moments.mean.split(sizes), self.moments.m2.split(sizes), strict=True)
+        return [
+            Summary(Moments(*parts), **dict(zip(each, values, strict=True))) for parts, *values in zip(moments, *each.values(), strict=True)
+        ]
 
     def statistics(self, *, pooled: bool) -> tuple[Tensor, Tensor]:
         """Return mean and unbiased variance, (C,): of all the data together, or averaged over the batches."""
@@ -108,73 +123,124 @@ class Summary:
             return self.moments.mean, self.moments.variance(unbiased=True)
         return self.mean_sum / self.batches, self.var_sum / self.varied
 
+    def relative_errors(self, eps: Tensor | float) -> Tensor:
+        """Return the squared standard error of the mean in units of ``var + eps``, (C,); see `standard_error`."""
+        between = (self.moments.m2 - self.within).clamp(min=0)
+        squared = between / (self.moments.count * (self.batches - 1))
+        return squared / (self.moments.m2 / self.moments.count + eps)
+
     def standard_error(self, eps: float) -> Tensor:
         """Return the standard error of the mean in units of ``sqrt(var + eps)``, rms over channels: ().
 
         ``se**2 = sum(n_i * (m_i - m)**2) / (n * (k - 1))`` over the k batches of n_i values and mean m_i: from the spread between batches,
         since the pixels of one image are not independent. NaN for a single batch.
         """
-        between = (self.moments.m2 - self.within).clamp(min=0)
-        squared = between / (self.moments.count * (self.batches - 1))
         # A batch fewer than two gives 0/0 (NaN) or x/0 (inf): neither is below any tolerance.
-        return (squared / (self.moments.m2 / self.moments.count + eps)).mean().sqrt()
+        return self.relative_errors(eps).mean().sqrt()
 
 
 class Tally:
-    """The rows of one layer, one a batch.
+    """The rows of layers on one device, one row a batch in which the channels of all stand side by side.
 
     Args:
-        pending: rows that are kept until they are summed up together, which costs little more than to sum up one. None: all of them,
+        sizes: the layers' numbers of channels.
+        device: where the rows are kept.
+        pending: batches that are kept until they are summed up together, which costs little more than to sum up one. None: all of them,
             where calls of different batches may come in any order.
     """
 
-    def __init__(self, pending: int | None) -> None:
+    def __init__(self, sizes: Sequence[int], device: torch.device, pending: int | None) -> None:
+        self._sizes = list(sizes)
+        self._device = device
+        # Where the device has no float64, the few numbers a batch go to the host, which has.
+        self._home = device if wide_dtype(device) is torch.float64 else torch.device("cpu")
+        # (C,), the layer of each channel.
+        self._layer = torch.repeat_interleave(torch.tensor(self._sizes)).to(self._home)
         self._pending = pending
-        self._rows: dict[int, Row] = {}
-        self._slots: list[tuple[Tensor, Tensor]] = []
+        self._blocks: list[Tensor] = []
+        self._batches: dict[int, _Batch] = {}
         self._folded: Summary | None = None
         self._finite: list[tuple[list[int], Tensor]] = []
 
-    def add(self, batch: int, row: Row) -> None:
-        """Take in what the layer saw in one call in the batch number `batch`; calls in one batch count as one batch."""
-        earlier = self._rows.get(batch)
-        if earlier is not None:
-            row, slot = earlier.merge(row), (earlier.mean, earlier.var)
-        else:
-            if len(self._rows) == self._pending:
+    def add(self, batch: int, place: int, row: Row) -> None:
+        """Take in what the layer at `place` saw in one call in the batch number `batch`; calls in one batch count as one batch."""
+        if batch not in self._batches:
+            if len(self._batches) == self._pending:
                 self._fold()
-            slot = self._slot(len(self._rows), row)
-        self._rows[batch] = row._replace(mean=slot[0].copy_(row.mean), var=slot[1].copy_(row.var))
+            self._batches[batch] = self._new_batch(len(self._batches))
+        self._batches[batch].add(place, row)
 
-    def _slot(self, number: int, row: Row) -> tuple[Tensor, Tensor]:
+    def _new_batch(self, number: int) -> _Batch:
         """Return memory for a row, off a block: small tensors kept between large ones break the heap up, and the model waits for pages."""
-        if number == len(self._slots):
-            # The forward of this batch may run in inference mode, and that of the next one, which is to write here, may not.
-            with torch.inference_mode(False):
-                block = torch.empty(_BLOCK, 2, len(row.mean), dtype=wide_dtype(row.mean.device), device=row.mean.device)
-                self._slots += [(mean, var) for mean, var in block.unbind()]
-        return self._slots[number]
+        # The forward of this batch may run in inference mode, and that of the next one, which is to write here, may not.
+        with torch.inference_mode(False):
+            if number == _BLOCK * len(self._blocks):
+                shape = (_BLOCK, 2, sum(self._sizes))
+                self._blocks.append(torch.empty(shape, dtype=wide_dtype(self._device), device=self._device))
+            row = self._blocks[number // _BLOCK][number % _BLOCK]
+            return _Batch(row, row[0].split(self._sizes), row[1].split(self._sizes), [(0, 0)] * len(self._sizes))
 
     def _fold(self) -> None:
         self._folded, finite = self._summed_up()
-        self._finite.append((list(self._rows), finite))
-        self._rows = {}
+        self._finite.append((list(self._batches), finite))
+        self._batches = {}
 
     def _summed_up(self) -> tuple[Summary, Tensor]:
-        rows = list(self._rows.values())
-        device = rows[0].mean.device
-        # Where the device has no float64, the few numbers a batch go to the host, which has.
-        home = device if wide_dtype(device) is torch.float64 else torch.device("cpu")
-        latest, finite = Summary.of(rows, home)
+        """Return the sums of all so far, and which of the pending batches were finite at every layer, (k,) bool."""
+        batches = list(self._batches.values())
+        mean, var = torch.stack([batch.row for batch in batches]).to(self._home).unbind(1)
+        numbers = torch.tensor([[*map(float, chain(*batch.numbers))] for batch in batches], dtype=torch.float64, device=self._home)
+        samples, count = numbers.view(len(batches), -1, 2)[:, self._layer].unbind(2)
+        good = var.isfinite() | (count == 0)
+        finite = good.all(1)
+        if not finite.all():
+            count = torch.where(self._by_layer(good)[:, self._layer], count, 0.0)
+        latest = Summary.of(mean, var, count, samples)
         return latest if self._folded is None else self._folded.merge(latest), finite
 
-    def summary(self) -> Summary | None:
-        """Return what was seen so far, None if nothing."""
-        return self._summed_up()[0] if self._rows else self._folded
+    def _by_layer(self, good: Tensor) -> Tensor:
+        """Return whether all channels are good, (k, L): one that is not finite spoils its layer's batch, and no other layer's."""
+        bad = torch.zeros(len(good), len(self._sizes), dtype=torch.float64, device=self._home)
+        return bad.index_add_(1, self._layer, (~good).to(bad)) == 0
 
-    def close(self) -> tuple[Summary | None, set[int]]:
-        """Return what was seen, on the CPU, and the numbers of the batches that were left out because their moments were not finite."""
-        if self._rows:
+    def summary(self) -> Summary | None:
+        """Return what all layers have seen so far side by side, None if none of them has seen anything."""
+        return self._summed_up()[0] if self._batches else self._folded
+
+    def summary_of(self, place: int) -> Summary | None:
+        """Return what the layer at `place` has seen of the pending batches, None if nothing."""
+        ran = [batch for batch in self._batches.values() if batch.numbers[place][0]]
+        found = [(batch.means[place], batch.vars[place], *batch.numbers[place]) for batch in ran]
+        if not found:
+            return None
+        means, variances, images, values = zip(*found, strict=True)
+        mean, var = torch.stack(means).to(self._home), torch.stack(variances).to(self._home)
+        samples, count = (torch.tensor([[float(n)] for n in each], dtype=torch.float64, device=self._home) for each in (images, values))
+        count = torch.where(var.isfinite().all(1, keepdim=True), count, 0.0)
+        (alone,) = Summary.of(mean, var, count.expand_as(var), samples.expand_as(var)).split([self._sizes[place]])
+        return alone
+
+    def close(self) -> tuple[list[Summary | None], set[int]]:
+        """Return what each layer has seen, on the CPU, and the numbers of the batches that some layer left out as not finite."""
+        if self._batches:
             self._fold()
         skipped = {batch for batches, finite in self._finite for batch, good in zip(batches, finite.tolist(), strict=True) if not good}
-        return None if self._folded is None else self._folded.to(torch.device("cpu")), skipped
+        if self._folded is None:
+            return [None] * len(self._sizes), skipped
+        return list(self._folded.to(torch.device("cpu")).split(self._sizes)), skipped
+
+
+class _Batch(NamedTuple):
+    row: Tensor  # (2, C of all layers): means and biased variances
+    means: tuple[Tensor, ...]  # views into it, one a layer
+    vars: tuple[Tensor, ...]
+    numbers: list[tuple[int, int | Tensor]]  # samples and values per channel, one pair a layer; zeros where it did not run
+
+    def add(self, place: int, row: Row) -> None:
+        mean, var = self.means[place], self.vars[place]
+        samples, values = self.numbers[place]
+        if samples:
+            row = Row(samples, values, mean, var).merge(row)
+        mean.copy_(row.mean)
+        var.copy_(row.var)
+        self.numbers[place] = (row.samples, row.values)

@@ -133,6 +133,12 @@ class Inspection:
             known.clear()
             known.update(kept)
         self._judged, self._marks, self._away, self._anchor, self._counts_before = {}, [], None, None, {}
+        # These know the layers by their places.
+        self._copies, self._boundaries = Copies(self.observer), Boundaries(self.observer.layers)
+        self._order = BatchOrder(self.observer.layers)
+        if self._look is not None:
+            self._look.close()
+        self._look, self._last, self._gaps, self._begun = None, None, [], {}
         tracing, probe = self.tracing, self._probe
         if probe is not None:
             probe.close()

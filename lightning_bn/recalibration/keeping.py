@@ -1,0 +1,51 @@
+"""A model as it was, whatever is run on it meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning_bn.recalibration.kept_objects import KeptObjects
+from lightning_bn.recalibration.kept_tensors import KeptTensors
+
+__all__ = ["Weights", "kept"]
+
+
+class Weights:
+    """The parameters of a model, given their values back between two batches."""
+
+    def __init__(self, parameters: KeptTensors) -> None:
+        self._parameters = parameters
+        self._batches = 0
+
+    def batch_is_done(self) -> None:
+        """Undo what the batch wrote into parameters, so that the next one meets the weights as they are."""
+        if not self._batches:
+            # An average of weights is often written where no version counter sees it: whoever does so does it in the first batch.
+            self._parameters.find_silent_writes()
+        self._parameters.restore_written()
+        self._batches += 1
+
+
+@contextmanager
+def kept(**roots: object) -> Iterator[Weights]:
+    """Put all back at exit that is written inside into `roots` and what hangs in them: values of tensors to the bit, in place.
+
+    Parameters and their gradients, buffers, which of them there are, modes, hooks, plain attributes, lists, dicts, metrics at any depth: see
+    `KeptObjects` and `KeptTensors`. It takes the memory of a copy of all tensors.
+
+    Args:
+        **roots: modules, optimizers, batches; named as an error is to name them.
+
+    Raises:
+        TypeError: something that can't be put back, by name; before anything is done.
+    """
+    objects = KeptObjects(roots)
+    parameters, tensors = KeptTensors(objects.parameters), KeptTensors(objects.tensors)
+    try:
+        objects.exchange()
+        yield Weights(parameters)
+    finally:
+        objects.restore()
+        parameters.restore()
+        tensors.restore()
