@@ -154,9 +154,9 @@ def add_each(counters: list[Tensor], which: Tensor | None) -> None:
 def saved_moments(output: Tensor, eps: float, count: int) -> tuple[Tensor, Tensor] | None:
     """Return mean and *unbiased* variance of the batch that batch norm's kernel keeps for backward, (C,) each; None where it keeps none.
 
-    ``_saved_result1`` and ``_saved_result2`` of the output's graph node are the mean and ``1 / sqrt(biased variance + eps)``. The names that begin
-    with ``_saved`` are not documented; without them, or without a graph, the moments must be computed from the input again.
-    """
+    ``_saved_result1`` and ``_saved_result2`` of the output's graph node are the mean and ``1 / sqrt(biased variance +
+    eps)``. The names that begin with ``_saved`` are not documented; without them, or without a graph, the moments must
+    be computed from the input again."""
     node = output.grad_fn
     # Hooks on saved tensors would be called, and those of activation checkpointing run the forward again.
     hooked = _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None

@@ -86,7 +86,7 @@ def test_oracle_goes_red() -> None:
 
 
 def test_a_mean_very_far_from_zero() -> None:
-    """Mean 10000, standard deviation 0.01, in parts as over ranks: the variance of all to 1e-4, which a mean rounded to float32 gives to 3e-3."""
+    """Mean 10000, standard deviation 0.01, in parts as over ranks: the variance to 1e-4, which a mean in float32 gives to 3e-3."""
     data = 1e4 + 0.01 * torch.randn(64, 3, 8, 8)
     whole = Moments.of(data[:7], wide=True)
     for part in data[7:].split(19):

@@ -33,10 +33,11 @@ def summarise_drift(shift: Tensor, log_ratio: Tensor, width: Tensor) -> Tensor:
 class DriftMeter:
     """Drift of many batch-norm layers at once, between `start` and `measure`, with as few kernels as for one.
 
-    What the batches in between were like follows from how the running statistics moved: by an exponential average of momentum m, one batch
-    is ``before + (after - before) / m``. An averaging says how much its newest batches weigh (`Averaging.newest_weight`). Where it can't,
-    as a window can't, a layer of this package tells of its batches when it settles them; of any other, somebody hands them in. Drift is measured against the statistics *before* those batches: what an evaluation at that moment
-    would have used.
+    What the batches in between were like follows from how the running statistics moved: by an exponential average of
+    momentum m, one batch is ``before + (after - before) / m``. An averaging says how much its newest batches weigh
+    (`Averaging.newest_weight`). Where it can't, as a window can't, a layer of this package tells of its batches when it
+    settles them; of any other, somebody hands them in. Drift is measured against the statistics *before* those batches:
+    what an evaluation at that moment would have used.
 
     Args:
         layers: which keep running statistics.
@@ -86,7 +87,8 @@ class DriftMeter:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Remember the running statistics as they are now, and listen to the layers whose buffers don't tell, until `measure` or `close`."""
+        """Remember the running statistics as they are now, and listen to the layers whose buffers don't tell, until
+        `measure` or `close`."""
         self.close()
         self._handed = []
         if self.layers:

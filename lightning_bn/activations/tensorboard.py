@@ -38,7 +38,8 @@ _LISTED = 30
 
 
 def layout(prefix: str) -> dict[str, dict[str, list[Any]]]:
-    """Return the layout of the Custom Scalars tab: a chart a statistic that has one. Two lines a chart, since all have the run's one colour."""
+    """Return the layout of the Custom Scalars tab: a chart a statistic that has one. Two lines a chart, since all have
+    the run's one colour."""
 
     def chart(statistic: Statistic, prefix: str) -> list[Any]:
         if statistic.band:

@@ -57,10 +57,11 @@ class Averaging(TrainingState, ABC):
     untouched by ``.half()``, DDP broadcasts and weight averaging. Write them with ``batch.write(target, value)``, so that a skipped batch
     leaves them alone.
 
-    A rule is *elementwise* if each channel's statistics depend on nothing but that channel's moments and state. Say so with
-    ``elementwise = True``: `update` is then called once for the channels of all layers that share the rule, in place of once a layer, and a
-    model of 50 layers launches a fiftieth of the kernels. It is never guessed, because a rule that averages over channels would silently mix
-    layers. What such an `update` gets, and what `initial_state` returns, has the channels in its last dimension.
+    A rule is *elementwise* if each channel's statistics depend on nothing but that channel's moments and state. Say so
+    with ``elementwise = True``: `update` is then called once for the channels of all layers that share the rule, in
+    place of once a layer, and a model of 50 layers launches a fiftieth of the kernels. It is never guessed, because a
+    rule that averages over channels would silently mix layers. What such an `update` gets, and what `initial_state`
+    returns, has the channels in its last dimension.
 
     Example:
         Polynomial decay averaging (Shamir & Zhang 2013, section 4), in which late batches weigh more:
@@ -150,8 +151,8 @@ class Averaging(TrainingState, ABC):
         for name, value in state.items() if self.elementwise else ():
             if value.shape[-1:] != (channels,):
                 raise ValueError(
-                    f"{self!r} is elementwise, but its initial_state({channels}, ...) returns {name!r} of shape {tuple(value.shape)}: the last "
-                    f"dimension must be that of the {channels} channels. Or leave out `elementwise = True`."
+                    f"{self!r} is elementwise, but its initial_state({channels}, ...) returns {name!r} of shape "
+                    f"{tuple(value.shape)}: the last dimension must be that of the {channels} channels. Or leave out `elementwise = True`."
                 )
         own._declare(state)
         return own

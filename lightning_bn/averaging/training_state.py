@@ -137,7 +137,10 @@ class TrainingState(nn.Module):
                 getattr(self, name).zero_()
 
 
-_MEND = "Build the layer with the averaging the checkpoint was trained with, or drop the keys that start with '{}' to start with an empty history."
+_MEND = (
+    "Build the layer with the averaging that the checkpoint was trained with. To start with an empty history, drop the keys that start "
+    "with '{}'."
+)
 
 
 def apply_without_narrowing(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

@@ -100,7 +100,8 @@ class BatchInput:
         if not module.automatic_optimization:
             failures.append("training_step was not tried, since it optimises by hand")
         raise MisconfigurationException(
-            f"{self._call} can't put a batch ({_form(batch)}) into {type(module).__name__}: {'; '.join(failures) or 'no forward takes it'}. "
+            f"{self._call} can't put a batch ({_form(batch)}) into {type(module).__name__}: "
+            f"{'; '.join(failures) or 'no forward takes it'}. "
             f"{(_another_way(module, batch) if self._takes_forward else None) or self._advice}"
         ) from last
 
@@ -113,7 +114,8 @@ def _another_way(module: LightningModule, batch: Any) -> str | None:
     first = next(iter(batch), "inputs") if isinstance(batch, Mapping) else 0
     value = f"batch[{first!r}]" if isinstance(batch, (Mapping, Sequence)) else "batch"
     calls = ", ".join(f"module.{part}({value if place == 0 else '...'})" for place, part in enumerate(parts))
-    return f"Call the parts that hold the batch-norm layers, each with what it takes: forward=lambda module, batch: ({calls}{',' * (len(parts) == 1)})."
+    called = f"({calls}{',' * (len(parts) == 1)})"
+    return f"Call the parts that hold the batch-norm layers, each with what it takes: forward=lambda module, batch: {called}."
 
 
 def _ways_through_forward(module: LightningModule, batch: Any) -> list[WayIn]:

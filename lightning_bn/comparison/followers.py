@@ -42,8 +42,9 @@ class Followers:
         TypeError: a value is not an Averaging.
         ValueError: the model has no layer that keeps running statistics.
 
-    Cost: the moments are those that the layers' own forwards have computed; per average and forward of the model one update, for the channels of all
-    layers together. No activation is read a second time where the kernel keeps a batch's moments.
+    Cost: the moments are those that the layers' own forwards have computed; per average and forward of the model one
+    update, for the channels of all layers together. No activation is read a second time where the kernel keeps a
+    batch's moments.
 
     Example:
         >>> from lightning_bn import Cumulative, Window
@@ -214,7 +215,8 @@ class _Wide:
 
 @torch.no_grad()
 def _moments(layer: _BatchNorm, input: Tensor, mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Mean, *unbiased* variance and count of what the layer's own statistics take in: the batch, or that of all ranks if it is synchronised."""
+    """Mean, *unbiased* variance and count of what the layer's own statistics take in: the batch, or that of all ranks
+    if it is synchronised."""
     moments = synchronised_moments(layer)
     if isinstance(layer, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         (moments,) = merge_over_ranks([Moments.of(input, mask)], layer.process_group)

@@ -32,7 +32,7 @@ from lightning_bn.layers.settlement import (
 from lightning_bn.moments import Moments
 from lightning_bn.torch_internals import in_backward
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = ["AveragedBatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "check_averaging", "masked_batch_norm"]
 
 
 class AveragedBatchNorm(_BatchNorm):
@@ -196,7 +196,8 @@ class AveragedBatchNorm(_BatchNorm):
         return output
 
     def _forward_on_scratch(self, input: Tensor) -> Tensor:
-        """Let the kernel leave the batch's mean and unbiased variance in scratch buffers, which with momentum 1 costs nothing, and settle at once.
+        """Let the kernel leave the batch's mean and unbiased variance in scratch buffers, which with momentum 1 costs
+        nothing, and settle at once.
 
         They start as zeros, since a NaN in fresh memory would survive being multiplied by 0.
         """

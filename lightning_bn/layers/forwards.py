@@ -19,9 +19,9 @@ __all__ = ["OutermostForward"]
 class OutermostForward:
     """Calls `begin`, `end` and `close` around the outermost forward of `module`, in whichever thread calls it first.
 
-    A module may call itself on the way, as a LightningModule under DDP does, whose training step is its forward: only the outermost call counts.
-    Calls by a second thread at the same time, and recomputations in backward, are passed over. Under `torch.compile` the hooks do nothing.
-    """
+    A module may call itself on the way, as a LightningModule under DDP does, whose training step is its forward: only
+    the outermost call counts. Calls by a second thread at the same time, and recomputations in backward, are passed
+    over. Under `torch.compile` the hooks do nothing."""
 
     def __init__(self) -> None:
         self._open: dict[str, int] = {}  # the thread whose forward is under way; taken by setdefault, which no other thread can interrupt

@@ -59,11 +59,9 @@ class Group:
 
     def lend(self, ledger: Any) -> tuple[Tensor, list[Loan]]:
         """Return the rows of all layers, (2 C,), and a loan of a part of them for each layer."""
-        if self.rules:
-            rows = torch.zeros(2 * self._channels, dtype=self.dtype, device=self.device)
-        else:
-            # Scratch of its own for each forward: autograd keeps it for backward.
-            rows = self._statistics()
+        # New ones for each forward: autograd keeps them for backward.
+        fresh = torch.zeros(2 * self._channels, dtype=self.dtype, device=self.device) if self.rules else None
+        rows = self._statistics() if fresh is None else fresh
         pieces = rows.split(self._sizes * 2)
         momenta = [None] * len(self.layers) if self.rules else [kernel_momentum(layer) for layer in self.layers]
         loans = [
@@ -115,14 +113,17 @@ class Group:
         if rows.lent is None:
             pieces = new.split(self._sizes * 2)
         elif new is not rows.lent:
-            # Into the rows that were lent, which are cut up already. Autograd has saved them and must not notice, as it does not when the kernel
-            # writes them: in training, backward takes the batch's moments and not these.
+            # Into the rows that were lent, which are cut up already. Autograd has saved them and must not notice, as it
+            # does not when the kernel writes them: in training, backward takes the batch's moments and not these.
             rows.lent.data.copy_(new)
         copy_each([*self._buffers("running_mean"), *self._buffers("running_var")], list(pieces))
 
     def finite(self, var: Tensor) -> Tensor:
         """Whether the moments of a layer's batch are finite, told by its variances: (L,) bool."""
-        return torch.zeros(len(self.layers), dtype=torch.float32, device=self.device).index_add_(0, self._owner, (~(var < math.inf)).float()) == 0
+        return (
+            torch.zeros(len(self.layers), dtype=torch.float32, device=self.device).index_add_(0, self._owner, (~(var < math.inf)).float())
+            == 0
+        )
 
     def split(self, wide: Tensor) -> tuple[Tensor, ...]:
         """Cut a tensor of all channels into the layers' parts."""
@@ -166,7 +167,8 @@ class Group:
         return valid
 
     def _constant(self, what: str, values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-        """Return numbers of the host's on the device; remembered, since most forwards are alike and a copy costs more than what is done with it."""
+        """Return numbers of the host's on the device; remembered, since most forwards are alike and a copy costs more
+        than what is done with it."""
         key = (what, values)
         if key not in self._known:
             if len(self._known) >= 64:

@@ -17,7 +17,7 @@ from lightning_bn.layers.settlement import LISTENERS, LOAN, MERGED, OBSERVED, SE
 from lightning_bn.moments import Moments, wide_dtype
 from lightning_bn.torch_internals import buffers_of
 
-__all__ = ["Ledger", "settle_together", "takes_loans"]
+__all__ = ["Ledger", "release", "settle_together", "takes_loans"]
 
 Gather = Callable[[Tensor], list[Tensor]]
 """Returns the tensor of every rank, in the order of ranks."""
@@ -28,13 +28,14 @@ _PLANS = 16  # how many choices of layers, of those that train and those that do
 def settle_together(model: nn.Module) -> nn.Module:
     """Let the batch-norm layers of `model` settle their running statistics together, once at the end of each training forward of the model.
 
-    `convert_batch_norm` and this package's callbacks do it themselves; call it on a model that is built of this package's layers. The running
-    statistics are the same with and without it. What changes is the cost, which on a GPU is the number of kernels launched: about 60 for the whole
-    model in place of up to 140 a layer. Until the outermost forward ends, ``running_mean``, ``running_var`` and ``num_batches_tracked`` hold what
-    they held before the batch.
+    `convert_batch_norm` and this package's callbacks do it themselves; call it on a model that is built of this
+    package's layers. The running statistics are the same with and without it. What changes is the cost, which on a GPU
+    is the number of kernels launched: about 60 for the whole model in place of up to 140 a layer. Until the outermost
+    forward ends, ``running_mean``, ``running_var`` and ``num_batches_tracked`` hold what they held before the batch.
 
-    The model, and each part of it that a training step may call by itself (its children, also those in containers), gets hooks. A layer that
-    is called on its own, or inside compiled code, settles at once. Layers of plain torch stay untouched.
+    The model, and each part of it that a training step may call by itself (its children, also those in containers),
+    gets hooks. A layer that is called on its own, or inside compiled code, settles at once. Layers of plain torch stay
+    untouched.
 
     Args:
         model: any module; may be called again after layers were added or replaced.

@@ -1,9 +1,9 @@
 """How the batch of a forward gets into the running statistics: settled for all layers of a model at once, or for one layer by itself.
 
-When the outermost forward of a model begins, its ledger (`lightning_bn.layers.ledger`) lends each layer a pair of rows, and the layer's forward lets
-the kernel write into them. When it ends, all loans are settled together, as if the layers were one wide layer. A layer that nobody has lent
-anything, because it is called by itself or inside compiled code, settles at once: slower, and with the same result.
-"""
+When the outermost forward of a model begins, its ledger (`lightning_bn.layers.ledger`) lends each layer a pair of rows,
+and the layer's forward lets the kernel write into them. When it ends, all loans are settled together, as if the layers
+were one wide layer. A layer that nobody has lent anything, because it is called by itself or inside compiled code,
+settles at once: slower, and with the same result."""
 
 from __future__ import annotations
 
@@ -24,18 +24,29 @@ from lightning_bn.moments import Moments
 from lightning_bn.torch_internals import in_backward, kernel_moments, saved_moments
 
 __all__ = [
+    "LISTENERS",
+    "LOAN",
     "Listener",
     "Loan",
+    "MERGED",
+    "OBSERVED",
+    "SERVED",
+    "SYNCHRONISED",
     "Settled",
     "advance",
+    "batch_moments",
     "borrowed",
+    "exclusive",
     "is_finite",
     "is_lent",
+    "is_synchronised",
     "kernel_momentum",
     "listening",
     "rule_of",
+    "synchronised_moments",
     "tell",
     "torch_rule",
+    "write",
 ]
 
 # Names of attributes that a layer, of whatever class, has for a while.
@@ -70,9 +81,8 @@ class Settled:
 class Loan:
     """The rows that one layer is lent for one forward of its model, and what it reports of its run.
 
-    The rows are zeros with momentum 1, in which the kernel leaves the batch's mean and *unbiased* variance, or copies of the running statistics
-    with the layer's own momentum, of which the kernel makes the new running statistics.
-    """
+    The rows are zeros with momentum 1, in which the kernel leaves the batch's mean and *unbiased* variance, or copies
+    of the running statistics with the layer's own momentum, of which the kernel makes the new running statistics."""
 
     __slots__ = ("batch", "count", "ledger", "mean", "momentum", "own_rows", "ran", "thread", "valid", "var")
 
@@ -166,7 +176,8 @@ def is_finite(var: Tensor) -> Tensor:
 
 
 def batch_moments(layer: _BatchNorm, input: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and *unbiased* variance of the batch that `layer` has just normalised, (C,) each; the kernel has kept them where there is a graph."""
+    """Return mean and *unbiased* variance of the batch that `layer` has just normalised, (C,) each; the kernel has kept
+    them where there is a graph."""
     synchronised = synchronised_moments(layer)
     if synchronised is not None:
         return synchronised.mean, synchronised.variance(unbiased=True)
@@ -201,8 +212,8 @@ def exclusive() -> AbstractContextManager[Any]:
 def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
     """Let `averaging` take `batch` in and write the statistics it gives into the layer's buffers, in place.
 
-    If another thread is in the middle of a forward of the layer's model, that forward's settlement does it, since it will write the buffers.
-    """
+    If another thread is in the middle of a forward of the layer's model, that forward's settlement does it, since it
+    will write the buffers."""
     loan: Loan | None = None if torch.compiler.is_compiling() else layer.__dict__.get(LOAN)
     if loan is not None:
         loan.ledger.later.append((layer, averaging, batch))

@@ -168,7 +168,8 @@ def _batch(layer: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor, va
 
 
 class _WideStatistics:
-    """The ``_apply`` of a layer whose running statistics stay float32 when the model is cast to 16 bits: an average kept in bfloat16 stalls."""
+    """The ``_apply`` of a layer whose running statistics stay float32 when the model is cast to 16 bits: an average
+    kept in bfloat16 stalls."""
 
     def __init__(self, layer: _BatchNorm) -> None:
         self.layer = layer

@@ -93,8 +93,8 @@ def _running_job() -> _Job:
     job = getcurrent()
     if not isinstance(job, _Job):
         raise RuntimeError(
-            "recalibrate(model, batches, exact=True): a batch-norm layer was called from a thread or a greenlet of the model's own, and can't "
-            "wait there for the other batches. Let the forward call its layers itself, or leave exact=True out."
+            "recalibrate(model, batches, exact=True): a batch-norm layer was called from a thread or a greenlet of the model's own, and "
+            "can't wait there for the other batches. Let the forward call its layers itself, or leave exact=True out."
         )
     return job
 

@@ -113,7 +113,8 @@ def layer_reports(layers: list[BatchNormLayer], changes: list[StatisticsChange],
 
 
 def _figures(layers: list[BatchNormLayer], changes: list[StatisticsChange], summaries: list[Summary]) -> Tensor:
-    """Return a row for each figure and a column for each layer, (7, L), float64: layers' channels lie in the rows of (L, widest) tensors."""
+    """Return a row for each figure and a column for each layer, (7, L), float64: layers' channels lie in the rows of
+    (L, widest) tensors."""
     eps = torch.tensor([layer.module.eps for layer in layers], dtype=torch.float64).unsqueeze(1)
     width = torch.tensor([len(change.old[0]) for change in changes])
     old_mean, old_var = (_rows([change.old[place] for change in changes]) for place in range(2))

@@ -62,8 +62,8 @@ def _nothing(layers: list[BatchNormLayer], wanted: Layers, model: nn.Module) -> 
     if not learning:
         return f"recalibrate(model, batches): all {number} are frozen: no affine parameter requires grad. {choose_others}"
     return (
-        f"recalibrate(model, batches): {_listed(learning)} can learn, but are in eval mode in a model that is in training mode, so they are "
-        f"taken for frozen, as all {number} are. If that was not meant, call model.train() first. {choose_others}"
+        f"recalibrate(model, batches): {_listed(learning)} can learn, but are in eval mode in a model that is in training mode, so they "
+        f"are taken for frozen, as all {number} are. If that was not meant, call model.train() first. {choose_others}"
     )
 
 

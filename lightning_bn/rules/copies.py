@@ -79,8 +79,9 @@ class Copies:
         twins = {_shape(layer) for index, layer in enumerate(layers) if index not in self._held and not learning.frozen(layer)}
         names = [layers[index].name for index in self._held]
         odd = [layers[index].name for index in self._held if _shape(layers[index]) not in twins]
-        # A part of the model is a copy as a whole or not at all.
-        parts = [top for top in modules_of(names, [layer.name for layer in layers]) if not any(_inside(name, top) for name in odd)]
+        # A part of the model is a copy as a whole or not at all, together with what is frozen beside it.
+        tops = modules_of(names, [layer.name for layer in layers])
+        parts = [top for top in tops if not any(_inside(name, top.rpartition(".")[0] or top) for name in odd)]
         open_ = [layers[index].name for index in self._held if index not in self.written | self._decided]
         return [name for name in open_ if any(_inside(name, top) for top in parts)]
 

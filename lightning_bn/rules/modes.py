@@ -14,7 +14,7 @@ from lightning_bn.rules.observer import Forward, Modes, Observer, ancestors
 from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Fix, Level, Return, Rule, Seen, Setting
 from lightning_bn.torch_internals import is_compiled
 
-__all__ = ["MODE_RULES"]
+__all__ = ["MODE_RULES", "visits"]
 
 
 class Unseen(Rule):

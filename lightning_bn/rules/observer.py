@@ -18,7 +18,7 @@ from lightning_bn.rules.forwards import Forward, Trace, forward_of
 from lightning_bn.rules.routine import Routine, Sketch
 from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
 
-__all__ = ["Forward", "Modes", "Observer", "moves_later"]
+__all__ = ["Forward", "Modes", "Observer", "ancestors", "moves_later"]
 
 Modes = tuple[bool, ...]
 """The ``training`` flags of `Observer.modules`, in their order."""

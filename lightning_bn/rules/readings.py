@@ -15,7 +15,7 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.layers.settlement import rule_of
 from lightning_bn.moments import drift
 
-__all__ = ["Gap", "Reading", "Values", "gaps", "learned", "ranks_apart", "weight_samples"]
+__all__ = ["Gap", "LayerValues", "Reading", "Values", "gaps", "learned", "ranks_apart", "weight_samples"]
 
 LEAST_UPDATES = 5
 """The statistics of fewer batches are too noisy to be compared with."""

@@ -19,7 +19,20 @@ if TYPE_CHECKING:
     from lightning_bn.rules.learning import Learning
     from lightning_bn.rules.readings import Gap, Values
 
-__all__ = ["Batch", "Evaluation", "Finding", "Fix", "Level", "ModeCheckError", "Return", "Rule", "Seen", "Setting"]
+__all__ = [
+    "Batch",
+    "Configuration",
+    "Evaluation",
+    "Exchange",
+    "Finding",
+    "Fix",
+    "Level",
+    "ModeCheckError",
+    "Return",
+    "Rule",
+    "Seen",
+    "Setting",
+]
 
 
 @dataclass(frozen=True)
