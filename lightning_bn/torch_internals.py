@@ -22,7 +22,7 @@ __all__ = [
     "is_replica",
     "kernel_moments",
     "parameters_of",
-    "saved_moments",
+    "saved_statistics",
     "side_by_side",
 ]
 
@@ -151,21 +151,21 @@ def add_each(counters: list[Tensor], which: Tensor | None) -> None:
         counter.add_(1 if which is None else which[place])
 
 
-def saved_moments(output: Tensor, eps: float, count: int) -> tuple[Tensor, Tensor] | None:
-    """Return mean and *unbiased* variance of the batch that batch norm's kernel keeps for backward, (C,) each; None where it keeps none.
+def saved_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the batch's mean and ``1 / sqrt(biased variance + eps)`` that batch norm's kernel keeps for backward, (C,)
+    each; None if it keeps none.
 
-    ``_saved_result1`` and ``_saved_result2`` of the output's graph node are the mean and ``1 / sqrt(biased variance +
-    eps)``. The names that begin with ``_saved`` are not documented; without them, or without a graph, the moments must
-    be computed from the input again."""
+    They are ``_saved_result1`` and ``_saved_result2`` of the output's graph node. The names that begin with ``_saved``
+    are not documented; without them, or without a graph, the moments must be computed from the input again. """
     node = output.grad_fn
     # Hooks on saved tensors would be called, and those of activation checkpointing run the forward again.
     hooked = _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None
-    if hooked or count < 2 or node is None or not _of_kernel(node):
+    if hooked or node is None or not _of_kernel(node):
         return None
     mean, inverse = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
     if not (isinstance(mean, Tensor) and isinstance(inverse, Tensor) and mean.shape == inverse.shape == output.shape[1:2]):
         return None
-    return mean, (inverse.pow(-2) - eps).clamp(min=0) * (count / (count - 1))
+    return mean, inverse
 
 
 def _of_kernel(node: Any) -> bool:

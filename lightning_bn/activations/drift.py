@@ -59,6 +59,7 @@ class DriftMeter:
         self._handed: list[dict[int, tuple[Tensor, Tensor]]] = []  # each layer's first batch since `start`, each one's second, ...
         self._heard: dict[_BatchNorm, int] = {}  # the layers that tell of their batches
         self._end: Callable[[], None] = _nothing
+        self._tells: dict[object, bool] = {}  # by rule, whether the running statistics tell what the newest batch was like
         if not self.layers:
             return
         self._device = self.layers[0].running_mean.device
@@ -78,12 +79,16 @@ class DriftMeter:
 
     def _silent(self) -> list[int]:
         """The layers whose buffers don't tell, as their average is a window, pooled or a user's own, or is kept in 16 bits."""
-        one = torch.ones((), dtype=torch.int64)
-        return [
-            index
-            for index, layer in enumerate(self.layers)
-            if torch.finfo(layer.running_mean.dtype).bits < 32 or rule_of(layer).newest_weight(one, one) is None
-        ]
+        found = []
+        for index, layer in enumerate(self.layers):
+            rule = rule_of(layer)
+            key = _key(rule)
+            if key not in self._tells:
+                one = torch.ones((), dtype=torch.int64, device="cpu")
+                self._tells[key] = rule.newest_weight(one, one) is not None
+            if torch.finfo(layer.running_mean.dtype).bits < 32 or not self._tells[key]:
+                found.append(index)
+        return found
 
     @torch.no_grad()
     def start(self) -> None:
@@ -156,9 +161,7 @@ class DriftMeter:
         rules: dict[object, tuple[Averaging, list[int]]] = {}
         for index, layer in enumerate(self.layers):
             rule = rule_of(layer)
-            # What an averaging of another's making depends on, its repr need not tell.
-            key: object = (type(rule), rule.extra_repr()) if type(rule) in (Exponential, Cumulative) else id(rule)
-            rules.setdefault(key, (rule, []))[1].append(index)
+            rules.setdefault(_key(rule), (rule, []))[1].append(index)
         for rule, indices in rules.values():
             members = self._index(tuple(indices))
             weight = rule.newest_weight(step[members], batches[members])
@@ -190,6 +193,11 @@ class DriftMeter:
         if members not in self._groups:
             self._groups[members] = torch.tensor(members, device=self._device)
         return self._groups[members]
+
+
+def _key(rule: Averaging) -> object:
+    """What rules have in common that weigh their newest batches alike; of a user's own, its repr need not tell."""
+    return (type(rule), rule.extra_repr()) if type(rule) in (Exponential, Cumulative) else rule
 
 
 def _nothing() -> None:

@@ -6,6 +6,7 @@ Running statistics are read by evaluation alone, so what a layer would hold unde
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging
 from lightning_bn.layers.calls import input_and_mask
 from lightning_bn.layers.group import Group, Rows
 from lightning_bn.layers.ledger import takes_loans
-from lightning_bn.layers.settlement import Loan, Settled, batch_moments, listening, rule_of, synchronised_moments
+from lightning_bn.layers.settlement import Loan, Settled, batch_moments, kept_statistics, listening, rule_of, synchronised_moments
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import merge_over_ranks
 from lightning_bn.torch_internals import in_backward
@@ -76,6 +77,7 @@ class Followers:
         self._model = model
         self._seen: set[_BatchNorm] = set()
         self._pending: dict[_BatchNorm, Loan] = {}
+        self._kept: set[_BatchNorm] = set()
         self._wide: list[_Wide] = []
         self._counts = {
             path: layer.num_batches_tracked.clone() for path, layer in self._layers.items() if layer.num_batches_tracked is not None
@@ -166,7 +168,13 @@ class Followers:
         if torch.compiler.is_compiling() or not (layer.training and layer.track_running_stats) or in_backward():
             return
         self._seen.add(layer)
-        self._put_down(layer, *_moments(layer, *input_and_mask(layer, args, kwargs), output))
+        input, mask = input_and_mask(layer, args, kwargs)
+        kept = kept_statistics(layer, output) if synchronised_moments(layer) is None else None
+        if kept is None:
+            self._put_down(layer, *_moments(layer, input, mask, output))
+        else:
+            self._put_down(layer, *kept, input.numel() // layer.num_features)
+            self._kept.add(layer)  # whose variance is yet to be made of what the kernel kept, for all layers together
 
     def _put_down(self, layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
         if layer in self._pending:
@@ -181,8 +189,9 @@ class Followers:
         if not self._pending or torch.compiler.is_compiling():
             return
         pending, self._pending = self._pending, {}
+        kept, self._kept = self._kept, set()
         for wide in self._wide:
-            wide.take_each(pending)
+            wide.take_each(pending, kept)
 
 
 class _Wide:
@@ -192,16 +201,29 @@ class _Wide:
         self.layers = layers
         self._groups = [Group(row, [rule_of(shadow) for shadow in row], skip_nonfinite=True) for row in shadows]
         like = shadows[0][0].running_mean
+        self._which: dict[tuple[bool, ...], Tensor] = {}
+        self._eps = torch.tensor([layer.eps for layer in layers], dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
         self._absent = [torch.zeros(layer.num_features, dtype=like.dtype, device=like.device) for layer in layers]
 
-    def take_each(self, pending: Mapping[_BatchNorm, Loan]) -> None:
-        """Take in the batches of those layers that ran."""
+    def take_each(self, pending: Mapping[_BatchNorm, Loan], kept: AbstractSet[_BatchNorm]) -> None:
+        """Take in the batches of those layers that ran; of those in `kept`, ``1 / sqrt(biased variance + eps)`` stands for the variance."""
         loans = [pending.get(layer) or Loan(None, none, none, None) for layer, none in zip(self.layers, self._absent, strict=True)]
         if any(loan.ran for loan in loans):
             for loan in loans:
                 loan.own_rows = True
             rows = self._groups[0].collect(self._absent[0], loans)
-            self.take(rows.mean, rows.var, rows.count)
+            self.take(rows.mean, self._variances(rows, kept), rows.count)
+
+    def _variances(self, rows: Rows, kept: AbstractSet[_BatchNorm]) -> Tensor:
+        which = tuple(layer in kept for layer in self.layers)
+        if not any(which):
+            return rows.var
+        if which not in self._which:
+            self._which[which] = torch.tensor(which, device="cpu").to(rows.var.device, non_blocking=True)
+        first = self._groups[0]
+        count = first.widened(rows.count)
+        var = (rows.var.pow(-2) - first.widened(self._eps)).clamp(min=0) * (count / (count - 1))
+        return torch.where(first.widened(self._which[which]), var, rows.var)
 
     @torch.no_grad()
     def take(self, mean: Tensor, var: Tensor, count: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
 from lightning_bn.moments import Moments
-from lightning_bn.torch_internals import in_backward, kernel_moments, saved_moments
+from lightning_bn.torch_internals import in_backward, kernel_moments, saved_statistics
 
 __all__ = [
     "LISTENERS",
@@ -40,6 +40,7 @@ __all__ = [
     "is_finite",
     "is_lent",
     "is_synchronised",
+    "kept_statistics",
     "kernel_momentum",
     "listening",
     "rule_of",
@@ -185,13 +186,19 @@ def batch_moments(layer: _BatchNorm, input: Tensor, output: Tensor) -> tuple[Ten
     if count == 0:
         return torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)
     with torch.no_grad():
-        # Another class may do more in its forward than call the kernel once.
-        known = type(layer).forward in _KERNEL_FORWARDS and "forward" not in layer.__dict__
-        saved = saved_moments(output, layer.eps, count) if known or getattr(type(layer), "takes_mask", False) else None
-        if saved is None:
-            mean, var = kernel_moments(input)
-            saved = mean, var * (count / max(count - 1, 1))
-    return saved
+        kept = kept_statistics(layer, output) if count > 1 else None
+        if kept is not None:
+            return kept[0], (kept[1].pow(-2) - layer.eps).clamp(min=0) * (count / (count - 1))
+        mean, var = kernel_moments(input)
+        return mean, var * (count / max(count - 1, 1))
+
+
+def kept_statistics(layer: _BatchNorm, output: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the mean and ``1 / sqrt(biased variance + eps)`` that the kernel has kept of the batch behind `output`;
+    None if that is not known."""
+    # Another class may do more in its forward than call the kernel once.
+    known = type(layer).forward in _KERNEL_FORWARDS and "forward" not in layer.__dict__
+    return saved_statistics(output) if known or getattr(type(layer), "takes_mask", False) else None
 
 
 _KERNEL_FORWARDS = (nn.BatchNorm2d.forward,)  # which 1d and 3d inherit too
