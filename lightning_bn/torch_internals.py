@@ -156,7 +156,7 @@ def saved_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
     each; None if it keeps none.
 
     They are ``_saved_result1`` and ``_saved_result2`` of the output's graph node. The names that begin with ``_saved``
-    are not documented; without them, or without a graph, the moments must be computed from the input again. """
+    are not documented; without them, or without a graph, the moments must be computed from the input again."""
     node = output.grad_fn
     # Hooks on saved tensors would be called, and those of activation checkpointing run the forward again.
     hooked = _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None

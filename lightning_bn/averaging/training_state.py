@@ -46,6 +46,11 @@ class TrainingState(nn.Module):
         """What the state means, in a few words; a checkpoint whose state means something else is refused."""
         return type(self).__name__
 
+    @property
+    def state_of(self) -> Tensor:
+        """`state_meaning` as bytes, (length,) uint8; distributed checkpoints look each key of a ``state_dict`` up as an attribute."""
+        return torch.tensor(list(self.state_meaning.encode()), dtype=torch.uint8, device="cpu")
+
     def upgraded(self, state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
         """Return state that an earlier version saved in the layout of this one; what has it already is returned as it is."""
         return state
@@ -83,7 +88,7 @@ class TrainingState(nn.Module):
             # A copy: exponential moving averages of a whole state_dict (timm's ModelEma) write into the tensors they find there.
             destination[prefix + name] = getattr(self, name).detach().clone()
         if self._state_names:
-            destination[prefix + STATE_OF] = torch.tensor(list(self.state_meaning.encode()), dtype=torch.uint8)
+            destination[prefix + STATE_OF] = self.state_of
 
     def _load_from_state_dict(
         self,

@@ -15,13 +15,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.averaging import Averaging
+from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging
 from lightning_bn.layers.calls import input_and_mask
 from lightning_bn.layers.group import Group, Rows
 from lightning_bn.layers.ledger import takes_loans
-from lightning_bn.layers.settlement import Loan, Settled, batch_moments, kept_statistics, listening, rule_of, synchronised_moments
+from lightning_bn.layers.settlement import (
+    Loan,
+    Settled,
+    advance,
+    batch_moments,
+    is_finite,
+    kept_statistics,
+    listening,
+    rule_of,
+    synchronised_moments,
+)
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import merge_over_ranks
 from lightning_bn.torch_internals import in_backward
@@ -76,6 +86,7 @@ class Followers:
         }
         self._model = model
         self._seen: set[_BatchNorm] = set()
+        self._traced: set[str] = set()
         self._pending: dict[_BatchNorm, Loan] = {}
         self._kept: set[_BatchNorm] = set()
         self._wide: list[_Wide] = []
@@ -93,9 +104,10 @@ class Followers:
         layers = list(self._layers.values())
         with ExitStack() as stack:
             stack.callback(listening([layer for layer in layers if takes_loans(layer)], self._settled))
-            for layer in layers:
+            for path, layer in self._layers.items():
                 if not takes_loans(layer):
                     stack.callback(layer.register_forward_hook(self._see, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(self._compiled(path), with_kwargs=True).remove)
             for module in dict.fromkeys([self._model, *parts_called_by(self._model)]):
                 # Also where a forward fails: the layers before have moved their own statistics.
                 stack.callback(module.register_forward_hook(self._flush, always_call=True).remove)
@@ -117,7 +129,7 @@ class Followers:
         return [
             path
             for path, before in self._counts.items()
-            if self._layers[path] not in self._seen and bool(self._layers[path].num_batches_tracked != before)
+            if self._layers[path] not in self._seen and path not in self._traced and bool(self._layers[path].num_batches_tracked != before)
         ]
 
     @contextmanager
@@ -162,6 +174,18 @@ class Followers:
             if ran:
                 self._put_down(layer, *piece)
         self._flush()
+
+    def _compiled(self, path: str) -> Any:
+        """Return a hook that `torch.compile` makes part of its code: there every layer settles by itself, and so do its shadows."""
+        shadows = [row[path] for row in self._shadows.values()]
+
+        def take(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            if torch.compiler.is_compiling() and layer.training and layer.track_running_stats:
+                self._traced.add(path)
+                input, mask = input_and_mask(layer, args, kwargs)
+                _settle_each(shadows, Moments.of(input.detach(), mask))
+
+        return take
 
     def _see(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Note down the batch of a layer of plain torch."""
@@ -247,6 +271,14 @@ def _moments(layer: _BatchNorm, input: Tensor, mask: Tensor | None, output: Tens
     if moments is None:
         return (*batch_moments(layer, input, output), input.numel() // layer.num_features)
     return moments.mean, moments.variance(unbiased=True), moments.count.reshape(())
+
+
+@torch.no_grad()
+def _settle_each(shadows: list[BatchNorm1d], moments: Moments) -> None:
+    var = moments.variance(unbiased=True)
+    valid = is_finite(var) & (moments.count > 1)
+    for shadow in shadows:
+        advance(shadow, rule_of(shadow), Batch(moments.mean, var, moments.count, shadow.num_batches_tracked + 1, valid))
 
 
 def _shadow(layer: _BatchNorm, averaging: Averaging) -> BatchNorm1d:

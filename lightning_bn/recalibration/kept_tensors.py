@@ -124,8 +124,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _cant_be_written(tensor: Tensor) -> bool:
-    """Whether it is on the meta device, or one value stands at many places, into which nobody can write in place."""
-    if tensor.is_meta:
+    """Whether it has no memory (on the meta device, or freed by FSDP), or one value stands at many places: no write in place goes there."""
+    if tensor.is_meta or (_is_plain(tensor) and tensor.numel() > 0 and tensor.untyped_storage().size() == 0):
         return True
     strided = tensor.layout is torch.strided and not tensor.is_contiguous()
     return strided and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
