@@ -153,6 +153,19 @@ def test_saving_and_loading_goes_on_to_the_bit(name: str) -> None:
     assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
+def test_a_state_of_another_rule_under_the_same_name_is_refused() -> None:
+    """With both rules named, though the shapes agree."""
+    layer = nn.BatchNorm2d(3)
+    followers = Followers(layer, {"mine": Exponential(0.2, pooled=True)})
+    with followers.following():
+        layer(batches()[0])
+    resumed = Followers(layer, {"mine": Cumulative(pooled=True)})
+    with pytest.raises(
+        RuntimeError, match=r"the state of Exponential\(pooled=True\), and this layer averages by Cumulative\(pooled=True\)"
+    ):
+        resumed.load_state_dict(followers.state_dict())
+
+
 def test_an_average_that_was_not_saved_starts_with_the_layers() -> None:
     """A name that is new in the resumed run starts from the buffers."""
     layer = nn.BatchNorm2d(3)
