@@ -1,4 +1,4 @@
-"""Context managers that change a model for a while, and put back every flag of every module on any way out."""
+"""Context managers that change a model for a while, and restore every flag on exit, also after an exception."""
 
 from __future__ import annotations
 

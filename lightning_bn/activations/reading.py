@@ -42,7 +42,7 @@ class Reading:
     variance: Tensor  # (C,)
     low: Tensor  # (), least finite value, or 0
     high: Tensor  # (), greatest finite value, or 0
-    zeros: Tensor | None  # (C,); None where nobody asked
+    zeros: Tensor | None  # (C,); None if `zeros=False`
     saturated: Tensor | None  # (), int64; None without bounds
     scale: float = 1.0  # all values were multiplied by it, so that their squares don't overflow
 
