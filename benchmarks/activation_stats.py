@@ -1,7 +1,9 @@
-"""What it costs to look at a network: a training step of a ResNet-20 with this package's collector and with what peers do.
+"""What it costs to look at a network: a training step of a ResNet-20 with this package's collector and with what peers
+do.
 
-All variants have the same weights and batches and are timed in turn, round after round, in this one run; printed are medians of the rounds'
-ratios to the plain step. Each peer is measured at a step at which it looks, so are all of this package's.
+All variants have the same weights and batches and are timed in turn, round after round, in this one run; printed are
+medians of the rounds' ratios to the plain step. Each peer is measured at a step at which it looks, so are all of this
+package's.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ Look = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 def ours(model: nn.Module, **options: Any) -> Look:
-    """The collector as the monitor uses it: hooks placed and removed, one transfer, a row a layer, the scalars over all layers."""
+    """The collector as the monitor uses it: hooks placed and removed, one transfer, a row a layer, the scalars over all
+    layers."""
     collector, table = LayerCollector(model, select_layers(model), **options), LayerTable()
 
     @contextmanager
@@ -60,7 +63,9 @@ def hooked(see: Callable[[str, Tensor], Any]) -> Look:
     @contextmanager
     def look(model: nn.Module) -> Any:
         handles = [
-            layer.register_forward_hook(hook_of(name)) for name, layer in model.named_modules() if isinstance(layer, (_BatchNorm, nn.ReLU))
+            layer.register_forward_hook(hook_of(name))
+            for name, layer in model.named_modules()
+            if isinstance(layer, (_BatchNorm, nn.ReLU))
         ]
         yield
         for handle in handles:
@@ -128,11 +133,17 @@ def main() -> None:
             steps[name] = step_of(model, look(model), options.batch_size)
         with tqdm(total=len(steps) * (options.rounds + 1), unit="step") as bar:
             found = ratios(steps, options.rounds, 1, bar)
-    print(f"\ntime of a step relative to a plain one, median of {options.rounds} interleaved rounds, {torch.get_num_threads()} threads\n")
+    print(
+        f"\ntime of a step relative to a plain one, median of {options.rounds} interleaved rounds, {torch.get_num_threads()} threads\n"
+    )
     print("| a step with | every step | every 50th step |\n|---|---:|---:|")
     for name, ratio in found.items():
-        # Between the steps at which it looks this package has no hook and runs no code but a comparison of two integers.
-        print(f"| {name} | {ratio:.3f} | " + (f"{1 + (ratio - 1) / 50:.3f} |" if name.startswith("lightning-bn") else " |"))
+        # Between the steps at which it looks this package has no hook and runs no code but a comparison of two
+        # integers.
+        print(
+            f"| {name} | {ratio:.3f} | "
+            + (f"{1 + (ratio - 1) / 50:.3f} |" if name.startswith("lightning-bn") else " |")
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the averages cost: forward + backward beside torch's BatchNorm2d, for one layer and for a whole training step.
 
-All variants of a row are timed in turn, round after round, in this one run; printed are medians of the rounds' ratios to torch's layer.
+All variants of a row are timed in turn, round after round, in this one run; printed are medians of the rounds' ratios
+to torch's layer.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def ratios(steps: dict[str, Callable[[], None]], rounds: int, repeat: int, bar: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--batch-size", type=int, default=128, help="of the ResNet-18 step; 128 as in He et al. (2016), section 4.2")
+    parser.add_argument(
+        "--batch-size", type=int, default=128, help="of the ResNet-18 step; 128 as in He et al. (2016), section 4.2"
+    )
     parser.add_argument("--layers-only", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -88,15 +91,23 @@ def main() -> None:
         if not options.layers_only:
             plain = resnet18()
             models = {"torch": plain, "no averaging": convert_batch_norm(copy.deepcopy(plain))}
-            models |= {name: convert_batch_norm(copy.deepcopy(plain), averaging) for name, averaging in AVERAGES.items()}
+            models |= {
+                name: convert_batch_norm(copy.deepcopy(plain), averaging) for name, averaging in AVERAGES.items()
+            }
             steps = {name: model_step(model, options.batch_size) for name, model in models.items()}
             rows.append(("ResNet-18 step", ratios(steps, options.rounds, 1, bar)))
 
-    print(f"\ntime relative to torch.nn.BatchNorm2d, median of {options.rounds} interleaved rounds, {torch.get_num_threads()} threads\n")
+    print(
+        f"\ntime relative to torch.nn.BatchNorm2d, median of {options.rounds} interleaved rounds, {torch.get_num_threads()} threads\n"
+    )
     print("| averaging | " + " | ".join(title for title, _ in rows) + " |")
     print("|---|" + "---:|" * len(rows))
     for name in rows[0][1]:
-        print(f"| {name} | " + " | ".join(f"{row[name]:.2f}" if "step" not in title else f"{row[name]:.3f}" for title, row in rows) + " |")
+        print(
+            f"| {name} | "
+            + " | ".join(f"{row[name]:.2f}" if "step" not in title else f"{row[name]:.3f}" for title, row in rows)
+            + " |"
+        )
     last = rows[-1][1]
     print(f"\nWindow(1000) / Window(10), {rows[-1][0]}: {last['Window(1000)'] / last['Window(10)']:.3f}")
 

@@ -1,7 +1,8 @@
-"""What a training step sends between ranks, setting by setting: collectives and bytes, as torch's profiler saw gloo carry them out.
+"""What a training step sends between ranks, setting by setting: collectives and bytes, as torch's profiler saw gloo
+carry them out.
 
-Two processes train a ResNet-18 for 3x32x32 images under DistributedDataParallel. Counts do not depend on the machine, nor on the number of
-ranks; the last column puts them into the alpha-beta model of `docs/distributed.md`.
+Two processes train a ResNet-18 for 3x32x32 images under DistributedDataParallel. Counts do not depend on the machine,
+nor on the number of ranks; the last column puts them into the alpha-beta model of `docs/distributed.md`.
 """
 
 from __future__ import annotations
@@ -47,12 +48,15 @@ def sent(step: Callable[[], object]) -> Sent:
             name = event["name"].removeprefix("gloo:")
             shapes, types = (event["args"][key] for key in ("Input Dims", "Input type"))
             calls[name] += 1
-            volume[name] += sum(math.prod(shape) * BYTES[type] for shape, type in zip(shapes, types, strict=True) if type)
+            volume[name] += sum(
+                math.prod(shape) * BYTES[type] for shape, type in zip(shapes, types, strict=True) if type
+            )
     return {name: (calls[name], volume[name]) for name in sorted(calls)}
 
 
 def seconds(measured: Sent, ranks: int, latency: float, bandwidth: float) -> float:
-    """Return the time of a step's collectives one after the other: rings for what all send, a tree for a broadcast (see the page)."""
+    """Return the time of a step's collectives one after the other: rings for what all send, a tree for a broadcast (see
+    the page)."""
     total = 0.0
     for name, (calls, volume) in measured.items():
         if name == "all_reduce":

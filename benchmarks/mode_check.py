@@ -1,12 +1,13 @@
 """What ModeCheck adds to a training step: where the host is the bottleneck, as on a GPU, and where the device is.
 
-Two copies of a network, one with the callback's hooks, take steps in turn, in this one run. Host-bound: a bottleneck ResNet with 52 batch
-norms, 16 channels wide, and batches of 2 images, so that all that is left of a step is what Python and torch do to launch it. Once with
-batches that are alike, where the hooks on the layers rest, and once with batches of 2 and 3 images in turn, where they never do.
+Two copies of a network, one with the callback's hooks, take steps in turn, in this one run. Host-bound: a bottleneck
+ResNet with 52 batch norms, 16 channels wide, and batches of 2 images, so that all that is left of a step is what Python
+and torch do to launch it. Once with batches that are alike, where the hooks on the layers rest, and once with batches
+of 2 and 3 images in turn, where they never do.
 
-Of a step of ResNet-18 with large batches half a percent drowns in the noise, so it is also had otherwise: the same layers, two channels
-wide, have the same hooks and hardly any work to hide them. There the difference between the two copies, checks and all, is the callback's
-whole cost in time, to be divided by the full step.
+Of a step of ResNet-18 with large batches half a percent drowns in the noise, so it is also had otherwise: the same
+layers, two channels wide, have the same hooks and hardly any work to hide them. There the difference between the two
+copies, checks and all, is the callback's whole cost in time, to be divided by the full step.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class HostBound(pl.LightningModule):
     def __init__(self, width: int = 16) -> None:
         super().__init__()
         stem = [nn.Conv2d(3, 4 * width, 3, 2, 1, bias=False), nn.BatchNorm2d(4 * width), nn.ReLU()]
-        strides = [2 if stage and not block else 1 for stage, blocks in enumerate((3, 4, 6, 3)) for block in range(blocks)]
+        strides = [
+            2 if stage and not block else 1 for stage, blocks in enumerate((3, 4, 6, 3)) for block in range(blocks)
+        ]
         blocks = [Bottleneck(4 * width, width, stride) for stride in strides]
         self.model = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10))
 
@@ -74,7 +77,9 @@ def steps(module: pl.LightningModule, size: int, batch_sizes: Sequence[int], *, 
     batches = cycle([(torch.randn(images, 3, size, size), torch.randint(10, (images,))) for images in batch_sizes])
     check = ModeCheck(action="log")
     # What of a Trainer the hooks read.
-    trainer: Any = SimpleNamespace(global_step=0, log_every_n_steps=EVERY, loggers=[], world_size=1, accumulate_grad_batches=1)
+    trainer: Any = SimpleNamespace(
+        global_step=0, log_every_n_steps=EVERY, loggers=[], world_size=1, accumulate_grad_batches=1
+    )
     trainer.num_training_batches, trainer.fit_loop = 100_000, None
     if checked:
         check.on_fit_start(trainer, module)
@@ -145,7 +150,9 @@ def main() -> None:
     thin = in_turn(lambda: ResNet18(2), 16, [4], few, EVERY, "the same layers, thin")
     step = statistics.median(plain for plain, _ in whole)
     cost = statistics.median(checked - plain for plain, checked in thin)
-    print(f"\nResNet-18, batch {options.batch_size} of 3x32x32, one thread, CPU time, a look at the values every {EVERY} steps\n")
+    print(
+        f"\nResNet-18, batch {options.batch_size} of 3x32x32, one thread, CPU time, a look at the values every {EVERY} steps\n"
+    )
     print("| | share of the step |\n|---|---:|")
     print(f"| step with ModeCheck / without, median of {len(whole)} rounds | {ratio_of(whole):.4f} |")
     print(f"| all that ModeCheck does, {cost * 1e6:.0f} us, / step without | {cost / step:.2%} |")

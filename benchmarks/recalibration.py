@@ -1,9 +1,11 @@
-"""What recalibration costs and how right it is, beside bare loops over the data, fvcore's `update_bn_stats` and torch's `update_bn`.
+"""What recalibration costs and how right it is, beside bare loops over the data, fvcore's `update_bn_stats` and torch's
+`update_bn`.
 
-All variants are timed in turn, round after round, in this one run; printed are medians of the rounds' ratios to the bare train-mode loop.
-Accuracy is that of the statistics against one float64 batch of all the data, class-sorted as it comes: worst channel of the first batch
-norm and of all. Peak memory is what a process of its own adds to its resident set for one pass (Linux alone). The last two tables show
-what `tolerance` saves on trained networks; the smaller the network, the more of the time goes into what is the same for any data.
+All variants are timed in turn, round after round, in this one run; printed are medians of the rounds' ratios to the
+bare train-mode loop. Accuracy is that of the statistics against one float64 batch of all the data, class-sorted as it
+comes: worst channel of the first batch norm and of all. Peak memory is what a process of its own adds to its resident
+set for one pass (Linux alone). The last two tables show what `tolerance` saves on trained networks; the smaller the
+network, the more of the time goes into what is the same for any data.
 """
 
 from __future__ import annotations
@@ -113,7 +115,10 @@ def full_batch_variances(model: nn.Module, data: Tensor) -> list[Tensor]:
 
 def variance_errors(model: nn.Module, truth: Iterable[Tensor]) -> list[float]:
     """The relative error of the worst channel, layer by layer."""
-    return [(layer.running_var.double() / var - 1).abs().max().item() for layer, var in zip(norms(model), truth, strict=True)]
+    return [
+        (layer.running_var.double() / var - 1).abs().max().item()
+        for layer, var in zip(norms(model), truth, strict=True)
+    ]
 
 
 def peak_megabytes(name: str, images: int, batch_size: int, threads: int) -> float:
@@ -144,17 +149,23 @@ def compare_ways(images: int, batch_size: int, rounds: int) -> None:
     batches = list(data.split(batch_size))
     truth = full_batch_variances(resnet20(), data)
     models = {name: resnet20() for name in WAYS}
-    times = ratios({name: lambda name=name, way=way: way(models[name].train(), batches) for name, way in WAYS.items()}, rounds)
+    times = ratios(
+        {name: lambda name=name, way=way: way(models[name].train(), batches) for name, way in WAYS.items()}, rounds
+    )
     rows = []
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name in WAYS:
             memory = (
-                f"{pool.apply(peak_megabytes, (name, images, batch_size, torch.get_num_threads())):.0f}" if sys.platform == "linux" else ""
+                f"{pool.apply(peak_megabytes, (name, images, batch_size, torch.get_num_threads())):.0f}"
+                if sys.platform == "linux"
+                else ""
             )
             errors = variance_errors(models[name], truth) if not name.startswith("bare") else []
             accuracy = [f"{errors[0]:.1e}", f"{max(errors):.1e}"] if errors else ["", ""]
             rows.append([name, f"{times[name]:.3f}", *accuracy, memory])
-    print(f"\nResNet-20, {len(data)} images of 3x32x32 in batches of {batch_size}, {rounds} rounds, {torch.get_num_threads()} threads\n")
+    print(
+        f"\nResNet-20, {len(data)} images of 3x32x32 in batches of {batch_size}, {rounds} rounds, {torch.get_num_threads()} threads\n"
+    )
     print_table(["", "time", "variance error, first layer", "worst layer", "peak MB"], rows)
 
 
@@ -171,10 +182,19 @@ def compare_tolerance(title: str, make: Callable[[], nn.Module], enlarge: bool, 
         ways = {name: partial(way, model, training) for name, way in TOLERANCE.items()}
         report = ways["recalibrate(tolerance=0.1)"]()
         speed = ratios(ways, rounds)["torch update_bn"]
-        rows.append([str(seed), f"{report.batches} of {len(training)}", f"{speed:.1f}", *(f"{value:.2f}" for value in found.values())])
+        rows.append(
+            [
+                str(seed),
+                f"{report.batches} of {len(training)}",
+                f"{speed:.1f}",
+                *(f"{value:.2f}" for value in found.values()),
+            ]
+        )
     rows.append(["mean", "", *(f"{statistics.mean(float(row[place]) for row in rows):.2f}" for place in (2, 3, 4))])
     print(f"\n{title}, trained for 2 epochs on 1397 digits, batches of 32, median of {rounds} rounds\n")
-    print_table(["seed", "batches read", "times faster than update_bn", "accuracy, tolerance=0.1", "accuracy, update_bn"], rows)
+    print_table(
+        ["seed", "batches read", "times faster than update_bn", "accuracy, tolerance=0.1", "accuracy, update_bn"], rows
+    )
 
 
 TOLERANCE: dict[str, Callable[..., Any]] = {
@@ -189,7 +209,11 @@ def enlarged(loader: DataLoader[tuple[Tensor, ...]]) -> DataLoader[tuple[Tensor,
     images = F.interpolate(images, size=(32, 32), mode="bilinear").repeat(1, 3, 1, 1)
     shuffle = isinstance(loader.sampler, RandomSampler)
     return DataLoader(
-        TensorDataset(images, labels), loader.batch_size, shuffle=shuffle, drop_last=loader.drop_last, generator=loader.generator
+        TensorDataset(images, labels),
+        loader.batch_size,
+        shuffle=shuffle,
+        drop_last=loader.drop_last,
+        generator=loader.generator,
     )
 
 

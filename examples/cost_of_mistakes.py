@@ -1,6 +1,7 @@
 """What mistakes cost: accuracy on the digits with each one, what ModeCheck says, and accuracy with the printed mend.
 
-Run `python examples/cost_of_mistakes.py`; it prints the table of docs/rules.md, and with `--write docs/rules.md` puts it there.
+Run `python examples/cost_of_mistakes.py`; it prints the table of docs/rules.md, and with `--write docs/rules.md` puts
+it there.
 """
 
 from __future__ import annotations
@@ -123,8 +124,18 @@ MISTAKES = (
         lambda: (SamplesInStep(ConvNet()), ()),
         lambda: (PausedInStep(ConvNet()), ()),
     ),
-    Mistake("BN107", "noise run through the model between batches", lambda: (Samples(ConvNet()), ()), lambda: (Paused(ConvNet()), ())),
-    Mistake("BN203", "one batch of infinities", lambda: (Overflows(ConvNet()), ()), lambda: (Overflows(convert_batch_norm(ConvNet())), ())),
+    Mistake(
+        "BN107",
+        "noise run through the model between batches",
+        lambda: (Samples(ConvNet()), ()),
+        lambda: (Paused(ConvNet()), ()),
+    ),
+    Mistake(
+        "BN203",
+        "one batch of infinities",
+        lambda: (Overflows(ConvNet()), ()),
+        lambda: (Overflows(convert_batch_norm(ConvNet())), ()),
+    ),
     Mistake(
         "BN207",
         "averaged weights of decay 0.995, buffers not averaged",
@@ -138,7 +149,10 @@ MISTAKES = (
         lambda: ema(0.995, buffers=True, mend=True),
     ),
     Mistake(
-        "BN208", "momentum 0.001", lambda: plain(momentum=0.001), lambda: plain(BatchNormRecalibration(when="validation"), momentum=0.001)
+        "BN208",
+        "momentum 0.001",
+        lambda: plain(momentum=0.001),
+        lambda: plain(BatchNormRecalibration(when="validation"), momentum=0.001),
     ),
     Mistake(
         "BN209",
@@ -160,7 +174,9 @@ def loaders(*, shuffled: bool) -> tuple[DataLoader[Any], DataLoader[Any]]:
     return train, validation
 
 
-def measure(make: Callable[[], tuple[Classifier, Callbacks]], epochs: int, *, shuffled: bool) -> tuple[float, list[str]]:
+def measure(
+    make: Callable[[], tuple[Classifier, Callbacks]], epochs: int, *, shuffled: bool
+) -> tuple[float, list[str]]:
     """Return the accuracy of the last validation and the codes above information."""
     torch.manual_seed(0)
     module, callbacks = make()
@@ -176,7 +192,9 @@ def table(epochs: int, chosen: Sequence[Mistake] = MISTAKES) -> str:
     for mistake in chosen:
         wrong, codes = measure(mistake.wrong, epochs, shuffled=mistake.shuffled[0])
         mended, rest = measure(mistake.mended, epochs, shuffled=mistake.shuffled[1])
-        said = ", ".join(f"[{code}](#{code.lower()})" for code in codes) + (f" (mended: {', '.join(rest)})" if rest else "")
+        said = ", ".join(f"[{code}](#{code.lower()})" for code in codes) + (
+            f" (mended: {', '.join(rest)})" if rest else ""
+        )
         rows.append(f"| {mistake.what} | {said} | {wrong:.1f} % | {mended:.1f} % |")
     return "\n".join(rows)
 

@@ -1,4 +1,5 @@
-"""What the examples share: scikit-learn's handwritten digits, a small CNN with batch norm, and the LightningModule around it."""
+"""What the examples share: scikit-learn's handwritten digits, a small CNN with batch norm, and the LightningModule
+around it."""
 
 from __future__ import annotations
 
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 
-def digits(batch_size: int = 32, *, seed: int = 0) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
-    """Return a shuffled training loader (1397 images of 1x8x8 in [0, 1]) and a validation loader (400), split by `seed`."""
+def digits(
+    batch_size: int = 32, *, seed: int = 0
+) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
+    """Return a shuffled training loader (1397 images of 1x8x8 in [0, 1]) and a validation loader (400), split by
+    `seed`."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(data.target)
@@ -84,7 +88,12 @@ def fit(
     # Lightning's advice on speed, of no use for a thousand tiny images, and its own use of torch's old names.
     warnings.filterwarnings("ignore", message=".*does not have many workers|.*no `val_dataloader`|.*LeafSpec")
     torch.set_num_threads(1)  # more only wait for each other over images of 8x8
-    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    silent = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), **silent)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.fit(module, training, validation)

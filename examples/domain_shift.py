@@ -1,7 +1,7 @@
 """Covariate shift adaptation (Schneider et al. 2020): the statistics of a few unlabelled images of another domain.
 
-Trained on clean digits, evaluated on digits with less contrast or with noise. `recalibrated` takes the statistics of four images of
-the other domain, alone (prior 0) or blended with those of training, which count as `prior` images.
+Trained on clean digits, evaluated on digits with less contrast or with noise. `recalibrated` takes the statistics of
+four images of the other domain, alone (prior 0) or blended with those of training, which count as `prior` images.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def main() -> None:
                 row["200 images, prior 0"] = accuracy(module, shifted[200:], labels[200:])
             rows.append(row)
     table = pd.DataFrame(rows).groupby("shift", sort=False).mean()
-    print(f"Validation accuracy in percent, mean of {options.seeds} seeds, {options.epochs} epochs; adapted on images without labels,")
+    print(
+        f"Validation accuracy in percent, mean of {options.seeds} seeds, {options.epochs} epochs; adapted on images without labels,"
+    )
     print("which are then left out of the accuracy\n")
     print(table.to_string(float_format="%.1f"))
 

@@ -1,4 +1,5 @@
-"""A loop of one's own with Fabric, in two processes: windowed layers, statistics of all ranks, `watch` around it, then `recalibrate`."""
+"""A loop of one's own with Fabric, in two processes: windowed layers, statistics of all ranks, `watch` around it, then
+`recalibrate`."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def main() -> None:
     fabric.launch()
     fabric.seed_everything(0, verbose=False)
     plain = convert_batch_norm(ConvNet(), Window(20))
-    # Each rank normalises with its own batch; the statistics are those of all. Before setup: DDP wraps the layers as they are then.
+    # Each rank normalises with its own batch; the statistics are those of all. Before setup: DDP wraps the layers as
+    # they are then.
     BatchNormSync(statistics_only=True).apply(plain)
     model, optimizer = fabric.setup(plain, torch.optim.SGD(plain.parameters(), lr=0.5))
     training, validation = fabric.setup_dataloaders(*digits())
@@ -49,7 +51,8 @@ def main() -> None:
                 optimizer.step()
 
     before = accuracy(fabric, model, validation)
-    # Every rank with its part of the data; all end with the same statistics. The module inside: its names are the user's.
+    # Every rank with its part of the data; all end with the same statistics. The module inside: its names are the
+    # user's.
     report = recalibrate(plain, training, exact=True, progress=False)
     after = accuracy(fabric, model, validation)
 
@@ -57,7 +60,9 @@ def main() -> None:
     differing = fabric.all_reduce((ours != fabric.broadcast(ours)).sum(), reduce_op="sum").item()
     if fabric.global_rank == 0:
         serious = [finding.code for finding in findings if finding.level != "info"]
-        print(f"{fabric.world_size} processes, {options.epochs} epochs; watch found: {', '.join(serious) or 'nothing'}\n")
+        print(
+            f"{fabric.world_size} processes, {options.epochs} epochs; watch found: {', '.join(serious) or 'nothing'}\n"
+        )
         print(f"{'running statistics':<22}{'accuracy':>10}")
         print(f"{'window 20':<22}{before:>10.3f}\n{'recalibrated':<22}{after:>10.3f}\n")
         print(f"recalibrated from {report.samples} images; buffers that differ between ranks: {differing}")

@@ -1,4 +1,5 @@
-"""What batch norm does, measured with the monitor on digits and drawn: the five pictures in docs/batch-normalization.md."""
+"""What batch norm does, measured with the monitor on digits and drawn: the five pictures in
+docs/batch-normalization.md."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def network(norm: bool, gain: float = 1.0) -> nn.Sequential:
-    """3x3 convolutions and ReLUs, with or without a batch norm between them; weights drawn as He et al. (2015) do, times `gain`."""
+    """3x3 convolutions and ReLUs, with or without a batch norm between them; weights drawn as He et al. (2015) do,
+    times `gain`."""
     pl.seed_everything(0, verbose=False)
     model = nn.Sequential()
     for number in range(1, DEPTH + 1):
@@ -60,8 +62,15 @@ class Accuracies(pl.Callback):
 def fit(module: pl.LightningModule, epochs: int, **watch: Any) -> tuple[list[float], pd.DataFrame]:
     """Train from seed 0; return the validation accuracy after each epoch, and the monitor's table of training."""
     accuracies, monitor = Accuracies(), ActivationStatsMonitor(every_n_steps=2, gradients=True, **watch)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, callbacks=[accuracies, monitor], **quiet)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, callbacks=[accuracies, monitor], **quiet
+    )
     pl.seed_everything(0, verbose=False)
     trainer.fit(module, *digits(batch_size=64))
     table = pd.DataFrame(monitor.table())
@@ -83,7 +92,9 @@ def main() -> None:
     kinds = {"without batch norm": False, "with batch norm": True}
 
     tables = {
-        kind: fit(Classifier(network(norm), lr=0.1), options.epochs, layers=[r"*.bn*" if norm else r"*.conv*", nn.ReLU])[1]
+        kind: fit(
+            Classifier(network(norm), lr=0.1), options.epochs, layers=[r"*.bn*" if norm else r"*.conv*", nn.ReLU]
+        )[1]
         for kind, norm in kinds.items()
     }
 
@@ -115,7 +126,14 @@ def main() -> None:
             first = table[(table.step == 0) & table.layer.str.contains("relu")].grad_std
             title = f"{kind}, first weights x {gain:g}"
             print(f"{title:<38}" + "".join(f"{value:>9.1e}" for value in first))
-            panel.plot(range(1, DEPTH + 1), first, "-" if norm else "o:", color=colour, label=title, linewidth=1 + 2 * norm * (2 - gain))
+            panel.plot(
+                range(1, DEPTH + 1),
+                first,
+                "-" if norm else "o:",
+                color=colour,
+                label=title,
+                linewidth=1 + 2 * norm * (2 - gain),
+            )
     panel.set(yscale="log", xlabel="layer, from the input to the output", ylabel="standard deviation")
     panel.legend(fontsize=7)
     figure.savefig(options.images / "bn_gradients.png")
@@ -140,7 +158,11 @@ def main() -> None:
     figure.savefig(options.images / "bn_relu.png")
 
     figure, (panel,) = axes("The same training, evaluated with other statistics")
-    averages = {"exponential, momentum 0.1": Exponential(0.1), "exponential, momentum 0.01": Exponential(0.01), "window of 20": Window(20)}
+    averages = {
+        "exponential, momentum 0.1": Exponential(0.1),
+        "exponential, momentum 0.01": Exponential(0.01),
+        "window of 20": Window(20),
+    }
     print(f"\n{'evaluated with':<28}accuracy after each epoch")
     for title in ("the batch's own", *averages):
         pl.seed_everything(0, verbose=False)

@@ -45,7 +45,9 @@ class TrainsInValidation(Classifier):
 
 def fit(module: pl.LightningModule, epochs: int) -> list[Finding]:
     check = ModeCheck(action="log")
-    silent: dict[str, Any] = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    silent: dict[str, Any] = dict.fromkeys(
+        ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
+    )
     pl.Trainer(accelerator="cpu", max_epochs=epochs, callbacks=[check], **silent).fit(module, *digits())
     return check.findings
 

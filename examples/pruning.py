@@ -1,7 +1,7 @@
 """Filter pruning: what is left of the network sends other activations into its batch-norm layers.
 
-The filters with the smallest L1 norm go, and with them their channels of the batch norm behind. The statistics of the deeper layers are
-then those of the whole network, until they are recalibrated; the weights are not trained again.
+The filters with the smallest L1 norm go, and with them their channels of the batch norm behind. The statistics of the
+deeper layers are then those of the whole network, until they are recalibrated; the weights are not trained again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def main() -> None:
             rows.append(row | {"recalibrated": accuracy(pruned, images, labels)})
     table = pd.DataFrame(rows).groupby("filters pruned").agg(["mean", "min"])
     table.columns = [f"{statistics}, {'worst' if which == 'min' else which}" for statistics, which in table.columns]
-    print(f"Validation accuracy in percent, {options.seeds} seeds, {options.epochs} epochs, no training after the pruning\n")
+    print(
+        f"Validation accuracy in percent, {options.seeds} seeds, {options.epochs} epochs, no training after the pruning\n"
+    )
     print(table.to_string(float_format="%.1f"))
 
 

@@ -60,7 +60,9 @@ def main() -> None:
     print(f"\nWhat recalibration after training changed:\n\n{repair.report}")
     print("\nOnce more by hand, to see whether anything is left to repair: ", end="")
     again = recalibrate(module, training, dry_run=True, progress=False)
-    print(f"the largest mean shift is now {max(layer.mean_shift_max for layer in again.layers):.2f} standard deviations.")
+    print(
+        f"the largest mean shift is now {max(layer.mean_shift_max for layer in again.layers):.2f} standard deviations."
+    )
     print(f"\nTo look at the run:\n\n    .venv/bin/tensorboard --logdir {trainer.logger.save_dir}\n")
 
 

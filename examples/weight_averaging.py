@@ -1,8 +1,8 @@
 """An exponential moving average of the weights, with the statistics of other weights and with its own.
 
-With ``use_buffers=False``, torch's `AveragedModel` and Lightning's callbacks give the averaged weights the running statistics of the
-last training step; with ``use_buffers=True`` an average of the statistics of all steps, the untrained ones among them.
-`BatchNormRecalibration` gives them their own when the training ends; its report can take those back.
+With ``use_buffers=False``, torch's `AveragedModel` and Lightning's callbacks give the averaged weights the running
+statistics of the last training step; with ``use_buffers=True`` an average of the statistics of all steps, the untrained
+ones among them. `BatchNormRecalibration` gives them their own when the training ends; its report can take those back.
 """
 
 from __future__ import annotations
@@ -27,10 +27,17 @@ def main() -> None:
             training, _ = digits(seed=seed)
             module = Classifier(ConvNet(), lr=0.5)
             repair = BatchNormRecalibration(num_batches=None)
-            fit(module, training, epochs=options.epochs, callbacks=[EMAWeightAveraging(decay=decay, use_buffers=use_buffers), repair])
+            fit(
+                module,
+                training,
+                epochs=options.epochs,
+                callbacks=[EMAWeightAveraging(decay=decay, use_buffers=use_buffers), repair],
+            )
             after = accuracy(module, images, labels)
             repair.report.rollback()
-            rows.append({"decay": decay, "use_buffers": use_buffers, "before": accuracy(module, images, labels), "after": after})
+            rows.append(
+                {"decay": decay, "use_buffers": use_buffers, "before": accuracy(module, images, labels), "after": after}
+            )
     table = pd.DataFrame(rows).groupby(["decay", "use_buffers"]).agg(["mean", "min"])
     table.columns = [f"{'worst' if which == 'min' else which} {moment}" for moment, which in table.columns]
     print("Validation accuracy in percent of averaged weights before and after the recalibration,")

@@ -1,7 +1,8 @@
 """Which running statistics should this training keep? One run tells, for any number of averages.
 
-The longer the window, the less noisy the statistics, and the further behind the weights: in between is the best length, and where it
-is depends on how fast the weights move. All windows of one column are from the same runs, which they do not touch.
+The longer the window, the less noisy the statistics, and the further behind the weights: in between is the best length,
+and where it is depends on how fast the weights move. All windows of one column are from the same runs, which they do
+not touch.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ def main() -> None:
             fit(Classifier(ConvNet(8), lr=lr), training, validation, epochs=options.epochs, callbacks=[compare])
             for name, values in compare.scores.values.items():
                 label = "torch's 0.1" if name == "own" else name
-                rows.append({"lr": lr, "statistics": label, "mean": 100 * compare.scores.mean(name), "worst": 100 * min(values)})
+                rows.append(
+                    {"lr": lr, "statistics": label, "mean": 100 * compare.scores.mean(name), "worst": 100 * min(values)}
+                )
     table = pd.DataFrame(rows).groupby(["statistics", "lr"], sort=False).mean().unstack("lr")
     table.columns = [f"{value}, lr {lr}" for value, lr in table.columns]
-    print(f"\nValidation accuracy in percent, mean and worst over {options.epochs} epochs, averaged over {options.seeds} seeds\n")
+    print(
+        f"\nValidation accuracy in percent, mean and worst over {options.epochs} epochs, averaged over {options.seeds} seeds\n"
+    )
     print(table.to_string(float_format="%.1f"))
     plot(table)
 

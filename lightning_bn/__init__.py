@@ -63,7 +63,8 @@ __all__ = [
 for _name, _module in {"batch_norm": batch_norm, "subclasses": subclasses, "window": window}.items():
     sys.modules[f"{__name__}.{_name}"] = _module
 
-# Names that need lightning or torchmetrics, and the module of each: imported when first asked for, since those take seconds.
+# Names that need lightning or torchmetrics, and the module of each: imported when first asked for, since those take
+# seconds.
 _LAZY: dict[str, str] = {
     "ActivationStats": "lightning_bn.activations.stats",
     "ActivationStatsMonitor": "lightning_bn.callbacks.activation_stats",

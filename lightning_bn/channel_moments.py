@@ -12,7 +12,8 @@ __all__ = ["channel_moments"]
 
 # Values that are cheaper summed up in float64 one by one than in groups.
 _FEW = 2**13
-# Rows that the kernel sums in one go where it sums in float32: more and the sum loses digits, fewer and the merge costs time.
+# Rows that the kernel sums in one go where it sums in float32: more and the sum loses digits, fewer and the merge costs
+# time.
 _ROWS = 32
 # Positions of an image from which on group norm's kernel is the faster one, and values from which on its merge pays.
 _SMALL_IMAGE, _SMALL_BATCH = 16, 2**15
@@ -29,13 +30,15 @@ def channel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors of shape (C,), in float32 or float64.
 
-    On the CPU batch norm's kernel is not the best: along a contiguous image it sums in float64 one by one, which takes 2 to 5 times as
-    long as group norm's kernel takes; down the rows of an (N, C) or channels_last tensor it sums plainly in float32, and 33000 standard
-    normal rows are off by 1e-5, the variance of data with mean 1000 and standard deviation 0.01 by 0.6%. Here rows are shifted by the
-    first one and summed in groups, images each by itself, and the parts are merged in float64.
+    On the CPU batch norm's kernel is not the best: along a contiguous image it sums in float64 one by one, which takes
+    2 to 5 times as long as group norm's kernel takes; down the rows of an (N, C) or channels_last tensor it sums
+    plainly in float32, and 33000 standard normal rows are off by 1e-5, the variance of data with mean 1000 and standard
+    deviation 0.01 by 0.6%. Here rows are shifted by the first one and summed in groups, images each by itself, and the
+    parts are merged in float64.
 
-    Far from zero every kernel is off: it rounds the mean to float32 before it sums squares around it, which puts the square of that
-    rounding into the variance (mean 10000, standard deviation 0.01: 0.3 %). Such data is moved near zero first, which is exact.
+    Far from zero every kernel is off: it rounds the mean to float32 before it sums squares around it, which puts the
+    square of that rounding into the variance (mean 10000, standard deviation 0.01: 0.3 %). Such data is moved near zero
+    first, which is exact.
 
     Example:
         >>> channel_moments(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
@@ -44,7 +47,9 @@ def channel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
     data = data.detach()
     if data.device.type != "cpu":
         # To ask whether it is far would wait for the device; 16-bit data has too few digits to be far.
-        return _moments_around(data[:1].flatten(2)[:, :, 0], data) if data.dtype == torch.float32 else kernel_moments(data)
+        return (
+            _moments_around(data[:1].flatten(2)[:, :, 0], data) if data.dtype == torch.float32 else kernel_moments(data)
+        )
     samples, channels = data.shape[:2]
     positions = data.numel() // (samples * channels)
     if positions > 1 and data.is_contiguous():
@@ -56,7 +61,9 @@ def channel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _image_moments(data: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-    in_groups = data.dtype in (torch.float32, torch.float64) and positions >= _SMALL_IMAGE and data.numel() > _SMALL_BATCH
+    in_groups = (
+        data.dtype in (torch.float32, torch.float64) and positions >= _SMALL_IMAGE and data.numel() > _SMALL_BATCH
+    )
     mean, var = _together(*image_moments(data)) if in_groups else kernel_moments(data)
     # In one number, NaN where a channel is not finite: that says nothing about the others.
     near = torch.addcmul(var, mean, mean, value=-(_FAR**-2)).min().item() >= 0
@@ -64,7 +71,8 @@ def _image_moments(data: Tensor, positions: int) -> tuple[Tensor, Tensor]:
 
 
 def _moments_around(origin: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the moments of `data` by way of those of ``data - origin``; `origin` is (C,) or (1, C), near each channel's mean."""
+    """Return the moments of `data` by way of those of ``data - origin``; `origin` is (C,) or (1, C), near each
+    channel's mean."""
     origin = origin.reshape(-1).to(torch.promote_types(data.dtype, torch.float32))
     mean, var = kernel_moments(data - origin.reshape(-1, *[1] * (data.dim() - 2)))
     wide = wide_dtype(data.device)

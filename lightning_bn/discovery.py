@@ -15,7 +15,8 @@ class BatchNormLayer:
     """A batch-norm layer of a model: torch's, this package's, synchronised, or anybody's subclass."""
 
     names: tuple[str, ...]
-    """Every path that leads to it from the model, in registration order; more than one where the module is registered twice."""
+    """Every path that leads to it from the model, in registration order; more than one where the module is registered
+    twice."""
     module: _BatchNorm
 
     @property
@@ -35,7 +36,8 @@ class BatchNormLayer:
 
     @property
     def frozen(self) -> bool:
-        """Whether it has affine parameters and none of them learns; a layer without any is as free as the layers around it."""
+        """Whether it has affine parameters and none of them learns; a layer without any is as free as the layers around
+        it."""
         parameters = [p for p in (self.module.weight, self.module.bias) if p is not None]
         return bool(parameters) and not any(p.requires_grad for p in parameters)
 
@@ -46,7 +48,8 @@ class BatchNormLayer:
 
     @property
     def shared(self) -> bool:
-        """Whether the model holds it under more than one name. A layer that is merely called twice can't be told from outside."""
+        """Whether the model holds it under more than one name. A layer that is merely called twice can't be told from
+        outside."""
         return len(self.names) > 1
 
 
@@ -68,7 +71,8 @@ def find_batch_norms(model: nn.Module) -> list[BatchNormLayer]:
 
 
 def user_name(path: str) -> str:
-    """Return the path of a module as the user wrote it: without the module of its own that torch.compile puts around one.
+    """Return the path of a module as the user wrote it: without the module of its own that torch.compile puts around
+    one.
 
     Example:
         >>> user_name("model._orig_mod.norm._orig_mod")
@@ -78,7 +82,8 @@ def user_name(path: str) -> str:
 
 
 def parts_called_by(step: nn.Module) -> list[nn.Module]:
-    """Return what a module calls that has a training step and a model, or several, as its parts: its children, also those in containers."""
+    """Return what a module calls that has a training step and a model, or several, as its parts: its children, also
+    those in containers."""
     parts: list[nn.Module] = []
     for child in step.children():
         parts += parts_called_by(child) if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]

@@ -52,8 +52,9 @@ def paused_statistics(module: nn.Module) -> Iterator[None]:
     """Let no forward move the running statistics of any batch-norm layer in `module`.
 
     In training mode the layers still normalise with the batch; nothing else changes. For an extra forward that training
-    statistics should not see: a second pass of SAM, a gradient penalty, a metric on training batches. It works on torch's
-    layers, this package's and subclasses of either; it nests, and every layer gets its own flag back, also on an exception.
+    statistics should not see: a second pass of SAM, a gradient penalty, a metric on training batches. It works on
+    torch's layers, this package's and subclasses of either; it nests, and every layer gets its own flag back, also on
+    an exception.
 
     Args:
         module: any module; its batch-norm layers are found at entry.
@@ -77,5 +78,6 @@ def paused_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def eager(model: nn.Module) -> AbstractContextManager[Any]:
-    """Return a context in which a compiled model runs as it was written: the code that was compiled knows nothing of later hooks."""
+    """Return a context in which a compiled model runs as it was written: the code that was compiled knows nothing of
+    later hooks."""
     return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()

@@ -22,8 +22,9 @@ class Moments:
     ``mean = sum(x) / count``, ``m2 = sum((x - mean)**2)``.
 
     Two of them merge into the moments of the data taken together, whatever their sizes and in any order, with the
-    formula of Chan, Golub and LeVeque (1979, "Updating formulae and a pairwise algorithm for computing sample variances",
-    eq. 2.1). It never forms ``E[x**2] - E[x]**2``, which in float32 gives variance 0 for data with mean 1000 and standard deviation 0.01.
+    formula of Chan, Golub and LeVeque (1979, "Updating formulae and a pairwise algorithm for computing sample
+    variances", eq. 2.1). It never forms ``E[x**2] - E[x]**2``, which in float32 gives variance 0 for data with mean
+    1000 and standard deviation 0.01.
 
     Example:
         >>> data = torch.tensor([[1.0], [2.0], [6.0]])
@@ -45,11 +46,12 @@ class Moments:
         Args:
             data: (N, C, *spatial).
             mask: boolean (N, *spatial), True where a position counts; None counts all.
-            wide: give them in the widest dtype of the device: a mean in float32 is too coarse to be merged where it is 1e5 times the
-                standard deviation.
+            wide: give them in the widest dtype of the device: a mean in float32 is too coarse to be merged where it is
+                1e5 times the standard deviation.
 
         Returns:
-            Moments with `mean` and `m2` of shape (C,), differentiable with respect to `data`. Of no values at all: zeros.
+            Moments with `mean` and `m2` of shape (C,), differentiable with respect to `data`. Of no values at all:
+            zeros.
         """
         data = data.to(torch.promote_types(data.dtype, torch.float32))
         over = [dim for dim in range(data.dim()) if dim != 1]
@@ -65,10 +67,15 @@ class Moments:
         centred = data - mean.reshape(1, -1, *[1] * (data.dim() - 2))
         if kept is not None:
             centred = torch.where(kept, centred, 0.0)
-        # The mean was rounded: far from zero by so much that its square shows in m2. What is left of the mean tells by how much.
+        # The mean was rounded: far from zero by so much that its square shows in m2. What is left of the mean tells by
+        # how much.
         rest = centred.sum(over) / count.clamp(min=1)
         dtype = wide_dtype(data.device) if wide else data.dtype
-        return cls(count.to(dtype), mean.to(dtype) + rest, (centred.square().sum(over) - rest.square() * count).clamp(min=0).to(dtype))
+        return cls(
+            count.to(dtype),
+            mean.to(dtype) + rest,
+            (centred.square().sum(over) - rest.square() * count).clamp(min=0).to(dtype),
+        )
 
     @classmethod
     def from_variance(cls, count: Tensor, mean: Tensor, var: Tensor) -> Moments:
@@ -110,10 +117,14 @@ class Moments:
         return Moments(self.count.to(dtype), self.mean.to(dtype), self.m2.to(dtype))
 
 
-def drift(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Return, per channel, the shift of the mean in running standard deviations and the natural log of the ratio of the variances.
+def drift(
+    mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Return, per channel, the shift of the mean in running standard deviations and the natural log of the ratio of the
+    variances.
 
-    ``(mean - running_mean) / sqrt(running_var + eps)`` and ``log((var + eps) / (running_var + eps))``, with *unbiased* variances.
+    ``(mean - running_mean) / sqrt(running_var + eps)`` and ``log((var + eps) / (running_var + eps))``, with *unbiased*
+    variances.
     """
     running = running_var + eps
     return (mean - running_mean) / running.sqrt(), ((var.clamp(min=0) + eps) / running).log()

@@ -38,10 +38,10 @@ _flatten_dense_tensors = getattr(torch._utils, "_flatten_dense_tensors", None)
 def in_backward() -> bool:
     """Tell whether this code runs inside a backward pass.
 
-    A forward inside backward is the recomputation of activation checkpointing. Nothing public says so: the first pass of
-    reentrant checkpointing runs under ``no_grad`` and the recomputation does not, so the grad mode points at the wrong one of the two.
-    Without the private function (or while compiling, where torch handles recomputation itself) the answer is False, and a
-    checkpointed layer counts its batches twice, as torch's own does.
+    A forward inside backward is the recomputation of activation checkpointing. Nothing public says so: the first pass
+    of reentrant checkpointing runs under ``no_grad`` and the recomputation does not, so the grad mode points at the
+    wrong one of the two. Without the private function (or while compiling, where torch handles recomputation itself)
+    the answer is False, and a checkpointed layer counts its batches twice, as torch's own does.
     """
     if torch.compiler.is_compiling() or _graph_task_id is None:
         return False
@@ -51,7 +51,8 @@ def in_backward() -> bool:
 def is_replica(module: nn.Module) -> bool:
     """Tell whether `DataParallel` has made `module` for one forward: a copy around the original's hooks and state.
 
-    Only a mark that torch sets says so; where it is gone the answer is False, and the hooks of the original act on the original.
+    Only a mark that torch sets says so; where it is gone the answer is False, and the hooks of the original act on the
+    original.
     """
     return bool(getattr(module, "_is_replica", False))
 
@@ -59,8 +60,8 @@ def is_replica(module: nn.Module) -> bool:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the module's own buffers by name; not to be changed.
 
-    `Module.__getattr__`, which finds them in public, takes twenty times as long, for each layer at each step. Where the dict is gone, the
-    public way it is.
+    `Module.__getattr__`, which finds them in public, takes twenty times as long, for each layer at each step. Where the
+    dict is gone, the public way it is.
     """
     buffers: dict[str, Tensor | None] | None = module.__dict__.get("_buffers")
     return dict(module.named_buffers(recurse=False)) if buffers is None else buffers
@@ -78,13 +79,16 @@ def is_compiled(module: nn.Module) -> bool:
     torch has no public question for either; where these marks are gone, the answer is False.
     """
     return any(
-        "_orig_mod" in each._modules or getattr(each, "_compiled_call_impl", None) is not None or _has_compiled_method(each)
+        "_orig_mod" in each._modules
+        or getattr(each, "_compiled_call_impl", None) is not None
+        or _has_compiled_method(each)
         for each in module.modules()
     )
 
 
 def _has_compiled_method(module: nn.Module) -> bool:
-    """Whether compiled code stands in the place of a method, as in the module of ``trainer.fit(torch.compile(module))``."""
+    """Whether compiled code stands in the place of a method, as in the module of
+    ``trainer.fit(torch.compile(module))``."""
     values = vars(module).values()
     return any(isinstance(value, FunctionType) and hasattr(value, "_torchdynamo_orig_callable") for value in values)
 
@@ -92,15 +96,16 @@ def _has_compiled_method(module: nn.Module) -> bool:
 def kernel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and the *biased* variance of `data`, (N, C, *spatial), per channel, by batch norm's own kernel.
 
-    `torch.batch_norm_update_stats` is there and undocumented; it takes a third to a tenth of the time of `torch.var_mean` over the same
-    dimensions. Where it is gone, or a device has none, `torch.var_mean` does it.
+    `torch.batch_norm_update_stats` is there and undocumented; it takes a third to a tenth of the time of
+    `torch.var_mean` over the same dimensions. Where it is gone, or a device has none, `torch.var_mean` does it.
 
     Returns:
         Two tensors of shape (C,), in float32 (float64 for float64 data).
     """
     dtype = data.dtype if data.dtype in (torch.float32, torch.float64) else torch.float32
     if _update_stats is not None:
-        # Without running statistics the kernel gives 16-bit moments for 16-bit data; beside float32 ones it gives float32.
+        # Without running statistics the kernel gives 16-bit moments for 16-bit data; beside float32 ones it gives
+        # float32.
         scratch = None if data.dtype == dtype else torch.zeros(data.shape[1], dtype=dtype, device=data.device)
         try:
             mean, var = _update_stats(data, scratch, None if scratch is None else scratch.clone(), 1.0)
@@ -113,10 +118,12 @@ def kernel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def image_moments(data: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the *biased* variance of each channel of each image of contiguous float32 or float64 `data`, (N, C, *spatial).
+    """Return the mean and the *biased* variance of each channel of each image of contiguous float32 or float64 `data`,
+    (N, C, *spatial).
 
-    `torch.native_group_norm` with a group for each channel returns them (as 1 / sqrt(variance + 0)) beside its output. It is there and
-    undocumented; on the CPU it takes a fifth to a tenth of the time of `torch.var_mean`, which does it where the function is gone.
+    `torch.native_group_norm` with a group for each channel returns them (as 1 / sqrt(variance + 0)) beside its output.
+    It is there and undocumented; on the CPU it takes a fifth to a tenth of the time of `torch.var_mean`, which does it
+    where the function is gone.
 
     Returns:
         Two tensors of shape (N, C).
@@ -125,14 +132,17 @@ def image_moments(data: Tensor) -> tuple[Tensor, Tensor]:
     if _group_norm is None:
         var, mean = torch.var_mean(data.flatten(2), 2, unbiased=False)
         return mean, var
-    _, mean, inverse = _group_norm(data, None, None, samples, channels, data.numel() // (samples * channels), channels, 0.0)
+    _, mean, inverse = _group_norm(
+        data, None, None, samples, channels, data.numel() // (samples * channels), channels, 0.0
+    )
     return mean, inverse.double().pow(-2)
 
 
 def copy_each(targets: list[Tensor], values: list[Tensor]) -> None:
     """Write each of `values` into its target, in place, as one operation.
 
-    `torch._foreach_copy_` is what torch's own optimizers use, and has no public name. Where it is gone, a loop does the same.
+    `torch._foreach_copy_` is what torch's own optimizers use, and has no public name. Where it is gone, a loop does the
+    same.
     """
     if _foreach_copy is not None:
         _foreach_copy(targets, values)
@@ -142,7 +152,8 @@ def copy_each(targets: list[Tensor], values: list[Tensor]) -> None:
 
 
 def add_each(counters: list[Tensor], which: Tensor | None) -> None:
-    """Add one to each counter, in place, or to those that `which`, (len(counters),) bool, says; `copy_each` tells of the function."""
+    """Add one to each counter, in place, or to those that `which`, (len(counters),) bool, says; `copy_each` tells of
+    the function."""
     if _foreach_add is not None:
         # Of the counters' own dtype: on the CPU another one takes twice as long.
         _foreach_add(counters, 1 if which is None else list(which.to(counters[0].dtype).unbind()))
@@ -163,21 +174,24 @@ def saved_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
     if hooked or node is None or not _of_kernel(node):
         return None
     mean, inverse = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
-    if not (isinstance(mean, Tensor) and isinstance(inverse, Tensor) and mean.shape == inverse.shape == output.shape[1:2]):
+    if not (
+        isinstance(mean, Tensor) and isinstance(inverse, Tensor) and mean.shape == inverse.shape == output.shape[1:2]
+    ):
         return None
     return mean, inverse
 
 
 def _of_kernel(node: Any) -> bool:
-    """Whether a graph node is that of one of batch norm's own kernels (native, cuDNN, MIOpen), and not a Python function of that name."""
+    """Whether a graph node is that of one of batch norm's own kernels (native, cuDNN, MIOpen), and not a Python
+    function of that name."""
     return "BatchNorm" in type(node).__name__ and not isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     """Return the values of tensors of one type and device one behind the other, in a tensor of one dimension.
 
-    What DDP does for its buckets; ``torch.cat`` over a view of each takes several times as long for many small tensors, and does it where
-    the function is gone.
+    What DDP does for its buckets; ``torch.cat`` over a view of each takes several times as long for many small tensors,
+    and does it where the function is gone.
     """
     if _flatten_dense_tensors is None:
         return torch.cat([tensor.reshape(-1) for tensor in tensors])

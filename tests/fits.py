@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 def training_data(size: int = 48) -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(size, 4, generator=generator) * torch.tensor([1.0, 2.0, 0.5, 3.0]) + torch.tensor([5.0, 0.0, -3.0, 1.0])
+    inputs = torch.randn(size, 4, generator=generator) * torch.tensor([1.0, 2.0, 0.5, 3.0]) + torch.tensor(
+        [5.0, 0.0, -3.0, 1.0]
+    )
     return TensorDataset(inputs, (inputs[:, 1] > inputs[:, 3]).long())
 
 
@@ -32,7 +34,9 @@ class Small(pl.LightningModule):
         super().__init__()
         self.first = nn.Linear(4, 5)
         self.bn1 = nn.BatchNorm1d(5)
-        self.rest = nn.Sequential(nn.ReLU(), nn.Dropout(0.2), nn.Linear(5, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
+        self.rest = nn.Sequential(
+            nn.ReLU(), nn.Dropout(0.2), nn.Linear(5, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)
+        )
         self.lr = lr
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -82,7 +86,9 @@ def fit(
     runner = trainer(*callbacks, **options)
     val = DataLoader(training_data(), 16) if isinstance(val, str) else val
     if val is None:
-        module.validation_step = pl.LightningModule.validation_step.__get__(module)  # else Lightning warns of a missing loader
+        module.validation_step = pl.LightningModule.validation_step.__get__(
+            module
+        )  # else Lightning warns of a missing loader
     runner.fit(module, loader() if train is None else train, val, ckpt_path=ckpt_path, weights_only=False)
     return module, runner
 

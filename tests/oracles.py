@@ -37,7 +37,8 @@ def cumulative(batches: list[Array], pooled: bool) -> tuple[Array, Array]:
 
 
 def exponential(batches: list[Array], momentum: float, debias: bool, pooled: bool) -> tuple[Array, Array]:
-    """The closed form: batch k of t weighs ``m (1-m)**(t-k)``, what the buffers start with ``(1-m)**t``, nothing where debiased."""
+    """The closed form: batch k of t weighs ``m (1-m)**(t-k)``, what the buffers start with ``(1-m)**t``, nothing where
+    debiased."""
     t = len(batches)
     weights = [momentum * (1 - momentum) ** (t - k) for k in range(1, t + 1)]
     if pooled:
@@ -51,7 +52,8 @@ def exponential(batches: list[Array], momentum: float, debias: bool, pooled: boo
 
 
 def _discounted_samples(batches: list[Array], weights: list[float], start: float) -> tuple[Array, Array]:
-    """Weighted mean and reliability-weighted unbiased variance, sample by sample; the start is one batch with mean 0 and variance 1."""
+    """Weighted mean and reliability-weighted unbiased variance, sample by sample; the start is one batch with mean 0
+    and variance 1."""
     size, width = batches[0].shape
     # `size` values with mean 0 and unbiased variance 1 in every channel: half at -a, half at +a (one at 0 if odd).
     amplitude = np.sqrt((size - 1) / (2 * (size // 2)))

@@ -27,7 +27,8 @@ def environment(rank: int, world: int, port: int) -> None:
 
 
 def spawn(function: Callable[..., None], world: int, *arguments: Any, seconds: float = 150) -> None:
-    """Run ``function(rank, world, *arguments)`` in `world` processes; an error in one is raised here, and none outlives `seconds`."""
+    """Run ``function(rank, world, *arguments)`` in `world` processes; an error in one is raised here, and none outlives
+    `seconds`."""
     # Daemons: what still hangs when the tests end is ended with them, not waited for.
     context = mp.spawn(function, (world, *arguments), nprocs=world, join=False, daemon=True)
     end = time.monotonic() + seconds

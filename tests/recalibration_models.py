@@ -29,7 +29,9 @@ class Residual(nn.Module):
 
 def cnn(blocks: int = 4, width: int = 6) -> nn.Sequential:
     """``1 + 2 * blocks`` batch norms."""
-    return nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), *[Residual(width) for _ in range(blocks)])
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), *[Residual(width) for _ in range(blocks)]
+    )
 
 
 def mlp(layers: int = 8, width: int = 16, inputs: int = 10) -> nn.Sequential:
@@ -50,7 +52,8 @@ def statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def full_batch(model: nn.Module, data: Tensor, *args: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """The oracle of exactness: in float64, on all the data in one batch, each layer is set to what it gets and then runs in eval mode."""
+    """The oracle of exactness: in float64, on all the data in one batch, each layer is set to what it gets and then
+    runs in eval mode."""
     twin = copy.deepcopy(model).double().eval()
 
     def set_to_input(layer: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
@@ -66,9 +69,13 @@ def full_batch(model: nn.Module, data: Tensor, *args: Any) -> dict[str, tuple[Te
     return statistics(twin)
 
 
-def largest_errors(found: dict[str, tuple[Tensor, Tensor]], truth: dict[str, tuple[Tensor, Tensor]]) -> tuple[float, float]:
+def largest_errors(
+    found: dict[str, tuple[Tensor, Tensor]], truth: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[float, float]:
     """Error of the mean in standard deviations, and relative error of the variance, of the worst channel."""
-    mean = max(((found[name][0].double() - mean).abs() / var.sqrt()).max().item() for name, (mean, var) in truth.items())
+    mean = max(
+        ((found[name][0].double() - mean).abs() / var.sqrt()).max().item() for name, (mean, var) in truth.items()
+    )
     variance = max((found[name][1].double() / var - 1).abs().max().item() for name, (_, var) in truth.items())
     return mean, variance
 
@@ -87,7 +94,13 @@ def everything(model: nn.Module) -> dict[str, Any]:
         flags = (module.training, getattr(module, "track_running_stats", None), getattr(module, "momentum", None))
         found[name] = (hooks, flags)
         for key, tensor in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
-            found[f"{name}:{key}"] = (id(tensor), tensor.data_ptr(), tensor.requires_grad, tensor.grad is None, as_bytes(tensor))
+            found[f"{name}:{key}"] = (
+                id(tensor),
+                tensor.data_ptr(),
+                tensor.requires_grad,
+                tensor.grad is None,
+                as_bytes(tensor),
+            )
     for name, layer in norms(model).items():
         averaging = getattr(layer, "averaging", None)
         found[f"{name}:history"] = (

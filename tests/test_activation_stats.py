@@ -26,7 +26,8 @@ LAYERS = ["bn1", "rest.0", "rest.3", "rest.4"]  # of Small, in forward order
 
 
 class Recorder(pl.Callback):
-    """An oracle beside the monitor: every layer's inputs, outputs, output gradients and buffers before them, batch by batch."""
+    """An oracle beside the monitor: every layer's inputs, outputs, output gradients and buffers before them, batch by
+    batch."""
 
     def __init__(self) -> None:
         self.batches: dict[str, list[dict[str, dict[str, Any]]]] = {"train": [], "val": []}
@@ -98,7 +99,9 @@ def rows(monitor: ActivationStatsMonitor, stage: str, step: int | None = None) -
     return {row["layer"]: row for row in found if row["step"] == step}
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d, lambda width: BatchNorm1d(width, averaging=Window(3))], ids=["torch's", "window"])
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d, lambda width: BatchNorm1d(width, averaging=Window(3))], ids=["torch's", "window"]
+)
 def test_training_is_measured_at_every_nth_step(layer: Any) -> None:
     """Each row of the table is what loops over the recorded activations, gradients and buffers of that step give."""
     module = Small()
@@ -120,7 +123,9 @@ def test_training_is_measured_at_every_nth_step(layer: Any) -> None:
             assert row["nonfinite"] == 0
             assert row["grad_std"] == pytest.approx(mean_std(flat([batch[name]["gradient"]]))[1], rel=1e-5)
         for name in ("rest.0", "rest.4"):
-            assert found[name]["zero_fraction"] == pytest.approx(flat([batch[name]["output"]]).count(0) / batch[name]["output"].numel())
+            assert found[name]["zero_fraction"] == pytest.approx(
+                flat([batch[name]["output"]]).count(0) / batch[name]["output"].numel()
+            )
             assert found[name]["drift_mean"] is None
         for name in ("bn1", "rest.3"):
             drift_mean, drift_var = drift_of([batch[name]["input"]], batch[f"{name}/buffers"])
@@ -140,10 +145,15 @@ def test_validation_is_measured_over_the_whole_epoch() -> None:
     fit(recorder, monitor, max_epochs=1, num_sanity_val_steps=2)
     batches = recorder.batches["val"][-3:]
     found = rows(monitor, "val")
-    assert {row["step"] for row in monitor.table() if row["stage"] == "val"} == {5}  # where Lightning files val_loss too
+    assert {row["step"] for row in monitor.table() if row["stage"] == "val"} == {
+        5
+    }  # where Lightning files val_loss too
     for name in LAYERS:
         mean, std = mean_std(flat([batch[name]["output"] for batch in batches]))
-        assert (found[name]["mean"], found[name]["std"]) == (pytest.approx(mean, abs=1e-6), pytest.approx(std, rel=1e-6))
+        assert (found[name]["mean"], found[name]["std"]) == (
+            pytest.approx(mean, abs=1e-6),
+            pytest.approx(std, rel=1e-6),
+        )
     for name in ("bn1", "rest.3"):
         expected = drift_of([batch[name]["input"] for batch in batches], batches[0][f"{name}/buffers"])
         assert (found[name]["drift_mean"], found[name]["drift_var"]) == pytest.approx(expected, rel=1e-5)
@@ -154,7 +164,9 @@ def test_dead_channels_are_counted_since_the_epoch_began() -> None:
 
     class Fires(Small):
         def forward(self, inputs: Tensor) -> Tensor:
-            hidden = self.rest[0](torch.full((8, 2), -1.0 if self.step else 1.0) * torch.tensor([1.0, -0.0 if self.step else -1.0]))
+            hidden = self.rest[0](
+                torch.full((8, 2), -1.0 if self.step else 1.0) * torch.tensor([1.0, -0.0 if self.step else -1.0])
+            )
             self.step += 1
             return super().forward(inputs) + hidden.sum() * 0
 
@@ -195,7 +207,9 @@ def test_training_is_the_same_to_the_bit() -> None:
 
 
 def hooks(module: nn.Module) -> int:
-    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) + len(each._backward_hooks) for each in module.modules())
+    return sum(
+        len(each._forward_hooks) + len(each._forward_pre_hooks) + len(each._backward_hooks) for each in module.modules()
+    )
 
 
 def test_hooks_are_there_only_while_they_are_wanted() -> None:
@@ -215,7 +229,8 @@ def test_hooks_are_there_only_while_they_are_wanted() -> None:
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("stage", ["training", "validation"])
 def test_an_exception_leaves_no_hook_behind(error: type[BaseException], stage: str) -> None:
-    """Whatever is raised in the middle of a watched step, the model is without hooks, and the table has what came before."""
+    """Whatever is raised in the middle of a watched step, the model is without hooks, and the table has what came
+    before."""
 
     class Fails(Small):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -239,7 +254,8 @@ def test_an_exception_leaves_no_hook_behind(error: type[BaseException], stage: s
 
 
 def test_accumulated_batches_are_one_sample() -> None:
-    """With accumulate_grad_batches=3, one row pools the three batches of its optimizer step, and validation between them does not enter."""
+    """With accumulate_grad_batches=3, one row pools the three batches of its optimizer step, and validation between
+    them does not enter."""
     recorder, monitor = Recorder(), ActivationStatsMonitor(every_n_steps=1)
     fit(recorder, monitor, accumulate_grad_batches=3, max_epochs=1, val_check_interval=2)
     assert sorted({row["step"] for row in monitor.table() if row["stage"] == "train"}) == [0, 1]
@@ -297,7 +313,8 @@ class Shapes(Small):
 
 
 def test_reused_layers_widths_and_tuples() -> None:
-    """Calls of one width are pooled, each further width has a row, of a tuple the first tensor counts; what is never called is named."""
+    """Calls of one width are pooled, each further width has a row, of a tuple the first tensor counts; what is never
+    called is named."""
     monitor = ActivationStatsMonitor(layers=[nn.ReLU, nn.LSTM, "spare"], every_n_steps=100)
     module = Shapes()
     with pytest.warns(UserWarning, match="sees nothing of rest.0, rest.4, spare: no forward"):
@@ -326,7 +343,8 @@ def test_a_length_is_no_width() -> None:
 
 
 def test_half_precision_is_summed_wide() -> None:
-    """Under bf16-true, rows are what the bfloat16 activations give in float64, and drift is observed since the buffers are too coarse."""
+    """Under bf16-true, rows are what the bfloat16 activations give in float64, and drift is observed since the buffers
+    are too coarse."""
     recorder, monitor = Recorder(), ActivationStatsMonitor(every_n_steps=1)
     fit(recorder, monitor, max_epochs=1, precision="bf16-true", val=None)
     batch, row = recorder.batches["train"][5], rows(monitor, "train", 5)["bn1"]
@@ -348,7 +366,8 @@ def test_averagings_that_do_not_tell_are_observed() -> None:
 
 
 def test_drift_alone_needs_no_hook() -> None:
-    """activations=False logs drift and affine parameters of batch-norm layers, places no hook, and agrees with the full table."""
+    """activations=False logs drift and affine parameters of batch-norm layers, places no hook, and agrees with the full
+    table."""
     most = []
 
     class Counts(Small):
@@ -369,7 +388,8 @@ def test_drift_alone_needs_no_hook() -> None:
 
 
 def test_nan_and_empty_activations() -> None:
-    """NaN and infinite activations are counted and left out of the moments, an empty batch is none, and histograms survive both."""
+    """NaN and infinite activations are counted and left out of the moments, an empty batch is none, and histograms
+    survive both."""
 
     class Spoiled(Small):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -393,7 +413,8 @@ def test_nan_and_empty_activations() -> None:
 
 
 def test_compiled_models_are_seen() -> None:
-    """Layers inside a compiled model are measured, compiled before or after, under their own names; other steps stay compiled."""
+    """Layers inside a compiled model are measured, compiled before or after, under their own names; other steps stay
+    compiled."""
     compiled_runs = []
 
     def backend(graph: Any, example: Any) -> Any:
@@ -444,7 +465,9 @@ def test_validate_and_test_alone() -> None:
     data = DataLoader(training_data(), 16)
     trainer(monitor).validate(module, data, verbose=False)
     trainer(monitor).test(module, data, verbose=False)
-    assert [(row["layer"], row["stage"]) for row in monitor.table()] == [(name, stage) for stage in ("val", "test") for name in LAYERS]
+    assert [(row["layer"], row["stage"]) for row in monitor.table()] == [
+        (name, stage) for stage in ("val", "test") for name in LAYERS
+    ]
     assert hooks(module) == 0
 
 
@@ -500,11 +523,14 @@ class Memory(Logger):
 
 
 def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:
-    """Through the Logger interface: worst and median of each statistic at the sampled steps, and each layer's for scalars="all"."""
+    """Through the Logger interface: worst and median of each statistic at the sampled steps, and each layer's for
+    scalars="all"."""
     memory = Memory()
     monitor = ActivationStatsMonitor(every_n_steps=3, scalars="all")
     fit(monitor, logger=[memory, CSVLogger(tmp_path, version=0)], max_epochs=1, log_every_n_steps=3)
-    ours = [(step, metrics) for step, metrics in memory.metrics if any(name.startswith("activations") for name in metrics)]
+    ours = [
+        (step, metrics) for step, metrics in memory.metrics if any(name.startswith("activations") for name in metrics)
+    ]
     assert [step for step, _ in ours] == [0, 3, 5]
     found = rows(monitor, "train", 3)
     metrics = ours[1][1]
@@ -577,7 +603,8 @@ def test_sampling_follows_the_trainers_interval() -> None:
 
 
 def test_ailments_and_pictures_without_tensorboard() -> None:
-    """After a run without any logger the monitor says what is sick and draws the same heat maps; what it can't draw it tells."""
+    """After a run without any logger the monitor says what is sick and draws the same heat maps; what it can't draw it
+    tells."""
 
     class Dies(Small):
         def on_train_epoch_start(self) -> None:

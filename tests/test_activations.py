@@ -64,7 +64,10 @@ def measured(batches: list[Tensor], channels: int, **options: Any) -> dict[str, 
 
 def plain(values: dict[str, Tensor]) -> dict[str, Any]:
     # torchmetrics gives a result of one element without its dimension.
-    return {name: value.flatten().tolist() if name.startswith("channel") else value.tolist() for name, value in values.items()}
+    return {
+        name: value.flatten().tolist() if name.startswith("channel") else value.tolist()
+        for name, value in values.items()
+    }
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:
@@ -133,9 +136,12 @@ def test_exploding_values_do_not_overflow() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 5), min_size=1, max_size=5), st.randoms(use_true_random=False))
+@given(
+    st.integers(0, 2**32 - 1), st.lists(st.integers(0, 5), min_size=1, max_size=5), st.randoms(use_true_random=False)
+)
 def test_any_cut_and_order_is_the_same(seed: int, sizes: list[int], random: Any) -> None:
-    """However the samples are cut into batches, permuted, and merged from several metrics, the result is that of all of them at once."""
+    """However the samples are cut into batches, permuted, and merged from several metrics, the result is that of all of
+    them at once."""
     generator = torch.Generator().manual_seed(seed)
     data = torch.randn(sum(sizes), 2, 3, generator=generator) * 10 + 100
     data[torch.rand(data.shape, generator=generator) < 0.1] = NAN
@@ -178,7 +184,9 @@ def test_saturation_is_where_the_slope_is_small(function: Any, bounds: tuple[flo
 
 def test_histogram_counts_every_finite_value() -> None:
     """Each finite value is in the bucket between its two edges, and NaN and infinite ones in none."""
-    data = torch.cat((torch.randn(500, 1) * 10 ** torch.linspace(-6, 6, 500)[:, None], torch.tensor([[0.0], [NAN], [INF], [-INF]])))
+    data = torch.cat(
+        (torch.randn(500, 1) * 10 ** torch.linspace(-6, 6, 500)[:, None], torch.tensor([[0.0], [NAN], [INF], [-INF]]))
+    )
     edges = histogram_edges().tolist()
     expected = [0] * (len(edges) + 1)
     for value in data.flatten().tolist():
@@ -255,7 +263,10 @@ def _rank(rank: int, world: int, batches: list[list[Tensor]], folder: str) -> No
 
 def test_two_processes_are_as_one(tmp_path: Any) -> None:
     """compute() on either of two gloo processes gives the statistics of the data of both, also where one has none."""
-    for name, batches in {"both": [[relu_like(4, 3)], [relu_like(2, 3), relu_like(3, 3)]], "one": [[relu_like(4, 3)], []]}.items():
+    for name, batches in {
+        "both": [[relu_like(4, 3)], [relu_like(2, 3), relu_like(3, 3)]],
+        "one": [[relu_like(4, 3)], []],
+    }.items():
         folder = tmp_path / name
         folder.mkdir()
         ranks.spawn(_rank, 2, batches, str(folder))

@@ -56,7 +56,8 @@ atomic_file.write_atomically(dict(value=2), Path({path!r}))
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "rename"])
 def test_a_kill_leaves_the_original_and_no_half_file(moment: str, tmp_path: Path) -> None:
-    """A process that is killed while it writes, before the data are on the disk, or before the rename, changes no file that is there."""
+    """A process that is killed while it writes, before the data are on the disk, or before the rename, changes no file
+    that is there."""
     path = tmp_path / "last-recalibrated.ckpt"
     write_atomically({"value": 1}, path)
     (tmp_path / "last.ckpt").write_bytes(b"original")

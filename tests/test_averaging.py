@@ -22,7 +22,11 @@ STEPS = (1, 2, N - 1, N, N + 1, 3 * N + 1)
 Oracle = Callable[[list[oracles.Array]], tuple[oracles.Array, oracles.Array]]
 
 CASES: list[tuple[Averaging, Oracle]] = [
-    *((Window(size, pooled=p), lambda b, size=size, p=p: oracles.window(b, size, p)) for size in (1, 2, 3, N, 6) for p in (False, True)),
+    *(
+        (Window(size, pooled=p), lambda b, size=size, p=p: oracles.window(b, size, p))
+        for size in (1, 2, 3, N, 6)
+        for p in (False, True)
+    ),
     *((Cumulative(pooled=p), lambda b, p=p: oracles.cumulative(b, p)) for p in (False, True)),
     *(
         (Exponential(m, debias=d, pooled=p), lambda b, m=m, d=d, p=p: oracles.exponential(b, m, d, p))
@@ -39,7 +43,10 @@ def batches(count: int, *, seed: int = 0, device: torch.device | str = "cpu") ->
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(2, 7, (count,), generator=generator).tolist()
     return [
-        (torch.randn(size, 3, 2, 2, generator=generator) * (1 + t % 4) + torch.randn(3, 1, 1, generator=generator) * 3).to(device)
+        (
+            torch.randn(size, 3, 2, 2, generator=generator) * (1 + t % 4)
+            + torch.randn(3, 1, 1, generator=generator) * 3
+        ).to(device)
         for t, size in enumerate(sizes)
     ]
 
@@ -75,7 +82,8 @@ def test_float64(averaging: Averaging, oracle: Oracle) -> None:
 
 
 def test_oracle_goes_red() -> None:
-    """The comparison fails on statistics that are off by one part in ten thousand, and on a window that is one batch too long."""
+    """The comparison fails on statistics that are off by one part in ten thousand, and on a window that is one batch
+    too long."""
     layer = BatchNorm2d(3, averaging=Window(N))
     data = batches(2 * N)
     for batch in data:
@@ -106,7 +114,8 @@ def test_reset_forgets_everything(averaging: Averaging, oracle: Oracle) -> None:
 @each_average
 @pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
 def test_resume_is_exact(averaging: Averaging, oracle: Oracle, way: str, tmp_path: object) -> None:
-    """Saved in the middle of a window, loaded and trained on, a layer's whole state is bit for bit that of one never interrupted."""
+    """Saved in the middle of a window, loaded and trained on, a layer's whole state is bit for bit that of one never
+    interrupted."""
     layer = BatchNorm2d(3, averaging=averaging)
     data = batches(3 * N)
     for batch in data[: N + 2]:
@@ -144,7 +153,9 @@ def test_momentum_0_stands_still(debias: bool, pooled: bool) -> None:
     torch.testing.assert_close(layer.running_var, torch.ones(3))
 
 
-@pytest.mark.parametrize("averaging", [Exponential(0.1), Exponential(0.1, debias=True), Cumulative(), Window(4)], ids=str)
+@pytest.mark.parametrize(
+    "averaging", [Exponential(0.1), Exponential(0.1, debias=True), Cumulative(), Window(4)], ids=str
+)
 def test_estimators_part_where_batches_differ(averaging: Averaging) -> None:
     """Within-batch variance misses the spread between batches, and the pooled one has it."""
     pooled = copy.deepcopy(averaging)
@@ -177,7 +188,8 @@ def test_window_of_any_size_over_any_batches(sizes: list[int], size: int, pooled
 
 
 def test_window_does_not_drift() -> None:
-    """After 100,000 steps, some of them a billion times larger, the statistics are the float64 mean of the last N rows to 1e-6."""
+    """After 100,000 steps, some of them a billion times larger, the statistics are the float64 mean of the last N rows
+    to 1e-6."""
     size, width = 1000, 4
     averaging = Window(size).for_layer(torch.zeros(width))
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,5 @@
-"""The layers: drop-ins for torch's where no averaging is given, and safe against bad batches, masks and repeated forwards."""
+"""The layers: drop-ins for torch's where no averaging is given, and safe against bad batches, masks and repeated
+forwards."""
 
 from __future__ import annotations
 
@@ -29,8 +30,15 @@ def torch_inputs(dtype: torch.dtype, training: bool) -> Iterator[tuple[type[nn.M
     """Yield the constructor arguments and forward inputs with which torch tests its own layers."""
     for info in module_db:
         if info.module_cls in PAIRS:
-            for given in info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=False, training=training):
-                yield info.module_cls, given.constructor_input.args, given.constructor_input.kwargs, given.forward_input.args[0]
+            for given in info.module_inputs_func(
+                info, device="cpu", dtype=dtype, requires_grad=False, training=training
+            ):
+                yield (
+                    info.module_cls,
+                    given.constructor_input.args,
+                    given.constructor_input.kwargs,
+                    given.forward_input.args[0],
+                )
 
 
 def pair(cls: type[nn.Module], *args: object, **kwargs: object) -> tuple[nn.Module, nn.Module]:
@@ -55,7 +63,8 @@ def run(layer: nn.Module, batch: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [True, False])
 def test_torchs_own_inputs_to_the_bit(dtype: torch.dtype, training: bool) -> None:
-    """Outputs, all gradients, double backward and buffers equal torch's to the bit on the inputs torch tests itself with."""
+    """Outputs, all gradients, double backward and buffers equal torch's to the bit on the inputs torch tests itself
+    with."""
     seen = 0
     for cls, args, kwargs, batch in torch_inputs(dtype, training):
         theirs, ours = pair(cls, *args, **kwargs, dtype=dtype)
@@ -158,9 +167,12 @@ def test_momentum_stays_assignable(value: float | None) -> None:
     torch.testing.assert_close(averaged.running_var, theirs.running_var, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("averaging", [Exponential(0.1), Exponential(0.1, debias=True), Exponential(0.1, pooled=True)], ids=str)
+@pytest.mark.parametrize(
+    "averaging", [Exponential(0.1), Exponential(0.1, debias=True), Exponential(0.1, pooled=True)], ids=str
+)
 def test_update_bn_serves_an_exponential(averaging: Averaging) -> None:
-    """torch's update_bn, which sets momentum None for its pass, leaves the average over its batches, and the momentum as it was."""
+    """torch's update_bn, which sets momentum None for its pass, leaves the average over its batches, and the momentum
+    as it was."""
     layer = BatchNorm1d(3, averaging=averaging)
     batches = [torch.randn(8, 3) + 5 for _ in range(5)]
     torch.optim.swa_utils.update_bn(batches, layer)
@@ -199,7 +211,8 @@ def test_nonfinite_batches_can_be_let_in() -> None:
 
 @each_average
 def test_eval_backward_survives_a_training_batch(averaging: Averaging | None) -> None:
-    """The gradient of an eval forward is that of its own statistics, though a training batch writes the buffers before backward."""
+    """The gradient of an eval forward is that of its own statistics, though a training batch writes the buffers before
+    backward."""
     layer = BatchNorm1d(3, averaging=averaging)
     layer(torch.randn(8, 3))
     batch = torch.randn(4, 3, requires_grad=True)
@@ -220,7 +233,9 @@ def test_one_value_per_channel(shape: tuple[int, ...]) -> None:
     layer.eval()(torch.randn(shape))
 
 
-@pytest.mark.parametrize(("cls", "shape"), [(BatchNorm1d, (2, 3, 4, 4)), (BatchNorm2d, (2, 3)), (BatchNorm3d, (2, 3, 4, 4))])
+@pytest.mark.parametrize(
+    ("cls", "shape"), [(BatchNorm1d, (2, 3, 4, 4)), (BatchNorm2d, (2, 3)), (BatchNorm3d, (2, 3, 4, 4))]
+)
 def test_wrong_number_of_dimensions(cls: type[nn.Module], shape: tuple[int, ...]) -> None:
     """The error is torch's own."""
     (theirs,) = (base for base in PAIRS if PAIRS[base] is cls)

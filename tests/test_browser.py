@@ -19,7 +19,8 @@ DRIVER = shutil.which("chromedriver")
 
 pytestmark = [
     pytest.mark.skipif(
-        CHROMIUM is None or DRIVER is None, reason="no chromium with chromedriver: apt-get install chromium chromium-driver"
+        CHROMIUM is None or DRIVER is None,
+        reason="no chromium with chromedriver: apt-get install chromium chromium-driver",
     ),
     pytest.mark.timeout(300),
 ]
@@ -44,7 +45,17 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     subprocess.run([sys.executable, str(quickstart)], cwd=directory, check=True, capture_output=True, timeout=200)
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(directory / "runs"), "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(directory / "runs"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with (directory / "server.log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         try:
             _wait(lambda: _answers(address), "TensorBoard's server")
@@ -63,7 +74,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def _browser(profile: Path) -> Any:
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    quiet = ["disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync"]
+    quiet = [
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+    ]
     # --no-sandbox: the tests may run as root, where chromium has none.
     for option in ("headless=new", "no-sandbox", *quiet, "window-size=1400,2000", f"user-data-dir={profile}"):
         options.add_argument(f"--{option}")
@@ -90,11 +108,25 @@ def _wait(condition: Any, what: str, seconds: float = 90) -> Any:
 def test_the_images_tab_shows_the_heat_maps(page: Any) -> None:
     """Every heat map of the run is loaded, decoded and laid out."""
     browser = page("images")
-    script = _ELEMENTS + "return found.filter(e => e.tagName == 'IMG' && e.naturalWidth > 0 && e.offsetWidth > 0).map(e => e.naturalWidth)"
+    script = (
+        _ELEMENTS
+        + "return found.filter(e => e.tagName == 'IMG' && e.naturalWidth > 0 && e.offsetWidth > 0).map(e => e.naturalWidth)"
+    )
     widths = _wait(lambda: len(found := browser.execute_script(script)) >= 8 and found, "eight heat maps")
     assert set(widths) == {640}
-    tags = browser.execute_script(_ELEMENTS + "return found.filter(e => e.tagName == 'TF-CARD-HEADING').map(e => e.tag)")
-    maps = {"std", "zero_fraction", "dead_fraction", "nonfinite", "drift_mean", "drift_var", "channel_mean", "channel_std"}
+    tags = browser.execute_script(
+        _ELEMENTS + "return found.filter(e => e.tagName == 'TF-CARD-HEADING').map(e => e.tag)"
+    )
+    maps = {
+        "std",
+        "zero_fraction",
+        "dead_fraction",
+        "nonfinite",
+        "drift_mean",
+        "drift_var",
+        "channel_mean",
+        "channel_std",
+    }
     assert set(tags) == {f"activations_map/{name}" for name in maps}
 
 
@@ -102,12 +134,17 @@ def test_the_custom_scalars_tab_shows_the_charts(page: Any) -> None:
     """The layout's category for training is there at first sight, and each of its charts has drawn lines."""
     browser = page("custom_scalars")
     cards = "const cards = found.filter(e => /^TF-CUSTOM-SCALAR-(MULTI-LINE|MARGIN)-CHART-CARD$/.test(e.tagName));"
-    titles = _wait(lambda: browser.execute_script(_ELEMENTS + cards + "return cards.map(e => e.title || e._titleDisplayString)"), "charts")
+    titles = _wait(
+        lambda: browser.execute_script(_ELEMENTS + cards + "return cards.map(e => e.title || e._titleDisplayString)"),
+        "charts",
+    )
     assert len(titles) == 12  # six for training, and six for validation
     drawn = """
     const inside = (card, test) => { let n = 0; const walk = node => { if (node.nodeType == 1) { if (test(node)) n++;
       if (node.shadowRoot) walk(node.shadowRoot); } for (const c of node.childNodes) walk(c); }; walk(card); return n; };
     return cards.map(card => inside(card, e => e.tagName == 'path' && (e.getAttribute('d') || '').length > 10));
     """
-    counts = _wait(lambda: min(found := browser.execute_script(_ELEMENTS + cards + drawn)) > 0 and found, "lines in every chart")
+    counts = _wait(
+        lambda: min(found := browser.execute_script(_ELEMENTS + cards + drawn)) > 0 and found, "lines in every chart"
+    )
     assert len(counts) == 12

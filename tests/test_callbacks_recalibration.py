@@ -51,7 +51,8 @@ def test_fit_end_leaves_statistics_that_match_the_final_weights() -> None:
 
 
 def test_validation_sees_precise_statistics_and_the_sanity_check_does_not() -> None:
-    """With when="validation" every validated model has statistics that match its weights; the sanity check moves nothing."""
+    """With when="validation" every validated model has statistics that match its weights; the sanity check moves
+    nothing."""
     callback, recorder = BatchNormRecalibration(when="validation"), Recorder()
     fit(callback, recorder, num_sanity_val_steps=2)
     assert len(recorder.validated) == 6
@@ -69,7 +70,9 @@ def test_every_n_epochs(every: int, count: int) -> None:
 
 @pytest.mark.parametrize("when", ["fit_end", "validation"])
 @pytest.mark.parametrize(
-    "options", [{}, {"val_check_interval": 0.5}, {"accumulate_grad_batches": 4}], ids=["plain", "mid-epoch", "accumulated"]
+    "options",
+    [{}, {"val_check_interval": 0.5}, {"accumulate_grad_batches": 4}],
+    ids=["plain", "mid-epoch", "accumulated"],
 )
 def test_training_does_not_notice(when: str, options: dict[str, Any]) -> None:
     """Weights, gradients, optimizer, steps and random numbers are those of a fit without the callback, to the bit."""
@@ -78,7 +81,9 @@ def test_training_does_not_notice(when: str, options: dict[str, Any]) -> None:
     module, other = fit(BatchNormRecalibration(when=when), **options)
     assert torch.equal(torch.rand(3), after)
     assert parameters_equal(plain, module)
-    assert all((a.grad is None) == (b.grad is None) for a, b in zip(plain.parameters(), module.parameters(), strict=True))
+    assert all(
+        (a.grad is None) == (b.grad is None) for a, b in zip(plain.parameters(), module.parameters(), strict=True)
+    )
     assert same(*[(p.grad for p in m.parameters() if p.grad is not None) for m in (plain, module)])
     assert (runner.global_step, runner.current_epoch) == (other.global_step, other.current_epoch)
     assert str(runner.optimizers[0].state_dict()) == str(other.optimizers[0].state_dict())
@@ -113,7 +118,10 @@ class Shuffler(torch.utils.data.Sampler[int]):
         {"generator": torch.Generator()},
         {"sampler": Shuffler(), "shuffle": None},
         {"num_workers": 1, "persistent_workers": True},
-        {"sampler": torch.utils.data.WeightedRandomSampler([1.0] * 48, 48, generator=torch.Generator()), "shuffle": None},
+        {
+            "sampler": torch.utils.data.WeightedRandomSampler([1.0] * 48, 48, generator=torch.Generator()),
+            "shuffle": None,
+        },
     ],
     ids=["generator", "counting sampler", "persistent workers", "random sampler"],
 )
@@ -124,7 +132,9 @@ def test_the_loader_goes_on_where_it_was(options: dict[str, Any]) -> None:
         batches: list[Tensor] = []
 
         class Listener(pl.Callback):
-            def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, batches: Any = batches) -> None:
+            def on_train_batch_start(
+                self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, batches: Any = batches
+            ) -> None:
                 batches.append(batch[0])
 
         fit(*callbacks, Listener(), train=loader(**copy.deepcopy(options)), val_check_interval=2)
@@ -176,22 +186,27 @@ def test_fit_end_comes_after_the_averaged_weights(order: str, averaging: str) ->
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_the_checkpoint_of_averaged_weights_has_their_statistics(order: str, tmp_path: Path) -> None:
-    """EMAWeightAveraging(use_buffers=False) and when="validation": what is validated and saved matches; training goes on from its own."""
+    """EMAWeightAveraging(use_buffers=False) and when="validation": what is validated and saved matches; training goes
+    on from its own."""
     plain, _ = fit(EMAWeightAveraging(use_buffers=False, decay=0.8), ModelCheckpoint(tmp_path / "plain", save_top_k=-1))
     callbacks = [BatchNormRecalibration(when="validation"), EMAWeightAveraging(use_buffers=False, decay=0.8)]
-    module, _ = fit(*(callbacks if order == "before" else callbacks[::-1]), ModelCheckpoint(tmp_path / "ours", save_top_k=-1))
+    module, _ = fit(
+        *(callbacks if order == "before" else callbacks[::-1]), ModelCheckpoint(tmp_path / "ours", save_top_k=-1)
+    )
     assert parameters_equal(plain, module)
     for path in sorted((tmp_path / "plain").iterdir()):
         stale, precise = (torch.load(tmp_path / name / path.name, weights_only=False) for name in ("plain", "ours"))
         assert not matches_weights(stale["state_dict"])
         assert matches_weights(precise["state_dict"])
         assert stale["current_model_state"].keys() == precise["current_model_state"].keys()
-        # Training's own statistics too: they were exchanged for the averaged model's while the latter's were recalibrated.
+        # Training's own statistics too: they were exchanged for the averaged model's while the latter's were
+        # recalibrated.
         assert same(stale["current_model_state"].values(), precise["current_model_state"].values())
 
 
 def test_a_checkpoint_saved_after_the_fit_has_the_recalibrated_statistics(tmp_path: Path) -> None:
-    """With when="fit_end" too, though the averaging callback saves its own copy of the model, which was not recalibrated."""
+    """With when="fit_end" too, though the averaging callback saves its own copy of the model, which was not
+    recalibrated."""
     _, runner = fit(EMAWeightAveraging(use_buffers=False, decay=0.8), BatchNormRecalibration())
     runner.save_checkpoint(tmp_path / "end.ckpt")
     assert matches_weights(torch.load(tmp_path / "end.ckpt", weights_only=False)["state_dict"])
@@ -207,7 +222,8 @@ def test_fit_end_comes_before_the_last_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("when", ["fit_end", "validation"])
 def test_monitor_keeps_only_what_is_better(mode: str, when: str, tmp_path: Path) -> None:
-    """Of "min" and "max" one keeps the new statistics and the other leaves the old ones, to the bit; values and decision are logged."""
+    """Of "min" and "max" one keeps the new statistics and the other leaves the old ones, to the bit; values and
+    decision are logged."""
     plain, runner = fit(max_epochs=1)
     logger = CSVLogger(tmp_path)
     callback = BatchNormRecalibration(monitor="val_loss", mode=mode, when=when)
@@ -215,7 +231,11 @@ def test_monitor_keeps_only_what_is_better(mode: str, when: str, tmp_path: Path)
     _, rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().split("\n", 1)
     header = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
     line = next(line for line in rows.splitlines() if line.split(",")[header.index("batch_norm/recalibration/kept")])
-    logged = {name.rsplit("/", 1)[-1]: float(value) for name, value in zip(header, line.split(","), strict=True) if "batch_norm" in name}
+    logged = {
+        name.rsplit("/", 1)[-1]: float(value)
+        for name, value in zip(header, line.split(","), strict=True)
+        if "batch_norm" in name
+    }
     assert logged["kept"] == callback.kept
     assert callback.kept == ((logged["val_loss_after"] < logged["val_loss_before"]) == (mode == "min"))
     assert logged["val_loss_before"] == pytest.approx(float(runner.callback_metrics["val_loss"]), rel=1e-5)
@@ -292,7 +312,8 @@ def test_the_report_reaches_the_loggers(tmp_path: Path) -> None:
 
 
 def test_layers_that_do_not_learn_keep_their_statistics() -> None:
-    """Frozen by requires_grad or by eval, before the fit or on_train_epoch_start: also though validation puts all layers in eval."""
+    """Frozen by requires_grad or by eval, before the fit or on_train_epoch_start: also though validation puts all
+    layers in eval."""
 
     class Freezing(Small):
         def on_train_epoch_start(self) -> None:
@@ -315,15 +336,21 @@ def test_a_wholly_frozen_model_is_left_alone_with_a_warning() -> None:
     for layer in (module.bn1, module.rest[3]):
         layer.requires_grad_(False).eval()
     before = snapshot(module)
-    with pytest.warns(UserWarning, match="every batch-norm layer is frozen"), pytest.warns(UserWarning, match="in eval mode at the start"):
+    with (
+        pytest.warns(UserWarning, match="every batch-norm layer is frozen"),
+        pytest.warns(UserWarning, match="in eval mode at the start"),
+    ):
         fit(BatchNormRecalibration(), module=module)
-    assert same([module.bn1.running_mean, module.bn1.running_var], [before["bn1.running_mean"], before["bn1.running_var"]])
+    assert same(
+        [module.bn1.running_mean, module.bn1.running_var], [before["bn1.running_mean"], before["bn1.running_var"]]
+    )
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("batch", range(6))
 def test_whatever_is_raised_at_whatever_batch_changes_nothing(batch: int, failure: type[BaseException]) -> None:
-    """The statistics, modes, hooks and random numbers are those before the recalibration, and the exception comes through."""
+    """The statistics, modes, hooks and random numbers are those before the recalibration, and the exception comes
+    through."""
     calls = 0
 
     def forward(module: pl.LightningModule, inputs: Any) -> None:
@@ -374,7 +401,8 @@ def test_how_long_the_pass_is(when: str, train: Any, options: dict[str, Any], ba
 
 
 def test_tolerance_and_exact_are_passed_on() -> None:
-    """tolerance stops early on a long stream; exact gives other statistics from the second layer on, and the same in the first."""
+    """tolerance stops early on a long stream; exact gives other statistics from the second layer on, and the same in
+    the first."""
     callback = BatchNormRecalibration(tolerance=0.1)
     fit(callback, train=DataLoader(Endless(), 8), limit_train_batches=300, max_epochs=1, val=None)
     assert callback.report.stopped_by == "tolerance"
@@ -419,11 +447,17 @@ def test_two_of_them_side_by_side() -> None:
 @pytest.mark.parametrize("when", ["fit_end", "validation"])
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_resuming_recalibrates_as_often(when: str, stop: int, tmp_path: Path) -> None:
-    """A run stopped after any epoch and resumed ends with the count, the weights and the statistics of one that was not stopped."""
+    """A run stopped after any epoch and resumed ends with the count, the weights and the statistics of one that was not
+    stopped."""
     whole = BatchNormRecalibration(when=when)
     plain, _ = fit(whole, max_epochs=3, train=loader(shuffle=False))
     # The end of the stopped run's own training is no part of the checkpoint.
-    fit(BatchNormRecalibration(when=when), ModelCheckpoint(tmp_path, save_last=True), max_epochs=stop, train=loader(shuffle=False))
+    fit(
+        BatchNormRecalibration(when=when),
+        ModelCheckpoint(tmp_path, save_last=True),
+        max_epochs=stop,
+        train=loader(shuffle=False),
+    )
     resumed = BatchNormRecalibration(when=when)
     module, _ = fit(
         resumed,
@@ -467,7 +501,9 @@ def test_a_wrong_argument_is_told_at_once(arguments: dict[str, Any], error: type
         (lambda: BatchNormRecalibration(), {"module": BoringModel()}, "no batch-norm layer"),
     ],
 )
-def test_a_fit_that_can_not_be_served_is_told_before_it_trains(callback: Any, options: dict[str, Any], text: str) -> None:
+def test_a_fit_that_can_not_be_served_is_told_before_it_trains(
+    callback: Any, options: dict[str, Any], text: str
+) -> None:
     """Nobody trains for a day to learn that the recalibration was impossible."""
     with pytest.raises(MisconfigurationException, match=text):
         fit(callback(), **options)

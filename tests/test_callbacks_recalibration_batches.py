@@ -282,7 +282,8 @@ class Chatty(NoForward):
 
 @pytest.mark.parametrize("when", ["fit_end", "validation"])
 def test_a_training_step_leaves_no_trace(when: str, tmp_path: Any) -> None:
-    """Its logging is muted; torchmetrics, buffers, counters, lists and random numbers of the module are as without the callback."""
+    """Its logging is muted; torchmetrics, buffers, counters, lists and random numbers of the module are as without the
+    callback."""
     logs = []
     modules = []
     for callbacks in ([], [BatchNormRecalibration(when=when)]):
@@ -343,7 +344,8 @@ def test_batches_come_through_the_transfer_hooks_as_in_training() -> None:
 
 
 def test_layers_that_forward_does_not_reach_are_named() -> None:
-    """A forward that leaves layers out can't be told from outside: those keep their statistics and a warning names them."""
+    """A forward that leaves layers out can't be told from outside: those keep their statistics and a warning names
+    them."""
 
     class Half(Small):
         def forward(self, inputs: Tensor) -> Tensor:
@@ -360,7 +362,8 @@ def test_layers_that_forward_does_not_reach_are_named() -> None:
 
 
 def test_the_users_dataloader_is_tried_before_training() -> None:
-    """A loader whose batches don't go in is refused before the first step, and one that does is not consumed by the trial."""
+    """A loader whose batches don't go in is refused before the first step, and one that does is not consumed by the
+    trial."""
     with pytest.raises(MisconfigurationException, match="forward="):
         fit(BatchNormRecalibration(dataloader=[{"image": torch.zeros(8, 4)}]), module=First(), val=None)
     data = loader()

@@ -21,7 +21,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("averaged", [False, True])
 def test_best_and_last_get_a_recalibrated_copy(averaged: bool, tmp_path: Path) -> None:
-    """Each copy has the file's own weights with the statistics that match them, and all else as it was; so has the module."""
+    """Each copy has the file's own weights with the statistics that match them, and all else as it was; so has the
+    module."""
     averaging = [EMAWeightAveraging(use_buffers=False, decay=0.8)] if averaged else []
     plain, _ = fit(*averaging, ModelCheckpoint(tmp_path / "plain", monitor="val_loss", save_last=True), max_epochs=4)
     saver = ModelCheckpoint(tmp_path / "ours", monitor="val_loss", save_last=True, filename="{epoch}-{val_loss:.3f}")
@@ -37,7 +38,9 @@ def test_best_and_last_get_a_recalibrated_copy(averaged: bool, tmp_path: Path) -
         after = torch.load(best.with_name(name.replace(".ckpt", "-recalibrated.ckpt")), weights_only=False)
         assert not matches_weights(before["state_dict"])
         assert matches_weights(after["state_dict"])
-        changed = {key for key, value in before["state_dict"].items() if not torch.equal(value, after["state_dict"][key])}
+        changed = {
+            key for key, value in before["state_dict"].items() if not torch.equal(value, after["state_dict"][key])
+        }
         assert changed == {f"{layer}.running_{name}" for layer in ("bn1", "rest.3") for name in ("mean", "var")}
         assert all(str(value) == str(after[key]) for key, value in before.items() if key != "state_dict")
 
@@ -54,7 +57,8 @@ def test_a_fit_can_go_on_from_a_recalibrated_copy(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_the_files_and_the_module(tmp_path: Path) -> None:
-    """An exception while a file is recalibrated: no copy, no rest, and the module has its own weights and statistics again."""
+    """An exception while a file is recalibrated: no copy, no rest, and the module has its own weights and statistics
+    again."""
     saver = ModelCheckpoint(tmp_path, save_last=True)
     calls = 0
 
@@ -96,7 +100,9 @@ def test_a_remote_directory_is_refused(tmp_path: Path) -> None:
 def test_state_dict_values_are_plain(tmp_path: Path) -> None:
     """The callback's state is small and loads with weights_only=True."""
     fit(ModelCheckpoint(tmp_path, save_last=True, save_weights_only=False), BatchNormRecalibration(when="validation"))
-    state = torch.load(tmp_path / "last.ckpt", weights_only=False)["callbacks"]["BatchNormRecalibration{'when': 'validation'}"]
+    state = torch.load(tmp_path / "last.ckpt", weights_only=False)["callbacks"][
+        "BatchNormRecalibration{'when': 'validation'}"
+    ]
     assert state == {"count": 2, "last_step": 12}
     assert not any(isinstance(value, Tensor) for value in state.values())
 
@@ -107,6 +113,9 @@ def test_a_frozen_model_gets_no_copies(tmp_path: Path) -> None:
     module = Small()
     for layer in (module.bn1, module.rest[3]):
         layer.requires_grad_(False).eval()
-    with pytest.warns(UserWarning, match="every batch-norm layer is frozen"), pytest.warns(UserWarning, match="in eval mode at the start"):
+    with (
+        pytest.warns(UserWarning, match="every batch-norm layer is frozen"),
+        pytest.warns(UserWarning, match="in eval mode at the start"),
+    ):
         fit(ModelCheckpoint(tmp_path, save_last=True), BatchNormRecalibration(checkpoints=("last",)), module=module)
     assert not [name for name in contents(tmp_path) if "recalibrated" in name]

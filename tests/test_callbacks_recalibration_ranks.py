@@ -30,7 +30,11 @@ def _fits(rank: int, world: int, folder: str, port: int) -> None:
 
     def remember(name: str, *callbacks: Any, **options: Any) -> None:
         module, runner = fit(*callbacks, train=fits.loader(), **(ddp | options))
-        result[name] = {"state": module.state_dict(), "step": runner.global_step, "metrics": dict(runner.callback_metrics)}
+        result[name] = {
+            "state": module.state_dict(),
+            "step": runner.global_step,
+            "metrics": dict(runner.callback_metrics),
+        }
 
     remember("plain")
     remember("fit_end", BatchNormRecalibration())

@@ -49,7 +49,8 @@ def test_moments_are_exact_in_every_layout(shape: tuple[int, ...], dtype: torch.
 
 @pytest.mark.parametrize("shape", [(60, 3), (6000, 3), (60, 3, 5), (60, 3, 4, 8), (6, 300, 4, 4)], ids=str)
 def test_a_mean_far_from_zero_is_no_matter(shape: tuple[int, ...]) -> None:
-    """Mean 1000, standard deviation 0.01, in float32 whose digits there are 6e-5 apart: the variance of what is stored, to 1e-4."""
+    """Mean 1000, standard deviation 0.01, in float32 whose digits there are 6e-5 apart: the variance of what is stored,
+    to 1e-4."""
     data = 1000 + 0.01 * torch.randn(shape)
     for layout in layouts(data):
         _, var = channel_moments(layout)
@@ -73,7 +74,13 @@ def test_what_is_not_finite_shows_in_the_variance_of_its_channel_alone(shape: tu
 
 def test_without_the_undocumented_kernels_the_moments_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch that has neither computes them by what is public."""
-    data = [torch.randn(50, 3), torch.randn(5000, 3), torch.randn(8, 3, 2), torch.randn(8, 3, 6, 6), torch.randn(8, 3, 6, 6).bfloat16()]
+    data = [
+        torch.randn(50, 3),
+        torch.randn(5000, 3),
+        torch.randn(8, 3, 2),
+        torch.randn(8, 3, 6, 6),
+        torch.randn(8, 3, 6, 6).bfloat16(),
+    ]
     before = [channel_moments(one) for one in data]
     monkeypatch.setattr(torch_internals, "_update_stats", None)
     monkeypatch.setattr(torch_internals, "_group_norm", None)
@@ -89,7 +96,8 @@ def test_there_is_no_graph() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 3, 8, 8), (32, 16, 16, 16)], ids=str)
 def test_images_very_far_from_zero(shape: tuple[int, ...]) -> None:
-    """Mean 10000, standard deviation 0.01: the variance to 1e-4, in every layout, and by the way of other devices, around a first value."""
+    """Mean 10000, standard deviation 0.01: the variance to 1e-4, in every layout, and by the way of other devices,
+    around a first value."""
     data = 1e4 + 0.01 * torch.randn(shape)
     values = data.double().transpose(0, 1).flatten(1).numpy()
     truth = torch.tensor([[sum((x - sum(row) / len(row)) ** 2 for x in row) / len(row)] for row in values]).flatten()

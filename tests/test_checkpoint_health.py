@@ -17,7 +17,9 @@ from lightning_bn.checkpoints.health import CheckpointRefusedError, compare_chec
 
 def trained() -> nn.Sequential:
     """Return a model whose two layers have seen three batches."""
-    model = nn.Sequential(nn.Linear(3, 4), BatchNorm1d(4, averaging=Window(2)), nn.Linear(4, 2), nn.BatchNorm1d(2, affine=False))
+    model = nn.Sequential(
+        nn.Linear(3, 4), BatchNorm1d(4, averaging=Window(2)), nn.Linear(4, 2), nn.BatchNorm1d(2, affine=False)
+    )
     for _ in range(3):
         model(torch.randn(8, 3))
     return model
@@ -37,7 +39,10 @@ def test_figures_are_those_of_the_file(tmp_path: Path) -> None:
     model = trained()
     health = inspect_checkpoint(saved(model.state_dict(), tmp_path / "model.pt"))
     first, second = health.layers
-    for name, low, high in (("running_mean", first.mean_min, first.mean_max), ("running_var", first.var_min, first.var_max)):
+    for name, low, high in (
+        ("running_mean", first.mean_min, first.mean_max),
+        ("running_var", first.var_min, first.var_max),
+    ):
         values = [float(value) for value in getattr(model[1], name)]
         assert (low, high) == (min(values), max(values))
     assert (first.name, first.channels, first.batches_tracked, first.dtype) == ("1", 4, 3, "float32")
@@ -83,7 +88,8 @@ def test_every_kind_of_damage_is_found_worst_first(tmp_path: Path) -> None:
 
 
 def test_layers_are_found_wherever_the_state_dict_is(tmp_path: Path) -> None:
-    """A state_dict, a Lightning checkpoint and a dict of models; batch norm alone has no prefix; averaging rows are no layer."""
+    """A state_dict, a Lightning checkpoint and a dict of models; batch norm alone has no prefix; averaging rows are no
+    layer."""
     state = trained().state_dict()
     assert "1.averaging.rows" in state
     for content, names in (
@@ -131,7 +137,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_drift_against_loops(tmp_path: Path) -> None:
-    """Shift and log ratio are those of a loop over channels; the farthest layer is first; what can't be compared is named."""
+    """Shift and log ratio are those of a loop over channels; the farthest layer is first; what can't be compared is
+    named."""
     one, other = trained(), trained()
     first, second = one.state_dict(), other.state_dict()
     for state, extra in ((first, "old"), (second, "new")):
@@ -142,7 +149,9 @@ def test_drift_against_loops(tmp_path: Path) -> None:
     assert (drift.only_first, drift.only_second, drift.other_size) == (("old",), ("new",), ("wide",))
     for layer in drift.layers:
         rows = [
-            [float(value) for value in state[f"{layer.name}.{key}"]] for key in ("running_mean", "running_var") for state in (first, second)
+            [float(value) for value in state[f"{layer.name}.{key}"]]
+            for key in ("running_mean", "running_var")
+            for state in (first, second)
         ]
         shifts = [(b - a) / math.sqrt(v + 1e-5) for a, b, v in zip(rows[0], rows[1], rows[2], strict=True)]
         ratios = [math.log((w + 1e-5) / (v + 1e-5)) for v, w in zip(rows[2], rows[3], strict=True)]

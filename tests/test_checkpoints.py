@@ -57,7 +57,10 @@ def test_an_old_checkpoint_goes_on_with_its_window() -> None:
     for batch in batches:
         layer(batch)
     means = [*expected["batches"][7:, 0].numpy(), *(batch.double().numpy().mean((0, 2, 3)) for batch in batches)]
-    variances = [*expected["batches"][7:, 1].numpy(), *(batch.double().numpy().var((0, 2, 3), ddof=1) for batch in batches)]
+    variances = [
+        *expected["batches"][7:, 1].numpy(),
+        *(batch.double().numpy().var((0, 2, 3), ddof=1) for batch in batches),
+    ]
     np.testing.assert_allclose(layer.running_mean, np.mean(means, 0), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(layer.running_var, np.mean(variances, 0), rtol=1e-4, atol=1e-5)
 
@@ -109,7 +112,9 @@ class SaveAtStep7(pl.Callback):
 
 def fit(case: tuple[Averaging, str, bool | None], path: Path, ckpt_path: Path | None = None) -> dict[str, Tensor]:
     averaging, precision, only = case
-    options: dict[str, Any] = {} if only is None else {"plugins": [BatchNormSync(statistics_only=only)], "sync_batchnorm": True}
+    options: dict[str, Any] = (
+        {} if only is None else {"plugins": [BatchNormSync(statistics_only=only)], "sync_batchnorm": True}
+    )
     trainer = pl.Trainer(
         strategy="ddp", devices=2, accelerator="cpu", max_epochs=2, precision=precision, callbacks=[SaveAtStep7(path)], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
@@ -118,7 +123,12 @@ def fit(case: tuple[Averaging, str, bool | None], path: Path, ckpt_path: Path | 
     module = Module(averaging)
     if precision == "64-true":
         module.double()  # Lightning loads the checkpoint before it casts the module, and would round it to float32
-    trainer.fit(module, DataLoader(torch.zeros(STEPS), batch_size=None), DataLoader(torch.zeros(1), batch_size=None), ckpt_path=ckpt_path)
+    trainer.fit(
+        module,
+        DataLoader(torch.zeros(STEPS), batch_size=None),
+        DataLoader(torch.zeros(1), batch_size=None),
+        ckpt_path=ckpt_path,
+    )
     return copy.deepcopy(module.state_dict())
 
 
@@ -173,7 +183,10 @@ def train(model: nn.Module, rank: int, steps: range) -> None:
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of the state with every shard put together."""
-    state = {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in model.state_dict().items()}
+    state = {
+        key: value.full_tensor() if hasattr(value, "full_tensor") else value
+        for key, value in model.state_dict().items()
+    }
     return {key: value.detach().clone() for key, value in state.items()}
 
 
@@ -184,9 +197,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{averaging}-{precision}-{only}" for averaging, precision, only in CASES])
+@pytest.mark.parametrize(
+    "number", range(len(CASES)), ids=[f"{averaging}-{precision}-{only}" for averaging, precision, only in CASES]
+)
 def test_two_processes_resume_to_the_bit(results: list[dict[Any, Any]], number: int) -> None:
-    """A run over two processes, stopped in mid-epoch and mid-window, ends as one that was not: in all that a checkpoint would save.
+    """A run over two processes, stopped in mid-epoch and mid-window, ends as one that was not: in all that a checkpoint
+    would save.
 
     Without the plugin the history of rank 1 is neither saved nor used: its statistics are rank 0's.
     """
@@ -204,18 +220,23 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def test_sharded_is_replicated(results: list[dict[Any, Any]]) -> None:
-    """With fully_shard (FSDP2, gloo) a windowed model trains as under DDP, statistics and history included; all ranks have the same."""
+    """With fully_shard (FSDP2, gloo) a windowed model trains as under DDP, statistics and history included; all ranks
+    have the same."""
     for result in results:
         replicated, trained = result["sharded"]["replicated"], result["sharded"]["trained"]
         assert set(trained) == set(replicated)
         for key, value in replicated.items():
             torch.testing.assert_close(trained[key], value, rtol=1e-5, atol=1e-6)
-    statistics = [{key: value for key, value in result["sharded"]["trained"].items() if key.startswith("1.")} for result in results]
+    statistics = [
+        {key: value for key, value in result["sharded"]["trained"].items() if key.startswith("1.")}
+        for result in results
+    ]
     assert equal(*statistics)
 
 
 def test_distributed_checkpoint(results: list[dict[Any, Any]]) -> None:
-    """What torch.distributed.checkpoint saved loads into a fresh sharded model, which trains on bit for bit, and into a plain one."""
+    """What torch.distributed.checkpoint saved loads into a fresh sharded model, which trains on bit for bit, and into a
+    plain one."""
     for result in results:
         sharded = result["sharded"]
         assert equal(sharded["loaded"], sharded["trained"])
@@ -225,7 +246,8 @@ def test_distributed_checkpoint(results: list[dict[Any, Any]]) -> None:
 
 
 def test_sharded_models_recalibrate(results: list[dict[Any, Any]]) -> None:
-    """recalibrate() gives a sharded model the statistics of all ranks' data under its weights, whatever batches each rank has."""
+    """recalibrate() gives a sharded model the statistics of all ranks' data under its weights, whatever batches each
+    rank has."""
     data = torch.cat([own_batch(rank, step) for rank in range(2) for step in range(3 - rank)]).double()
     for result in results:
         state = result["sharded"]["recalibrated"]

@@ -41,11 +41,20 @@ CONFIG: dict[str, Any] = {
                 "init_args": {"averaging": {"class_path": "lightning_bn.Window", "init_args": {"size": 4}}},
             },
             {"class_path": "lightning_bn.ModeCheck", "init_args": {"action": "raise", "ignore": ["BN302", "BN305"]}},
-            {"class_path": "lightning_bn.ActivationStatsMonitor", "init_args": {"every_n_steps": 2, "heatmaps": False, "layers": "rest.*"}},
-            {"class_path": "lightning_bn.BatchNormRecalibration", "init_args": {"when": "validation", "num_batches": 2}},
+            {
+                "class_path": "lightning_bn.ActivationStatsMonitor",
+                "init_args": {"every_n_steps": 2, "heatmaps": False, "layers": "rest.*"},
+            },
+            {
+                "class_path": "lightning_bn.BatchNormRecalibration",
+                "init_args": {"when": "validation", "num_batches": 2},
+            },
             {
                 "class_path": "lightning_bn.CompareAverages",
-                "init_args": {"averages": {"w5": {"class_path": "lightning_bn.Window", "init_args": {"size": 5}}}, "recalibrated": False},
+                "init_args": {
+                    "averages": {"w5": {"class_path": "lightning_bn.Window", "init_args": {"size": 5}}},
+                    "recalibrated": False,
+                },
             },
             {"class_path": "ModelCheckpoint", "init_args": {"filename": "run"}},
         ],
@@ -111,7 +120,8 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def test_recalibrate_writes_statistics_that_match_the_weights(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """The new file's first layer has the moments of the data, by float64 loops; all else in it, and the old file, is as it was."""
+    """The new file's first layer has the moments of the data, by float64 loops; all else in it, and the old file, is as
+    it was."""
     before, content = run.load(), run.ckpt.read_bytes()
     code, out, _ = call("recalibrate", *run.options, capsys=capsys)
     written = run.ckpt.with_name("best-recalibrated.ckpt")
@@ -182,7 +192,11 @@ def test_validate_compares_three_statistics(run: Run, capsys: pytest.CaptureFixt
     assert list(columns) == ["checkpoint", "recalibrated", "batch statistics"]
     call("recalibrate", *run.options, "--exact", capsys=capsys)
     own, written = run.load()["state_dict"], run.load(run.ckpt.with_name("best-recalibrated.ckpt"))["state_dict"]
-    expected = [losses(own, batch_statistics=False), losses(written, batch_statistics=False), losses(own, batch_statistics=True)]
+    expected = [
+        losses(own, batch_statistics=False),
+        losses(written, batch_statistics=False),
+        losses(own, batch_statistics=True),
+    ]
     assert [column["val_loss"] for column in columns.values()] == pytest.approx(expected, rel=1e-4)
     assert len({round(value, 4) for value in expected}) == 3
     _, table, _ = call("validate", *run.options, capsys=capsys)
@@ -226,13 +240,19 @@ MISTAKES = {
     "three files": (["inspect", "a", "b", "c"], 2, "here are 3"),
     "unknown rule": (["rules", "BN999"], 2, "the rules are BN100"),
     "needless overrides": (["rules", "--", "--x=1"], 2, "nothing goes after --"),
-    "exact with tolerance": (["recalibrate", "--config", "c", "--ckpt_path", "x", "--exact", "--tolerance", "0.1"], 2, "--exact needs all"),
+    "exact with tolerance": (
+        ["recalibrate", "--config", "c", "--ckpt_path", "x", "--exact", "--tolerance", "0.1"],
+        2,
+        "--exact needs all",
+    ),
     "negative batches": (["recalibrate", "--config", "c", "--ckpt_path", "x", "--num_batches", "-1"], 2, "num_batches"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "code", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_end_without_a_traceback(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_end_without_a_traceback(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A command line that can't be meant ends with 2 and says why."""
     got, out, err = call(*arguments, capsys=capsys)
     assert got == code
@@ -265,7 +285,16 @@ def test_own_cli_whose_config_has_keys_of_its_own(run: Run, tmp_path: Path, caps
     config = yaml.safe_load(run.config.read_text())
     del config["data"]["init_args"]
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({**config, "batch": 12}))
-    arguments = ("--config", str(tmp_path / "own.yaml"), "--ckpt_path", str(run.ckpt), "--cli", "cli_models.OwnCLI", "--dry_run", "--json")
+    arguments = (
+        "--config",
+        str(tmp_path / "own.yaml"),
+        "--ckpt_path",
+        str(run.ckpt),
+        "--cli",
+        "cli_models.OwnCLI",
+        "--dry_run",
+        "--json",
+    )
     code, out, _ = call("recalibrate", *arguments, capsys=capsys)
     assert code == 0
     assert json.loads(out)["batches"] == 4
@@ -294,7 +323,10 @@ def test_batch_of_one_has_no_batch_statistics(run: Run, capsys: pytest.CaptureFi
 def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     """--help ends with 0, and has each option and the exit codes."""
     for command, options in (
-        ("recalibrate", "--config --ckpt_path --output --num_batches --tolerance --exact --dry_run --dataloader --overwrite --json"),
+        (
+            "recalibrate",
+            "--config --ckpt_path --output --num_batches --tolerance --exact --dry_run --dataloader --overwrite --json",
+        ),
         ("validate", "--compare --config --ckpt_path --json"),
         ("inspect", "CKPT --json"),
         ("rules", "CODE --json"),
@@ -322,7 +354,8 @@ def test_callbacks_document_their_arguments(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_as_a_process() -> None:
-    """python -m lightning_bn passes its exit code on, shows no traceback, and imports lightning only where it is needed."""
+    """python -m lightning_bn passes its exit code on, shows no traceback, and imports lightning only where it is
+    needed."""
     command = [sys.executable, "-X", "importtime", "-m", "lightning_bn", "rules", "BN999"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}

@@ -49,7 +49,8 @@ def test_each_row_is_what_a_run_with_that_average_would_have_validated(name: str
 
 
 def test_the_recalibrated_row_is_what_the_recalibration_callback_would_give() -> None:
-    """The row is the validation loss of a fit with BatchNormRecalibration(when="validation"), and "own" that of one without."""
+    """The row is the validation loss of a fit with BatchNormRecalibration(when="validation"), and "own" that of one
+    without."""
     compare, recalibrated, own = CompareAverages(AVERAGES), History(), History()
     fit(compare)
     fit(BatchNormRecalibration(when="validation"), recalibrated)
@@ -60,19 +61,31 @@ def test_the_recalibrated_row_is_what_the_recalibration_callback_would_give() ->
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"val_check_interval": 2}, {"precision": "bf16-mixed"}, {"num_sanity_val_steps": 2, "accumulate_grad_batches": 2}],
+    [
+        {},
+        {"val_check_interval": 2},
+        {"precision": "bf16-mixed"},
+        {"num_sanity_val_steps": 2, "accumulate_grad_batches": 2},
+    ],
     ids=str,
 )
 def test_nothing_else_changes(options: dict[str, Any], tmp_path: Path) -> None:
-    """Weights, statistics, random numbers, logged metrics and checkpoints are those of a fit without the callback, to the bit."""
+    """Weights, statistics, random numbers, logged metrics and checkpoints are those of a fit without the callback, to
+    the bit."""
     runs = []
     for version, callbacks in (("plain", []), ("compared", [CompareAverages(AVERAGES)])):
         boards = TensorBoardLogger(tmp_path, name="", version=version)
-        saver = ModelCheckpoint(tmp_path / version / "checkpoints", monitor="val_loss", save_top_k=-1, filename="{step}")
+        saver = ModelCheckpoint(
+            tmp_path / version / "checkpoints", monitor="val_loss", save_top_k=-1, filename="{step}"
+        )
         module, runner = fit(*callbacks, saver, logger=boards, log_every_n_steps=1, **options)
         events = EventAccumulator(str(tmp_path / version))
         events.Reload()
-        scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "batch_norm" not in tag}
+        scalars = {
+            tag: [(e.step, e.value) for e in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+            if "batch_norm" not in tag
+        }
         runs.append((module, runner, scalars, torch.rand(3)))
     (one, runner, logged, numbers), (two, other, logged_too, numbers_too) = runs
     assert same(one.state_dict().values(), two.state_dict().values())
@@ -82,13 +95,17 @@ def test_nothing_else_changes(options: dict[str, Any], tmp_path: Path) -> None:
     assert torch.equal(numbers, numbers_too)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in two.modules())
     for path in (tmp_path / "plain/checkpoints").iterdir():
-        plain, compared = (torch.load(tmp_path / name / "checkpoints" / path.name, weights_only=False) for name in ("plain", "compared"))
+        plain, compared = (
+            torch.load(tmp_path / name / "checkpoints" / path.name, weights_only=False)
+            for name in ("plain", "compared")
+        )
         assert same(plain["state_dict"].values(), compared["state_dict"].values())
         assert plain["loops"] == compared["loops"]
 
 
 def test_the_log_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every validation metric under every average is logged at the step of the validation's own; the table ends the training."""
+    """Every validation metric under every average is logged at the step of the validation's own; the table ends the
+    training."""
     boards = TensorBoardLogger(tmp_path, name="", version="0")
     compare = CompareAverages(AVERAGES, monitor="val_acc", mode="max")
     fit(compare, logger=boards, log_every_n_steps=1)
@@ -111,7 +128,10 @@ def test_the_log_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_the_advice_is_a_call_that_can_be_made(capsys: pytest.CaptureFixture[str]) -> None:
     """A recommended average is printed as the call that converts the model to it."""
     compare = CompareAverages({"first": Exponential(1.0), "second": Window(4)}, recalibrated=False)
-    for name, advice in (("second", "convert_batch_norm(model, Window(size=4))"), ("own", "the layers' own averages, as they are")):
+    for name, advice in (
+        ("second", "convert_batch_norm(model, Window(size=4))"),
+        ("own", "the layers' own averages, as they are"),
+    ):
         compare.scores.values = {other: [1.0] for other in ("own", "first", "second")} | {name: [0.0]}
         compare.on_train_end(type("Trainer", (), {"is_global_zero": True})(), Small())
         assert capsys.readouterr().out.strip().splitlines()[-1] == f"Recommended: {advice}"
@@ -144,10 +164,23 @@ def test_resuming_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     """Followers and scores are in the checkpoint: the resumed comparison is that of an uninterrupted run."""
     whole = CompareAverages(AVERAGES)
     fit(whole, max_epochs=3, train=loader(shuffle=False), module=NoDropout())
-    fit(CompareAverages(AVERAGES), ModelCheckpoint(tmp_path, save_last=True), max_epochs=1, train=loader(shuffle=False), module=NoDropout())
+    fit(
+        CompareAverages(AVERAGES),
+        ModelCheckpoint(tmp_path, save_last=True),
+        max_epochs=1,
+        train=loader(shuffle=False),
+        module=NoDropout(),
+    )
     resumed, saver = CompareAverages(AVERAGES), ModelCheckpoint(tmp_path / "next")
     with pytest.warns(UserWarning, match="The dirpath has changed"):
-        fit(resumed, saver, max_epochs=3, train=loader(shuffle=False), module=NoDropout(), ckpt_path=tmp_path / "last.ckpt")
+        fit(
+            resumed,
+            saver,
+            max_epochs=3,
+            train=loader(shuffle=False),
+            module=NoDropout(),
+            ckpt_path=tmp_path / "last.ckpt",
+        )
     assert resumed.scores.values == whole.scores.values
 
 

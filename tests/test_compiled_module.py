@@ -29,7 +29,8 @@ def _fresh_compiler() -> Iterator[None]:
 class Module(fits.Small):
     """Without dropout, whose random numbers a compiled graph draws in another order."""
 
-    # torch 2.13's compiler fails on the code by which Lightning 2.6 finds out from where it was called, with or without this package.
+    # torch 2.13's compiler fails on the code by which Lightning 2.6 finds out from where it was called, with or without
+    # this package.
     log = torch.compiler.disable(pl.LightningModule.log)
 
     def __init__(self) -> None:
@@ -62,7 +63,11 @@ def build(kind: type[Module] = Module) -> Module:
 
 def test_all_three_callbacks() -> None:
     """They see every layer, find no mistake, recalibrate to the data under the final weights, and change no weight."""
-    monitor, check, recalibration = ActivationStatsMonitor(every_n_steps=2), ModeCheck(action="raise"), BatchNormRecalibration()
+    monitor, check, recalibration = (
+        ActivationStatsMonitor(every_n_steps=2),
+        ModeCheck(action="raise"),
+        BatchNormRecalibration(),
+    )
     plain, watched = fit(build()), fit(build(), monitor, check, recalibration)
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -71,8 +76,14 @@ def test_all_three_callbacks() -> None:
     assert recalibration.report.batches == 6
     assert recalibration.report.not_run == ()
     assert matches_weights(watched.state_dict())
-    hooks = [hook for module in watched.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
-    assert all(isinstance(getattr(hook, "__self__", None), Ledger) for hook in hooks), "but for what settle_together has placed"
+    hooks = [
+        hook
+        for module in watched.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    assert all(isinstance(getattr(hook, "__self__", None), Ledger) for hook in hooks), (
+        "but for what settle_together has placed"
+    )
 
 
 def test_recalibrated_before_validation_it_trains_on() -> None:

@@ -62,7 +62,9 @@ class Failing(BatchNormAct2d):
 
 def model() -> nn.Sequential:
     shared = nn.BatchNorm2d(4)
-    return nn.Sequential(nn.Conv2d(2, 4, 1), shared, nn.Conv2d(4, 4, 1), shared, BatchNormAct2d(4), nn.Flatten(), nn.BatchNorm1d(36))
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 1), shared, nn.Conv2d(4, 4, 1), shared, BatchNormAct2d(4), nn.Flatten(), nn.BatchNorm1d(36)
+    )
 
 
 def batches(count: int) -> list[Tensor]:
@@ -101,7 +103,8 @@ def test_keeps_everything(averaging: Averaging) -> None:
 
 @pytest.mark.parametrize("theirs", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d])
 def test_round_trip_leaves_no_trace(theirs: type[nn.Module]) -> None:
-    """Converted and back, a layer has torch's class, torch's attributes and torch's state dict, which a plain one loads strictly."""
+    """Converted and back, a layer has torch's class, torch's attributes and torch's state dict, which a plain one loads
+    strictly."""
     layer = theirs(3)
     attributes = set(layer.__dict__)
     converted = convert_batch_norm(layer, Window(3))
@@ -114,7 +117,8 @@ def test_round_trip_leaves_no_trace(theirs: type[nn.Module]) -> None:
 
 
 def test_to_torch_keeps_what_was_learned() -> None:
-    """The plain model evaluates as the converted one did, and goes on training with an exponential averaging's momentum."""
+    """The plain model evaluates as the converted one did, and goes on training with an exponential averaging's
+    momentum."""
     net = convert_batch_norm(model(), Exponential(0.25))
     for _ in range(3):
         net(torch.randn(4, 2, 3, 3))
@@ -133,7 +137,11 @@ def test_to_torch_keeps_what_was_learned() -> None:
 @each_average
 def test_a_subclass_gets_the_average(averaging: Averaging) -> None:
     """Its running statistics are, batch by batch, those of this package's own layer; its outputs are its own."""
-    served, reference, alone = convert_batch_norm(BatchNormAct2d(4), averaging), BatchNorm2d(4, averaging=averaging), BatchNormAct2d(4)
+    served, reference, alone = (
+        convert_batch_norm(BatchNormAct2d(4), averaging),
+        BatchNorm2d(4, averaging=averaging),
+        BatchNormAct2d(4),
+    )
     for batch in batches(8):
         reference(batch)
         assert torch.equal(served(batch), alone(batch))
@@ -168,7 +176,9 @@ def test_a_served_subclass_is_safe() -> None:
     assert all(torch.equal(value, before[key]) for key, value in served.state_dict().items())
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
+)
 def test_a_served_subclass_can_be_copied(way: object) -> None:
     """A copy averages into its own history and leaves the original's alone."""
     served = convert_batch_norm(BatchNormAct2d(4), Window(3))
@@ -207,7 +217,9 @@ def test_sync_batch_norm_outside_a_group() -> None:
 def test_refused_by_name(layer: nn.Module, reason: str) -> None:
     """What can't be served is named with the reason, and nothing in the model is changed."""
     net = nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(layer))
-    with pytest.raises(TypeError, match=rf"can't serve 1\.0 \({type(layer).__name__}\): .*{reason}.*Nothing was changed"):
+    with pytest.raises(
+        TypeError, match=rf"can't serve 1\.0 \({type(layer).__name__}\): .*{reason}.*Nothing was changed"
+    ):
         convert_batch_norm(net, Window(3))
     assert type(net[0]) is nn.BatchNorm2d
     assert type(net[1][0]) is type(layer)

@@ -56,7 +56,8 @@ class AsOptimizerIsBuilt(Small):
 
 
 def test_converts_before_the_optimizer_is_built_and_changes_no_weight() -> None:
-    """An unmodified model has its windows when its optimizer is built, and its weights end as without the callback, to the bit."""
+    """An unmodified model has its windows when its optimizer is built, and its weights end as without the callback, to
+    the bit."""
     module = AsOptimizerIsBuilt()
     torch.manual_seed(0)
     module.load_state_dict(Small().state_dict())
@@ -70,12 +71,15 @@ def test_converts_before_the_optimizer_is_built_and_changes_no_weight() -> None:
 
 @pytest.mark.parametrize("kind", [Small, Built])
 def test_resumed_fit_goes_on_with_the_history(kind: type[Small], tmp_path: Path) -> None:
-    """A checkpoint's windows are in a fresh, unmodified model before it trains on, also where the model is built late; no hook is left."""
+    """A checkpoint's windows are in a fresh, unmodified model before it trains on, also where the model is built late;
+    no hook is left."""
     saver = ModelCheckpoint(tmp_path, save_last=True)
     fit(ConvertBatchNorm(Window(9)), saver, module=kind(), max_epochs=1)
     seen = Seen()
     saved = torch.load(saver.last_model_path, weights_only=True)["state_dict"]
-    resumed, _ = fit(ConvertBatchNorm(Window(9)), seen, saver, module=kind(), max_epochs=2, ckpt_path=saver.last_model_path)
+    resumed, _ = fit(
+        ConvertBatchNorm(Window(9)), seen, saver, module=kind(), max_epochs=2, ckpt_path=saver.last_model_path
+    )
     assert seen.averages == ["Window(size=9)"] * 2
     assert seen.histories
     assert all(torch.equal(value, saved[key]) for key, value in seen.histories.items())
@@ -88,7 +92,9 @@ def test_plain_checkpoint_loads(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, save_last=True)
     plain, _ = fit(saver, max_epochs=1)
     fresh = Small()
-    trainer(ConvertBatchNorm(Window(3)), saver).validate(fresh, loader(shuffle=False), ckpt_path=saver.last_model_path, verbose=False)
+    trainer(ConvertBatchNorm(Window(3)), saver).validate(
+        fresh, loader(shuffle=False), ckpt_path=saver.last_model_path, verbose=False
+    )
     assert torch.equal(fresh.bn1.running_mean, plain.bn1.running_mean)
     resumed, _ = fit(ConvertBatchNorm(Window(3)), saver, max_epochs=2, ckpt_path=saver.last_model_path)
     assert averages(resumed) == ["Window(size=3)"] * 2
@@ -138,13 +144,16 @@ def test_own_average_is_known_by_its_settings() -> None:
 
 
 def test_beside_weight_averaging_whatever_the_order(tmp_path: Path) -> None:
-    """EMA of the weights that stands before it has copied an unconverted model: the fit, its file and the resumed fit work nevertheless."""
+    """EMA of the weights that stands before it has copied an unconverted model: the fit, its file and the resumed fit
+    work nevertheless."""
     for place, callbacks in enumerate(
         ([ConvertBatchNorm(Window(3)), EMAWeightAveraging()], [EMAWeightAveraging(), ConvertBatchNorm(Window(3))])
     ):
         saver = ModelCheckpoint(tmp_path / str(place), save_last=True)
         fit(*callbacks, saver, max_epochs=1)
-        resumed, _ = fit(ConvertBatchNorm(Window(3)), EMAWeightAveraging(), saver, max_epochs=2, ckpt_path=saver.last_model_path)
+        resumed, _ = fit(
+            ConvertBatchNorm(Window(3)), EMAWeightAveraging(), saver, max_epochs=2, ckpt_path=saver.last_model_path
+        )
         assert averages(resumed) == ["Window(size=3)"] * 2
 
 
@@ -180,5 +189,8 @@ def test_torchs_synchronisation_is_refused() -> None:
     callback.setup(trainer(), module, "fit")
     callback.on_fit_start(trainer(), module)
     TorchSyncBatchNorm().apply(module)
-    with pytest.raises(MisconfigurationException, match=r"2 converted layers \(bn1, rest\.3\).*plugins=\[lightning_bn.BatchNormSync\(\)\]"):
+    with pytest.raises(
+        MisconfigurationException,
+        match=r"2 converted layers \(bn1, rest\.3\).*plugins=\[lightning_bn.BatchNormSync\(\)\]",
+    ):
         callback.on_fit_start(trainer(), module)

@@ -96,7 +96,11 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
             module = Module(averaging, unused=option == "find_unused_parameters")
             results[option, name] = fit(module, folder, **copy.deepcopy(arguments))
     for only in (False, True):
-        callbacks = [ActivationStatsMonitor(every_n_steps=2), ModeCheck(action="raise"), BatchNormRecalibration(when="validation")]
+        callbacks = [
+            ActivationStatsMonitor(every_n_steps=2),
+            ModeCheck(action="raise"),
+            BatchNormRecalibration(when="validation"),
+        ]
         synchronised = {"strategy": "ddp", "plugins": [BatchNormSync(statistics_only=only)], "sync_batchnorm": True}
         results["sync", only] = fit(Module(Window(3)), folder, **synchronised)
         synchronised["plugins"] = [BatchNormSync(statistics_only=only)]
@@ -156,7 +160,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 
 
 def statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in state.items() if key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")}
+    return {
+        key: value
+        for key, value in state.items()
+        if key.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+    }
 
 
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -170,7 +178,8 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", [name for name in AVERAGES if name != "torch"])
 def test_trains_as_torchs_layer(results: list[dict[Any, Any]], option: str, name: str) -> None:
-    """Weights are those of torch's BatchNorm under DDP, to the bit, whatever the average; an exponential one's statistics are too."""
+    """Weights are those of torch's BatchNorm under DDP, to the bit, whatever the average; an exponential one's
+    statistics are too."""
     for result in results:
         plain, ours = result[option, "torch"]["state"], result[option, name]["state"]
         assert equal(weights(ours), weights(plain))
@@ -202,7 +211,9 @@ def test_a_window_is_of_rank_0s_batches(results: list[dict[Any, Any]]) -> None:
                 (module(own_batch(rank, step)).square().mean() / 2).backward()
             optimizer.step()
         expected = torch.stack(means[-3:]).mean(0)
-        torch.testing.assert_close(result["ddp", "Window"]["state"]["layers.1.running_mean"].double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            result["ddp", "Window"]["state"]["layers.1.running_mean"].double(), expected, rtol=1e-4, atol=1e-5
+        )
         assert not torch.equal(result["ddp", "Window"]["state"]["layers.0.weight"], state["layers.0.weight"])
 
 
@@ -221,7 +232,8 @@ def test_sends_what_torchs_layer_sends(results: list[dict[Any, Any]], name: str)
 
 @pytest.mark.parametrize("only", [False, True])
 def test_synchronised_ranks_agree_to_the_bit(results: list[dict[Any, Any]], only: bool) -> None:
-    """Statistics and history are the same on both ranks, without a broadcast's help; so all of it is in a checkpoint of rank 0."""
+    """Statistics and history are the same on both ranks, without a broadcast's help; so all of it is in a checkpoint of
+    rank 0."""
     one, two = (result["sync", only]["state"] for result in results)
     assert equal(one, two)
 
@@ -250,11 +262,16 @@ def test_an_empty_rank(results: list[dict[Any, Any]], only: bool) -> None:
 
 @pytest.mark.parametrize("only", [False, True])
 def test_recalibrates_while_synchronised(results: list[dict[Any, Any]], only: bool) -> None:
-    """Ranks may have unequal numbers of batches: the statistics are those of all data, the layers' collectives stand aside."""
+    """Ranks may have unequal numbers of batches: the statistics are those of all data, the layers' collectives stand
+    aside."""
     data = torch.cat([own_batch(rank, step) for rank in range(2) for step in range(3 - rank)]).double()
     for result in results:
-        torch.testing.assert_close(result["recalibrated", only]["0.running_mean"].double(), data.mean(0), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(result["recalibrated", only]["0.running_var"].double(), data.var(0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            result["recalibrated", only]["0.running_mean"].double(), data.mean(0), rtol=1e-5, atol=1e-6
+        )
+        torch.testing.assert_close(
+            result["recalibrated", only]["0.running_var"].double(), data.var(0), rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("only", [False, True])

@@ -1,4 +1,5 @@
-"""A rank that dies, or hangs: the others end with an error within the group's timeout, and their statistics are the old ones."""
+"""A rank that dies, or hangs: the others end with an error within the group's timeout, and their statistics are the old
+ones."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def recalibration(model: nn.Module, rank: int, end: End, *, exact: bool) -> None
 
 
 def training(model: nn.Module, rank: int, end: End, *, only: bool) -> None:
-    """Rank 1 ends in a forward: before the first layer's turn, or, where ranks meet behind the last one only, between layers."""
+    """Rank 1 ends in a forward: before the first layer's turn, or, where ranks meet behind the last one only, between
+    layers."""
     sync = BatchNormSync(statistics_only=only)
     sync.apply(model)
     if rank == 1:
@@ -66,9 +68,13 @@ WAYS = ["dies", "hangs"]
 
 
 def _scenario(rank: int, world: int, folder: str, name: str, way: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
+    )
     torch.manual_seed(0)
-    model = convert_batch_norm(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3), nn.BatchNorm1d(3)), Window(3))
+    model = convert_batch_norm(
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3), nn.BatchNorm1d(3)), Window(3)
+    )
     for step in range(5):
         model(batch(step))
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -121,7 +127,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_others_end_in_time_with_the_old_statistics(outcomes: Path, name: str, way: str) -> None:
-    """Both other ranks raise, at once where the connection breaks and at the timeout where it does not; nothing is changed."""
+    """Both other ranks raise, at once where the connection breaks and at the timeout where it does not; nothing is
+    changed."""
     found = {rank: torch.load(outcomes / f"{name}, {way}" / f"{rank}.pt") for rank in (0, 2)}
     assert not (outcomes / f"{name}, {way}" / "1.pt").exists()
     for outcome in found.values():

@@ -41,7 +41,9 @@ def test_compatibility_is_that_of_the_project() -> None:
     """The table's versions are those of pyproject.toml and constraints.txt."""
     bounds = (ROOT / "pyproject.toml").read_text()
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    rows = re.findall(r"^\| (\w+)[^|]*\| ([\d.]+) \| ([\d.]+) \|$", (DOCS / "compatibility.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\w+)[^|]*\| ([\d.]+) \| ([\d.]+) \|$", (DOCS / "compatibility.md").read_text(), re.MULTILINE
+    )
     packages = [row for row in rows if row[0] != "Python"]
     assert len(packages) == len(rows) - 1 == 6
     for name, least, version in packages:

@@ -58,7 +58,8 @@ LAYERS = {
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_drift_is_that_of_the_batch(kind: str, device: torch.device) -> None:
-    """At each of a dozen steps the drift read from the buffers is that of the batch to the running statistics before it."""
+    """At each of a dozen steps the drift read from the buffers is that of the batch to the running statistics before
+    it."""
     layer = LAYERS[kind]().to(device)
     meter = DriftMeter([layer])
     assert meter.unreadable() == []
@@ -69,7 +70,9 @@ def test_drift_is_that_of_the_batch(kind: str, device: torch.device) -> None:
         meter.start()
         layer(batch.to(device))
         tolerance = 2e-2 if layer.running_mean.dtype == torch.bfloat16 else 1e-3
-        assert meter.measure()[0].tolist() == pytest.approx(oracle(batch, mean, var, layer.eps), rel=tolerance, abs=1e-4), step
+        assert meter.measure()[0].tolist() == pytest.approx(
+            oracle(batch, mean, var, layer.eps), rel=tolerance, abs=1e-4
+        ), step
 
 
 def test_layers_of_all_kinds_and_widths_at_once() -> None:
@@ -84,11 +87,14 @@ def test_layers_of_all_kinds_and_widths_at_once() -> None:
         for layer in layers:
             shape = (8, layer.num_features, 2, 2) if isinstance(layer, nn.BatchNorm2d) else (8, layer.num_features)
             layer(torch.randn(shape) + 1)
-        torch.testing.assert_close(together.measure(), torch.cat([meter.measure() for meter in alone]), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            together.measure(), torch.cat([meter.measure() for meter in alone]), rtol=1e-9, atol=1e-9
+        )
 
 
 def test_several_batches_are_their_average() -> None:
-    """Between start and measure, gradient accumulation runs several batches: drift is that of what they were on average."""
+    """Between start and measure, gradient accumulation runs several batches: drift is that of what they were on
+    average."""
     layer = nn.BatchNorm1d(3, momentum=None)
     layer(torch.randn(50, 3))
     mean, var = layer.running_mean.clone(), layer.running_var.clone()
@@ -129,7 +135,8 @@ class Polynomial(Averaging):
 
 
 def test_what_nothing_tells_is_handed_in() -> None:
-    """torch's layer in 16 bits says so; given the batches' moments, its drift is that of the mean of the batches that are finite."""
+    """torch's layer in 16 bits says so; given the batches' moments, its drift is that of the mean of the batches that
+    are finite."""
     layer = nn.BatchNorm1d(3).bfloat16()
     meter = DriftMeter([nn.BatchNorm1d(2), layer])
     assert meter.unreadable() == [1]
@@ -146,10 +153,13 @@ def test_what_nothing_tells_is_handed_in() -> None:
 
 
 @pytest.mark.parametrize(
-    "averaging", [Window(3), Exponential(0.1, pooled=True), Cumulative(pooled=True), Polynomial()], ids=lambda rule: type(rule).__name__
+    "averaging",
+    [Window(3), Exponential(0.1, pooled=True), Cumulative(pooled=True), Polynomial()],
+    ids=lambda rule: type(rule).__name__,
 )
 def test_layers_of_this_package_tell_of_their_batches(averaging: Averaging) -> None:
-    """By themselves and in a model, whatever their average; several batches count as their mean, one that is not finite not at all."""
+    """By themselves and in a model, whatever their average; several batches count as their mean, one that is not finite
+    not at all."""
     for wrap in (lambda layer: layer, lambda layer: settle_together(nn.Sequential(nn.Identity(), layer))):
         layer = BatchNorm1d(3, averaging=averaging)
         model = wrap(layer)

@@ -1,4 +1,5 @@
-"""exact=True: the statistics of the network as it runs at inference, and what a forward may do while it waits in lockstep."""
+"""exact=True: the statistics of the network as it runs at inference, and what a forward may do while it waits in
+lockstep."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def sorted_by_class(data: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [2, 7, 32])
 @pytest.mark.parametrize(("make", "shape"), [(mlp, (205, 10)), (cnn, (101, 1, 6, 6))], ids=["mlp", "cnn"])
 def test_exact_is_the_full_batch(make: Callable[[], nn.Module], shape: tuple[int, ...], size: int) -> None:
-    """Eight batch norms and more, class-sorted order, a partial last batch: 1e-4 of the variance everywhere; one pass is far off."""
+    """Eight batch norms and more, class-sorted order, a partial last batch: 1e-4 of the variance everywhere; one pass
+    is far off."""
     model, data = make(), sorted_by_class(torch.randn(shape))
     truth = full_batch(model, data)
     mean, variance = largest_errors(exact(copy.deepcopy(model), data, size), truth)
@@ -56,7 +58,11 @@ def test_within_batch_variances_and_the_prior_are_what_the_layers_run_with() -> 
         twin = copy.deepcopy(model)
         exact(twin, data, 8, **options)
         seen = twin.eval()[2][0](twin[:2](data))
-        var = torch.stack([part.var(0) for part in seen.split(8)]).mean(0) if "pooled" in options else seen.var(0) * 40 / 70 + 30 / 70
+        var = (
+            torch.stack([part.var(0) for part in seen.split(8)]).mean(0)
+            if "pooled" in options
+            else seen.var(0) * 40 / 70 + 30 / 70
+        )
         torch.testing.assert_close(twin[2][1].running_var, var, rtol=1e-5, atol=1e-6)
 
 
@@ -136,7 +142,8 @@ SEEN: list[bool] = []  # not an attribute: what a pass writes there is undone
 
 
 class Modes(nn.Module):
-    """Autocast, grad and inference modes that begin in front of a batch norm and end behind it, and differ from batch to batch."""
+    """Autocast, grad and inference modes that begin in front of a batch norm and end behind it, and differ from batch
+    to batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,17 +152,26 @@ class Modes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         half = bool(x[0, 0] < 0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.set_grad_enabled(half), torch.inference_mode(not half):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=half),
+            torch.set_grad_enabled(half),
+            torch.inference_mode(not half),
+        ):
             x = self.bn(self.linear(x))
             state = (torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), not torch.is_inference_mode_enabled())
             SEEN.extend([flag == half for flag in state])
             SEEN.append(self.linear(x.float()).dtype == (torch.bfloat16 if half else torch.float32))
-        SEEN.append(not torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled() and not torch.is_inference_mode_enabled())
+        SEEN.append(
+            not torch.is_autocast_enabled("cpu")
+            and not torch.is_grad_enabled()
+            and not torch.is_inference_mode_enabled()
+        )
         return self.end(x.float())
 
 
 def test_modes_inside_the_forward_stay_with_their_batch() -> None:
-    """What torch keeps by thread is handed over at each stop: behind the layer it is what it was before, and after all too."""
+    """What torch keeps by thread is handed over at each stop: behind the layer it is what it was before, and after all
+    too."""
     model = Modes()
     data = torch.randn(40, 4)
     before = everything(model)
@@ -170,7 +186,8 @@ def test_modes_inside_the_forward_stay_with_their_batch() -> None:
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_the_callers_mode_holds_inside_and_after(mode) -> None:
-    """The caller's autocast is in force in every batch; inference mode is left for the pass, and what is written serves training."""
+    """The caller's autocast is in force in every batch; inference mode is left for the pass, and what is written serves
+    training."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
     dtypes: set[torch.dtype] = set()
     model[1].register_forward_pre_hook(lambda layer, inputs: dtypes.add(inputs[0].dtype))
@@ -216,7 +233,9 @@ class Checkpointed(nn.Module):
         return x
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # torch's reentrant checkpoint, under no_grad
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad:UserWarning"
+)  # torch's reentrant checkpoint, under no_grad
 @pytest.mark.parametrize(
     ("model", "width"),
     [(Generators(), 4), (Checkpointed(True), 10), (Checkpointed(False), 10)],
@@ -272,7 +291,9 @@ def test_an_exception_in_one_batch_stops_all(batch: int, place: int) -> None:
         recalibrate(model, list(enumerate(data)), exact=True, progress=False, forward=forward)
     assert sorted(entered) == sorted(left)
     assert before == everything(model)
-    assert max(largest_errors(exact(copy.deepcopy(model), torch.cat(data), 4), full_batch(model, torch.cat(data)))) < 1e-4
+    assert (
+        max(largest_errors(exact(copy.deepcopy(model), torch.cat(data), 4), full_batch(model, torch.cat(data)))) < 1e-4
+    )
 
 
 def test_a_forward_that_swallows_the_end_is_ended_nevertheless() -> None:
@@ -319,6 +340,9 @@ def test_a_compiled_model_is_measured() -> None:
     compiled = torch.compile(model, backend="eager")
     compiled(data)
     compiled.eval()(data)
-    assert max(largest_errors(exact(compiled, data, 7), {f"_orig_mod.{name}": value for name, value in truth.items()})) < 1e-4
+    assert (
+        max(largest_errors(exact(compiled, data, 7), {f"_orig_mod.{name}": value for name, value in truth.items()}))
+        < 1e-4
+    )
     torch.testing.assert_close(compiled(data), model.eval()(data))
     assert len(norms(compiled)) == 2

@@ -17,7 +17,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 def test_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """fit, inspect, recalibrate, validate: each ends with 0, and the last prints the train/eval gap of what the first trained."""
+    """fit, inspect, recalibrate, validate: each ends with 0, and the last prints the train/eval gap of what the first
+    trained."""
     shutil.copytree(EXAMPLES / "cli", tmp_path / "cli")
     shutil.copy(EXAMPLES / "digits.py", tmp_path)
     monkeypatch.chdir(tmp_path / "cli")
@@ -25,7 +26,9 @@ def test_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     lines = Path("config.yaml").read_text().splitlines()
     fit, *commands = (shlex.split(line.removeprefix("# ")) for line in lines if line.startswith("# "))
     assert fit[0] == "python"
-    assert [command[:2] for command in commands] == [["lightning-bn", name] for name in ("inspect", "recalibrate", "validate")]
+    assert [command[:2] for command in commands] == [
+        ["lightning-bn", name] for name in ("inspect", "recalibrate", "validate")
+    ]
     done = subprocess.run(
         [sys.executable, *fit[1:], "--trainer.max_epochs=1", "--trainer.limit_train_batches=10"],
         capture_output=True,

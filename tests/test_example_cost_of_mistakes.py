@@ -19,7 +19,8 @@ def rows() -> list[list[str]]:
 
 
 def test_table_is_that_of_the_example() -> None:
-    """Every mistake has a row, in which its rule spoke and no other, before the mend alone, and the mend gained accuracy."""
+    """Every mistake has a row, in which its rule spoke and no other, before the mend alone, and the mend gained
+    accuracy."""
     assert [row[0] for row in rows()] == [mistake.what for mistake in MISTAKES]
     for row, mistake in zip(rows(), MISTAKES, strict=True):
         assert row[1] == f"[{mistake.code}](#{mistake.code.lower()})"

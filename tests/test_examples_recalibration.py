@@ -30,10 +30,16 @@ def _process_settings() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:.*has no `val_dataloader`|You defined a `validation_step`")
 @pytest.mark.parametrize(
-    ("name", "rows", "columns"), [("which_average", 10, 4), ("weight_averaging", 4, 4), ("domain_shift", 3, 5), ("pruning", 4, 4)]
+    ("name", "rows", "columns"),
+    [("which_average", 10, 4), ("weight_averaging", 4, 4), ("domain_shift", 3, 5), ("pruning", 4, 4)],
 )
 def test_an_example_prints_its_table(
-    name: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    rows: int,
+    columns: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One row a case, percentages in every column, and no other output."""
     monkeypatch.setenv("MPLBACKEND", "Agg")

@@ -17,7 +17,9 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "fabric.py"
 def run(*arguments: str) -> str:
     """Run the example in a session of its own, which is ended as a whole if it hangs."""
     command = [sys.executable, str(EXAMPLE), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         output, _ = process.communicate(timeout=200)
     except subprocess.TimeoutExpired:
@@ -28,7 +30,8 @@ def run(*arguments: str) -> str:
 
 
 def test_module_watch_and_recalibrate_in_two_processes() -> None:
-    """watch finds no mistake, recalibrate sees the data of both, the ranks end with the same buffers, the model has learned."""
+    """watch finds no mistake, recalibrate sees the data of both, the ranks end with the same buffers, the model has
+    learned."""
     output = run("--epochs", "1")
     assert "2 processes, 1 epochs; watch found: nothing" in output
     share = -(-len(digits()[0].dataset) // 2)  # of each rank; the last one is filled up

@@ -45,7 +45,8 @@ def leaves(batch: Any) -> list[Tensor]:
 
 
 def test_every_tensor_in_a_batch_is_moved_and_all_else_kept() -> None:
-    """Tuples, namedtuples, lists, mappings, dataclasses, packed sequences, whatever has a `to`; strings and numbers stay."""
+    """Tuples, namedtuples, lists, mappings, dataclasses, packed sequences, whatever has a `to`; strings and numbers
+    stay."""
     x = torch.zeros(2, 3)
     packed = nn.utils.rnn.pack_padded_sequence(x.unsqueeze(2), torch.tensor([3, 2]), batch_first=True)
     batch = [x, (x, "a"), Pair(x, 1), {"b": [x, None]}, OrderedDict(c=x), Sample(x, "d"), Movable(x), 2.5]

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bn import Averaging, BatchNorm1d, BatchNorm2d, Cumulative, Exponential, Window, convert_batch_norm, paused_statistics
+from lightning_bn import (
+    Averaging,
+    BatchNorm1d,
+    BatchNorm2d,
+    Cumulative,
+    Exponential,
+    Window,
+    convert_batch_norm,
+    paused_statistics,
+)
 from lightning_bn.comparison.followers import Followers
 
 AVERAGES: dict[str, Averaging] = {
@@ -46,7 +55,9 @@ def batches(count: int = 5) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", AVERAGES)
 @pytest.mark.parametrize(
-    "layer", [nn.BatchNorm2d(3), BatchNorm2d(3), Scaled(3)], ids=lambda layer: f"{type(layer).__module__}.{type(layer).__name__}"
+    "layer",
+    [nn.BatchNorm2d(3), BatchNorm2d(3), Scaled(3)],
+    ids=lambda layer: f"{type(layer).__module__}.{type(layer).__name__}",
 )
 def test_each_average_is_the_oracles(layer: nn.Module, name: str) -> None:
     """Under every class of layer the statistics are those of a float64 loop over the batches."""
@@ -64,7 +75,8 @@ def test_each_average_is_the_oracles(layer: nn.Module, name: str) -> None:
 
 
 def test_a_converted_model_holds_the_same() -> None:
-    """What a follower holds is what the layer itself holds after convert_batch_norm(model, averaging), pretrained statistics included."""
+    """What a follower holds is what the layer itself holds after convert_batch_norm(model, averaging), pretrained
+    statistics included."""
     pretrained = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     pretrained(batches(1)[0])
     for name, averaging in AVERAGES.items():
@@ -90,13 +102,16 @@ def test_the_layers_do_not_notice() -> None:
             for output in outputs:
                 output.square().sum().backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), followed.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), followed.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.state_dict().values(), followed.state_dict().values(), strict=True)
+    )
     assert not any(module._forward_hooks for module in followed.modules())
 
 
 @pytest.mark.parametrize("kind", ["eval", "paused", "recomputed", "not finite", "one value", "empty"])
 def test_what_does_not_move_the_layers_does_not_move_the_followers(kind: str) -> None:
-    """Eval, paused_statistics, recomputation in the backward, NaN, one value per channel, no value: none of them counts."""
+    """Eval, paused_statistics, recomputation in the backward, NaN, one value per channel, no value: none of them
+    counts."""
     layer = BatchNorm2d(3)
     followers = Followers(layer, {"all": Cumulative()})
     first, second, *_ = batches()
@@ -123,7 +138,11 @@ def test_a_mask_is_honoured() -> None:
     """Only valid positions of padded input count, given by position or by name."""
     mask = torch.tensor([[True, False], [True, True]])
     input = torch.tensor([[[1.0, 100.0]], [[3.0, 5.0]]])
-    for call in (lambda layer: layer(input, mask), lambda layer: layer(input, mask=mask), lambda layer: layer(input=input, mask=mask)):
+    for call in (
+        lambda layer: layer(input, mask),
+        lambda layer: layer(input, mask=mask),
+        lambda layer: layer(input=input, mask=mask),
+    ):
         layer = BatchNorm1d(1)
         followers = Followers(layer, {"window": Window(1)})
         with followers.following():
@@ -161,7 +180,8 @@ def test_a_state_of_another_rule_under_the_same_name_is_refused() -> None:
         layer(batches()[0])
     resumed = Followers(layer, {"mine": Cumulative(pooled=True)})
     with pytest.raises(
-        RuntimeError, match=r"the state of Exponential\(pooled=True\), and this layer averages by Cumulative\(pooled=True\)"
+        RuntimeError,
+        match=r"the state of Exponential\(pooled=True\), and this layer averages by Cumulative\(pooled=True\)",
     ):
         resumed.load_state_dict(followers.state_dict())
 

@@ -49,7 +49,9 @@ def data(world: int, step: int, dtype: torch.dtype) -> tuple[list[Tensor], list[
     """Return each rank's batch, the gradient that flows back to it, and its mask, of images of one pixel."""
     generator = torch.Generator().manual_seed(step)
     sizes = SIZES[world][step]
-    parts = [torch.randn(sum(sizes), 3, 1, 1, generator=generator, dtype=torch.float64).to(dtype) * 2 + 1 for _ in range(2)]
+    parts = [
+        torch.randn(sum(sizes), 3, 1, 1, generator=generator, dtype=torch.float64).to(dtype) * 2 + 1 for _ in range(2)
+    ]
     mask = torch.rand(sum(sizes), 1, 1, generator=generator) > 0.3
     mask[:2] = True
     return tuple(list(part.split(sizes)) for part in (*parts, mask))
@@ -60,7 +62,11 @@ def run(layer: nn.Module, batch: Tensor, gradient: Tensor, mask: Tensor | None) 
     layer.zero_grad()
     output = layer(batch) if mask is None else layer(batch, mask)
     output.backward(gradient)
-    return {"output": output.detach(), "input.grad": batch.grad, **{f"{k}.grad": p.grad.clone() for k, p in layer.named_parameters()}}
+    return {
+        "output": output.detach(),
+        "input.grad": batch.grad,
+        **{f"{k}.grad": p.grad.clone() for k, p in layer.named_parameters()},
+    }
 
 
 def cases() -> list[tuple[str, torch.dtype, bool]]:
@@ -139,7 +145,11 @@ def test_ranks_are_one_batch(world: tuple[int, list[dict[Any, Any]]], case: tupl
         expected = run(alone, batches, gradients, masks if masked else None)
         ranks = [result[case][0][step] for result in results]
         for key, value in expected.items():
-            together = torch.cat([each[key] for each in ranks]) if key in ("output", "input.grad") else sum(each[key] for each in ranks)
+            together = (
+                torch.cat([each[key] for each in ranks])
+                if key in ("output", "input.grad")
+                else sum(each[key] for each in ranks)
+            )
             torch.testing.assert_close(together, value, **tolerance)
     for result in results:
         for key, value in alone.state_dict().items():
@@ -149,7 +159,8 @@ def test_ranks_are_one_batch(world: tuple[int, list[dict[Any, Any]]], case: tupl
 
 @pytest.mark.parametrize("index", range(len(LAYERS)), ids=list(LAYERS))
 def test_statistics_only(world: tuple[int, list[dict[Any, Any]]], index: int) -> None:
-    """Each rank normalises with its own batch; the average takes the moments of all; one collective a forward, for a layer called twice."""
+    """Each rank normalises with its own batch; the average takes the moments of all; one collective a forward, for a
+    layer called twice."""
     size, results = world
     name = list(LAYERS)[index]
     normalising = [build(name, torch.float64) for _ in range(size)]
@@ -170,7 +181,9 @@ def test_statistics_only(world: tuple[int, list[dict[Any, Any]]], index: int) ->
 class Module(pl.LightningModule):
     def __init__(self, world: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 3), BatchNorm1d(3, averaging=Window(3)), nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.layers = nn.Sequential(
+            nn.Linear(4, 3), BatchNorm1d(3, averaging=Window(3)), nn.Linear(3, 3), nn.BatchNorm1d(3)
+        )
         self.world = world
         self.calls = 0
         self.layers[3].register_forward_hook(self.count)
@@ -197,11 +210,14 @@ def _fit(rank: int, world: int, folder: str, port: int) -> None:
     rows = torch.randn(24, 4)
     module = Module(world)
     trainer.fit(module, DataLoader([batch[rank::world] for batch in rows.split(8)], batch_size=None))
-    torch.save((module.state_dict(), [str(type(layer)) for layer in module.layers], module.calls), f"{folder}/{rank}.pt")
+    torch.save(
+        (module.state_dict(), [str(type(layer)) for layer in module.layers], module.calls), f"{folder}/{rank}.pt"
+    )
 
 
 def test_a_real_trainer(tmp_path: Path) -> None:
-    """Trainer(strategy="ddp", plugins=[BatchNormSync()], sync_batchnorm=True) trains as one process does on whole batches."""
+    """Trainer(strategy="ddp", plugins=[BatchNormSync()], sync_batchnorm=True) trains as one process does on whole
+    batches."""
     results = {}
     for world in (1, 2):
         folder = tmp_path / str(world)
@@ -238,7 +254,8 @@ def group_of_one(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("group_of_one")
 def test_statistics_only_meets_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A forward inside the model's forward makes no collective of its own, and one that failed leaves nothing for the next."""
+    """A forward inside the model's forward makes no collective of its own, and one that failed leaves nothing for the
+    next."""
     calls, gather = [], dist.all_gather
     monkeypatch.setattr(dist, "all_gather", lambda *args, **kwargs: (calls.append(1), gather(*args, **kwargs)))
     model, batch = Twice(), torch.randn(8, 3)
@@ -254,7 +271,9 @@ def test_statistics_only_meets_once_a_forward(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("group_of_one")
-@pytest.mark.parametrize("build", [nn.BatchNorm1d, BatchNorm1d, lambda width: convert_batch_norm(Foreign(width), Exponential(0.1))])
+@pytest.mark.parametrize(
+    "build", [nn.BatchNorm1d, BatchNorm1d, lambda width: convert_batch_norm(Foreign(width), Exponential(0.1))]
+)
 def test_statistics_only_follows_an_assigned_momentum(build: Callable[[int], nn.Module]) -> None:
     """Third parties set bn.momentum during a fit; it acts as without the plugin."""
     alone, merged = build(3), build(3)

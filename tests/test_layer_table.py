@@ -47,7 +47,8 @@ def test_a_grid_has_layers_downwards_and_steps_to_the_right() -> None:
 
 @pytest.mark.parametrize("samples", [7, 50, 149, 1000])
 def test_thinning_keeps_the_worst(samples: int) -> None:
-    """However many samples a column stands for, it has the value farthest from healthy among them, and an illness of one step is seen."""
+    """However many samples a column stands for, it has the value farthest from healthy among them, and an illness of
+    one step is seen."""
     generator = np.random.default_rng(0)
     values = np.exp(generator.normal(size=samples))
     values[samples // 2] = 1e6
@@ -63,12 +64,22 @@ def test_thinning_keeps_the_worst(samples: int) -> None:
 
 
 def test_sick_since_when() -> None:
-    """An ailment begins at the first of the unbroken samples beyond the limit, ends when the layer is well, and the newest comes first."""
+    """An ailment begins at the first of the unbroken samples beyond the limit, ends when the layer is well, and the
+    newest comes first."""
     history = {"a": [0, 0, 1, 1, 1], "b": [0.9, 0.9, 0.9, 0.9, 0.9], "c": [1, 1, 0, 0, 1], "d": [1, 1, 1, 1, 0]}
     table = LayerTable()
     for step in range(5):
-        table.append("train", 10 * step, 0, rows(**{layer: {"dead_fraction": float(values[step])} for layer, values in history.items()}))
-    assert [(each.layer, each.since, each.value) for each in table.ailments("train")] == [("c", 40, 1.0), ("a", 20, 1.0), ("b", 0, 0.9)]
+        table.append(
+            "train",
+            10 * step,
+            0,
+            rows(**{layer: {"dead_fraction": float(values[step])} for layer, values in history.items()}),
+        )
+    assert [(each.layer, each.since, each.value) for each in table.ailments("train")] == [
+        ("c", 40, 1.0),
+        ("a", 20, 1.0),
+        ("b", 0, 0.9),
+    ]
     assert table.ailments("val") == []
 
 
@@ -93,7 +104,8 @@ def test_scalars_stand_for_all_layers() -> None:
 
 
 def test_the_worst_gradient_is_the_one_unlike_the_others() -> None:
-    """A gradient has no healthy scale in itself: the worst is farthest from the median over the layers, vanishing or exploding."""
+    """A gradient has no healthy scale in itself: the worst is farthest from the median over the layers, vanishing or
+    exploding."""
     vanishing = rows(a={"grad_std": 1e-9}, b={"grad_std": 1e-3}, c={"grad_std": 2e-3})
     exploding = rows(a={"grad_std": 1e-4}, b={"grad_std": 1e-3}, c={"grad_std": 1e5})
     assert (scalars(vanishing)["grad_std/worst"], scalars(exploding)["grad_std/worst"]) == (1e-9, 1e5)

@@ -33,7 +33,8 @@ class Model(nn.Module):
     ids=["default", "pattern", "name", "class", "predicate", "several", "none", "no match"],
 )
 def test_by_default_name_pattern_class_and_predicate(choices: object, names: list[str]) -> None:
-    """Each way of choosing gives its modules, in registration order; an averaging is part of its layer and no module of the user's."""
+    """Each way of choosing gives its modules, in registration order; an averaging is part of its layer and no module of
+    the user's."""
     assert list(select_layers(Model(), choices)) == names
 
 
@@ -58,5 +59,8 @@ def test_bounds_are_those_of_the_function() -> None:
     for function in (nn.Sigmoid(), nn.Tanh(), nn.Hardsigmoid(), nn.Hardtanh(-2, 3)):
         least, greatest = bounds_of(function)
         outputs = function(inputs)
-        assert (outputs.min().item(), outputs.max().item()) == (pytest.approx(least, abs=1e-6), pytest.approx(greatest, abs=1e-6))
+        assert (outputs.min().item(), outputs.max().item()) == (
+            pytest.approx(least, abs=1e-6),
+            pytest.approx(greatest, abs=1e-6),
+        )
     assert [bounds_of(function) for function in (nn.ReLU(), nn.ReLU6(), nn.GELU())] == [None] * 3

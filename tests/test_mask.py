@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from lightning_bn import Averaging, BatchNorm1d, BatchNorm2d, BatchNorm3d, Cumulative, Exponential, Window
 
 LAYERS = [(BatchNorm1d, (6, 3)), (BatchNorm1d, (4, 3, 5)), (BatchNorm2d, (4, 3, 4, 2)), (BatchNorm3d, (3, 3, 2, 2, 3))]
-AVERAGES = [None, Exponential(0.3), Exponential(0.3, debias=True), Window(3), Window(2, pooled=True), Cumulative(pooled=True)]
+AVERAGES = [
+    None,
+    Exponential(0.3),
+    Exponential(0.3, debias=True),
+    Window(3),
+    Window(2, pooled=True),
+    Cumulative(pooled=True),
+]
 
 
 def pack(batch: Tensor, mask: Tensor) -> Tensor:
@@ -19,8 +26,11 @@ def pack(batch: Tensor, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("cls", "shape"), LAYERS)
 @pytest.mark.parametrize("averaging", AVERAGES, ids=str)
-def test_equals_packing(cls: type[nn.Module], shape: tuple[int, ...], averaging: Averaging | None, device: torch.device) -> None:
-    """Outputs in training and eval, and statistics, are those of the packed batch; padding, NaN even, comes out as zero."""
+def test_equals_packing(
+    cls: type[nn.Module], shape: tuple[int, ...], averaging: Averaging | None, device: torch.device
+) -> None:
+    """Outputs in training and eval, and statistics, are those of the packed batch; padding, NaN even, comes out as
+    zero."""
     masked = cls(3, averaging=averaging, device=device, dtype=torch.float32)
     packed = BatchNorm1d(3, averaging=averaging, device=device, dtype=torch.float32)
     nn.init.normal_(masked.weight)

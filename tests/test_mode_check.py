@@ -28,7 +28,9 @@ def broken() -> Module:
 
 def hooks(module: nn.Module) -> int:
     """Return the number of hooks on all submodules."""
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks) for part in module.modules())
+    return sum(
+        len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks) for part in module.modules()
+    )
 
 
 class Raises(Module):
@@ -84,7 +86,8 @@ class TestReport:
         assert "fix:" in str(error.value)
 
     def test_message(self) -> None:
-        """At most six lines: what and where, what was seen, why it matters, the fix, how to silence it and where to read on."""
+        """At most six lines: what and where, what was seen, why it matters, the fix, how to silence it and where to
+        read on."""
         for finding in findings(broken()):
             lines = finding.message.splitlines()
             assert len(lines) <= 6
@@ -220,7 +223,8 @@ class TestLeavesNoTrace:
 
     @pytest.mark.parametrize("stage", ["train", "validate"])
     def test_no_hook_after_an_exception(self, stage: str) -> None:
-        """The user's exception comes through as it is, the half-run batch is not judged by its modes, and every hook is gone."""
+        """The user's exception comes through as it is, the half-run batch is not judged by its modes, and every hook is
+        gone."""
         module, check = Raises(stage), ModeCheck(action="raise")
         with pytest.raises(KeyError, match="mistake"):
             findings(module, check=check)
@@ -295,7 +299,8 @@ class TestCompiled:
 
 
 def test_stands_behind_other_callbacks() -> None:
-    """What another callback does to modes before a batch is not laid to the training step, whatever the order they were given in."""
+    """What another callback does to modes before a batch is not laid to the training step, whatever the order they were
+    given in."""
 
     class Freezes(pl.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -21,7 +21,8 @@ def mixed() -> nn.Sequential:
 
 
 def test_each_module_gets_its_own_flag_back() -> None:
-    """A deliberate freeze inside a training model survives, and so does a training module inside an eval one; also on an exception."""
+    """A deliberate freeze inside a training model survives, and so does a training module inside an eval one; also on
+    an exception."""
     model = mixed()
     before = flags(model)
     with kept_modes(model):

@@ -23,7 +23,9 @@ def check(moments: Moments, values: oracles.Array, rtol: float = 1e-9) -> None:
     assert moments.count.item() == len(values)
     np.testing.assert_allclose(moments.mean.double(), mean, rtol=rtol, atol=rtol * np.abs(values).max())
     np.testing.assert_allclose(moments.variance(unbiased=True).double(), var, rtol=rtol)
-    np.testing.assert_allclose(moments.variance(unbiased=False).double(), var * (len(values) - 1) / len(values), rtol=rtol)
+    np.testing.assert_allclose(
+        moments.variance(unbiased=False).double(), var * (len(values) - 1) / len(values), rtol=rtol
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -86,7 +88,8 @@ def test_oracle_goes_red() -> None:
 
 
 def test_a_mean_very_far_from_zero() -> None:
-    """Mean 10000, standard deviation 0.01, in parts as over ranks: the variance to 1e-4, which a mean in float32 gives to 3e-3."""
+    """Mean 10000, standard deviation 0.01, in parts as over ranks: the variance to 1e-4, which a mean in float32 gives
+    to 3e-3."""
     data = 1e4 + 0.01 * torch.randn(64, 3, 8, 8)
     whole = Moments.of(data[:7], wide=True)
     for part in data[7:].split(19):

@@ -1,4 +1,5 @@
-"""What a sampled step of the monitor launches and allocates, counted on the meta device, where whatever asks for a value raises."""
+"""What a sampled step of the monitor launches and allocates, counted on the meta device, where whatever asks for a
+value raises."""
 
 from __future__ import annotations
 
@@ -43,7 +44,11 @@ class Bottleneck(nn.Module):
             *(nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
             *(nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)),
         )
-        shortcut = (nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)) if project else (nn.Identity(),)
+        shortcut = (
+            (nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            if project
+            else (nn.Identity(),)
+        )
         self.shortcut, self.relu = nn.Sequential(*shortcut), nn.ReLU()
 
     def forward(self, data: Tensor) -> Tensor:
@@ -79,7 +84,8 @@ def operations(model: nn.Module, collector: LayerCollector | None) -> int:
 
 
 def test_a_sampled_step_launches_twelve_operations_a_layer() -> None:
-    """Forward, backward and all that comes before the one transfer, for 52 batch norms and 49 ReLUs, without a wait for the device."""
+    """Forward, backward and all that comes before the one transfer, for 52 batch norms and 49 ReLUs, without a wait for
+    the device."""
     with torch.device("meta"):
         model = resnet()
     layers = select_layers(model)

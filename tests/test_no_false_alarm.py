@@ -58,7 +58,9 @@ def test_fit_validate_test_predict() -> None:
     assert serious(check.findings) == []
 
 
-@pytest.mark.parametrize("options", [{"val_check_interval": 2}, {"limit_train_batches": 1}, {"fast_dev_run": True}, {"overfit_batches": 2}])
+@pytest.mark.parametrize(
+    "options", [{"val_check_interval": 2}, {"limit_train_batches": 1}, {"fast_dev_run": True}, {"overfit_batches": 2}]
+)
 def test_unusual_loops(options: dict[str, Any]) -> None:
     """Validations within an epoch, epochs of one batch, a dry run."""
     assert said(Module(), **options) == []
@@ -247,13 +249,19 @@ def test_recalibration(when: str, exact: bool) -> None:
     assert said(Module(), recalibration, max_epochs=2) == []
     check = ModeCheck(action="log")
     with quiet():
-        trainer(check, BatchNormRecalibration(when=when, exact=exact), max_epochs=2).fit(Module(), data(), data(batches=2))
+        trainer(check, BatchNormRecalibration(when=when, exact=exact), max_epochs=2).fit(
+            Module(), data(), data(batches=2)
+        )
     assert serious(check.findings) == []
 
 
 def test_recalibration_beside_averaged_weights() -> None:
     """Averaged weights with stale buffers, which the recalibration replaces before each validation and at the end."""
-    callbacks = (EMAWeightAveraging(use_buffers=False, decay=0.9), BatchNormRecalibration(when="validation"), BatchNormRecalibration())
+    callbacks = (
+        EMAWeightAveraging(use_buffers=False, decay=0.9),
+        BatchNormRecalibration(when="validation"),
+        BatchNormRecalibration(),
+    )
     assert said(Module(), *callbacks, max_epochs=2) == []
 
 
@@ -280,7 +288,8 @@ def test_statistics_borrowed_for_a_validation() -> None:
 
 
 def test_transformers_resnet(tmp_path: Path) -> None:
-    """A ResNet of transformers, saved, loaded (which leaves it in eval mode) and fine-tuned with .train(), as its documentation does."""
+    """A ResNet of transformers, saved, loaded (which leaves it in eval mode) and fine-tuned with .train(), as its
+    documentation does."""
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(
         num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=2
@@ -332,10 +341,13 @@ class Recorder(pl.Callback):
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """Distributed training in two processes: DDP copies every buffer at each forward, which moves versions and no statistics."""
+    """Distributed training in two processes: DDP copies every buffer at each forward, which moves versions and no
+    statistics."""
     check = ModeCheck(action="log")
     with quiet():
-        run = trainer(check, Recorder(check, tmp_path), strategy="ddp_spawn", devices=2, max_epochs=2, default_root_dir=tmp_path)
+        run = trainer(
+            check, Recorder(check, tmp_path), strategy="ddp_spawn", devices=2, max_epochs=2, default_root_dir=tmp_path
+        )
         run.fit(Module(), data(batches=2 * BATCHES), data(batches=4))
     texts = [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]
     assert all("BN304" in text for text in texts)

@@ -42,7 +42,11 @@ class Everything(nn.Module):
         self.register_buffer("nothing", None)
         self.plain = torch.zeros(3)
         self.number = 0
-        self.nested = {"a": [deque([1, 2], maxlen=2), {"b": torch.zeros(2)}], "s": {1, 2}, "d": defaultdict(list, x=[1])}
+        self.nested = {
+            "a": [deque([1, 2], maxlen=2), {"b": torch.zeros(2)}],
+            "s": {1, 2},
+            "d": defaultdict(list, x=[1]),
+        }
         self.ordered = OrderedDict(one=1, two=2)
         self.space = SimpleNamespace(inner=SimpleNamespace(values=[1, 2]))
         self.slotted = Slotted()
@@ -174,7 +178,9 @@ def picture(thing: Any, seen: dict[int, int] | None = None) -> Any:
         return thing.getstate()
     if isinstance(thing, np.random.Generator):
         return str(thing.bit_generator.state)
-    slots = {name: getattr(thing, name, "not set") for name in getattr(type(thing), "__slots__", ()) if isinstance(name, str)}
+    slots = {
+        name: getattr(thing, name, "not set") for name in getattr(type(thing), "__slots__", ()) if isinstance(name, str)
+    }
     members = {**getattr(thing, "__dict__", {}), **slots}
     return (id(thing), type(thing).__name__, [(name, picture(value, seen)) for name, value in members.items()])
 
@@ -243,7 +249,9 @@ def test_what_can_only_be_copied_is_exchanged_meanwhile() -> None:
     one = model()
     one.steps = itertools.count()
     next(one.steps)
-    recalibrate(one, [torch.randn(8, 3)] * 2, forward=lambda module, batch: (module(batch), next(module.steps)), progress=False)
+    recalibrate(
+        one, [torch.randn(8, 3)] * 2, forward=lambda module, batch: (module(batch), next(module.steps)), progress=False
+    )
     assert next(one.steps) == 1
 
 
@@ -256,7 +264,9 @@ def test_what_cant_be_put_back_is_refused_by_name_before_anything_is_run() -> No
     def never(module: nn.Module, batch: Tensor) -> None:
         pytest.fail("it was run")
 
-    with pytest.raises(TypeError, match=r"model\.nested\['a'\]\[2\] is a generator, which could not be put back.*Keep it outside the"):
+    with pytest.raises(
+        TypeError, match=r"model\.nested\['a'\]\[2\] is a generator, which could not be put back.*Keep it outside the"
+    ):
         recalibrate(one, [torch.randn(8, 3)], forward=never, progress=False)
     assert torch.equal(before, one.norm.running_mean)
     assert next(one.nested["a"][2]) == 0

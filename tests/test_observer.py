@@ -49,7 +49,8 @@ def launched(batches: int, *callbacks: ModeCheck) -> int:
 
 @pytest.mark.parametrize("patience", [routine.PATIENCE, 1000])
 def test_launches_nothing(monkeypatch: pytest.MonkeyPatch, patience: int) -> None:
-    """Twenty more batches of the first epoch are six copies of small vectors more each, with which BN307 tells sorted data, and no more."""
+    """Twenty more batches of the first epoch are six copies of small vectors more each, with which BN307 tells sorted
+    data, and no more."""
     monkeypatch.setattr(routine, "PATIENCE", patience)
     plain = launched(40) - launched(20)
     checked = launched(40, ModeCheck(action="log")) - launched(20, ModeCheck(action="log"))
@@ -99,7 +100,13 @@ class TestForward:
         """Mode, whether statistics moved, grad, and the size of the input, given by place or by name."""
         data = {"input": torch.randn(4, 3, 5)}
         forward = self.one(lambda layer: layer(**data) if keyword else layer(data["input"]))
-        assert (forward.training, forward.moved, forward.grad, forward.samples, forward.values) == (True, True, True, 4, 20)
+        assert (forward.training, forward.moved, forward.grad, forward.samples, forward.values) == (
+            True,
+            True,
+            True,
+            4,
+            20,
+        )
         assert (forward.layer, forward.failed, forward.recomputed, forward.call) == (0, False, False, -1)
 
     def test_in_eval_mode(self) -> None:
@@ -144,7 +151,11 @@ class TestRest:
         inspection = observed(model)
         assert inspection.observer.resting
         assert layer_hooks(model) == 0
-        assert [(forward.layer, forward.moved) for forward in inspection.observer.forwards] == [(0, True), (1, True), (2, True)]
+        assert [(forward.layer, forward.moved) for forward in inspection.observer.forwards] == [
+            (0, True),
+            (1, True),
+            (2, True),
+        ]
         inspection.close()
 
     @pytest.mark.parametrize("kind", ["batch sizes", "a layer by itself"])
@@ -229,7 +240,9 @@ def told(event: Event) -> tuple[list[tuple[Any, ...]], list[int]]:
     torch.manual_seed(0)
     module = Odd(event)
     found: list[Finding] = findings(module, loader=data(batches=16), check=ModeCheck(action="log", ignore=["BN208"]))
-    return [(finding.code, finding.level, finding.layers, finding.step, finding.message) for finding in found], module.hooks
+    return [
+        (finding.code, finding.level, finding.layers, finding.step, finding.message) for finding in found
+    ], module.hooks
 
 
 class TestWakes:
@@ -246,7 +259,8 @@ class TestWakes:
         assert any(step == 9 for *_, step, _ in found)
 
     def test_a_layer_alone(self) -> None:
-        """A layer called by itself can't be foreseen: that its statistics moved once more is seen at the end of the batch."""
+        """A layer called by itself can't be foreseen: that its statistics moved once more is seen at the end of the
+        batch."""
         found, hooks = told(a_layer_alone)
         assert (hooks[9], hooks[10] > 0) == (0, True)
         assert [finding[:4] for finding in found] == [("BN202", "info", ("model.head.2",), 9)]
@@ -268,7 +282,11 @@ class TestCopies:
         other = copied(model)
         other(torch.randn(4, 1, 6, 6))
         assert observer.trace == []
-        hooks = [hook for part in other.modules() for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
+        hooks = [
+            hook
+            for part in other.modules()
+            for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        ]
         assert len(hooks) == 8
         assert [vars(hook.__self__) for hook in hooks] == [{}] * 8
         model(torch.randn(4, 1, 6, 6))
@@ -290,7 +308,8 @@ class TestOtherModules:
         assert finding.layers == ("model.backbone.0.1", "model.backbone.1.1")
 
     def test_added_in_a_later_epoch(self) -> None:
-        """A layer that comes with the second epoch is looked at from then on, its configuration too; what was told is not told again."""
+        """A layer that comes with the second epoch is looked at from then on, its configuration too; what was told is
+        not told again."""
 
         class Grows(Module):
             def on_train_epoch_start(self) -> None:

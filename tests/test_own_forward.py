@@ -1,4 +1,5 @@
-"""Layers that run another forward than their class's, and subclasses of other packages, in the conditions in which they are used."""
+"""Layers that run another forward than their class's, and subclasses of other packages, in the conditions in which they
+are used."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def batches(count: int = 5) -> list[Tensor]:
 
 
 def hook_like_accelerate(layer: nn.Module) -> None:
-    """What accelerate's add_hook_to_module does: the old bound method on an attribute, a partial of the module in its place."""
+    """What accelerate's add_hook_to_module does: the old bound method on an attribute, a partial of the module in its
+    place."""
     old: Callable[[Tensor], Tensor] = layer.forward
     layer._old_forward = old
 
@@ -52,7 +54,9 @@ def rewrite(layer: nn.Module) -> None:
 PATCHES = [hook_like_accelerate, patch_with_a_closure, rewrite]
 
 
-@pytest.mark.parametrize("averaging", [Window(3), Exponential(0.3, debias=True), Cumulative(pooled=True), Exponential(0.3)], ids=str)
+@pytest.mark.parametrize(
+    "averaging", [Window(3), Exponential(0.3, debias=True), Cumulative(pooled=True), Exponential(0.3)], ids=str
+)
 @pytest.mark.parametrize("patch", PATCHES)
 def test_the_average_serves_a_patched_layer(patch: Callable[[nn.Module], None], averaging: Averaging) -> None:
     """By itself and in a model, whose forward it settles with; before 0.2 the average silently did nothing."""
@@ -68,11 +72,14 @@ def test_the_average_serves_a_patched_layer(patch: Callable[[nn.Module], None], 
 
 
 def test_a_patched_layer_that_cannot_be_served_is_refused_by_name() -> None:
-    """A forward that leaves no moments in the layer's buffers can't get an average around it; the layer stays as it was."""
+    """A forward that leaves no moments in the layer's buffers can't get an average around it; the layer stays as it
+    was."""
     model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
     model[1].forward = lambda input: input * 2
     before = copy.deepcopy(model[1].state_dict())
-    with pytest.raises(TypeError, match=r"1 \(BatchNorm2d\): its forward does not leave the batch's mean.*Nothing was changed"):
+    with pytest.raises(
+        TypeError, match=r"1 \(BatchNorm2d\): its forward does not leave the batch's mean.*Nothing was changed"
+    ):
         convert_batch_norm(model, Window(3))
     assert type(model[1]) is nn.BatchNorm2d
     assert all(torch.equal(value, before[key]) for key, value in model[1].state_dict().items())
@@ -159,7 +166,8 @@ def test_a_served_layer_in_several_threads(averaging: Averaging) -> None:
 
 @pytest.mark.parametrize("averaging", [Window(4), Exponential(0.1)], ids=str)
 def test_a_served_layer_after_an_interrupt(averaging: Averaging) -> None:
-    """An interrupt in the middle of its forward leaves it with scratch buffers, until it is called again: then its own come back."""
+    """An interrupt in the middle of its forward leaves it with scratch buffers, until it is called again: then its own
+    come back."""
     layer = convert_batch_norm(BatchNormAct2d(3), averaging)
     layer(batches()[0])
     buffers = dict(layer.named_buffers())
@@ -182,13 +190,19 @@ def test_a_served_layer_after_an_interrupt(averaging: Averaging) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("averaging", [Exponential(0.01), Exponential(0.01, debias=True), Window(200)], ids=str)
 def test_statistics_of_a_served_layer_stay_wide_in_a_16_bit_model(averaging: Averaging, dtype: torch.dtype) -> None:
-    """However it came to be 16 bits, and after a copy: 250 updates of 0.01 from 0 towards 5 arrive at 4.59; bfloat16 stops at 3.4."""
+    """However it came to be 16 bits, and after a copy: 250 updates of 0.01 from 0 towards 5 arrive at 4.59; bfloat16
+    stops at 3.4."""
     batch = (torch.full((2, 1, 1, 1), 5.0) + torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1)).to(dtype)
     expected = BatchNorm2d(1, averaging=averaging)
     for _ in range(250):
         expected(batch.float())
     cast = convert_batch_norm(nn.Sequential(BatchNormAct2d(1)), averaging).to(dtype)
-    for model in (cast, convert_batch_norm(nn.Sequential(BatchNormAct2d(1).to(dtype)), averaging), copy.deepcopy(cast), _pickled(cast)):
+    for model in (
+        cast,
+        convert_batch_norm(nn.Sequential(BatchNormAct2d(1).to(dtype)), averaging),
+        copy.deepcopy(cast),
+        _pickled(cast),
+    ):
         layer = model[0]
         assert is_served(layer)
         for _ in range(250):

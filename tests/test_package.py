@@ -68,7 +68,10 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found.update(f"{node.module}.{alias.name}" if node.module == "lightning_bn" else str(node.module) for alias in node.names)
+            found.update(
+                f"{node.module}.{alias.name}" if node.module == "lightning_bn" else str(node.module)
+                for alias in node.names
+            )
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -81,7 +84,8 @@ def own(path: Path) -> set[str]:
     return {name.removeprefix("lightning_bn.") for name in imports(path) if name.startswith("lightning_bn.")}
 
 
-# Who may import whom, by folder or file at the top, from docs/design.md; what is not here may import all but the adapters.
+# Who may import whom, by folder or file at the top, from docs/design.md; what is not here may import all but the
+# adapters.
 GROUND = {"torch_internals", "discovery", "modes", "moments", "channel_moments"}
 MAY_IMPORT: dict[str, set[str]] = {
     "torch_internals": set(),
@@ -99,7 +103,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": GROUND | {"averaging", "layers", "rules"},
 }
 ADAPTERS = ("callbacks", "plugins", "cli", "__main__")
-CALLBACKS = {f"callbacks.{name}" for name in ("activation_stats", "comparison", "conversion", "mode_check", "recalibration")}
+CALLBACKS = {
+    f"callbacks.{name}" for name in ("activation_stats", "comparison", "conversion", "mode_check", "recalibration")
+}
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -110,7 +116,12 @@ def test_all_is_true_in_every_module(path: Path) -> None:
     tree = ast.parse(path.read_text())
     names = {name for node in tree.body for name in _defined(node)}
     declared = next(
-        (ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and "__all__" in _defined(node)), []
+        (
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and "__all__" in _defined(node)
+        ),
+        [],
     )
     assert set(declared) <= names | set(lightning_bn._LAZY if path.parent == PACKAGE else ())
     module = ".".join(("lightning_bn", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
@@ -133,7 +144,11 @@ def _taken() -> dict[str, set[str]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lightning_bn"):
                 module = PACKAGE.parent / str(node.module).replace(".", "/")
-                names = {a.name for a in node.names if not (module / a.name).is_dir() and not (module / f"{a.name}.py").exists()}
+                names = {
+                    a.name
+                    for a in node.names
+                    if not (module / a.name).is_dir() and not (module / f"{a.name}.py").exists()
+                }
                 found.setdefault(str(node.module), set()).update(names)
     return found
 
@@ -143,7 +158,8 @@ TAKEN = _taken()
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_arrows_point_one_way(path: Path) -> None:
-    """No room imports from one above it; lightning is known to callbacks/, plugins/ and cli alone; callbacks don't know each other."""
+    """No room imports from one above it; lightning is known to callbacks/, plugins/ and cli alone; callbacks don't know
+    each other."""
     place = path.relative_to(PACKAGE)
     folder = place.parts[0].removesuffix(".py")
     known = {module.split(".")[0] for module in own(path)} - {folder}

@@ -64,7 +64,8 @@ MEANINGS = [
 @pytest.mark.parametrize("saved", MEANINGS, ids=str)
 @pytest.mark.parametrize("present", MEANINGS, ids=str)
 def test_a_state_that_means_something_else_is_refused(saved: Averaging, present: Averaging) -> None:
-    """With both rules named, also where the shapes agree; without strict the keys are returned and the history is empty."""
+    """With both rules named, also where the shapes agree; without strict the keys are returned and the history is
+    empty."""
     source, target = (BatchNorm1d(3, averaging=averaging) for averaging in (saved, present))
     for layer in (source, target):
         for _ in range(3):

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_bn import Averaging, BatchNorm1d, BatchNorm2d, Cumulative, Exponential, Window, convert_batch_norm, to_torch
+from lightning_bn import (
+    Averaging,
+    BatchNorm1d,
+    BatchNorm2d,
+    Cumulative,
+    Exponential,
+    Window,
+    convert_batch_norm,
+    to_torch,
+)
 
 AVERAGES = [Exponential(0.1), Exponential(0.1, debias=True), Exponential(0.1, pooled=True), Window(3), Cumulative()]
 
@@ -24,7 +33,8 @@ def stream(layer: nn.Module, steps: int) -> float:
 
 
 def test_no_stall() -> None:
-    """3000 updates at momentum 0.01 towards mean 5 arrive, however the layer came to be bfloat16; torch's stop on the way."""
+    """3000 updates at momentum 0.01 towards mean 5 arrive, however the layer came to be bfloat16; torch's stop on the
+    way."""
     cast = BatchNorm1d(1, averaging=Exponential(0.01)).bfloat16()
     built = BatchNorm1d(1, averaging=Exponential(0.01), dtype=torch.bfloat16)
     converted = convert_batch_norm(nn.BatchNorm1d(1).bfloat16(), Exponential(0.01))
@@ -37,7 +47,8 @@ def test_no_stall() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("averaging", AVERAGES, ids=str)
 def test_eval_is_float32_rounded(averaging: Averaging, dtype: torch.dtype, device: torch.device) -> None:
-    """Eval output lies within the dtype's own rounding of the float32 layer's, and the state dict's keys are torch's at the least."""
+    """Eval output lies within the dtype's own rounding of the float32 layer's, and the state dict's keys are torch's at
+    the least."""
     wide = BatchNorm2d(3, averaging=averaging, device=device)
     narrow = BatchNorm2d(3, averaging=averaging, device=device).to(dtype)
     for t in range(6):

@@ -1,4 +1,5 @@
-"""Honest programs: nothing above information is said of any, and with the callbacks they compute what they compute without."""
+"""Honest programs: nothing above information is said of any, and with the callbacks they compute what they compute
+without."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def run(name: str, folder: Path, *, watched: bool) -> Outcome:
     watchers = [check, ActivationStatsMonitor(every_n_steps=1, heatmaps=False)] if watched else []
     options = {"max_epochs": 2, "default_root_dir": folder, **program.options}
     with quiet():
-        trainer(*[make() for make in program.callbacks], *watchers, **options).fit(module, data(batches=4), data(batches=1))
+        trainer(*[make() for make in program.callbacks], *watchers, **options).fit(
+            module, data(batches=4), data(batches=1)
+        )
     return copy.deepcopy(module.state_dict()), torch.rand(()), check.findings
 
 

@@ -30,7 +30,8 @@ def close(layer: nn.Module, mean: object, var: object, rtol: float = 1e-6) -> No
     torch.testing.assert_close(layer.running_var.double(), torch.as_tensor(var), rtol=rtol, atol=rtol)
 
 
-# --- what goes in ---------------------------------------------------------------------------------------------------------------------
+# --- what goes in
+# ---------------------------------------------------------------------------------------------------------------------
 
 Pair = namedtuple("Pair", "image label")
 
@@ -72,7 +73,9 @@ def test_a_batch_of_any_form_goes_in(wrap, forward) -> None:
     close(model.bn, *oracles.mean_and_unbiased_variance(oracles.channels(data)))
 
 
-@pytest.mark.parametrize("batch", [{"picture": torch.zeros(4, 3)}, Sample(torch.zeros(4, 3), torch.zeros(4)), (), "text", 3])
+@pytest.mark.parametrize(
+    "batch", [{"picture": torch.zeros(4, 3)}, Sample(torch.zeros(4, 3), torch.zeros(4)), (), "text", 3]
+)
 def test_a_batch_that_does_not_fit_names_forward(batch: object) -> None:
     """The error shows the argument that says how a batch goes in, and nothing is changed."""
     model = Named()
@@ -94,7 +97,9 @@ class Stream(IterableDataset[Tensor]):
         yield from torch.arange(30.0).reshape(10, 3)
 
 
-@pytest.mark.parametrize("make", [lambda: DataLoader(Stream(), 4), lambda: iter(Stream()), lambda: (x.expand(2, 3) for x in Stream())])
+@pytest.mark.parametrize(
+    "make", [lambda: DataLoader(Stream(), 4), lambda: iter(Stream()), lambda: (x.expand(2, 3) for x in Stream())]
+)
 def test_loaders_without_length_and_iterators_serve(make) -> None:
     """Whatever can be iterated over will do; the bar does without a total."""
     model = Named()
@@ -170,7 +175,8 @@ def test_inputs_are_moved_to_the_model(device: torch.device) -> None:
     close(model.bn.cpu(), *oracles.mean_and_unbiased_variance(oracles.channels(data)))
 
 
-# --- which layers ---------------------------------------------------------------------------------------------------------------------
+# --- which layers
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Permuted(nn.BatchNorm1d):
@@ -198,8 +204,12 @@ class WithActivation(nn.BatchNorm2d):
         training = self.training or (self.running_mean is None and self.running_var is None)
         if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
-        buffers = (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
-        return self.act(nn.functional.batch_norm(input, *buffers, self.weight, self.bias, training, self.momentum, self.eps))
+        buffers = (
+            (self.running_mean, self.running_var) if not self.training or self.track_running_stats else (None, None)
+        )
+        return self.act(
+            nn.functional.batch_norm(input, *buffers, self.weight, self.bias, training, self.momentum, self.eps)
+        )
 
 
 class Deaf(nn.BatchNorm1d):
@@ -230,7 +240,9 @@ class Deaf(nn.BatchNorm1d):
         (lambda: PermutedOurs(3, momentum=0.3), (12, 7, 3), 2),
     ],
 )
-def test_every_kind_of_layer_gets_the_statistics_of_its_input(layer, shape: tuple[int, ...], channel: int, exact: bool) -> None:
+def test_every_kind_of_layer_gets_the_statistics_of_its_input(
+    layer, shape: tuple[int, ...], channel: int, exact: bool
+) -> None:
     """Torch's, synchronised, this package's, other people's; and all but the two buffers is as before."""
     model = nn.Sequential(layer())
     model(torch.randn(shape))  # a history that must stay
@@ -284,7 +296,8 @@ def moved(model: nn.Module) -> list[str]:
 
 
 def test_frozen_layers_are_left_alone() -> None:
-    """By default: affine parameters without grad, and eval mode in a model that trains; in a model in eval mode the flag tells nothing."""
+    """By default: affine parameters without grad, and eval mode in a model that trains; in a model in eval mode the
+    flag tells nothing."""
     data = [torch.randn(8, 2) + 1]
     for training, expected in ((True, ["2"]), (False, ["1", "2"])):
         model = three().train(training)
@@ -305,7 +318,10 @@ def test_a_layer_without_affine_parameters_is_not_frozen() -> None:
 def test_layers_says_which() -> None:
     """ "all" has the frozen ones too; a predicate is asked name and module; untracked layers are never among them."""
     data = [torch.randn(8, 2) + 1]
-    for layers, expected in (("all", ["0", "1", "2"]), (lambda name, module: name in "12" and module.affine, ["1", "2"])):
+    for layers, expected in (
+        ("all", ["0", "1", "2"]),
+        (lambda name, module: name in "12" and module.affine, ["1", "2"]),
+    ):
         model = three()
         model.append(nn.BatchNorm1d(2, track_running_stats=False))
         model.requires_grad_(False)
@@ -349,7 +365,8 @@ def test_a_layer_that_is_called_twice_is_merged_over_its_calls(pooled: bool) -> 
     assert report.samples == 15
 
 
-# --- the figures ----------------------------------------------------------------------------------------------------------------------
+# --- the figures
+# ----------------------------------------------------------------------------------------------------------------------
 
 CUTS = [[60], [30, 30], [2] * 30, [1] * 60, [7] * 8 + [4], [59, 1], [2, 2, 4, 8, 16, 28]]
 
@@ -384,7 +401,8 @@ def test_a_large_mean_does_not_drown_the_variance(shape: tuple[int, ...], exact:
 
 
 def test_pooled_says_which_variance() -> None:
-    """True, of all the data together, the spread between batches included; False, the average of the unbiased within-batch variances."""
+    """True, of all the data together, the spread between batches included; False, the average of the unbiased
+    within-batch variances."""
     data = torch.randn(40, 3) + torch.arange(40.0).unsqueeze(1)
     for pooled in (True, False):
         layer = nn.BatchNorm1d(3)
@@ -405,7 +423,8 @@ def test_half_precision_layers_are_measured_in_float32() -> None:
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("prior", [0, 4, 100.0, math.inf])
 def test_the_prior_counts_as_samples(prior: float, exact: bool) -> None:
-    """mean = N / (N + n) old + n / (N + n) new, and so the variance, with images for samples; inf keeps the bits, 0 forgets all."""
+    """mean = N / (N + n) old + n / (N + n) new, and so the variance, with images for samples; inf keeps the bits, 0
+    forgets all."""
     layer = nn.BatchNorm2d(2)
     layer.running_mean.copy_(torch.tensor([3.0, -0.0]))
     layer.running_var.copy_(torch.tensor([0.5, 2.0]))
@@ -500,7 +519,8 @@ class Caching(nn.Module):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_what_a_model_makes_on_the_way_serves_for_training(exact: bool) -> None:
-    """Also where the caller is in inference mode, as Lightning is in validation: tensors made there can't be trained with."""
+    """Also where the caller is in inference mode, as Lightning is in validation: tensors made there can't be trained
+    with."""
     model = Caching()
     with torch.inference_mode():
         quiet(model, torch.randn(4, 8, 3).unbind(), exact=exact)
@@ -508,7 +528,8 @@ def test_what_a_model_makes_on_the_way_serves_for_training(exact: bool) -> None:
     assert model.linear.weight.grad is not None
 
 
-# --- when to stop ---------------------------------------------------------------------------------------------------------------------
+# --- when to stop
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_standard_error_is_that_of_the_batch_means() -> None:
@@ -523,7 +544,8 @@ def test_the_standard_error_is_that_of_the_batch_means() -> None:
 
 
 def test_tolerance_stops_at_the_first_batch_that_meets_it() -> None:
-    """Not before 8 batches; the report says after how many, and the figure is below the tolerance there and was not before."""
+    """Not before 8 batches; the report says after how many, and the figure is below the tolerance there and was not
+    before."""
     data = torch.randn(100, 4, 2)
     model = three()
     report = quiet(model, data.unbind(), tolerance=0.07)
@@ -543,7 +565,8 @@ def test_a_tolerance_that_is_not_reached_is_told() -> None:
 
 
 def test_tolerance_on_digits_saves_three_quarters_of_the_data() -> None:
-    """With batches of 32, tolerance 0.1: within a quarter of the data, mean validation accuracy over 5 seeds within 0.5 points."""
+    """With batches of 32, tolerance 0.1: within a quarter of the data, mean validation accuracy over 5 seeds within 0.5
+    points."""
     batches, differences = [], []
     for seed in range(5):
         torch.manual_seed(seed)
@@ -577,7 +600,8 @@ def accuracy_of(model: nn.Module, validation: DataLoader) -> float:
     return 100 * right.mean().item()
 
 
-# --- the report, and back -------------------------------------------------------------------------------------------------------------
+# --- the report, and back
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_dry_run_reports_and_changes_nothing() -> None:
@@ -601,12 +625,16 @@ def test_the_report_has_the_figures_of_every_layer() -> None:
     report = quiet(model, data.split(9))
     for layer in report.layers:
         (old_mean, old_var), (new_mean, new_var) = before[layer.name], statistics(model)[layer.name]
-        shift = [abs(float(n - o)) / math.sqrt(float(v) + 1e-5) for o, n, v in zip(old_mean, new_mean, old_var, strict=True)]
+        shift = [
+            abs(float(n - o)) / math.sqrt(float(v) + 1e-5) for o, n, v in zip(old_mean, new_mean, old_var, strict=True)
+        ]
         ratio = [abs(math.log((float(n) + 1e-5) / (float(o) + 1e-5))) for o, n in zip(old_var, new_var, strict=True)]
         assert layer.mean_shift_max == pytest.approx(max(shift), rel=1e-5)
         assert layer.mean_shift_rms == pytest.approx(math.sqrt(sum(s * s for s in shift) / len(shift)), rel=1e-5)
         assert layer.log_variance_ratio_max == pytest.approx(max(ratio), rel=1e-5)
-        assert layer.log_variance_ratio_rms == pytest.approx(math.sqrt(sum(r * r for r in ratio) / len(ratio)), rel=1e-5)
+        assert layer.log_variance_ratio_rms == pytest.approx(
+            math.sqrt(sum(r * r for r in ratio) / len(ratio)), rel=1e-5
+        )
         assert (layer.samples, layer.batches, layer.kind) == (40, 5, "BatchNorm1d")
 
 
@@ -643,7 +671,13 @@ def test_rollback_is_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    "averaging", [Window(3), Window(3, pooled=True), lightning_bn.Exponential(0.1, pooled=True), lightning_bn.Cumulative(pooled=True)]
+    "averaging",
+    [
+        Window(3),
+        Window(3, pooled=True),
+        lightning_bn.Exponential(0.1, pooled=True),
+        lightning_bn.Cumulative(pooled=True),
+    ],
 )
 def test_training_goes_on_after_a_rollback_as_if_nothing_had_been(averaging: lightning_bn.Averaging) -> None:
     """The history of an average is private and never touched: bit for bit, over more batches than a window holds."""
@@ -655,7 +689,9 @@ def test_training_goes_on_after_a_rollback_as_if_nothing_had_been(averaging: lig
     for batch in data[4:]:
         model(batch)
         twin(batch)
-        assert {k: as_bytes(v) for k, v in model.state_dict().items()} == {k: as_bytes(v) for k, v in twin.state_dict().items()}
+        assert {k: as_bytes(v) for k, v in model.state_dict().items()} == {
+            k: as_bytes(v) for k, v in twin.state_dict().items()
+        }
 
 
 def test_the_new_statistics_serve_until_the_next_training_batch() -> None:
@@ -691,7 +727,8 @@ def test_recalibrated_lends_the_statistics_to_the_block() -> None:
     assert largest_errors(statistics(model), inside) == (0, 0)
 
 
-# --- the bar --------------------------------------------------------------------------------------------------------------------------
+# --- the bar
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_bar_tells_the_layers_and_the_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,8 @@ def _interrupts_are_heard() -> Iterator[None]:
 
 
 class Busy(nn.Module):
-    """A model in odd states: a frozen layer in eval, momentum None and 0, a shared layer, hooks, a buffer and random numbers in forward."""
+    """A model in odd states: a frozen layer in eval, momentum None and 0, a shared layer, hooks, a buffer and random
+    numbers in forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +67,9 @@ def busy() -> Busy:
 
 def loader() -> DataLoader[Any]:
     data = TensorDataset(torch.randn(20, 3))
-    return DataLoader(data, 4, sampler=RandomSampler(data, generator=torch.Generator().manual_seed(1)), generator=torch.Generator())
+    return DataLoader(
+        data, 4, sampler=RandomSampler(data, generator=torch.Generator().manual_seed(1)), generator=torch.Generator()
+    )
 
 
 def generators(batches: DataLoader[Any]) -> list[bytes]:
@@ -91,7 +94,9 @@ def raise_in_call(number: int, call: Callable[..., Any]) -> Callable[..., Any]:
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("number", range(5))
 @pytest.mark.parametrize("where", ["batches", "forward", "layer", "hook", "write", "bar"])
-def test_an_exception_anywhere_changes_nothing(where: str, number: int, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_anywhere_changes_nothing(
+    where: str, number: int, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the loader, the model, a layer, a hook, at the k-th write of the result, in the progress bar."""
     model, batches = busy(), loader()
     source: Any = batches
@@ -108,7 +113,9 @@ def test_an_exception_anywhere_changes_nothing(where: str, number: int, exact: b
         number = number % 3
         monkeypatch.setattr(StatisticsChange, "write", raise_in_call(number, StatisticsChange.write))
     else:
-        monkeypatch.setattr("lightning_bn.recalibration.collection.tqdm.update", raise_in_call(number, lambda self, n=1: None))
+        monkeypatch.setattr(
+            "lightning_bn.recalibration.collection.tqdm.update", raise_in_call(number, lambda self, n=1: None)
+        )
     before, drawn = everything(model), generators(batches)
     with pytest.raises(Boom):
         recalibrate(model, source, exact=exact, forward=forward, progress=where == "bar")
@@ -193,7 +200,8 @@ LOADERS = [
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_an_interrupt_at_any_line_changes_nothing(exact: bool) -> None:
-    """A real SIGINT at line k of the package, for many k, until a run is no longer reached by it: KeyboardInterrupt, and all as before."""
+    """A real SIGINT at line k of the package, for many k, until a run is no longer reached by it: KeyboardInterrupt,
+    and all as before."""
     batches = list(torch.randn(2, 4, 3))
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(), nn.BatchNorm1d(3))
     before, handler = everything(model), signal.getsignal(signal.SIGINT)
@@ -246,7 +254,8 @@ def count_lines(call: Callable[[], Any]) -> int:
 
 
 def interrupt_at(line: int, call: Callable[[], Any]) -> bool:
-    """Send this process a SIGINT when the package reaches its line number `line`, counted as it runs; tell whether that ended the call."""
+    """Send this process a SIGINT when the package reaches its line number `line`, counted as it runs; tell whether that
+    ended the call."""
     lines = iter(range(10**9))
 
     def each_line() -> None:
@@ -291,7 +300,8 @@ def test_recalibrated_undoes_under_an_interrupt() -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_interrupts_at_random_moments_change_nothing_or_the_report_is_returned(exact: bool) -> None:
-    """A SIGINT from another thread, at any instruction: 150 calls for each kind of pass, of which some end before it comes."""
+    """A SIGINT from another thread, at any instruction: 150 calls for each kind of pass, of which some end before it
+    comes."""
     model, batches = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(), nn.BatchNorm1d(3)), list(torch.randn(2, 4, 3))
     before = everything(model)
     recalibrate(model, batches, exact=exact, progress=False).rollback()

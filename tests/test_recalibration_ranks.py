@@ -1,4 +1,5 @@
-"""Two real processes over gloo: what they see is merged, both end with the same bits, and neither waits for one that failed."""
+"""Two real processes over gloo: what they see is merged, both end with the same bits, and neither waits for one that
+failed."""
 
 from __future__ import annotations
 
@@ -114,7 +115,9 @@ SCENARIOS: list[Callable[[int, bool], dict[str, Any]]] = [
 
 def work(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
     found = {(scenario.__name__, exact): scenario(rank, exact) for scenario in SCENARIOS for exact in (False, True)}
     found["tolerance", False] = merged(rank, False, tolerance=1.0)
     torch.save(found, Path(folder) / f"{rank}.pt")
@@ -131,7 +134,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, bool
 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(
-    "scenario", ["merged", "one_has_none", "prior_with_other_starts", "inside_ddp", "synchronised", "images", SCENARIOS[4].__name__]
+    "scenario",
+    [
+        "merged",
+        "one_has_none",
+        "prior_with_other_starts",
+        "inside_ddp",
+        "synchronised",
+        "images",
+        SCENARIOS[4].__name__,
+    ],
 )
 def test_all_ranks_end_with_the_same_bits(ranks, scenario: str, exact: bool) -> None:
     """Whatever each of them had, and with which statistics it began."""
@@ -142,7 +154,8 @@ def test_all_ranks_end_with_the_same_bits(ranks, scenario: str, exact: bool) -> 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("scenario", ["merged", "inside_ddp", "synchronised"])
 def test_five_and_three_batches_are_eight(ranks, scenario: str, exact: bool) -> None:
-    """Statistics and report are those of one process with all batches; SyncBatchNorm in a group and DDP's wrapper change nothing."""
+    """Statistics and report are those of one process with all batches; SyncBatchNorm in a group and DDP's wrapper
+    change nothing."""
     alone = model()
     report = recalibrate(alone, [*PARTS[0], *PARTS[1]], exact=exact, progress=False).as_dict()
     for found in ranks:

@@ -194,13 +194,18 @@ class TestWatch:
         torch.manual_seed(2)
         with watch(watched):
             steps(watched)
-        assert all(torch.equal(one, other) for one, other in zip(plain.state_dict().values(), watched.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(one, other)
+            for one, other in zip(plain.state_dict().values(), watched.state_dict().values(), strict=True)
+        )
 
 
 def test_no_synchronisation_between_checks() -> None:
     """Fake tensors have no values, and whatever asks for one raises: the judgement of a batch does not, the check does."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Dropout(0.5), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+        net = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.Dropout(0.5), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)
+        )
         convert_batch_norm(net, Window(3))
         inspection = Inspection(net, Setting())
         inspection.attach([net])
@@ -248,7 +253,8 @@ def test_expression_runs() -> None:
 
 
 def naive_gap(batches: Tensor, momentum: float, updates: int) -> tuple[list[float], list[float]]:
-    """Return the running statistics and those of the last `updates` batches, weighted as the average weighs them: loops in float64."""
+    """Return the running statistics and those of the last `updates` batches, weighted as the average weighs them: loops
+    in float64."""
     running = [0.0, 1.0]
     latest, weights = [0.0, 0.0], 0.0
     for number, batch in enumerate(batches):

@@ -1,4 +1,5 @@
-"""Each rule about the configuration: the real mistake in a real run, and the nearest legitimate thing, of which nothing is said."""
+"""Each rule about the configuration: the real mistake in a real run, and the nearest legitimate thing, of which nothing
+is said."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class TestBN301:
 
 class TestBN302:
     def test_one_value(self) -> None:
-        """A last batch of one image behind a flattening makes torch raise: one finding, which says at which layer, and why."""
+        """A last batch of one image behind a flattening makes torch raise: one finding, which says at which layer, and
+        why."""
         loader = data(3, batches=1)
         loader = torch.utils.data.DataLoader(loader.dataset, 2)
         check_ = ModeCheck(action="log")
@@ -77,7 +79,8 @@ class TestBN302:
 
 
 class Biased(nn.Module):
-    """A convolution and a linear layer with biases, each before a batch norm; `skip` also feeds the convolution's output elsewhere."""
+    """A convolution and a linear layer with biases, each before a batch norm; `skip` also feeds the convolution's
+    output elsewhere."""
 
     def __init__(self, *, skip: bool = False) -> None:
         super().__init__()
@@ -138,7 +141,14 @@ class Dropped(nn.Sequential):
 
     def __init__(self, *, straight: bool) -> None:
         dropout = nn.Dropout(0.5)
-        super().__init__(nn.Flatten(), nn.Linear(36, 64), dropout if straight else nn.ReLU(), nn.BatchNorm1d(64), dropout, nn.Linear(64, 2))
+        super().__init__(
+            nn.Flatten(),
+            nn.Linear(36, 64),
+            dropout if straight else nn.ReLU(),
+            nn.BatchNorm1d(64),
+            dropout,
+            nn.Linear(64, 2),
+        )
 
 
 class TestBN305:

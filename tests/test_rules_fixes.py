@@ -19,7 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_bn
 from lightning_bn import Finding, Fix, ModeCheck
 
-NAMES: dict[str, Any] = {name: getattr(lightning_bn, name) for name in lightning_bn.__all__} | {"nn": nn, "torch": torch}
+NAMES: dict[str, Any] = {name: getattr(lightning_bn, name) for name in lightning_bn.__all__} | {
+    "nn": nn,
+    "torch": torch,
+}
 
 
 def dataset(samples: int = 96) -> TensorDataset:
@@ -76,7 +79,8 @@ class Program(Module):
 
 
 def run(program: Callable[[Fixed], Program], fix: Fix | None = None, **options: Any) -> tuple[list[Finding], float]:
-    """Fit, and return the findings and the loss of the last validation, or of the module after training where the fix goes there."""
+    """Fit, and return the findings and the loss of the last validation, or of the module after training where the fix
+    goes there."""
     torch.manual_seed(1)
     fixed, at_the_end = Fixed(fix), options.pop("at_the_end", False)
     module = program(fixed)
@@ -86,7 +90,11 @@ def run(program: Callable[[Fixed], Program], fix: Fix | None = None, **options: 
     callbacks += [each for each in arguments.pop("callbacks", []) if each is not ...]
     loader = {"batch_size": 16, **options.pop("loader", {}), **fixed.arguments("in the training DataLoader")}
     check = ModeCheck(action="log")
-    raises = pytest.raises(ValueError, match="more than 1 value per channel") if options.pop("raises", False) and not fix else nullcontext()
+    raises = (
+        pytest.raises(ValueError, match="more than 1 value per channel")
+        if options.pop("raises", False) and not fix
+        else nullcontext()
+    )
     fit = DataLoader(options.pop("data", dataset()), **loader), DataLoader(dataset(), 48)
     with quiet(), raises:
         trainer(*callbacks, check, **{"max_epochs": 10, **options, **arguments}).fit(module, *fit)
@@ -282,7 +290,9 @@ def momentum(value: float) -> Callable[[Fixed], Program]:
 
 def wide(fixed: Fixed) -> Program:
     """48 channels, which 32 groups do not divide."""
-    return Program(fixed, nn.Sequential(nn.Conv2d(1, 48, 3, bias=False), nn.BatchNorm2d(48), nn.Flatten(), nn.Linear(768, 2)))
+    return Program(
+        fixed, nn.Sequential(nn.Conv2d(1, 48, 3, bias=False), nn.BatchNorm2d(48), nn.Flatten(), nn.Linear(768, 2))
+    )
 
 
 PROGRAMS: dict[str, tuple[str, Callable[[Fixed], Program], dict[str, Any]]] = {
@@ -295,7 +305,11 @@ PROGRAMS: dict[str, tuple[str, Callable[[Fixed], Program], dict[str, Any]]] = {
     "a forward under no_grad": ("BN106", ForwardsWithoutGrad, {}),
     "a forward between batches": ("BN107", ForwardsBetween, {}),
     "a frozen backbone beside a new head": ("BN201", frozen_backbone, {}),
-    "frozen blocks in the container of the head": ("BN201", lambda fixed: pretrained(Program(fixed, Interleaved())), {}),
+    "frozen blocks in the container of the head": (
+        "BN201",
+        lambda fixed: pretrained(Program(fixed, Interleaved())),
+        {},
+    ),
     "a backbone that no optimizer holds": ("BN201", lambda fixed: pretrained(LeftOut(fixed)), {}),
     "activation checkpointing": ("BN202", lambda fixed: Program(fixed, Checkpointed()), {}),
     "a batch that counts twice": ("BN202", CountsTwice, {}),
@@ -333,7 +347,9 @@ def test_fix_works(name: str) -> None:
 @pytest.mark.parametrize("many", [False, True])
 def test_printed_allow_eval_covers_all_layers(many: bool) -> None:
     """BN102's second way out, `allow_eval`, taken as printed, silences it for every layer it names."""
-    module = Module(nn.Sequential(*[Block(1, 1) if many else Block(1, 4)][:1], nn.Flatten(), nn.Linear(16 if many else 64, 2)))
+    module = Module(
+        nn.Sequential(*[Block(1, 1) if many else Block(1, 4)][:1], nn.Flatten(), nn.Linear(16 if many else 64, 2))
+    )
     module.model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(9 if many else 3)])
     for block in module.model:
         block.eval()
@@ -365,7 +381,9 @@ def test_averaged_teacher_in_train_mode() -> None:
             def on_before_zero_grad(self, optimizer: Any) -> None:
                 for mine, other in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
                     with torch.no_grad():
-                        mine.lerp_(other, 0.1) if self.way == "lerp_" else mine.data.mul_(0.9).add_(other.data, alpha=0.1)
+                        mine.lerp_(other, 0.1) if self.way == "lerp_" else mine.data.mul_(0.9).add_(
+                            other.data, alpha=0.1
+                        )
                 if self.way == "load":
                     self.teacher.load_state_dict(self.model.state_dict())
 
@@ -377,6 +395,15 @@ def test_averaged_teacher_in_train_mode() -> None:
 def test_fields_make_the_message() -> None:
     """Every field of a finding is in its message, and the message in no other place."""
     (finding,) = of("BN201", findings(frozen_backbone(Fixed(None))))
-    for part in (finding.code, finding.title, finding.where, finding.seen, finding.why, str(finding.fix), finding.link, finding.quiet):
+    for part in (
+        finding.code,
+        finding.title,
+        finding.where,
+        finding.seen,
+        finding.why,
+        str(finding.fix),
+        finding.link,
+        finding.quiet,
+    ):
         assert part in str(finding)
     assert finding.fix.code == "self.model.backbone.eval()"

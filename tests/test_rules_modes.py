@@ -34,7 +34,8 @@ class TestBN101:
         assert serious(findings(module)) == []
 
     def test_says_it_once(self) -> None:
-        """Fifty submodules in eval mode with the module have one cause, and so has a validation with statistics that nothing moved."""
+        """Fifty submodules in eval mode with the module have one cause, and so has a validation with statistics that
+        nothing moved."""
         module = Module()
         module.eval()
         found = findings(module)
@@ -46,7 +47,8 @@ class TestBN101:
 
 class TestBN102:
     def test_pretrained_part_in_eval(self) -> None:
-        """A part with trainable parameters in eval mode, as pretrained models load, is named with the call that mends it."""
+        """A part with trainable parameters in eval mode, as pretrained models load, is named with the call that mends
+        it."""
         module = Module()
         module.model.backbone.eval()
         finding = only("BN102", findings(module))

@@ -35,7 +35,8 @@ def accuracy(module: pl.LightningModule, loader: DataLoader[Any]) -> float:
 
 
 def test_slow_average_on_digits() -> None:
-    """Momentum 0.001 and three epochs: validation is near chance, a recalibration would give nearly all, and it is said in plain words."""
+    """Momentum 0.001 and three epochs: validation is near chance, a recalibration would give nearly all, and it is said
+    in plain words."""
     torch.manual_seed(0)
     module = Classifier(ConvNet())
     for layer in module.modules():
@@ -112,7 +113,8 @@ class TestBetweenBatches:
         assert only("BN107", findings(module, loader=DataLoader(Rollouts(module.model), 16)))
 
     def test_in_eval_mode(self) -> None:
-        """In eval mode such a forward moves nothing, and nothing is said; nor of a state that is loaded between batches."""
+        """In eval mode such a forward moves nothing, and nothing is said; nor of a state that is loaded between
+        batches."""
 
         class Samples(Module):
             def on_train_epoch_end(self) -> None:
@@ -144,7 +146,8 @@ class TestParametersAlone:
         assert "parameters alone" in only("BN204", check_.findings).seen
 
     def test_at_rest(self) -> None:
-        """`check` sees it too, and says nothing of a fresh model, of one initialised as a GAN is, or of one that a fit will train on."""
+        """`check` sees it too, and says nothing of a fresh model, of one initialised as a GAN is, or of one that a fit
+        will train on."""
         assert only("BN204", check(self.loaded())).level == "error"
         fresh = Net()
         for part in fresh.modules():
@@ -185,7 +188,10 @@ def sorted_data(*, shuffle: bool, by_class: bool = True) -> DataLoader[Any]:
 class TestSorted:
     def test_sorted_and_unshuffled(self) -> None:
         """Batches of one class after the other, in each epoch."""
-        assert only("BN307", findings(Module(), loader=sorted_data(shuffle=False), max_epochs=2)).fix.code == "shuffle=True"
+        assert (
+            only("BN307", findings(Module(), loader=sorted_data(shuffle=False), max_epochs=2)).fix.code
+            == "shuffle=True"
+        )
 
     def test_shuffled_or_unsorted(self) -> None:
         """Shuffled data, and data that lie in no order, are as they should be; also where the weights move fast."""
@@ -251,7 +257,8 @@ def test_ranks_with_statistics_of_their_own(tmp_path: Path) -> None:
 
 class TestCascades:
     def test_follows(self) -> None:
-        """Validation at 0 and 1 follows from eval mode in training; a gap follows from a mixture of inputs: one finding each."""
+        """Validation at 0 and 1 follows from eval mode in training; a gap follows from a mixture of inputs: one finding
+        each."""
         module = Module()
         module.model.backbone.eval()
         found = findings(module)
@@ -278,7 +285,9 @@ class TestNoFalseAlarm:
 
             def on_before_zero_grad(self, optimizer: Any) -> None:
                 with torch.no_grad():
-                    for own, other in zip(self.ema.state_dict().values(), self.model.state_dict().values(), strict=True):
+                    for own, other in zip(
+                        self.ema.state_dict().values(), self.model.state_dict().values(), strict=True
+                    ):
                         own.copy_(other)
 
             def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:

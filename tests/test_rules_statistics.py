@@ -1,4 +1,5 @@
-"""Each rule about statistics: the real mistake in a real run, and the nearest legitimate thing, of which nothing is said."""
+"""Each rule about statistics: the real mistake in a real run, and the nearest legitimate thing, of which nothing is
+said."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ from tiny_runs import BATCHES, Block, Module, Net, data, findings, of, serious
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bn import BatchNormRecalibration, Finding, ModeCheck, Window, check, convert_batch_norm, paused_statistics
+from lightning_bn import (
+    BatchNormRecalibration,
+    Finding,
+    ModeCheck,
+    Window,
+    check,
+    convert_batch_norm,
+    paused_statistics,
+)
 
 LAYERS = ("model.backbone.0.1", "model.backbone.1.1", "model.head.2")
 
@@ -173,7 +182,9 @@ class TestBN203:
             def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
                 if batch_idx == 3:
                     with torch.no_grad():
-                        self.model.head[2](torch.full((4, 8), value).index_fill(1, torch.tensor([0, 1, 2, 3, 4, 7]), 1.0))
+                        self.model.head[2](
+                            torch.full((4, 8), value).index_fill(1, torch.tensor([0, 1, 2, 3, 4, 7]), 1.0)
+                        )
                 return self.loss(batch)
 
         finding = only("BN203", findings(Poisoned(), check=ModeCheck(action="log", every_n_steps=1)))
@@ -213,7 +224,11 @@ class TestBN204:
                 self.eval_head(self.model.backbone(batch[0]))
 
         early, late = of("BN204", findings(Branches()))
-        assert (early.level, early.layers, early.stage) == ("info", ("eval_head.1",), "validate")  # its turn may come in a later epoch
+        assert (early.level, early.layers, early.stage) == (
+            "info",
+            ("eval_head.1",),
+            "validate",
+        )  # its turn may come in a later epoch
         assert (late.level, late.layers, late.stage) == ("error", ("eval_head.1",), "train")
 
     def test_sanity_check(self) -> None:
@@ -284,7 +299,8 @@ class TestBN206:
         (torch.float32, 0.001, False),
     ])  # fmt: skip
     def test_dtype_and_momentum(self, dtype: torch.dtype, momentum: float, stuck: bool) -> None:
-        """The rule speaks where torch's layer really stops more than 5 % short of the mean of its batches, and there alone."""
+        """The rule speaks where torch's layer really stops more than 5 % short of the mean of its batches, and there
+        alone."""
         model = nn.Sequential(nn.BatchNorm1d(1, momentum=momentum)).to(dtype)
         said = bool(of("BN206", check(model)))
         batch = torch.tensor([[4.0], [6.0]], dtype=dtype)
@@ -345,7 +361,8 @@ class Jump(Module):
 
 
 def gap_findings(module: Module) -> list[Finding]:
-    """Train 192 batches in three epochs, so that nothing is left of the start, and return what BN208 says above information at the end."""
+    """Train 192 batches in three epochs, so that nothing is left of the start, and return what BN208 says above
+    information at the end."""
     found = of("BN208", findings(module, loader=data(batches=64), max_epochs=3))
     return [finding for finding in found if finding.level != "info" and finding.step == 192]
 

@@ -1,4 +1,5 @@
-"""Published self-supervised recipes, re-created small: with the callback and without it they end with the same weights, to the bit."""
+"""Published self-supervised recipes, re-created small: with the callback and without it they end with the same weights,
+to the bit."""
 
 from __future__ import annotations
 
@@ -91,7 +92,9 @@ def test_the_weights_are_as_without_the_callback(recipe: type[SelfSupervised], w
         modules.append(module)
         runners.append(runner)
     one, other = modules
-    states = [{name: value for name, value in module.state_dict().items() if "running" not in name} for module in modules]
+    states = [
+        {name: value for name, value in module.state_dict().items() if "running" not in name} for module in modules
+    ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(one.online[1].running_mean, other.online[1].running_mean)
     assert vars(one).get("place") == vars(other).get("place")

@@ -1,4 +1,5 @@
-"""Layers that settle together at the end of their model's forward keep the statistics that each of them would keep by itself."""
+"""Layers that settle together at the end of their model's forward keep the statistics that each of them would keep by
+itself."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 5, 2), nn.BatchNorm2d(5))
+        self.body = nn.Sequential(
+            nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 5, 2), nn.BatchNorm2d(5)
+        )
         self.side = nn.Sequential(nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5))
         self.head = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
         self.use_side = True
@@ -110,7 +113,8 @@ def agree(model: nn.Module, record: Record, oracle: Oracle) -> None:
 
 @each_average
 def test_every_average_is_the_oracles(name: str) -> None:
-    """Layers of different widths, settled as one wide layer, each have the statistics of a naive loop over their own batches."""
+    """Layers of different widths, settled as one wide layer, each have the statistics of a naive loop over their own
+    batches."""
     model = net(name)
     record = Record(model)
     for batch in batches(11):
@@ -173,7 +177,9 @@ def test_settled_together_or_alone_is_the_same_to_the_bit(name: str) -> None:
     assert all(records[0].lent)
     assert not any(records[1].lent)
     for (key, one), other in zip(together.state_dict().items(), alone.state_dict().values(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0 if "pooled" not in name else 1e-6, atol=0 if "pooled" not in name else 1e-6, msg=key)
+        torch.testing.assert_close(
+            one, other, rtol=0 if "pooled" not in name else 1e-6, atol=0 if "pooled" not in name else 1e-6, msg=key
+        )
 
 
 @each_average
@@ -363,7 +369,9 @@ def test_functional_call(name: str) -> None:
 
 
 @each_average
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_of_the_model_trains_on_by_itself(name: str, way: Callable[[Net], Net]) -> None:
     """In the middle of its windows, with statistics to the bit, and neither of the two notices the other."""
     model = net(name)
@@ -403,7 +411,9 @@ def test_a_copy_of_one_layer_holds_that_layer_alone(name: str) -> None:
 def test_a_copy_in_the_middle_of_a_forward() -> None:
     """A layer that is copied while it is lent rows has borrowed nothing."""
     model, copies = net("window of 3"), []
-    model.body[2].register_forward_hook(lambda *_: copies.append((copy.deepcopy(model.body[1]), pickle.loads(pickle.dumps(model.body[4])))))
+    model.body[2].register_forward_hook(
+        lambda *_: copies.append((copy.deepcopy(model.body[1]), pickle.loads(pickle.dumps(model.body[4]))))
+    )
     model(batches()[0])
     for layer in copies[0]:
         assert not is_lent(layer)
@@ -424,7 +434,9 @@ def test_moving_and_loading_in_mid_flight(name: str, move: str) -> None:
             elif move == "half and back":
                 kept = copy.deepcopy(model.state_dict())
                 model.half().float()
-                model.load_state_dict({key: value for key, value in kept.items() if "averaging" not in key}, strict=False)
+                model.load_state_dict(
+                    {key: value for key, value in kept.items() if "averaging" not in key}, strict=False
+                )
                 model.load_state_dict(kept)
             elif move == "one layer":
                 model.body[1].double()
@@ -507,7 +519,8 @@ def test_threads_that_share_a_model(name: str) -> None:
 
 @few_averages
 def test_replicas_of_data_parallel(name: str) -> None:
-    """A replica has the original's hooks and the same tensors, and runs in a thread of its own: what it is given counts, as in torch."""
+    """A replica has the original's hooks and the same tensors, and runs in a thread of its own: what it is given
+    counts, as in torch."""
     model = net(name)
     record = Record(model)
     for batch in batches():
@@ -641,7 +654,9 @@ def test_mistakes_of_an_elementwise_rule() -> None:
         def update(self, running_mean: Tensor, running_var: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
             return batch.mean, batch.var
 
-    with pytest.raises(ValueError, match=r"Scalar.* is elementwise, but its initial_state\(3, \.\.\.\) returns 'total' of shape \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"Scalar.* is elementwise, but its initial_state\(3, \.\.\.\) returns 'total' of shape \(2,\)"
+    ):
         BatchNorm1d(3, averaging=Scalar())
 
     class Assigns(ElementwiseMedian):
@@ -694,7 +709,8 @@ def test_subclasses_of_other_packages(name: str) -> None:
     torch.manual_seed(0)
     averaging, oracle = AVERAGES[name]
     model = convert_batch_norm(
-        nn.Sequential(nn.Conv2d(2, 3, 1), BatchNormAct2d(3), nn.Conv2d(3, 4, 1), BatchNormAct2d(4)), averaging or Exponential(0.1)
+        nn.Sequential(nn.Conv2d(2, 3, 1), BatchNormAct2d(3), nn.Conv2d(3, 4, 1), BatchNormAct2d(4)),
+        averaging or Exponential(0.1),
     )
     plain = nn.Sequential(nn.Conv2d(2, 3, 1), BatchNormAct2d(3), nn.Conv2d(3, 4, 1), BatchNormAct2d(4))
     plain.load_state_dict({key: value for key, value in model.state_dict().items() if "averaging" not in key})

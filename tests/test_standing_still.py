@@ -100,7 +100,8 @@ def layers() -> list[nn.Module]:
 
 @pytest.mark.parametrize("index", range(5))
 def test_paused(index: int) -> None:
-    """Inside, training forwards normalise with the batch and move nothing; the pauses nest, and end with an exception too."""
+    """Inside, training forwards normalise with the batch and move nothing; the pauses nest, and end with an exception
+    too."""
     layer = layers()[index]
     layer(torch.randn(8, 4))
     before = {key: value.clone() for key, value in layer.state_dict().items()}
@@ -118,7 +119,8 @@ def test_paused(index: int) -> None:
 
 
 def test_pause_leaves_untracked_layers_alone() -> None:
-    """A layer that tracked nothing before tracks nothing after, and eval inside a pause still uses the running statistics."""
+    """A layer that tracked nothing before tracks nothing after, and eval inside a pause still uses the running
+    statistics."""
     silent, loud = nn.BatchNorm1d(4), nn.BatchNorm1d(4).eval()
     silent.track_running_stats = False
     batch = torch.randn(8, 4) + 3

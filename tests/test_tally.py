@@ -52,7 +52,9 @@ def test_both_estimators_are_those_of_naive_loops(sizes: list[int], offset: floa
             expected = oracles.mean_and_unbiased_variance(np.concatenate(arrays))
             torch.testing.assert_close((mean, var), tuple(map(torch.tensor, expected)), rtol=1e-7, atol=1e-7)
         return
-    torch.testing.assert_close(mean, torch.tensor(sum(array.mean(0) for array in arrays) / len(arrays)), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        mean, torch.tensor(sum(array.mean(0) for array in arrays) / len(arrays)), rtol=1e-7, atol=1e-7
+    )
     varied = [oracles.mean_and_unbiased_variance(array)[1] for array in arrays if len(array) > 1]
     if varied:
         torch.testing.assert_close(var, torch.tensor(sum(varied) / len(varied)), rtol=1e-7, atol=1e-7)
@@ -91,7 +93,12 @@ def test_batches_that_are_not_finite_leave_no_trace_but_their_number() -> None:
     poisoned[1][0, 0], poisoned[7][0, 1] = math.nan, math.inf
     (one, found, none), skipped = tally(poisoned).close()
     assert skipped == {1, 7}
-    assert (one.samples, one.batches, none.samples, none.batches) == (35, 7, 0, 0)  # the other layers' batches are their own affair
+    assert (one.samples, one.batches, none.samples, none.batches) == (
+        35,
+        7,
+        0,
+        0,
+    )  # the other layers' batches are their own affair
     expected = summary([batch for k, batch in enumerate(batches) if k not in (1, 7)])
     torch.testing.assert_close(found.statistics(pooled=True), expected.statistics(pooled=True))
     torch.testing.assert_close(found.standard_error(0.0), expected.standard_error(0.0))
@@ -121,4 +128,6 @@ def test_channels_that_are_constant_have_no_error() -> None:
     """0 / 0 is no reason to read on: a dead channel counts as known."""
     batches = [torch.cat((torch.zeros(5, 1), torch.randn(5, 1)), 1) for _ in range(4)]
     alone = [batch[:, 1:] for batch in batches]
-    torch.testing.assert_close(summary(batches).standard_error(1e-5), summary(alone).standard_error(1e-5) / math.sqrt(2))
+    torch.testing.assert_close(
+        summary(batches).standard_error(1e-5), summary(alone).standard_error(1e-5) / math.sqrt(2)
+    )

@@ -60,12 +60,15 @@ def test_scalars_are_those_of_the_table(run: Any) -> None:
     steps = [event.step for event in events.Scalars("activations/std/worst")]
     assert steps == [0, 2, 4, 6, 8, 10]
     own = {event.step: event.value for event in events.Scalars("activations/std/bn1")}
-    assert own == pytest.approx({row["step"]: row["std"] for row in monitor.table() if (row["layer"], row["stage"]) == ("bn1", "train")})
+    assert own == pytest.approx(
+        {row["step"]: row["std"] for row in monitor.table() if (row["layer"], row["stage"]) == ("bn1", "train")}
+    )
     assert "activations/std/rest.0" not in events.Tags()["scalars"]
 
 
 def test_every_tag_is_documented(run: Any) -> None:
-    """The event file has the tags of the table in lightning_bn.activations.tensorboard and, beside the module's own, no others."""
+    """The event file has the tags of the table in lightning_bn.activations.tensorboard and, beside the module's own, no
+    others."""
     _, _, events = run
     tags = events.Tags()
     ours = [tag for tag in tags["scalars"] if tag not in ("train_loss", "val_loss", "val_acc", "epoch")]
@@ -73,14 +76,24 @@ def test_every_tag_is_documented(run: Any) -> None:
     assert {tag.split("/")[0] for tag in ours} == {"activations", "activations_val"}
     assert {tag.split("/")[1] for tag in ours} <= set(COLUMNS)
     assert {tag.split("/")[2] for tag in ours} == names
-    maps = {"std", "zero_fraction", "dead_fraction", "nonfinite", "drift_mean", "drift_var", "channel_mean", "channel_std"}
+    maps = {
+        "std",
+        "zero_fraction",
+        "dead_fraction",
+        "nonfinite",
+        "drift_mean",
+        "drift_var",
+        "channel_mean",
+        "channel_std",
+    }
     assert set(tags["images"]) == {f"activations_map/{name}" for name in maps}
     assert set(tags["tensors"]) == {"custom_scalars__config__", "activations/layers/text_summary"}
     assert tags["histograms"] == ["activations_histogram/rest.0"]
 
 
 def test_the_layout_names_tags_that_are_there(run: Any) -> None:
-    """Each chart of the Custom Scalars tab finds its tags in the event file: two a multiline chart, three a margin chart."""
+    """Each chart of the Custom Scalars tab finds its tags in the event file: two a multiline chart, three a margin
+    chart."""
     import re
 
     _, _, events = run
@@ -111,13 +124,17 @@ def test_the_histogram_is_of_the_sampled_activations(tmp_path: Path) -> None:
 
     class Keeps(Small):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            handle = self.bn1.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
+            handle = self.bn1.register_forward_hook(
+                lambda module, args, output: outputs.append(output.detach().clone())
+            )
             loss = super().training_step(batch, batch_idx)
             handle.remove()
             return loss
 
     logger = TensorBoardLogger(tmp_path)
-    fit(ActivationStatsMonitor(every_n_steps=4, histograms="bn1"), module=Keeps(), max_epochs=1, logger=logger, val=None)
+    fit(
+        ActivationStatsMonitor(every_n_steps=4, histograms="bn1"), module=Keeps(), max_epochs=1, logger=logger, val=None
+    )
     events = read(logger.log_dir).Histograms("activations_histogram/bn1")
     assert [event.step for event in events] == [0, 4]
     edges = histogram_edges().tolist()
@@ -142,7 +159,8 @@ def test_the_csv_lies_beside_the_event_file(run: Any) -> None:
 
 
 def test_a_sick_layer_is_named_with_its_step(tmp_path: Path) -> None:
-    """The text names the layer that dies in the run and the first sampled step at which it was dead, above what was sick before."""
+    """The text names the layer that dies in the run and the first sampled step at which it was dead, above what was
+    sick before."""
 
     class Dies(Small):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -168,7 +186,10 @@ def test_a_picture_has_the_colours_of_the_values() -> None:
     table = LayerTable()
     for column, step in enumerate(steps):
         table.append(
-            "train", step, 0, {layer: dict.fromkeys(COLUMNS) | {"std": row[column]} for layer, row in zip(layers, values, strict=True)}
+            "train",
+            step,
+            0,
+            {layer: dict.fromkeys(COLUMNS) | {"std": row[column]} for layer, row in zip(layers, values, strict=True)},
         )
     pixels = draw_grid(table.grid("train", "std"))
     colours = matplotlib.colormaps["RdBu_r"].resampled(33)
@@ -188,7 +209,9 @@ def test_pictures_are_as_tall_as_their_layers_need(layers: int) -> None:
     """Each layer has a row of at least 13 pixels, in which its name can be read."""
     table = LayerTable()
     for step in range(3):
-        table.append("train", step, 0, {f"layer{place}.bn": dict.fromkeys(COLUMNS) | {"std": 1.0} for place in range(layers)})
+        table.append(
+            "train", step, 0, {f"layer{place}.bn": dict.fromkeys(COLUMNS) | {"std": 1.0} for place in range(layers)}
+        )
     height, width, _ = draw_grid(table.grid("train", "std")).shape
     assert (height - 150) / layers >= 13
     assert width == 640
@@ -203,7 +226,8 @@ def test_nothing_is_nowhere_drawn_as_sick() -> None:
 
 
 def test_channels_are_drawn_in_order() -> None:
-    """Each layer's row is its channels in ascending order from left to right, whatever their number; a layer of NaN is grey."""
+    """Each layer's row is its channels in ascending order from left to right, whatever their number; a layer of NaN is
+    grey."""
     values = [np.array([2.0, 0.0, 1.0]), np.array([math.nan, math.nan]), np.array([0.0])]
     pixels = draw_channels(["a", "b", "c"], values, Scale(0, 2, "OrRd", "unit"), "title")
     colours = matplotlib.colormaps["OrRd"].resampled(33)
@@ -215,9 +239,11 @@ def test_channels_are_drawn_in_order() -> None:
 
 
 def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 layers, half of them batch norms, 10,000 steps at the default interval, the values pure noise: under 60 tags and 30 MB."""
+    """200 layers, half of them batch norms, 10,000 steps at the default interval, the values pure noise: under 60 tags
+    and 30 MB."""
     pictures: dict[str, Any] = {}
-    # The last picture of each statistic, the largest, stands for all of them: they are as many and as large, and drawn once.
+    # The last picture of each statistic, the largest, stands for all of them: they are as many and as large, and drawn
+    # once.
     monkeypatch.setattr("lightning_bn.activations.tensorboard.draw_grid", lambda grid: pictures[grid.statistic.name])
     monkeypatch.setattr("lightning_bn.activations.tensorboard.draw_channels", lambda *args: pictures["channels"])
     generator = np.random.default_rng(0)
@@ -225,10 +251,14 @@ def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     def sample() -> Sample:
         values = np.exp(generator.normal(size=(len(layers), len(COLUMNS))))
-        found = {layer: dict(zip(COLUMNS, map(float, line), strict=True)) for layer, line in zip(layers, values, strict=True)}
+        found = {
+            layer: dict(zip(COLUMNS, map(float, line), strict=True)) for layer, line in zip(layers, values, strict=True)
+        }
         norm_only = [name for name in COLUMNS if name.startswith(("drift", "weight", "bias"))]
         for layer, row in found.items():
-            row.update(grad_std=None, grad_nonfinite=None, saturated_fraction=None)  # none by default, none without sigmoids
+            row.update(
+                grad_std=None, grad_nonfinite=None, saturated_fraction=None
+            )  # none by default, none without sigmoids
             row.update(dict.fromkeys(norm_only if layer.endswith("relu") else ("zero_fraction", "dead_fraction")))
         return Sample(found, {layer: (torch.randn(64), torch.rand(64)) for layer in layers})
 

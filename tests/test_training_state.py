@@ -1,4 +1,5 @@
-"""The window's history is private training state: kept from casts, broadcasts and weight averaging, and from nothing else."""
+"""The window's history is private training state: kept from casts, broadcasts and weight averaging, and from nothing
+else."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def test_a_float64_layer_has_a_float64_history() -> None:
 
 
 def test_moves_with_the_layer(device: torch.device) -> None:
-    """.to(device) takes it along with its values; so do .to("meta") and to_empty, after which reset_parameters makes it good."""
+    """.to(device) takes it along with its values; so do .to("meta") and to_empty, after which reset_parameters makes it
+    good."""
     layer = trained()
     moved = copy.deepcopy(layer).to(device)
     assert all(getattr(moved.averaging, name).device.type == device.type for name in HISTORY)
@@ -99,7 +101,8 @@ def test_a_plain_checkpoint_loads_strictly() -> None:
 def test_another_window_is_refused() -> None:
     """The history of a window of another length is refused, and the error names both and says what to do."""
     with pytest.raises(
-        RuntimeError, match=r"averaging\.state_of \(it holds the state of Window\(size=4\).*by Window\(size=9\).*drop the keys"
+        RuntimeError,
+        match=r"averaging\.state_of \(it holds the state of Window\(size=4\).*by Window\(size=9\).*drop the keys",
     ):
         BatchNorm1d(3, averaging=Window(9)).load_state_dict(trained().state_dict())
 
@@ -118,7 +121,8 @@ def test_it_is_no_buffer() -> None:
 
 
 def test_a_saved_state_is_a_copy() -> None:
-    """Averages over a whole state_dict (timm's ModelEma) write into the tensors they find there; the history is none of these."""
+    """Averages over a whole state_dict (timm's ModelEma) write into the tensors they find there; the history is none of
+    these."""
     layer = trained()
     before = history(layer)
     for key, value in layer.state_dict().items():

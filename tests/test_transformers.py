@@ -27,7 +27,9 @@ BUILDERS = {
     "regnet": lambda: RegNetForImageClassification(
         RegNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=4, num_labels=3)
     ),
-    "mobilenet": lambda: MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.1, min_depth=4, num_labels=3)),
+    "mobilenet": lambda: MobileNetV2ForImageClassification(
+        MobileNetV2Config(depth_multiplier=0.1, min_depth=4, num_labels=3)
+    ),
 }
 each_model = pytest.mark.parametrize("name", list(BUILDERS))
 
@@ -53,7 +55,8 @@ def train(model: nn.Module, steps: int = 5) -> list[torch.Tensor]:
 
 @each_model
 def test_five_steps_beside_the_original(name: str) -> None:
-    """Converted with Exponential of the model's own momentum and trained beside it, everything is equal to the bit; and back."""
+    """Converted with Exponential of the model's own momentum and trained beside it, everything is equal to the bit; and
+    back."""
     original = build(name)
     converted = copy.deepcopy(original)
     layers = find_batch_norms(original)

@@ -27,7 +27,8 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
 
 
 class Module(fits.Small):
-    """Its batches come from the epoch and the place in it: Lightning does not take a plain loader up in the middle of an epoch."""
+    """Its batches come from the epoch and the place in it: Lightning does not take a plain loader up in the middle of
+    an epoch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +60,9 @@ class SaveInMidEpoch(pl.Callback):
     def __init__(self, path: Path, epoch: int) -> None:
         self.path, self.epoch = path, epoch
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: object, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         if (trainer.current_epoch, batch_idx) == (self.epoch, 1):
             trainer.save_checkpoint(self.path)
 
@@ -104,7 +107,8 @@ def test_averaged_buffers_are_averages_of_the_windows() -> None:
 
 @pytest.mark.parametrize("name", [name for name in CALLBACKS if name != "SWA"])
 def test_recalibrated_the_averaged_model_has_statistics_of_its_own(name: str) -> None:
-    """With BatchNormRecalibration, whatever use_buffers is, they are those of the training data under the averaged weights."""
+    """With BatchNormRecalibration, whatever use_buffers is, they are those of the training data under the averaged
+    weights."""
     module = convert_batch_norm(fits.Small(), Window(WINDOW))
     module, _ = fits.fit(CALLBACKS[name](), BatchNormRecalibration(), module=module)
     assert matches_weights(module.state_dict())
@@ -112,7 +116,8 @@ def test_recalibrated_the_averaged_model_has_statistics_of_its_own(name: str) ->
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
 def test_swa_ends_with_a_window_over_its_own_pass(tmp_path: Path) -> None:
-    """SWA's pass for the statistics leaves those of its last batches under the averaged weights, none of the training's before."""
+    """SWA's pass for the statistics leaves those of its last batches under the averaged weights, none of the training's
+    before."""
     module = run("SWA", tmp_path / "unused.ckpt", EPOCHS + 1)
     inputs = [data(EPOCHS, place)[0].double() for place in range(STEPS - WINDOW, STEPS)]
     weight, bias = (parameter.detach().double() for parameter in module.first.parameters())

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=check)
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=check
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +36,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
-    """Every file of the package is in it, py.typed too, and no test or example, and of the docs the page of the rules alone."""
+    """Every file of the package is in it, py.typed too, and no test or example, and of the docs the page of the rules
+    alone."""
     with zipfile.ZipFile(wheel) as archive:
-        inside = {name for name in archive.namelist() if not name.startswith(f"lightning_bn-{lightning_bn.__version__}.dist-info/")}
-    files = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_bn").rglob("*") if path.suffix in (".py", ".typed")}
+        inside = {
+            name
+            for name in archive.namelist()
+            if not name.startswith(f"lightning_bn-{lightning_bn.__version__}.dist-info/")
+        }
+    files = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "lightning_bn").rglob("*") if path.suffix in (".py", ".typed")
+    }
     assert inside == files | {"lightning_bn/rules/rules.md"}  # the page that messages send their reader to
     assert wheel.name == f"lightning_bn-{lightning_bn.__version__}-py3-none-any.whl"
 
 
 def test_wheel_installs_and_its_entry_points_work(wheel: Path, tmp_path: Path) -> None:
-    """In a fresh environment the installed package, not the source tree, is imported, and both ways to the command work."""
+    """In a fresh environment the installed package, not the source tree, is imported, and both ways to the command
+    work."""
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     binaries = tmp_path / "env" / "bin"
     (site,) = (tmp_path / "env").rglob("site-packages")
@@ -59,7 +69,8 @@ def test_wheel_installs_and_its_entry_points_work(wheel: Path, tmp_path: Path) -
         "--no-compile",
     ]
     run(*target, wheel, cwd=tmp_path)
-    # What it depends on is taken from here: by a path in the environment's own .pth, in which .pth files of that path don't count.
+    # What it depends on is taken from here: by a path in the environment's own .pth, in which .pth files of that path
+    # don't count.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     file, version = run(
         binaries / "python", "-c", "import lightning_bn as p; print(p.__file__, p.__version__)", cwd=tmp_path

@@ -31,7 +31,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = nn.Sequential(Block(1, 4), Block(4, 4))
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(16, 8, bias=False), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 2))
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(16, 8, bias=False), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 2)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
@@ -106,7 +108,8 @@ def of(code: str, found: list[Finding]) -> list[Finding]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what Lightning says of tiny runs: few workers, eval modes, intervals; a wrong program's warnings are its own."""
+    """Silence what Lightning says of tiny runs: few workers, eval modes, intervals; a wrong program's warnings are its
+    own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *args, **kwargs: None)
         yield

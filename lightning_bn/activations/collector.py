@@ -1,4 +1,5 @@
-"""Statistics of many layers at once: hooks only while they are wanted, and one transfer to the host for all layers together."""
+"""Statistics of many layers at once: hooks only while they are wanted, and one transfer to the host for all layers
+together."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ from lightning_bn.torch_internals import in_backward
 
 __all__ = ["LayerCollector", "Sample", "to_host"]
 
-# A layer may be called with activations of several widths, as torchvision's Bottleneck does with its ReLU. More than these are no widths
-# but lengths: the channels are in another dimension.
+# A layer may be called with activations of several widths, as torchvision's Bottleneck does with its ReLU. More than
+# these are no widths but lengths: the channels are in another dimension.
 MAX_WIDTHS = 8
 
 # Channels whose readings wait to be put together: a validation has many batches, a training step is below this.
@@ -53,16 +54,18 @@ class Sample:
 class LayerCollector:
     """Statistics of the layers' activations, drift and parameters, from `attach` to `collect`.
 
-    Between `attach` and `detach` a forward hook on each layer takes its output in; both can be called any number of times before `collect`,
-    which gives one sample of all that was seen and starts the next. A layer that is called several times is pooled over all its calls;
-    where these differ in the number of channels, each number has a row: ``relu``, ``relu[256]``. Of an output that is a tuple, list or dict
-    the first floating-point tensor counts. A forward that activation checkpointing repeats is not a second sample. Compiled modules run
-    eagerly while hooks are attached, since compiled code has none.
+    Between `attach` and `detach` a forward hook on each layer takes its output in; both can be called any number of
+    times before `collect`, which gives one sample of all that was seen and starts the next. A layer that is called
+    several times is pooled over all its calls; where these differ in the number of channels, each number has a row:
+    ``relu``, ``relu[256]``. Of an output that is a tuple, list or dict the first floating-point tensor counts. A
+    forward that activation checkpointing repeats is not a second sample. Compiled modules run eagerly while hooks are
+    attached, since compiled code has none.
 
     Args:
         model: which holds the layers.
         layers: by name, as from `layers.select_layers`.
-        training: whether drift is that of training batches, from the buffers, or that of the inputs that an evaluation sees.
+        training: whether drift is that of training batches, from the buffers, or that of the inputs that an evaluation
+            sees.
         activations: whether to place hooks at all. False: drift and affine parameters only.
         gradients: whether to look at the gradients at the layers' outputs too.
         histograms: names of the layers to count into buckets.
@@ -181,7 +184,9 @@ class LayerCollector:
         biases = _joined([norm.bias for norm in norms if isinstance(norm.bias, Tensor)])
         tracking = [] if self._training else list(self._tracking.values())
         statistics = [_joined([getattr(layer, name) for layer in tracking]) for name in ("running_mean", "running_var")]
-        pooled = [torch.empty(4, 0), torch.empty(2, 0)] if self._pool is None else [self._pool.channels, self._pool.layers]
+        pooled = (
+            [torch.empty(4, 0), torch.empty(2, 0)] if self._pool is None else [self._pool.channels, self._pool.layers]
+        )
         return [*pooled, *self._counts.values(), drifts, weights, biases, *statistics]
 
     def _put_together(self) -> None:
@@ -255,7 +260,9 @@ class LayerCollector:
             )
         return len(widths) >= MAX_WIDTHS
 
-    def _sample(self, summaries: dict[Key, Summary], counts: dict[Key, Tensor], drifts: Tensor, *statistics: Tensor) -> Sample:
+    def _sample(
+        self, summaries: dict[Key, Summary], counts: dict[Key, Tensor], drifts: Tensor, *statistics: Tensor
+    ) -> Sample:
         weights, biases, means, variances = statistics
         sample = Sample()
         affine = weights_and_biases(self._norms, weights, biases)
@@ -291,9 +298,13 @@ class LayerCollector:
             row.update(zero_fraction=found.zero_fraction, dead_fraction=float(self._dead[key].mean()))
         return row
 
-    def _add_evaluation_drift(self, sample: Sample, summaries: dict[Key, Summary], means: Tensor, variances: Tensor) -> None:
+    def _add_evaluation_drift(
+        self, sample: Sample, summaries: dict[Key, Summary], means: Tensor, variances: Tensor
+    ) -> None:
         widths = [layer.num_features for layer in self._tracking.values()]
-        for (name, layer), mean, variance in zip(self._tracking.items(), means.split(widths), variances.split(widths), strict=True):
+        for (name, layer), mean, variance in zip(
+            self._tracking.items(), means.split(widths), variances.split(widths), strict=True
+        ):
             found = summaries.get(Key("input", name, layer.num_features))
             if found is None:
                 continue
@@ -306,21 +317,27 @@ class LayerCollector:
 def _joined(tensors: list[Tensor]) -> Tensor:
     """The tensors one after the other, on the device of the first."""
     return (
-        torch.cat([tensor if tensor.device == tensors[0].device else tensor.to(tensors[0].device) for tensor in tensors])
+        torch.cat(
+            [tensor if tensor.device == tensors[0].device else tensor.to(tensors[0].device) for tensor in tensors]
+        )
         if tensors
         else torch.empty(0)
     )
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copy tensors of any shapes and dtypes to the host, bit for bit, in a single transfer: each would wait for the device anew."""
+    """Copy tensors of any shapes and dtypes to the host, bit for bit, in a single transfer: each would wait for the
+    device anew."""
     if not tensors:
         return []
     device = next((tensor.device for tensor in tensors if tensor.numel()), tensors[0].device)
     of_dtype: dict[torch.dtype, list[int]] = {}
     for index, tensor in enumerate(tensors):
         of_dtype.setdefault(tensor.dtype, []).append(index)
-    blocks = [torch.cat([tensors[index].detach().to(device).reshape(-1) for index in indices]) for indices in of_dtype.values()]
+    blocks = [
+        torch.cat([tensors[index].detach().to(device).reshape(-1) for index in indices])
+        for indices in of_dtype.values()
+    ]
     packed = torch.cat([block.view(torch.uint8) for block in blocks]).cpu()
     host = list(tensors)
     parts = packed.split([block.numel() * block.element_size() for block in blocks])

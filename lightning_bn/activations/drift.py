@@ -1,4 +1,5 @@
-"""How far the batches have moved from the running statistics, read from the buffers alone: no hook, no look at an activation."""
+"""How far the batches have moved from the running statistics, read from the buffers alone: no hook, no look at an
+activation."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ __all__ = ["DriftMeter", "summarise_drift"]
 
 
 def summarise_drift(shift: Tensor, log_ratio: Tensor, width: Tensor) -> Tensor:
-    """Return the root mean square and the greatest absolute value over channels of both: (L, 4), in the order of `DRIFT_STATISTICS`.
+    """Return the root mean square and the greatest absolute value over channels of both: (L, 4), in the order of
+    `DRIFT_STATISTICS`.
 
     Args:
         shift: (L, C), zero where a layer has fewer channels than C.
@@ -56,10 +58,14 @@ class DriftMeter:
     def __init__(self, layers: Sequence[_BatchNorm]) -> None:
         self.layers = list(layers)
         self._before: tuple[Tensor, Tensor, Tensor] | None = None
-        self._handed: list[dict[int, tuple[Tensor, Tensor]]] = []  # each layer's first batch since `start`, each one's second, ...
+        self._handed: list[
+            dict[int, tuple[Tensor, Tensor]]
+        ] = []  # each layer's first batch since `start`, each one's second, ...
         self._heard: dict[_BatchNorm, int] = {}  # the layers that tell of their batches
         self._end: Callable[[], None] = _nothing
-        self._tells: dict[object, bool] = {}  # by rule, whether the running statistics tell what the newest batch was like
+        self._tells: dict[
+            object, bool
+        ] = {}  # by rule, whether the running statistics tell what the newest batch was like
         if not self.layers:
             return
         self._device = self.layers[0].running_mean.device
@@ -68,17 +74,22 @@ class DriftMeter:
         self._widths = torch.tensor(widths, device=self._device)
         starts = self._widths.cumsum(0) - self._widths
         places = torch.arange(max(widths), device=self._device)
-        # Row l are the places of layer l's channels in the flat vector; past its width the place of the zero behind the last.
+        # Row l are the places of layer l's channels in the flat vector; past its width the place of the zero behind the
+        # last.
         self._places = torch.where(places < self._widths[:, None], starts[:, None] + places, sum(widths))
-        self._eps = self._per_channel(torch.tensor([layer.eps for layer in self.layers], dtype=self._dtype, device=self._device))
+        self._eps = self._per_channel(
+            torch.tensor([layer.eps for layer in self.layers], dtype=self._dtype, device=self._device)
+        )
         self._groups: dict[tuple[int, ...], Tensor] = {}
 
     def unreadable(self) -> list[int]:
-        """Return the indices of the layers of which nothing tells what their batches were like: torch's, if they are kept in 16 bits."""
+        """Return the indices of the layers of which nothing tells what their batches were like: torch's, if they are
+        kept in 16 bits."""
         return [index for index in self._silent() if not takes_loans(self.layers[index])]
 
     def _silent(self) -> list[int]:
-        """The layers whose buffers don't tell, as their average is a window, pooled or a user's own, or is kept in 16 bits."""
+        """The layers whose buffers don't tell, as their average is a window, pooled or a user's own, or is kept in 16
+        bits."""
         found = []
         for index, layer in enumerate(self.layers):
             rule = rule_of(layer)
@@ -109,14 +120,16 @@ class DriftMeter:
     def _hear(self, settled: Settled) -> None:
         widths = [layer.num_features for layer in settled.layers]
         batches = zip(settled.layers, settled.ran, settled.mean.split(widths), settled.var.split(widths), strict=True)
-        self.hand_in((self._heard[layer], mean, var) for layer, ran, mean, var in batches if ran and layer in self._heard)
+        self.hand_in(
+            (self._heard[layer], mean, var) for layer, ran, mean, var in batches if ran and layer in self._heard
+        )
 
     def hand_in(self, batches: Iterable[tuple[int, Tensor, Tensor]]) -> None:
         """Take note of what a batch was like in layers; where that is known it is not read from the buffers.
 
         Args:
-            batches: index of the layer, the batch's mean (C,) and its *unbiased* variance (C,). Of several batches of a layer since `start`
-                it is their mean.
+            batches: index of the layer, the batch's mean (C,) and its *unbiased* variance (C,). Of several batches of a
+                layer since `start` it is their mean.
         """
         for index, mean, var in batches:
             free = next((each for each in self._handed if index not in each), None)
@@ -126,10 +139,11 @@ class DriftMeter:
 
     @torch.no_grad()
     def measure(self) -> Tensor:
-        """Return the drift of all layers since `start`: (L, 4), in the order of `DRIFT_STATISTICS`, on the layers' device.
+        """Return the drift of all layers since `start`: (L, 4), in the order of `DRIFT_STATISTICS`, on the layers'
+        device.
 
-        NaN for a layer that took no batch in, or whose buffers don't tell and for which nothing was handed in. Of several batches since
-        then it is their mean.
+        NaN for a layer that took no batch in, or whose buffers don't tell and for which nothing was handed in. Of
+        several batches since then it is their mean.
 
         Raises:
             RuntimeError: `start` was not called.
@@ -137,7 +151,9 @@ class DriftMeter:
         if not self.layers:
             return torch.empty(0, 4)
         if self._before is None:
-            raise RuntimeError("DriftMeter.measure() without start(): call start() before the batch, measure() after it.")
+            raise RuntimeError(
+                "DriftMeter.measure() without start(): call start() before the batch, measure() after it."
+            )
         self.close()
         (mean, var, tracked), after = self._before, self._buffers()
         batches = after[2] - tracked
@@ -149,7 +165,8 @@ class DriftMeter:
         return torch.where((batches > 0)[:, None], measured, torch.nan)
 
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Running means and variances of all layers in one flat vector each, and the numbers of batches they took in, (L,)."""
+        """Running means and variances of all layers in one flat vector each, and the numbers of batches they took in,
+        (L,)."""
         means = torch.cat([layer.running_mean.to(self._device) for layer in self.layers]).to(self._dtype)
         variances = torch.cat([layer.running_var.to(self._device) for layer in self.layers]).to(self._dtype)
         return means, variances, torch.stack([layer.num_batches_tracked.to(self._device) for layer in self.layers])

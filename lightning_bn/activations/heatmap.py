@@ -23,7 +23,8 @@ DPI = 100
 
 
 def draw_grid(grid: Grid) -> Pixels:
-    """Draw one statistic: layers downwards in forward order, steps to the right. Names in red are beyond the limits at the last step.
+    """Draw one statistic: layers downwards in forward order, steps to the right. Names in red are beyond the limits at
+    the last step.
 
     Returns:
         (height, width, 3) uint8.
@@ -38,7 +39,8 @@ def draw_grid(grid: Grid) -> Pixels:
 
 
 def draw_channels(layers: Sequence[str], values: Sequence[Array], scale: Scale, title: str) -> Pixels:
-    """Draw the spread over the channels of each layer: its channels in ascending order from left to right, stretched to one width.
+    """Draw the spread over the channels of each layer: its channels in ascending order from left to right, stretched to
+    one width.
 
     Args:
         layers: names.
@@ -61,7 +63,8 @@ def draw_channels(layers: Sequence[str], values: Sequence[Array], scale: Scale, 
 
 def _figure(layers: Sequence[str], title: str) -> tuple[Axes, Axes]:
     """Axes for the map and for the colour bar over it, where it is in sight however tall the picture is."""
-    # Imported late: it takes half a second, and a run without heat maps needs none of it. No pyplot, which would touch the user's figures.
+    # Imported late: it takes half a second, and a run without heat maps needs none of it. No pyplot, which would touch
+    # the user's figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -87,7 +90,9 @@ def _paint(axes: Axes, bar_axes: Axes, values: Array, scale: Scale) -> None:
     image = axes.imshow(placed, aspect="auto", interpolation="nearest", cmap=colours, vmin=scale.low, vmax=scale.high)
     known = placed[~np.isnan(placed)]
     below, above = bool((known < scale.low).any()), bool((known > scale.high).any())
-    extend: Any = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
+    extend: Any = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[
+        below, above
+    ]
     bar = axes.get_figure(root=True).colorbar(image, cax=bar_axes, orientation="horizontal", extend=extend)
     bar.set_label(scale.unit + ("; grey: no finite value" if len(known) < placed.size else ""), fontsize=9)
     bar.ax.xaxis.set_label_position("top")
@@ -95,9 +100,13 @@ def _paint(axes: Axes, bar_axes: Axes, values: Array, scale: Scale) -> None:
     bar.ax.tick_params(labelsize=8, pad=1)
     if scale.log:
         decades = (
-            [scale.low, 0, 2, 4, 6] if scale.count else list(np.arange(scale.low, scale.high + 1, 1 if scale.high - scale.low < 8 else 3))
+            [scale.low, 0, 2, 4, 6]
+            if scale.count
+            else list(np.arange(scale.low, scale.high + 1, 1 if scale.high - scale.low < 8 else 3))
         )
-        bar.set_ticks(decades, labels=["0" if scale.count and decade == scale.low else f"{10.0**decade:g}" for decade in decades])
+        bar.set_ticks(
+            decades, labels=["0" if scale.count and decade == scale.low else f"{10.0**decade:g}" for decade in decades]
+        )
 
 
 def _name_steps(axes: Axes, steps: Sequence[int]) -> None:

@@ -26,7 +26,8 @@ class Grid:
     values: Array  # (L, T); NaN where there is none
 
     def thinned(self, columns: int) -> Grid:
-        """Return at most `columns` columns, each the worst of the samples it stands for, so that no short illness is lost."""
+        """Return at most `columns` columns, each the worst of the samples it stands for, so that no short illness is
+        lost."""
         if len(self.steps) <= columns:
             return self
         starts = np.linspace(0, len(self.steps), columns, endpoint=False).astype(int)
@@ -57,7 +58,9 @@ class LayerTable:
 
     def append(self, stage: str, step: int, epoch: int, rows: Mapping[str, Mapping[str, float | None]]) -> None:
         """Add one sample: by layer, the values of `COLUMNS`."""
-        values = np.array([[row[name] for name in COLUMNS] for row in rows.values()], dtype=np.float64).reshape(len(rows), len(COLUMNS))
+        values = np.array([[row[name] for name in COLUMNS] for row in rows.values()], dtype=np.float64).reshape(
+            len(rows), len(COLUMNS)
+        )
         layers = tuple(rows)
         if self._samples and self._samples[-1][3] == layers:
             layers = self._samples[-1][3]  # one tuple for all samples
@@ -73,9 +76,11 @@ class LayerTable:
                 now[key] = Ailment(layers[place], statistic, since, float(column[place]))
 
     def rows(self, stage: str | None = None) -> list[dict[str, Any]]:
-        """Return the rows in the order they were added: layer, stage, step and epoch, then `COLUMNS`; None where one does not apply."""
+        """Return the rows in the order they were added: layer, stage, step and epoch, then `COLUMNS`; None where one
+        does not apply."""
         return [
-            {"layer": layer, "stage": of_stage, "step": step, "epoch": epoch} | dict(zip(COLUMNS, map(_or_none, numbers), strict=True))
+            {"layer": layer, "stage": of_stage, "step": step, "epoch": epoch}
+            | dict(zip(COLUMNS, map(_or_none, numbers), strict=True))
             for of_stage, step, epoch, layers, values in self._samples
             if stage in (None, of_stage)
             for layer, numbers in zip(layers, values.tolist(), strict=True)
@@ -108,7 +113,8 @@ class LayerTable:
         return sorted(self._ailments.get(stage, {}).values(), key=lambda ailment: -ailment.since)
 
     def append_csv(self, path: Path) -> None:
-        """Write the newest sample to the end of a CSV file, with six significant digits, and a head line where the file is new."""
+        """Write the newest sample to the end of a CSV file, with six significant digits, and a head line where the file
+        is new."""
         stage, step, epoch, layers, values = self._samples[-1]
         new = not path.exists() or path.stat().st_size == 0
         with path.open("a", newline="") as file:
@@ -116,15 +122,19 @@ class LayerTable:
             if new:
                 writer.writerow(("layer", "stage", "step", "epoch", *COLUMNS))
             for layer, numbers in zip(layers, values.tolist(), strict=True):
-                writer.writerow((layer, stage, step, epoch, *("" if number != number else f"{number:.6g}" for number in numbers)))
+                writer.writerow(
+                    (layer, stage, step, epoch, *("" if number != number else f"{number:.6g}" for number in numbers))
+                )
 
 
-def scalars(rows: Mapping[str, Mapping[str, float | None]], wanted: Callable[[str], bool] = lambda layer: False) -> dict[str, float]:
+def scalars(
+    rows: Mapping[str, Mapping[str, float | None]], wanted: Callable[[str], bool] = lambda layer: False
+) -> dict[str, float]:
     """Return the few numbers that stand for all layers of a sample, by name.
 
-    ``<statistic>/worst`` is the value of the layer that is farthest from healthy, ``<statistic>/median`` the median over the layers that
-    have the statistic; of a scale, ``/smallest`` and ``/largest`` too, since it can be sick on either side. For the layers that are
-    `wanted`, ``<statistic>/<layer>`` is their own.
+    ``<statistic>/worst`` is the value of the layer that is farthest from healthy, ``<statistic>/median`` the median
+    over the layers that have the statistic; of a scale, ``/smallest`` and ``/largest`` too, since it can be sick on
+    either side. For the layers that are `wanted`, ``<statistic>/<layer>`` is their own.
     """
     found: dict[str, float] = {}
     for name, statistic in STATISTICS.items():

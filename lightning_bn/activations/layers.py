@@ -15,7 +15,8 @@ from lightning_bn.discovery import user_name
 
 __all__ = ["ACTIVATION_FUNCTIONS", "Choice", "bounds_of", "is_chosen", "select_layers"]
 
-# A softmax gives probabilities, and attention is no function of one value: neither has a zero, a scale or a saturation worth a look.
+# A softmax gives probabilities, and attention is no function of one value: neither has a zero, a scale or a saturation
+# worth a look.
 _NO_ACTIVATIONS = {"MultiheadAttention", "Softmin", "Softmax", "Softmax2d", "LogSoftmax"}
 ACTIVATION_FUNCTIONS: tuple[type[nn.Module], ...] = tuple(
     getattr(activation, name) for name in activation.__all__ if name not in _NO_ACTIVATIONS
@@ -30,9 +31,10 @@ def select_layers(model: nn.Module, choices: Choice | Iterable[Choice] | None = 
 
     Args:
         model: any module.
-        choices: None, all batch-norm layers and activation functions. Else one of these or several: a name, as ``"encoder"``; a pattern of
-            names, as ``"layer4.*"``, which stands for the modules without modules of their own that it matches; a class, as ``nn.Conv2d``;
-            a function of name and module, as ``lambda name, module: name.endswith("bn2")``.
+        choices: None, all batch-norm layers and activation functions. Else one of these or several: a name, as
+            ``"encoder"``; a pattern of names, as ``"layer4.*"``, which stands for the modules without modules of their
+            own that it matches; a class, as ``nn.Conv2d``; a function of name and module, as ``lambda name, module:
+            name.endswith("bn2")``.
 
     Raises:
         TypeError: a choice is none of these.

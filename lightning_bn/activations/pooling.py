@@ -25,7 +25,8 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """What many layers were like; a layer's channels follow the ones of the layer before. S channels of L layers in all."""
+    """What many layers were like; a layer's channels follow the ones of the layer before. S channels of L layers in
+    all."""
 
     keys: tuple[Key, ...]
     seen: tuple[int, ...]  # by key, values per channel, finite or not
@@ -65,9 +66,13 @@ def flatten(readings: Sequence[tuple[Key, Reading]], device: torch.device) -> Po
         together([reading.variance for reading in each]),
     )
     zeros = together(_or_zeros([reading.zeros for reading in each], [key.width for key in keys], device))
-    low, high = (torch.stack([getattr(reading, name).to(device) for reading in each]).to(dtype) for name in ("low", "high"))
+    low, high = (
+        torch.stack([getattr(reading, name).to(device) for reading in each]).to(dtype) for name in ("low", "high")
+    )
     saturated = torch.cat(
-        _or_zeros([None if each.saturated is None else each.saturated.reshape(1) for each in each], [1] * len(each), device)
+        _or_zeros(
+            [None if each.saturated is None else each.saturated.reshape(1) for each in each], [1] * len(each), device
+        )
     )
     return Pool(
         keys,
@@ -79,9 +84,11 @@ def flatten(readings: Sequence[tuple[Key, Reading]], device: torch.device) -> Po
 
 @torch.no_grad()
 def merge(pools: Sequence[Pool]) -> Pool:
-    """Return one pool with each key once, on the device of the first; moments merge as by Chan, Golub and LeVeque, all at once.
+    """Return one pool with each key once, on the device of the first; moments merge as by Chan, Golub and LeVeque, all
+    at once.
 
-    ``mean = sum(count * mean) / count``, ``m2 = sum(m2 + count * (part mean - mean)**2)``: never a square less a square.
+    ``mean = sum(count * mean) / count``, ``m2 = sum(m2 + count * (part mean - mean)**2)``: never a square less a
+    square.
     """
     keys = tuple(key for pool in pools for key in pool.keys)
     places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
@@ -106,7 +113,9 @@ def merge(pools: Sequence[Pool]) -> Pool:
     m2 = summed(m2 + count * (mean - together[where]).square())
     largest = layers.new_zeros(len(places)).scatter_reduce_(0, here, layers[0], "amax")
     saturated = layers.new_zeros(len(places)).index_add_(0, here, layers[1])
-    return Pool(tuple(places), tuple(seen), torch.stack((total, together, m2, summed(zeros))), torch.stack((largest, saturated)))
+    return Pool(
+        tuple(places), tuple(seen), torch.stack((total, together, m2, summed(zeros))), torch.stack((largest, saturated))
+    )
 
 
 def _channel_places(keys: tuple[Key, ...], places: dict[Key, int]) -> Tensor:
@@ -121,11 +130,15 @@ def _channel_places(keys: tuple[Key, ...], places: dict[Key, int]) -> Tensor:
     return torch.arange(int(ends[-1])) + offset.repeat_interleave(widths)
 
 
-def _numbers(values: list[tuple[int, float]], keys: tuple[Key, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _numbers(
+    values: list[tuple[int, float]], keys: tuple[Key, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Numbers that the host knows of each reading, for each of its channels: two vectors (S,)."""
     widths = torch.tensor([key.width for key in keys])
     # Repeated on the host, and not waited for.
-    numbers = torch.tensor(values, dtype=dtype).repeat_interleave(widths, dim=0).T.contiguous().to(device, non_blocking=True)
+    numbers = (
+        torch.tensor(values, dtype=dtype).repeat_interleave(widths, dim=0).T.contiguous().to(device, non_blocking=True)
+    )
     return numbers[0], numbers[1]
 
 

@@ -31,8 +31,8 @@ _BUCKETED = 2**20
 class Reading:
     """One activation: what its kernels gave, not yet put together; C channels with `positions` values each.
 
-    ``mean = (centre + rest * positions / count) / scale``; `variance` is the *biased* one around it, of data in which each value that is
-    not finite was replaced by `centre`. `moments_of` undoes that, flat for all layers.
+    ``mean = (centre + rest * positions / count) / scale``; `variance` is the *biased* one around it, of data in which
+    each value that is not finite was replaced by `centre`. `moments_of` undoes that, flat for all layers.
     """
 
     positions: int
@@ -51,9 +51,9 @@ class Reading:
 def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None = None) -> Reading:
     """Return the reading of an activation; memory beside it: at most twice its own.
 
-    On the CPU, where a look at a value costs nothing, the fast kernels of `channel_moments` do it unless a value is not finite. Elsewhere
-    the centre is the mean, and a second pass sums what is left of the centred data, which is as accurate in float32 as a sum in float64. A
-    standard deviation beyond 1e19 is infinite there.
+    On the CPU, where a look at a value costs nothing, the fast kernels of `channel_moments` do it unless a value is not
+    finite. Elsewhere the centre is the mean, and a second pass sums what is left of the centred data, which is as
+    accurate in float32 as a sum in float64. A standard deviation beyond 1e19 is infinite there.
 
     Args:
         data: (N, C, *spatial), not empty, floating point.
@@ -79,10 +79,12 @@ def moments_of(reading: Reading) -> Moments:
 
 
 def finite_moments(positions: Tensor, count: Tensor, centre: Tensor, rest: Tensor, variance: Tensor) -> Moments:
-    """Return the moments of the finite values alone; all vectors wide and of one length, whatever the layers they come from."""
+    """Return the moments of the finite values alone; all vectors wide and of one length, whatever the layers they come
+    from."""
     some = count > 0
     rest = rest * positions / count
-    # What was filled in lies at the centre: `positions - count` values of m2 0. Chan's formula, undone; `rest` is next to nothing.
+    # What was filled in lies at the centre: `positions - count` values of m2 0. Chan's formula, undone; `rest` is next
+    # to nothing.
     m2 = variance * positions - rest.square() * count * (positions - count) / positions
     return Moments(count, torch.where(some, centre + rest, 0.0), torch.where(some, m2.clamp(min=0), 0.0))
 
@@ -144,7 +146,8 @@ def _count_saturated(data: Tensor, low: float, high: float) -> Tensor:
 
 
 def histogram_edges() -> Tensor:
-    """Return the edges between the buckets of `ActivationStats`, ascending: ``+-2**(k / 4)`` from 2**-16 to 2**16 and 0 between them."""
+    """Return the edges between the buckets of `ActivationStats`, ascending: ``+-2**(k / 4)`` from 2**-16 to 2**16 and 0
+    between them."""
     positive = torch.exp2(torch.arange(-64, 65, dtype=torch.float64) / 4)
     return torch.cat((-positive.flip(0), positive))
 

@@ -1,4 +1,5 @@
-"""The statistics of a layer: one entry each, from which the table, the limits, the colours, the scalars and the charts are made.
+"""The statistics of a layer: one entry each, from which the table, the limits, the colours, the scalars and the charts
+are made.
 
 A new statistic is an entry here, and its value in a row of `activations.collector`.
 """
@@ -38,7 +39,8 @@ class Scale:
 
 @dataclass(frozen=True)
 class Statistic:
-    """What is known about one statistic that is summed up over the layers: how it reads, which values are sick, how it is drawn."""
+    """What is known about one statistic that is summed up over the layers: how it reads, which values are sick, how it
+    is drawn."""
 
     name: str
     label: str
@@ -90,7 +92,13 @@ _ENTRIES: tuple[Statistic | str, ...] = (
         chart="scale: standard deviation of the activations (median, smallest to largest layer)",
         band=True,
     ),
-    Statistic("abs_max", "greatest absolute activation", Scale(0, 5, "OrRd", "greatest absolute value", log=True), high=1e4, mapped=False),
+    Statistic(
+        "abs_max",
+        "greatest absolute activation",
+        Scale(0, 5, "OrRd", "greatest absolute value", log=True),
+        high=1e4,
+        mapped=False,
+    ),
     Statistic(
         "zero_fraction",
         "share of activations that are zero",
@@ -134,8 +142,17 @@ _ENTRIES: tuple[Statistic | str, ...] = (
     "bias_min",
     "bias_max",
     Statistic("weight_near_zero", "share of affine weights near zero", _FRACTION, high=0.5, mapped=False),
-    # No scale of a gradient is healthy in itself: it goes with the loss. What vanishes or explodes is far from the other layers.
-    Statistic("grad_std", "standard deviation of the gradient at the output", _GRADIENT, low=1e-12, high=1e3, healthy=None, log=True),
+    # No scale of a gradient is healthy in itself: it goes with the loss. What vanishes or explodes is far from the
+    # other layers.
+    Statistic(
+        "grad_std",
+        "standard deviation of the gradient at the output",
+        _GRADIENT,
+        low=1e-12,
+        high=1e3,
+        healthy=None,
+        log=True,
+    ),
     Statistic("grad_nonfinite", "number of NaN and infinite gradients", _COUNT, high=0),
 )
 

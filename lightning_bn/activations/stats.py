@@ -20,14 +20,15 @@ class ActivationStats(Metric):
 
     With n finite values x of the layer in all, from all batches and channels:
 
-    * ``mean = sum(x) / n`` and ``std = sqrt(sum((x - mean)**2) / (n - 1))``, the *unbiased pooled* estimate: centred moments per channel
-      are merged by Chan, Golub and LeVeque's formula (1979, eq. 2.1), in float64 where the device has it;
-    * ``abs_max = max(abs(x))``;
-    * ``zero_fraction``: share of the values, finite or not, that are exactly 0;
-    * ``dead_fraction``: share of the *channels* that were 0 at every position of every input. Sparse is not dead: a ReLU whose every
+    * ``mean = sum(x) / n`` and ``std = sqrt(sum((x - mean)**2) / (n - 1))``, the *unbiased pooled* estimate: centred
+      moments per channel are merged by Chan, Golub and LeVeque's formula (1979, eq. 2.1), in float64 where the device
+      has it;
+    * ``abs_max = max(abs(x))``; * ``zero_fraction``: share of the values, finite or not, that are exactly 0; *
+    ``dead_fraction``: share of the *channels* that were 0 at every position of every input. Sparse is not dead: a ReLU
+    whose every
       channel fires for some inputs has a zero fraction of one half and a dead fraction of 0;
-    * ``saturated_fraction``: share of the values within 2.5 % of the range of `bounds` from either bound, where the slope of a sigmoid or
-      a tanh is below a tenth of its largest; only with `bounds`;
+    * ``saturated_fraction``: share of the values within 2.5 % of the range of `bounds` from either bound, where the
+      slope of a sigmoid or a tanh is below a tenth of its largest; only with `bounds`;
     * ``nonfinite``: number of NaN and infinite values, which are in none of the moments;
     * ``channel_mean``, ``channel_std``: the same mean and (unbiased) standard deviation per channel;
     * ``histogram``: number of finite values in each bucket between `histogram_edges`; only with ``histogram=True``.
@@ -35,14 +36,16 @@ class ActivationStats(Metric):
     Args:
         num_channels: C, size of the channel dimension.
         channel_dim: which dimension of an activation holds the channels: 1 as in (N, C, H, W), -1 as in (N, L, C).
-        bounds: the least and the greatest value that the layer can give: (0, 1) for a sigmoid, (-1, 1) for a tanh. None: it has none.
+        bounds: the least and the greatest value that the layer can give: (0, 1) for a sigmoid, (-1, 1) for a tanh.
+            None: it has none.
         histogram: whether to count into buckets too.
         **kwargs: torchmetrics' own, such as ``sync_on_compute``.
 
     Shape:
-        - update: (N, C, *spatial), or what `channel_dim` says, of any floating dtype; N may be 0. (N,) counts as (N, 1).
-        - compute: scalars (), but ``channel_mean`` and ``channel_std`` (C,), which torchmetrics gives as () where C is 1, and ``histogram``
-          (len(histogram_edges()) + 1,). A statistic of too few values is NaN.
+        - update: (N, C, *spatial), or what `channel_dim` says, of any floating dtype; N may be 0. (N,) counts as (N,
+          1).
+        - compute: scalars (), but ``channel_mean`` and ``channel_std`` (C,), which torchmetrics gives as () where C is
+          1, and ``histogram`` (len(histogram_edges()) + 1,). A statistic of too few values is NaN.
 
     Raises:
         ValueError: fewer than one channel; bounds that are not increasing.
@@ -86,7 +89,9 @@ class ActivationStats(Metric):
         if num_channels < 1:
             raise ValueError(f"ActivationStats({num_channels!r}): num_channels is the number of channels, at least 1.")
         if bounds is not None and not bounds[0] < bounds[1]:
-            raise ValueError(f"ActivationStats({num_channels}, bounds={bounds!r}): bounds are (least, greatest), as in (0.0, 1.0).")
+            raise ValueError(
+                f"ActivationStats({num_channels}, bounds={bounds!r}): bounds are (least, greatest), as in (0.0, 1.0)."
+            )
         self.num_channels = num_channels
         self.channel_dim = channel_dim
         self.bounds = bounds
@@ -139,7 +144,9 @@ def by_channel(activation: Tensor, num_channels: int, channel_dim: int) -> Tenso
         TypeError: not floating point.
     """
     if not activation.is_floating_point():
-        raise TypeError(f"update(activation of dtype {activation.dtype}): activations are floating point; pass activation.float().")
+        raise TypeError(
+            f"update(activation of dtype {activation.dtype}): activations are floating point; pass activation.float()."
+        )
     if activation.dim() < 2:
         activation = activation.reshape(-1, 1)
     dims = activation.dim()
@@ -150,7 +157,9 @@ def by_channel(activation: Tensor, num_channels: int, channel_dim: int) -> Tenso
         )
     if channel_dim % dims == 1:
         return activation
-    return activation.reshape(-1, num_channels) if channel_dim % dims == dims - 1 else activation.movedim(channel_dim, 1)
+    return (
+        activation.reshape(-1, num_channels) if channel_dim % dims == dims - 1 else activation.movedim(channel_dim, 1)
+    )
 
 
 def _summarise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

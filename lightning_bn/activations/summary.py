@@ -66,7 +66,9 @@ def summarise(pool: Pool) -> dict[Key, Summary]:
     return {key: Summary(*numbers, *parts) for key, numbers, *parts in zip(pool.keys, by_key, *vectors, strict=True)}
 
 
-def weights_and_biases(norms: Mapping[str, _BatchNorm], weights: Tensor, biases: Tensor) -> dict[str, dict[str, float | None]]:
+def weights_and_biases(
+    norms: Mapping[str, _BatchNorm], weights: Tensor, biases: Tensor
+) -> dict[str, dict[str, float | None]]:
     """Return the range of the affine parameters of each batch norm, from all of them one after the other."""
     found: dict[str, dict[str, float | None]] = {name: {} for name in norms}
     for kind, flat in (("weight", weights), ("bias", biases)):
@@ -76,9 +78,14 @@ def weights_and_biases(norms: Mapping[str, _BatchNorm], weights: Tensor, biases:
         widths = np.array([norms[name].num_features for name in names])
         starts = np.cumsum(widths) - widths
         numbers = flat.float().numpy()
-        columns = {f"{kind}_min": np.minimum.reduceat(numbers, starts), f"{kind}_max": np.maximum.reduceat(numbers, starts)}
+        columns = {
+            f"{kind}_min": np.minimum.reduceat(numbers, starts),
+            f"{kind}_max": np.maximum.reduceat(numbers, starts),
+        }
         if kind == "weight":
-            columns["weight_near_zero"] = np.add.reduceat((abs(numbers) < NEAR_ZERO).astype(np.float64), starts) / widths
+            columns["weight_near_zero"] = (
+                np.add.reduceat((abs(numbers) < NEAR_ZERO).astype(np.float64), starts) / widths
+            )
         for column, values in columns.items():
             for name, value in zip(names, values.tolist(), strict=True):
                 found[name][column] = None if value != value else value

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TensorBoardReport", "add_markdown", "layout"]
 
-# Pictures are drawn again when the run is so many times as long: TensorBoard shows the last ten, and each takes a tenth of a second.
+# Pictures are drawn again when the run is so many times as long: TensorBoard shows the last ten, and each takes a tenth
+# of a second.
 _GROWTH = 2
 
 _LISTED = 30
@@ -48,7 +49,9 @@ def layout(prefix: str) -> dict[str, dict[str, list[Any]]]:
         return ["Multiline", [f"^{prefix}/{statistic.name}/{which}$" for which in ("worst", "median")]]
 
     return {
-        f"Batch norm, {stage}": {each.chart: chart(each, of_stage) for each in STATISTICS.values() if each.chart is not None}
+        f"Batch norm, {stage}": {
+            each.chart: chart(each, of_stage) for each in STATISTICS.values() if each.chart is not None
+        }
         for stage, of_stage in (("training", prefix), ("validation", f"{prefix}_val"))
     }
 
@@ -77,7 +80,8 @@ class TensorBoardReport:
         writer.add_custom_scalars(layout(prefix))
 
     def update(self, table: LayerTable, sample: Sample, step: int) -> None:
-        """Take note of a training sample, the newest in `table`; draw when the run is twice as long as at the last drawing."""
+        """Take note of a training sample, the newest in `table`; draw when the run is twice as long as at the last
+        drawing."""
         for layer, counts in sample.histograms.items():
             self._add_histogram(f"{self.prefix}_histogram/{layer}", counts, step)
         ailments = {(ailment.layer, ailment.statistic.name) for ailment in table.ailments("train")}
@@ -100,7 +104,9 @@ class TensorBoardReport:
                 self._add_image(name, draw_grid(grid), step)
         if sample.channels:
             layers = list(sample.channels)
-            means, deviations = zip(*((mean.numpy(), std.numpy()) for mean, std in sample.channels.values()), strict=True)
+            means, deviations = zip(
+                *((mean.numpy(), std.numpy()) for mean, std in sample.channels.values()), strict=True
+            )
             title = f"Standard deviation of each channel, step {step:,}"
             self._add_image("channel_std", draw_channels(layers, deviations, _CHANNEL_STD, title), step)
             scaled = [mean / (sample.rows[layer]["std"] or 1.0) for layer, mean in zip(layers, means, strict=True)]
@@ -139,13 +145,20 @@ _CHANNEL_MEAN = Scale(-3, 3, "RdBu_r", "standard deviations of the layer")
 
 
 def tell(table: LayerTable, sample: Sample) -> str:
-    """Return, as Markdown, which layers are sick and since when, the newest illness first, and the worst layer of each statistic."""
+    """Return, as Markdown, which layers are sick and since when, the newest illness first, and the worst layer of each
+    statistic."""
     ailments = table.ailments("train")
     step = table.last_step("train")
-    lines = [f"**Step {step:,}.** " + (f"{len(ailments)} findings, newest first:" if ailments else "No layer is beyond its limits.")]
+    lines = [
+        f"**Step {step:,}.** "
+        + (f"{len(ailments)} findings, newest first:" if ailments else "No layer is beyond its limits.")
+    ]
     if ailments:
         lines += ["", "| since step | layer | what | now |", "|---:|---|---|---:|"]
-        lines += [f"| {each.since:,} | `{each.layer}` | {each.statistic.label} | {each.value:.4g} |" for each in ailments[:_LISTED]]
+        lines += [
+            f"| {each.since:,} | `{each.layer}` | {each.statistic.label} | {each.value:.4g} |"
+            for each in ailments[:_LISTED]
+        ]
         if len(ailments) > _LISTED:
             lines += ["", f"and {len(ailments) - _LISTED} more."]
     lines += ["", "Worst layer of each statistic:", "", "| statistic | layer | value | limits |", "|---|---|---:|---|"]

@@ -2,10 +2,11 @@
 
 Two estimators are offered for every kind of average, chosen by `pooled`:
 
-* ``pooled=False``, Ioffe & Szegedy's (2015, section 3.1) and torch's: the average of the batch means, and the average of the *unbiased
-  within-batch* variances, each batch counted once. The spread of the means from batch to batch is in neither.
-* ``pooled=True``: the mean and the *unbiased pooled* variance of the data of those batches taken together, each sample counted
-  once. It has the spread between batches too.
+* ``pooled=False``, Ioffe & Szegedy's (2015, section 3.1) and torch's: the average of the batch means, and the average
+  of the *unbiased within-batch* variances, each batch counted once. The spread of the means from batch to batch is in
+  neither.
+* ``pooled=True``: the mean and the *unbiased pooled* variance of the data of those batches taken together, each sample
+  counted once. It has the spread between batches too.
 
 The two agree for large independent batches and part for small or correlated ones.
 """
@@ -35,13 +36,16 @@ class Batch:
     var: Tensor  # (C,), unbiased, within the batch
     count: Tensor  # floating: values per channel; (), or (C,) for an elementwise averaging
     step: Tensor  # int64: 1 for the first batch that counts; likewise
-    valid: Tensor | None  # bool: whether the batch counts, as a non-finite one does not; likewise; None if `skip_nonfinite=False`
+    valid: (
+        Tensor | None
+    )  # bool: whether the batch counts, as a non-finite one does not; likewise; None if `skip_nonfinite=False`
 
     def write(self, target: Tensor, value: Tensor) -> None:
         """Write `value` into `target` in place, unless the batch is skipped; does not synchronise with the device.
 
         Args:
-            target: a tensor of the averaging's state; for an elementwise averaging its last dimension is that of the channels.
+            target: a tensor of the averaging's state; for an elementwise averaging its last dimension is that of the
+                channels.
             value: what it shall hold, of the same shape.
         """
         target.copy_(value if self.valid is None else torch.where(self.valid, value.to(target.dtype), target))
@@ -52,10 +56,10 @@ class Averaging(TrainingState, ABC):
 
     A layer keeps its own copy of the averaging it is given, so one object can configure a whole model.
 
-    To write another, implement `update`. Where the rule needs more than the running statistics and the step number, return its
-    tensors from `initial_state`: they become attributes, travel with ``state_dict``, ``.to(device)``, deepcopy and pickle, and stay
-    untouched by ``.half()``, DDP broadcasts and weight averaging. Write them with ``batch.write(target, value)``, so that a skipped batch
-    leaves them alone.
+    To write another, implement `update`. Where the rule needs more than the running statistics and the step number,
+    return its tensors from `initial_state`: they become attributes, travel with ``state_dict``, ``.to(device)``,
+    deepcopy and pickle, and stay untouched by ``.half()``, DDP broadcasts and weight averaging. Write them with
+    ``batch.write(target, value)``, so that a skipped batch leaves them alone.
 
     A rule is *elementwise* if each channel's statistics depend on nothing but that channel's moments and state. Say so
     with ``elementwise = True``: `update` is then called once for the channels of all layers that share the rule, in
@@ -105,10 +109,12 @@ class Averaging(TrainingState, ABC):
         """
 
     def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
-        """Return how much the newest `batches` batches, taken together, weigh in the running statistics after batch number `step`.
+        """Return how much the newest `batches` batches, taken together, weigh in the running statistics after batch
+        number `step`.
 
-        With this weight a, the mean of their statistics is ``before + (after - before) / a``: a monitor reads from it what the batches were
-        like, without a look at the activations. None, as here, where the running statistics don't tell.
+        With this weight a, the mean of their statistics is ``before + (after - before) / a``: a monitor reads from it
+        what the batches were like, without a look at the activations. None, as here, where the running statistics don't
+        tell.
 
         Args:
             step: int64, of any shape; the entries are treated one by one.

@@ -15,12 +15,15 @@ class Exponential(Averaging):
     r"""Exponential moving average: ``running = (1 - momentum) * running + momentum * batch``.
 
     Args:
-        momentum: weight of the new batch, in [0, 1], torch's convention. It remembers about ``2 / momentum - 1`` batches.
-        debias: take ``a_t = momentum / (1 - (1 - momentum)**t)`` in place of momentum at the t-th batch, so that the 0/1 which the buffers
-            start with never weighs in (Kingma & Ba 2015, section 3). After the first batch the statistics are that batch's.
-        pooled: False, the average of the unbiased within-batch variances. True, the unbiased variance of all the data, its samples
-            discounted batch by batch: with weights w, ``sum(w * (x - mean)**2) / (V1 - V2 / V1)`` where ``V1 = sum(w)`` and
-            ``V2 = sum(w**2)``. What the buffers hold at the start counts as one batch, of the size of the first.
+        momentum: weight of the new batch, in [0, 1], torch's convention. It remembers about ``2 / momentum - 1``
+            batches.
+        debias: take ``a_t = momentum / (1 - (1 - momentum)**t)`` in place of momentum at the t-th batch, so that the
+            0/1 which the buffers start with never weighs in (Kingma & Ba 2015, section 3). After the first batch the
+            statistics are that batch's.
+        pooled: False, the average of the unbiased within-batch variances. True, the unbiased variance of all the data,
+            its samples discounted batch by batch: with weights w, ``sum(w * (x - mean)**2) / (V1 - V2 / V1)`` where
+            ``V1 = sum(w)`` and ``V2 = sum(w**2)``. What the buffers hold at the start counts as one batch, of the size
+            of the first.
 
     Raises:
         ValueError: momentum outside [0, 1].
@@ -46,7 +49,8 @@ class Exponential(Averaging):
                 f"Exponential({momentum!r}): momentum is the weight of the new batch, a number from 0 to 1, as in Exponential(0.1). "
                 "For an average in which every batch weighs the same, use Cumulative()."
             )
-        # None, for a while, is torch's cumulative average: its update_bn and Lightning's SWA set a layer's momentum so for their pass.
+        # None, for a while, is torch's cumulative average: its update_bn and Lightning's SWA set a layer's momentum so
+        # for their pass.
         self.momentum: float | None = momentum
         self.debias = debias
         self.pooled = pooled
@@ -81,7 +85,8 @@ class Exponential(Averaging):
 
     def _memory(self, step: Tensor) -> Tensor:
         """``1 - (1 - momentum)**step``: how much of the average is data after `step` batches."""
-        # expm1 and log1p, in the wide dtype: the plain power leaves 6e-5 of the 0/1 start in the first step at momentum 0.001.
+        # expm1 and log1p, in the wide dtype: the plain power leaves 6e-5 of the 0/1 start in the first step at momentum
+        # 0.001.
         decay = torch.full_like(step, self.momentum, dtype=wide_dtype(step.device)).neg().log1p()
         return torch.where(step == 0, 0.0, -torch.expm1(step * decay))
 
@@ -106,9 +111,9 @@ class Cumulative(Averaging):
     Unlike torch's it takes t from the device, so it neither waits for it nor breaks a compiled graph.
 
     Args:
-        pooled: False, the average of the unbiased within-batch variances, each batch counted once. True, the unbiased variance of all
-            the data taken together, each sample counted once. A plain layer's statistics that are loaded into it count as
-            ``num_batches_tracked`` batches of the size of the first one that follows.
+        pooled: False, the average of the unbiased within-batch variances, each batch counted once. True, the unbiased
+            variance of all the data taken together, each sample counted once. A plain layer's statistics that are
+            loaded into it count as ``num_batches_tracked`` batches of the size of the first one that follows.
 
     Example:
         >>> from lightning_bn import BatchNorm1d, Cumulative
@@ -159,7 +164,9 @@ def _per_channel(state: dict[str, Tensor], num_features: int) -> dict[str, Tenso
     return {name: value[:, None].repeat(1, num_features) for name, value in state.items()} if old else state
 
 
-def _cumulate(running_mean: Tensor, running_var: Tensor, batch: Batch, weight_sums: Tensor | None) -> tuple[Tensor, Tensor]:
+def _cumulate(
+    running_mean: Tensor, running_var: Tensor, batch: Batch, weight_sums: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Average over all batches, each counted once, or where there are `weight_sums` over all samples."""
     if weight_sums is not None:
         return _pool(running_mean, running_var, batch, weight_sums, batch.step - 1, 1.0, 1.0)
@@ -182,19 +189,23 @@ def _pool(
 ) -> tuple[Tensor, Tensor]:
     """Merge the batch's samples, weighted by `gain`, with all earlier ones, discounted by `keep`.
 
-    `weights`, (2, C), holds V1 and V2, the sums of the samples' weights and of their squares; it is written. While it is empty, the running
-    statistics count as `past` batches of this one's size.
+    `weights`, (2, C), holds V1 and V2, the sums of the samples' weights and of their squares; it is written. While it
+    is empty, the running statistics count as `past` batches of this one's size.
     """
     count = batch.count.to(weights.dtype).expand_as(weights[0])
     earlier = torch.where(weights[0] == 0, past * count, weights)
     total = torch.stack((keep * earlier[0] + gain * count, keep**2 * earlier[1] + gain**2 * count))
-    # m2 = variance * (V1 - V2 / V1) is the reliability-weighted unbiased variance, solved for m2; equal weights give count - 1.
+    # m2 = variance * (V1 - V2 / V1) is the reliability-weighted unbiased variance, solved for m2; equal weights give
+    # count - 1.
     before = Moments(keep * earlier[0], running_mean, running_var * keep * _freedom(earlier))
     merged = before.merge(Moments(gain * count, batch.mean, batch.var * gain * (count - 1)))
     batch.write(weights, total)
     # No weight at all is no data: with momentum 0 and debias the statistics stay what they are.
     moved = total[0] > 0
-    mean, var = torch.where(moved, merged.mean, running_mean), torch.where(moved, merged.m2 / _freedom(total), running_var)
+    mean, var = (
+        torch.where(moved, merged.mean, running_mean),
+        torch.where(moved, merged.m2 / _freedom(total), running_var),
+    )
     return mean.to(running_mean.dtype), var.to(running_var.dtype)
 
 

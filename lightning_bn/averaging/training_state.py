@@ -1,4 +1,5 @@
-"""Tensors that belong to a module's training, not to the model: saved and moved with it, yet neither parameter nor buffer."""
+"""Tensors that belong to a module's training, not to the model: saved and moved with it, yet neither parameter nor
+buffer."""
 
 from __future__ import annotations
 
@@ -11,19 +12,22 @@ from torch import Tensor, nn
 __all__ = ["STATE_OF", "TrainingState", "apply_to_statistics", "apply_without_narrowing"]
 
 STATE_OF = "state_of"
-"""The key of a ``state_dict`` under which the text stands that says what the state means, as bytes: a checkpoint holds tensors alone."""
+"""The key of a ``state_dict`` under which the text stands that says what the state means, as bytes: a checkpoint holds
+tensors alone."""
 
 
 class TrainingState(nn.Module):
     """A module whose declared tensors are private training state.
 
-    A registered buffer is cast by ``.half()``, averaged by weight-averaging callbacks, broadcast by DDP at every forward and demanded by
-    a strict load. State that only training reads must be spared all four, and yet survive ``state_dict`` -> ``load_state_dict``,
-    ``.to(device)``, ``to_empty``, ``deepcopy`` and pickle. So the tensors are plain attributes, and this class overrides the three
-    methods with which `torch.nn.Module` moves, saves and loads what a module owns; torch's own batch norm and RNNs override them too.
+    A registered buffer is cast by ``.half()``, averaged by weight-averaging callbacks, broadcast by DDP at every
+    forward and demanded by a strict load. State that only training reads must be spared all four, and yet survive
+    ``state_dict`` -> ``load_state_dict``, ``.to(device)``, ``to_empty``, ``deepcopy`` and pickle. So the tensors are
+    plain attributes, and this class overrides the three methods with which `torch.nn.Module` moves, saves and loads
+    what a module owns; torch's own batch norm and RNNs override them too.
 
-    The state of several modules may lie side by side in one tensor, of which each module's attribute is a view: whoever arranges that sets
-    `tie`, and any assignment to an attribute, be it a moved tensor or another setting, unties the module again.
+    The state of several modules may lie side by side in one tensor, of which each module's attribute is a view: whoever
+    arranges that sets `tie`, and any assignment to an attribute, be it a moved tensor or another setting, unties the
+    module again.
     """
 
     _state_names: tuple[str, ...] = ()
@@ -39,7 +43,9 @@ class TrainingState(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A view is saved with the whole of what it is a view of, so one layer's copy would carry the state of all.
-        return self.__dict__ | {name: getattr(self, name).detach().clone() for name in self._state_names} | {"tie": None}
+        return (
+            self.__dict__ | {name: getattr(self, name).detach().clone() for name in self._state_names} | {"tie": None}
+        )
 
     @property
     def state_meaning(self) -> str:
@@ -48,11 +54,13 @@ class TrainingState(nn.Module):
 
     @property
     def state_of(self) -> Tensor:
-        """`state_meaning` as bytes, (length,) uint8; distributed checkpoints look each key of a ``state_dict`` up as an attribute."""
+        """`state_meaning` as bytes, (length,) uint8; distributed checkpoints look each key of a ``state_dict`` up as an
+        attribute."""
         return torch.tensor(list(self.state_meaning.encode()), dtype=torch.uint8, device="cpu")
 
     def upgraded(self, state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
-        """Return state that an earlier version saved in the layout of this one; what has it already is returned as it is."""
+        """Return state that an earlier version saved in the layout of this one; what has it already is returned as it
+        is."""
         return state
 
     def upgrade(self, num_features: int) -> None:
@@ -63,7 +71,8 @@ class TrainingState(nn.Module):
             self._declare(state)
 
     def _declare(self, state: Mapping[str, Tensor]) -> None:
-        """Take `state` as the private state; a tensor declared before under the same name and shape is written in place."""
+        """Take `state` as the private state; a tensor declared before under the same name and shape is written in
+        place."""
         for name, value in state.items():
             present = getattr(self, name, None)
             if isinstance(present, Tensor) and _alike(present, value):
@@ -85,7 +94,8 @@ class TrainingState(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._state_names:
-            # A copy: exponential moving averages of a whole state_dict (timm's ModelEma) write into the tensors they find there.
+            # A copy: exponential moving averages of a whole state_dict (timm's ModelEma) write into the tensors they
+            # find there.
             destination[prefix + name] = getattr(self, name).detach().clone()
         if self._state_names:
             destination[prefix + STATE_OF] = self.state_of
@@ -107,9 +117,12 @@ class TrainingState(nn.Module):
         text = state_dict.get(prefix + STATE_OF)
         meaning = self._saved_meaning(saved, text)
         if meaning is not None and meaning != self.state_meaning:
-            # torch raises for unexpected keys where it is strict, and returns them where it is not; that is all it tells a module.
+            # torch raises for unexpected keys where it is strict, and returns them where it is not; that is all it
+            # tells a module.
             why = f" (it holds the state of {meaning}, and this layer averages by {self}. {_MEND.format(prefix)})"
-            unexpected_keys.extend(key + why for key in state_dict if key == prefix + STATE_OF or (key in keys and text is None))
+            unexpected_keys.extend(
+                key + why for key in state_dict if key == prefix + STATE_OF or (key in keys and text is None)
+            )
             self.clear()
         elif not saved:
             # The checkpoint of a plain layer: no history came with it, so none is missing.
@@ -149,13 +162,15 @@ _MEND = (
 
 
 def apply_without_narrowing(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Return ``fn(tensor)``, or where that is a cast to fewer bits, `tensor` with its accuracy on the device where `fn` would have it."""
+    """Return ``fn(tensor)``, or where that is a cast to fewer bits, `tensor` with its accuracy on the device where `fn`
+    would have it."""
     moved = fn(tensor)
     return moved if torch.promote_types(moved.dtype, tensor.dtype) == moved.dtype else tensor.to(moved.device)
 
 
 def apply_to_statistics(fn: Callable[[Tensor], Tensor], statistics: Tensor) -> Tensor:
-    """Return ``fn(statistics)``, or where that is a cast to 16 bits, the statistics in float32: an average kept in bfloat16 stalls."""
+    """Return ``fn(statistics)``, or where that is a cast to 16 bits, the statistics in float32: an average kept in
+    bfloat16 stalls."""
     moved = fn(statistics)
     return statistics.to(moved.device, torch.float32) if moved.dtype.itemsize < 4 else moved
 

@@ -15,12 +15,14 @@ class Window(Averaging):
     """Statistics of the last ``min(t, size)`` training batches, all with the same weight.
 
     Args:
-        size: length of the window in batches, at least 1. It lags behind the weights like an exponential average of momentum
-            ``2 / (size + 1)``.
-        pooled: False, the mean of the batch means and the mean of the *unbiased within-batch* variances, each batch counted once. True, the
-            mean and the *unbiased pooled* variance of the data of those batches taken together, each sample counted once.
+        size: length of the window in batches, at least 1. It lags behind the weights like an exponential average of
+            momentum ``2 / (size + 1)``.
+        pooled: False, the mean of the batch means and the mean of the *unbiased within-batch* variances, each batch
+            counted once. True, the mean and the *unbiased pooled* variance of the data of those batches taken together,
+            each sample counted once.
 
-    Memory: ``size + 2`` rows of ``2 * num_features`` numbers per layer (3 with `pooled`), float32 (float64 in a float64 layer).
+    Memory: ``size + 2`` rows of ``2 * num_features`` numbers per layer (3 with `pooled`), float32 (float64 in a float64
+        layer).
 
     Raises:
         ValueError: size is not an integer of at least 1.
@@ -33,18 +35,19 @@ class Window(Averaging):
         >>> layer.running_mean, layer.running_var
         (tensor([15.]), tensor([2.]))
 
-    How it works: sums are only ever added up, nothing is subtracted, so nothing drifts and an outlier that has left the window leaves no
-    residue. Time is cut into segments of ``size // 2`` batches, and a window always consists of
+    How it works: sums are only ever added up, nothing is subtracted, so nothing drifts and an outlier that has left the
+    window leaves no residue. Time is cut into segments of ``size // 2`` batches, and a window always consists of
 
     * the batches of the segment that is being written (`newest`, a running total),
     * all of the segment before (`middle`, a total),
     * the end of the segment before that, from the oldest batch still inside.
 
-    For the last part a total over each suffix of a segment is needed; they are made one a step, from the back, while the next
-    segment is being written (`turned`). This is a queue of two stacks, turned over in worst-case constant time (Tangwongsan, Hirzel &
-    Schneider 2021, "In-order sliding-window aggregation in worst-case constant time"), and it works for whatever can be merged: sums,
-    and with ``pooled=True`` moments. All indices are tensors, one a channel: a skipped batch must not advance them, only the device knows
-    whether it was skipped, and the channels may be those of several layers.
+    For the last part a total over each suffix of a segment is needed; they are made one a step, from the back, while
+    the next segment is being written (`turned`). This is a queue of two stacks, turned over in worst-case constant time
+    (Tangwongsan, Hirzel & Schneider 2021, "In-order sliding-window aggregation in worst-case constant time"), and it
+    works for whatever can be merged: sums, and with ``pooled=True`` moments. All indices are tensors, one a channel: a
+    skipped batch must not advance them, only the device knows whether it was skipped, and the channels may be those of
+    several layers.
     """
 
     __module__ = "lightning_bn"
@@ -58,7 +61,9 @@ class Window(Averaging):
     def __init__(self, size: int = 20, *, pooled: bool = False) -> None:
         super().__init__()
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"Window({size!r}): size is a number of batches, an integer of at least 1, as in Window(20).")
+            raise ValueError(
+                f"Window({size!r}): size is a number of batches, an integer of at least 1, as in Window(20)."
+            )
         self.size = size
         self.pooled = pooled
 
@@ -71,9 +76,11 @@ class Window(Averaging):
             return {}
         numbers = 2 + self.pooled
         return {
-            # Two segments, each with a row that stays zero: the total over no batches. A row is (mean, variance), or (count, mean, m2).
+            # Two segments, each with a row that stays zero: the total over no batches. A row is (mean, variance), or
+            # (count, mean, m2).
             "rows": torch.zeros(2 * (self._segment + 1), numbers, num_features, dtype=dtype, device=device),
-            # Totals over `newest`, `middle` and `turned`, in the widest dtype: a float32 sum of 1000 rows is off by 1e-6.
+            # Totals over `newest`, `middle` and `turned`, in the widest dtype: a float32 sum of 1000 rows is off by
+            # 1e-6.
             "totals": torch.zeros(3, numbers, num_features, dtype=wide_dtype(device), device=device),
             # Batches seen.
             "cursor": torch.zeros(num_features, dtype=torch.int64, device=device),
@@ -132,7 +139,8 @@ class Window(Averaging):
         return f"Window({self.extra_repr()})"
 
     def upgraded(self, state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
-        # 0.1.0 had one count a row for all channels, (count, mean, variance or m2), and a cursor that began again after two segments.
+        # 0.1.0 had one count a row for all channels, (count, mean, variance or m2), and a cursor that began again after
+        # two segments.
         if not state or state["rows"].dim() == 3:
             return state
         written = int(state["rows"][:, 0].count_nonzero())
@@ -150,7 +158,8 @@ class Window(Averaging):
 
     def _saved_meaning(self, saved: dict[str, Tensor], text: Tensor | None) -> str | None:
         if text is None and "rows" in saved and saved["rows"].dim() == 2 and "cursor" in saved:
-            # 0.1.0 did not say it, but a row of a single batch tells: it counts one batch, or the values of that batch, which are several.
+            # 0.1.0 did not say it, but a row of a single batch tells: it counts one batch, or the values of that batch,
+            # which are several.
             newest = int(saved["cursor"] - 1) % (2 * self._segment)
             count = saved["rows"][min(newest + newest // self._segment, len(saved["rows"]) - 1), 0]
             if count > 0 and bool(count > 1) != self.pooled:

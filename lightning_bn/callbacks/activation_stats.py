@@ -29,32 +29,40 @@ Patterns = Choice | Iterable[Choice]
 
 
 class ActivationStatsMonitor(Callback):
-    """Log what the activations of every layer are like and how far batch-norm statistics lag behind: which layer is sick, and since when.
+    """Log what the activations of every layer are like and how far batch-norm statistics lag behind: which layer is
+    sick, and since when.
 
-    Training is looked at on every n-th optimizer step (all batches of that step together), validation and test over the whole epoch.
-    Of each layer: mean, standard deviation (*unbiased, pooled* over batches, channels and ranks), greatest absolute value, share of
-    zeros, dead channels, saturation, NaN and infinite values. Of each batch norm besides: drift, which is the distance between the batch
-    and the running statistics before it, and the range of its affine parameters. Formulas: `ActivationStats`,
-    `lightning_bn.activations.drift`.
+    Training is looked at on every n-th optimizer step (all batches of that step together), validation and test over the
+    whole epoch. Of each layer: mean, standard deviation (*unbiased, pooled* over batches, channels and ranks), greatest
+    absolute value, share of zeros, dead channels, saturation, NaN and infinite values. Of each batch norm besides:
+    drift, which is the distance between the batch and the running statistics before it, and the range of its affine
+    parameters. Formulas: `ActivationStats`, `lightning_bn.activations.drift`.
 
-    TensorBoard gets a few scalars over all layers, one heat map a statistic (layer x step), a text that names the sick layers, and
-    a layout for the Custom Scalars tab; `lightning_bn.activations.tensorboard` lists the tags. Other loggers get the scalars. A CSV file
-    of the whole table, ``activation_stats.csv``, lies beside the event files, and `table` gives the same rows. Training computes the same
-    to the bit with and without this callback; steps at which a compiled model is looked at run without `torch.compile`.
+    TensorBoard gets a few scalars over all layers, one heat map a statistic (layer x step), a text that names the sick
+    layers, and a layout for the Custom Scalars tab; `lightning_bn.activations.tensorboard` lists the tags. Other
+    loggers get the scalars. A CSV file of the whole table, ``activation_stats.csv``, lies beside the event files, and
+    `table` gives the same rows. Training computes the same to the bit with and without this callback; steps at which a
+    compiled model is looked at run without `torch.compile`.
 
-    Functional activations (``F.relu(x)``) are no modules and can't be seen: use ``nn.ReLU()``, or name the module whose output they make.
-    On several ranks activations are exact over all of them; drift is rank 0's, whose statistics DDP broadcasts and checkpoints save.
+    Functional activations (``F.relu(x)``) are no modules and can't be seen: use ``nn.ReLU()``, or name the module whose
+    output they make. On several ranks activations are exact over all of them; drift is rank 0's, whose statistics DDP
+    broadcasts and checkpoints save.
 
     Args:
-        layers: None: batch-norm layers and activation functions. Else a name or pattern (``"layer4.*"``), a class, a function of name and
-            module, or several of these.
+        layers: None: batch-norm layers and activation functions. Else a name or pattern (``"layer4.*"``), a class, a
+            function of name and module, or several of these.
         every_n_steps: how often training is looked at, in optimizer steps. None: the Trainer's ``log_every_n_steps``.
-        scalars: ``"worst"``, a few numbers over all layers. ``"all"``, or patterns as for `layers`: those layers' own too.
-        histograms: whether TensorBoard gets histograms of the activations of training, or of which layers; of at most 32.
-        heatmaps: whether to draw the heat maps (with matplotlib; they are redrawn each time the run has doubled, and at its end).
-        gradients: whether to look at the gradients at the layers' outputs too, as backward has them: with a loss scaler, scaled.
+        scalars: ``"worst"``, a few numbers over all layers. ``"all"``, or patterns as for `layers`: those layers' own
+            too.
+        histograms: whether TensorBoard gets histograms of the activations of training, or of which layers; of at most
+            32.
+        heatmaps: whether to draw the heat maps (with matplotlib; they are redrawn each time the run has doubled, and at
+            its end).
+        gradients: whether to look at the gradients at the layers' outputs too, as backward has them: with a loss
+            scaler, scaled.
         activations: False for drift and affine parameters only, which need no hook and no look at an activation.
-        channel_dim: which dimension of an activation holds its channels: 1 as in (N, C, H, W), -1 as in (N, L, C). A batch norm's is 1.
+        channel_dim: which dimension of an activation holds its channels: 1 as in (N, C, H, W), -1 as in (N, L, C). A
+            batch norm's is 1.
         prefix: of the tags.
 
     Raises:
@@ -109,17 +117,19 @@ class ActivationStatsMonitor(Callback):
     def table(self) -> list[dict[str, Any]]:
         """Return the table of the last run: a dict for each layer, stage and step.
 
-        Keys are ``layer``, ``stage`` (``"train"``, ``"val"``, ``"test"``), ``step``, ``epoch``, then one for each statistic, None where it
-        does not apply. ``pandas.DataFrame(monitor.table())`` makes a frame of it.
+        Keys are ``layer``, ``stage`` (``"train"``, ``"val"``, ``"test"``), ``step``, ``epoch``, then one for each
+        statistic, None where it does not apply. ``pandas.DataFrame(monitor.table())`` makes a frame of it.
         """
         return self._table.rows()
 
     def ailments(self, stage: str = "train") -> list[Ailment]:
-        """Return what is sick at the newest sample of a stage: layer, statistic, since which step, value now; the newest illness first."""
+        """Return what is sick at the newest sample of a stage: layer, statistic, since which step, value now; the
+        newest illness first."""
         return self._table.ailments(stage)
 
     def picture(self, statistic: str, stage: str = "train") -> Pixels:
-        """Return the heat map of a statistic over the whole run, layer x step, as TensorBoard gets it: (height, width, 3) uint8.
+        """Return the heat map of a statistic over the whole run, layer x step, as TensorBoard gets it: (height, width,
+        3) uint8.
 
         Raises:
             ValueError: a statistic that is not summed up over layers, or that no layer has.
@@ -158,7 +168,9 @@ class ActivationStatsMonitor(Callback):
         if self._sampled_step is not None:
             self._collectors["train"].attach()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self._sampled_step is None:
             return
         self._collectors["train"].detach()
@@ -202,7 +214,9 @@ class ActivationStatsMonitor(Callback):
             if not layers and not self._told:
                 self._told = True
                 wanted = (
-                    "batch-norm layer or activation function among its modules" if self.layers is None else f"module for {self.layers!r}"
+                    "batch-norm layer or activation function among its modules"
+                    if self.layers is None
+                    else f"module for {self.layers!r}"
                 )
                 rank_zero_warn(
                     f"ActivationStatsMonitor(layers={self.layers!r}) finds nothing to look at: {type(pl_module).__name__} has no {wanted}. "
@@ -248,7 +262,9 @@ class ActivationStatsMonitor(Callback):
         self._tell_unseen(collector)
         self._table.append(stage, step, trainer.current_epoch, sample.rows)
         tags = f"{self.prefix}" if stage == "train" else f"{self.prefix}_{stage}"
-        numbers = {f"{tags}/{name}": value for name, value in scalars(sample.rows, self._has_own_scalars(collector)).items()}
+        numbers = {
+            f"{tags}/{name}": value for name, value in scalars(sample.rows, self._has_own_scalars(collector)).items()
+        }
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
         if trainer.is_global_zero:

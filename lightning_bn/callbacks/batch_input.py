@@ -51,7 +51,12 @@ class BatchInput:
     """
 
     def __init__(
-        self, forward: Callable[[LightningModule, Any], Any] | None, *, call: str, advice: str, takes_forward: bool = False
+        self,
+        forward: Callable[[LightningModule, Any], Any] | None,
+        *,
+        call: str,
+        advice: str,
+        takes_forward: bool = False,
     ) -> None:
         self._way = None if forward is None else WayIn("forward=", forward)
         self._call = call
@@ -63,7 +68,8 @@ class BatchInput:
         return self._way is not None
 
     def learn_from(self, trainer: Trainer, module: LightningModule, batches: Iterator[Any]) -> Iterator[Any]:
-        """Find the way by the first batch, where it is not known; return all the batches again. The module is to be quiet meanwhile.
+        """Find the way by the first batch, where it is not known; return all the batches again. The module is to be
+        quiet meanwhile.
 
         Raises:
             MisconfigurationException: the batch goes in on no way; what each raised is in the message.
@@ -78,7 +84,8 @@ class BatchInput:
 
     def run(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Run the module on the batch, under the Trainer's precision."""
-        # The precision context is around the forward alone: true half precision would also halve the tensors that moments are kept in.
+        # The precision context is around the forward alone: true half precision would also halve the tensors that
+        # moments are kept in.
         with trainer.precision_plugin.forward_context():
             self._way.run(module, batch)
 
@@ -131,7 +138,11 @@ def _ways_through_forward(module: LightningModule, batch: Any) -> list[WayIn]:
         ]
     if isinstance(batch, Sequence) and batch and not isinstance(batch, (str, bytes)):
         return [
-            *([WayIn("forward(batch[0])", lambda module, batch: module(batch[0]))] if _takes(signature, batch[0]) else []),
+            *(
+                [WayIn("forward(batch[0])", lambda module, batch: module(batch[0]))]
+                if _takes(signature, batch[0])
+                else []
+            ),
             *([WayIn("forward(*batch)", lambda module, batch: module(*batch))] if _takes(signature, *batch) else []),
         ]
     return [WayIn("forward(batch)", lambda module, batch: module(batch))] if _takes(signature, batch) else []

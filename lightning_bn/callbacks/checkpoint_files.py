@@ -33,9 +33,13 @@ def check_kinds(trainer: Trainer, kinds: Sequence[str]) -> None:
     writers = _writers(trainer)
     call = f"BatchNormRecalibration(checkpoints={tuple(kinds)!r})"
     if kinds and not writers:
-        raise MisconfigurationException(f"{call}: the Trainer has no ModelCheckpoint. Leave out checkpoints=, or add one.")
+        raise MisconfigurationException(
+            f"{call}: the Trainer has no ModelCheckpoint. Leave out checkpoints=, or add one."
+        )
     if "last" in kinds and not any(writer.save_last for writer in writers):
-        raise MisconfigurationException(f"{call}: no 'last' checkpoint is going to be written. Use ModelCheckpoint(save_last=True).")
+        raise MisconfigurationException(
+            f"{call}: no 'last' checkpoint is going to be written. Use ModelCheckpoint(save_last=True)."
+        )
     for writer in writers if kinds else ():
         if "://" in str(writer.dirpath):
             raise MisconfigurationException(
@@ -50,7 +54,9 @@ def files_of(trainer: Trainer, kinds: Iterable[str]) -> list[Path]:
     paths = {kind: [getattr(writer, f"{kind}_model_path") for writer in _writers(trainer)] for kind in kinds}
     for kind, found in paths.items():
         if not any(found):
-            rank_zero_warn(f"BatchNormRecalibration: no {kind!r} checkpoint was written, so there is none to recalibrate.")
+            rank_zero_warn(
+                f"BatchNormRecalibration: no {kind!r} checkpoint was written, so there is none to recalibrate."
+            )
     return list(dict.fromkeys(Path(path) for found in paths.values() for path in found if path))
 
 
@@ -65,11 +71,13 @@ def statistics_in(module: LightningModule) -> dict[str, Tensor]:
     return {key: value for key, value in module.state_dict().items() if key in names}
 
 
-def write_recalibrated_copy(trainer: Trainer, module: LightningModule, path: Path, recalibrate: Callable[[], object]) -> None:
+def write_recalibrated_copy(
+    trainer: Trainer, module: LightningModule, path: Path, recalibrate: Callable[[], object]
+) -> None:
     """Write ``<name>-recalibrated.ckpt`` beside `path`: the same checkpoint, with statistics that match its weights.
 
-    The module serves as the vessel in which the file's weights are recalibrated, and holds its own again at the end, also on an
-    exception. Every rank takes part; the first reads and writes.
+    The module serves as the vessel in which the file's weights are recalibrated, and holds its own again at the end,
+    also on an exception. Every rank takes part; the first reads and writes.
     """
     checkpoint: dict[str, Any] = {}
     if trainer.is_global_zero:
@@ -87,7 +95,10 @@ def write_recalibrated_copy(trainer: Trainer, module: LightningModule, path: Pat
 
 @contextmanager
 def _holding(module: LightningModule, state: dict[str, Tensor]) -> Iterator[None]:
-    before = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in module.state_dict().items()}
+    before = {
+        key: value.detach().clone() if isinstance(value, Tensor) else value
+        for key, value in module.state_dict().items()
+    }
     try:
         module.load_state_dict(state)
         yield

@@ -35,14 +35,16 @@ _NUM_BATCHES = 200
 class CompareAverages(Callback):
     """Follow several averages of the batch statistics in one run, and validate under each of them.
 
-    Which running statistics a layer keeps does not touch training: only evaluation reads them. So one run can tell which average would
-    have validated best. Every average sees the batches that the layers see, whatever the layers' class. At each validation of the fit
-    the validation set is evaluated under each of them, and with ``recalibrated=True`` under statistics freshly estimated from up to 200
-    training batches, all with the weights that Lightning validates. Training, the RNG, the layers' own statistics and the logged
-    validation metrics stay what they are without the callback, to the bit.
+    Which running statistics a layer keeps does not touch training: only evaluation reads them. So one run can tell
+    which average would have validated best. Every average sees the batches that the layers see, whatever the layers'
+    class. At each validation of the fit the validation set is evaluated under each of them, and with
+    ``recalibrated=True`` under statistics freshly estimated from up to 200 training batches, all with the weights that
+    Lightning validates. Training, the RNG, the layers' own statistics and the logged validation metrics stay what they
+    are without the callback, to the bit.
 
-    It logs ``batch_norm/compare/<name>/<metric>`` for every validation metric, with the layers' own statistics under the name ``own``, and
-    at the end of training prints the table of `monitor`: the mean and the worst over the validations, and the recommended average.
+    It logs ``batch_norm/compare/<name>/<metric>`` for every validation metric, with the layers' own statistics under
+    the name ``own``, and at the end of training prints the table of `monitor`: the mean and the worst over the
+    validations, and the recommended average.
 
     Args:
         averages: the averages to follow, by name. All start from what the layers' buffers hold when the fit begins.
@@ -59,7 +61,8 @@ class CompareAverages(Callback):
 
     Raises:
         TypeError, ValueError: an argument that can't be served.
-        MisconfigurationException: the fit has no validation, or the model no batch-norm layer that keeps running statistics.
+        MisconfigurationException: the fit has no validation, or the model no batch-norm layer that keeps running
+            statistics.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -71,7 +74,12 @@ class CompareAverages(Callback):
     __module__ = "lightning_bn"
 
     def __init__(
-        self, averages: Mapping[str, Averaging], *, monitor: str = "val_loss", mode: str = "min", recalibrated: bool = True
+        self,
+        averages: Mapping[str, Averaging],
+        *,
+        monitor: str = "val_loss",
+        mode: str = "min",
+        recalibrated: bool = True,
     ) -> None:
         _check_averages(averages)
         self.averages = dict(averages)
@@ -98,7 +106,9 @@ class CompareAverages(Callback):
                 "CompareAverages: the fit has no validation to compare by. Give trainer.fit a validation loader, and the module a "
                 "validation_step."
             )
-        self._input = BatchInput(None, call="CompareAverages", advice="Leave that row out: CompareAverages(..., recalibrated=False).")
+        self._input = BatchInput(
+            None, call="CompareAverages", advice="Leave that row out: CompareAverages(..., recalibrated=False)."
+        )
         if not any(layer.tracks for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
                 f"CompareAverages: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. Leave it out."
@@ -122,15 +132,19 @@ class CompareAverages(Callback):
             with quiet(trainer, pl_module):
                 self._input.learn_from(trainer, pl_module, iter([batch]))
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the others.
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the
+        # others.
         self._learning = learning(self._layers)
         if not self._looked:
             self._check_sight()
             self._looked = True
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Here, and not at the end: weight averaging has its weights in, and what Lightning is about to validate is what is compared.
+        # Here, and not at the end: weight averaging has its weights in, and what Lightning is about to validate is what
+        # is compared.
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         self._check_sight()
@@ -158,7 +172,11 @@ class CompareAverages(Callback):
             for name, metrics in rows.items()
         }
         self.scores.add({name: metrics[self.monitor] for name, metrics in self.metrics.items()})
-        tags = {f"batch_norm/compare/{name}/{key}": value for name, metrics in self.metrics.items() for key, value in metrics.items()}
+        tags = {
+            f"batch_norm/compare/{name}/{key}": value
+            for name, metrics in self.metrics.items()
+            for key, value in metrics.items()
+        }
         for logger in trainer.loggers:
             logger.log_metrics(tags, step=logging_step(trainer))
 
@@ -209,13 +227,21 @@ class CompareAverages(Callback):
         if self.recommended == _RECALIBRATED:
             return "BatchNormRecalibration(when='validation')"
         averaging = self.averages.get(self.recommended or _OWN)
-        return "the layers' own averages, as they are" if averaging is None else f"convert_batch_norm(model, {averaging!r})"
+        return (
+            "the layers' own averages, as they are"
+            if averaging is None
+            else f"convert_batch_norm(model, {averaging!r})"
+        )
 
 
 def _check_averages(averages: Mapping[str, Averaging]) -> None:
     if not isinstance(averages, Mapping) or not averages:
-        raise TypeError(f"CompareAverages({averages!r}): averages by name, as in CompareAverages({{'window 20': Window(20)}}).")
+        raise TypeError(
+            f"CompareAverages({averages!r}): averages by name, as in CompareAverages({{'window 20': Window(20)}})."
+        )
     for name, averaging in averages.items():
         check_averaging(averaging, f"CompareAverages({{{name!r}: {averaging!r}}})")
         if name in (_OWN, _RECALIBRATED):
-            raise ValueError(f"CompareAverages({{{name!r}: ...}}): {name!r} is the name of a row that the callback adds; choose another.")
+            raise ValueError(
+                f"CompareAverages({{{name!r}: ...}}): {name!r} is the name of a row that the callback adds; choose another."
+            )

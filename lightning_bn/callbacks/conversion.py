@@ -21,19 +21,21 @@ __all__ = ["ConvertBatchNorm"]
 
 
 class ConvertBatchNorm(Callback):
-    """Give every batch-norm layer of the model the averaging, by `convert_batch_norm`, without a line of Python in the model.
+    """Give every batch-norm layer of the model the averaging, by `convert_batch_norm`, without a line of Python in the
+    model.
 
-    The layers are converted in place, before a checkpoint is loaded and before the optimizer is built: a checkpoint that was written
-    under this callback brings the average's history along, and a plain one loads too. A layer that has the very averaging already is
-    left alone, so that a second fit, or a resumed one, goes on with the history of the first.
+    The layers are converted in place, before a checkpoint is loaded and before the optimizer is built: a checkpoint
+    that was written under this callback brings the average's history along, and a plain one loads too. A layer that has
+    the very averaging already is left alone, so that a second fit, or a resumed one, goes on with the history of the
+    first.
 
     Args:
         averaging: what `convert_batch_norm` takes; each layer keeps its own copy.
 
     Raises:
         TypeError: averaging is not an `Averaging`; when a run starts, a layer can't be served.
-        MisconfigurationException: when a run starts, the model has no batch norm; or ``Trainer(sync_batchnorm=True)`` has put torch's
-            layers in the place of the converted ones.
+        MisconfigurationException: when a run starts, the model has no batch norm; or ``Trainer(sync_batchnorm=True)``
+            has put torch's layers in the place of the converted ones.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -64,7 +66,8 @@ class ConvertBatchNorm(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
         if is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module):
-            # What those two build comes after this hook and before the checkpoint, and no callback is called in between.
+            # What those two build comes after this hook and before the checkpoint, and no callback is called in
+            # between.
             self._before_load = pl_module.register_load_state_dict_pre_hook(lambda module, *_: self._convert(module))
         elif not find_batch_norms(pl_module):
             raise MisconfigurationException(_nothing_to_convert(pl_module))
@@ -99,7 +102,8 @@ class ConvertBatchNorm(Callback):
             raise
 
     def _has_averaging(self, layer: _BatchNorm) -> bool:
-        # A SyncBatchNorm that torch has put in a converted layer's place holds its averaging too, as a child that nothing calls.
+        # A SyncBatchNorm that torch has put in a converted layer's place holds its averaging too, as a child that
+        # nothing calls.
         works = isinstance(layer, AveragedBatchNorm) or is_served(layer)
         present = getattr(layer, "averaging", None) if works else None
         return type(present) is type(self.averaging) and _settings(present) == _settings(self.averaging)

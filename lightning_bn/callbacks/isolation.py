@@ -23,12 +23,13 @@ __all__ = ["in_stage", "isolated", "muted"]
 def isolated(module: LightningModule, loader: Any = None) -> Iterator[None]:
     """Let the module's steps run without grad and leave the RNG, the optimizers and their schedulers as they are.
 
-    What they write into the module itself is undone by `lightning_bn.recalibration.keeping.kept`, around each stretch that runs it: whoever
-    recalibrates inside wants the new statistics to stay.
+    What they write into the module itself is undone by `lightning_bn.recalibration.keeping.kept`, around each stretch
+    that runs it: whoever recalibrates inside wants the new statistics to stay.
 
     Args:
         module: in a fit.
-        loader: a loader that is iterated inside; its generators and samplers, which a running copy shares, are as before at exit.
+        loader: a loader that is iterated inside; its generators and samplers, which a running copy shares, are as
+            before at exit.
     """
     trainer = module.trainer
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]

@@ -1,7 +1,8 @@
 """The one place where this package touches parts of Lightning that are not public.
 
-Each function says why nothing public will do. They were written against Lightning 2.6; where one of these parts is gone, the
-function raises an error that says so and names the argument which does without it, before anything is changed.
+Each function says why nothing public will do. They were written against Lightning 2.6; where one of these parts is
+gone, the function raises an error that says so and names the argument which does without it, before anything is
+changed.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ def logging_step(trainer: Trainer) -> int:
 
 
 def to_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
-    """Take a loader's batch through the precision plugin's conversion, all transfer hooks, and onto the module's device.
+    """Take a loader's batch through the precision plugin's conversion, all transfer hooks, and onto the module's
+    device.
 
-    ``on_before_batch_transfer`` may be the module's or the datamodule's; only `LightningModule._on_before_batch_transfer` knows which.
+    ``on_before_batch_transfer`` may be the module's or the datamodule's; only
+    `LightningModule._on_before_batch_transfer` knows which.
     """
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
@@ -51,10 +54,11 @@ def to_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
 
 
 def training_loader(trainer: Trainer) -> CombinedLoader:
-    """Return the Trainer's training data anew, with its samplers and limits, so that a pass over it leaves the running one alone.
+    """Return the Trainer's training data anew, with its samplers and limits, so that a pass over it leaves the running
+    one alone.
 
-    ``trainer.train_dataloader`` is public, but neither the mode in which several loaders are combined nor ``limit_train_batches`` in
-    batches is.
+    ``trainer.train_dataloader`` is public, but neither the mode in which several loaders are combined nor
+    ``limit_train_batches`` in batches is.
     """
     live = _reach(trainer, "fit_loop._combined_loader", "pass BatchNormRecalibration(dataloader=...)")
     return _anew(live)
@@ -67,7 +71,8 @@ def iterates_itself(trainer: Trainer) -> bool:
 
 
 def afresh(loader: Any) -> Any:
-    """Return a loader of the user's that can be iterated beside one that is running: a `DataLoader` or `CombinedLoader` is copied."""
+    """Return a loader of the user's that can be iterated beside one that is running: a `DataLoader` or `CombinedLoader`
+    is copied."""
     return _anew(loader) if isinstance(loader, CombinedLoader) else _copy(loader)
 
 
@@ -79,11 +84,13 @@ def validation_loader(trainer: Trainer) -> CombinedLoader:
 
 
 def validation_metrics(trainer: Trainer, loader: CombinedLoader) -> dict[str, Tensor]:
-    """Run the fit's validation once more, on `loader`, and return what it would have put into ``trainer.callback_metrics``.
+    """Run the fit's validation once more, on `loader`, and return what it would have put into
+    ``trainer.callback_metrics``.
 
-    A second loop of Lightning's own class takes the place of the first, with a metric store of its own: the same hooks, reductions and
-    names, but no callback or logger hears of it, and no progress counter, checkpoint or logged value changes. ``trainer.validate``
-    can't be called inside ``fit``, and writing the loop anew would give other metrics in a dozen corners.
+    A second loop of Lightning's own class takes the place of the first, with a metric store of its own: the same hooks,
+    reductions and names, but no callback or logger hears of it, and no progress counter, checkpoint or logged value
+    changes. ``trainer.validate`` can't be called inside ``fit``, and writing the loop anew would give other metrics in
+    a dozen corners.
     """
     epoch_loop = _reach(trainer, "fit_loop.epoch_loop", _NO_VALIDATION)
     live, connector = epoch_loop.val_loop, _reach(trainer, "_logger_connector", _NO_VALIDATION)
@@ -108,7 +115,8 @@ def validation_metrics(trainer: Trainer, loader: CombinedLoader) -> dict[str, Te
 def _deaf_progress_bar(trainer: Trainer) -> list[Callback]:
     """Return the Trainer's progress bar, if it has one, as a callback that hears of nothing.
 
-    A rich bar is drawn by a thread of its own, which looks for it among ``trainer.callbacks`` and dies where it is gone.
+    A rich bar is drawn by a thread of its own, which looks for it among ``trainer.callbacks`` and dies where it is
+    gone.
     """
     bar = trainer.progress_bar_callback
     if bar is None:
@@ -138,7 +146,9 @@ def _reach(trainer: Trainer, path: str, advice: str) -> Any:
     for name in path.split("."):
         part = getattr(part, name, None)
     if part is None:
-        raise RuntimeError(f"trainer.{path} is missing: Lightning {lightning.__version__} is not known here; {advice} to do without it.")
+        raise RuntimeError(
+            f"trainer.{path} is missing: Lightning {lightning.__version__} is not known here; {advice} to do without it."
+        )
     return part
 
 

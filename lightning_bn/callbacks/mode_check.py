@@ -29,27 +29,33 @@ _TAG = "batch_norm/mode_check"
 
 
 class ModeCheck(Callback):
-    """Watch the modes of all modules and what the batch-norm statistics really did, and name every mistake with its fix.
+    """Watch the modes of all modules and what the batch-norm statistics really did, and name every mistake with its
+    fix.
 
-    Every rule is in docs/rules.md. What happens in a forward is seen by hooks on the batch-norm layers and by the version of
-    ``num_batches_tracked``, which the host keeps; only once every `every_n_steps`, and at the end of epochs and evaluations, is a value
-    read from the device. Inside code compiled by ``torch.compile`` no hook fires: those layers are judged by how often their statistics
-    moved, and BN100 names them.
+    Every rule is in docs/rules.md. What happens in a forward is seen by hooks on the batch-norm layers and by the
+    version of ``num_batches_tracked``, which the host keeps; only once every `every_n_steps`, and at the end of epochs
+    and evaluations, is a value read from the device. Inside code compiled by ``torch.compile`` no hook fires: those
+    layers are judged by how often their statistics moved, and BN100 names them.
 
     Args:
-        action: "warn": a warning for each finding above information, once per rule and layer; layers with one cause share one. "raise": a
-            `ModeCheckError` at the first of them. "log": neither. All findings are in `findings` and go to the loggers in any case.
+        action: "warn": a warning for each finding above information, once per rule and layer; layers with one cause
+            share one. "raise": a `ModeCheckError` at the first of them. "log": neither. All findings are in `findings`
+            and go to the loggers in any case.
         ignore: codes of rules that are not looked at.
-        allow_eval: names, or patterns of names (``backbone.*``), of modules kept in eval mode on purpose, with all below them.
-        fix: codes of rules whose findings are mended on the spot, by putting modules into the mode they were meant to be in: BN101, BN102,
-            BN103, BN105, BN201. This changes what training computes, and a mended finding does not raise.
-        every_n_steps: training batches from one look at the statistics' values to the next; None: the Trainer's ``log_every_n_steps``.
+        allow_eval: names, or patterns of names (``backbone.*``), of modules kept in eval mode on purpose, with all
+            below them.
+        fix: codes of rules whose findings are mended on the spot, by putting modules into the mode they were meant to
+            be in: BN101, BN102, BN103, BN105, BN201. This changes what training computes, and a mended finding does not
+            raise.
+        every_n_steps: training batches from one look at the statistics' values to the next; None: the Trainer's
+            ``log_every_n_steps``.
 
     Attributes:
         findings: the list of `Finding`, of all runs of this callback.
 
     Raises:
-        ValueError: an unknown action or code, a rule in `fix` that can't be mended; when a run starts, a pattern that no module matches.
+        ValueError: an unknown action or code, a rule in `fix` that can't be mended; when a run starts, a pattern that
+            no module matches.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -72,9 +78,13 @@ class ModeCheck(Callback):
         check_codes(f"ModeCheck(ignore={ignore!r})", ignore, RULES)
         check_codes(f"ModeCheck(fix={fix!r})", fix, mendable_codes())
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
-            raise ValueError(f"ModeCheck(every_n_steps={every_n_steps!r}): a number of training batches, at least 1, or None.")
+            raise ValueError(
+                f"ModeCheck(every_n_steps={every_n_steps!r}): a number of training batches, at least 1, or None."
+            )
         if isinstance(allow_eval, str):
-            raise ValueError(f"ModeCheck(allow_eval={allow_eval!r}): give a list of names or patterns, as in [{allow_eval!r}].")
+            raise ValueError(
+                f"ModeCheck(allow_eval={allow_eval!r}): give a list of names or patterns, as in [{allow_eval!r}]."
+            )
         self.action = action
         self.ignore = tuple(ignore)
         self.allow_eval = tuple(allow_eval)
@@ -126,7 +136,9 @@ class ModeCheck(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._look().trace(loss)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         inspection = self._look()
         inspection.end_batch()
         # Lightning puts a module in eval mode before any hook of a validation.
@@ -183,17 +195,35 @@ class ModeCheck(Callback):
         self._begin_evaluation_batch(trainer, batch_idx)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._end_evaluation_batch(trainer)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._end_evaluation_batch(trainer)
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._end_evaluation_batch(trainer)
 
@@ -243,7 +273,9 @@ class ModeCheck(Callback):
 
     def _look(self) -> Inspection:
         if self._inspection is None:
-            raise RuntimeError("ModeCheck: a hook came before on_fit_start; was the callback added while the Trainer was running?")
+            raise RuntimeError(
+                "ModeCheck: a hook came before on_fit_start; was the callback added while the Trainer was running?"
+            )
         return self._inspection
 
     def _begin_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
@@ -285,7 +317,9 @@ class ModeCheck(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         step = logging_step(trainer)
-        counts = {level: sum(finding.level == level for finding in self.findings) for level in ("error", "warning", "info")}
+        counts = {
+            level: sum(finding.level == level for finding in self.findings) for level in ("error", "warning", "info")
+        }
         for logger in trainer.loggers:
             logger.log_metrics({f"{_TAG}/{level}s": float(count) for level, count in counts.items()}, step=step)
             if isinstance(logger, TensorBoardLogger):

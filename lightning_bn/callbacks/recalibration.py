@@ -27,26 +27,30 @@ __all__ = ["BatchNormRecalibration"]
 
 
 class BatchNormRecalibration(Callback):
-    """Re-estimate the running statistics from training batches with the weights as they are, by `lightning_bn.recalibrate`.
+    """Re-estimate the running statistics from training batches with the weights as they are, by
+    `lightning_bn.recalibrate`.
 
-    It recalibrates the layers that were learning: those that keep running statistics, are not frozen (some affine parameter requires
-    grad) and were in training mode in the last training step. It takes no step, logs no training metric, and leaves the weights, the
-    gradients, ``global_step``, the RNG, torchmetrics and the running loader as they are. Whatever the order in ``Trainer(callbacks=...)``,
-    it acts after `WeightAveraging`, `EMAWeightAveraging` and `StochasticWeightAveraging` have put their weights in and before
-    `ModelCheckpoint` saves.
+    It recalibrates the layers that were learning: those that keep running statistics, are not frozen (some affine
+    parameter requires grad) and were in training mode in the last training step. It takes no step, logs no training
+    metric, and leaves the weights, the gradients, ``global_step``, the RNG, torchmetrics and the running loader as they
+    are. Whatever the order in ``Trainer(callbacks=...)``, it acts after `WeightAveraging`, `EMAWeightAveraging` and
+    `StochasticWeightAveraging` have put their weights in and before `ModelCheckpoint` saves.
 
     Args:
-        when: "fit_end", once, after the last training step. "validation", before the validations of a fit, the sanity check aside: what is
-            validated and checkpointed then are the precise statistics, and training goes on averaging from them.
+        when: "fit_end", once, after the last training step. "validation", before the validations of a fit, the sanity
+            check aside: what is validated and checkpointed then are the precise statistics, and training goes on
+            averaging from them.
         every_n_epochs: with ``when="validation"``, only in every n-th epoch.
         num_batches: training batches to look at, at most; None for all.
         tolerance: stop when the standard error of every layer's mean, in units of its standard deviation, is below it.
-        exact: the statistics of the network as it runs at inference, in the memory of all batches' activations; see `recalibrate`.
-        dataloader: where the batches come from; None for the Trainer's training data, with its samplers and ``limit_train_batches``.
-        forward: ``forward(module, batch)`` runs a batch, on the module's device, through the module. None: the module's ``forward`` where
-            the batch fits it, else its ``training_step``, without grad and with logging muted.
-        monitor: a metric that validation logs. The validation set is then evaluated before and after, and the new statistics are
-            kept only where it has become better.
+        exact: the statistics of the network as it runs at inference, in the memory of all batches' activations; see
+            `recalibrate`.
+        dataloader: where the batches come from; None for the Trainer's training data, with its samplers and
+            ``limit_train_batches``.
+        forward: ``forward(module, batch)`` runs a batch, on the module's device, through the module. None: the module's
+            ``forward`` where the batch fits it, else its ``training_step``, without grad and with logging muted.
+        monitor: a metric that validation logs. The validation set is then evaluated before and after, and the new
+            statistics are kept only where it has become better.
         mode: "min" where a small `monitor` is good, "max" where a large one is.
         checkpoints: "best", "last" or both: after the fit, each such file gets a recalibrated copy beside it,
             ``<name>-recalibrated.ckpt``.
@@ -67,8 +71,9 @@ class BatchNormRecalibration(Callback):
         >>> trainer = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False)
 
     References:
-        Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.2 (precise batch norm); Izmailov et al. 2018, "Averaging Weights
-        Leads to Wider Optima and Better Generalization", section 3.2 (statistics of averaged weights).
+        Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3.2 (precise batch norm); Izmailov et al. 2018,
+        "Averaging Weights Leads to Wider Optima and Better Generalization", section 3.2 (statistics of averaged
+        weights).
     """
 
     __module__ = "lightning_bn"
@@ -125,7 +130,11 @@ class BatchNormRecalibration(Callback):
                 f"BatchNormRecalibration: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. "
                 "Leave the callback out of Trainer(callbacks=...)."
             )
-        if self.forward is None and not pl_module.automatic_optimization and type(pl_module).forward is LightningModule.forward:
+        if (
+            self.forward is None
+            and not pl_module.automatic_optimization
+            and type(pl_module).forward is LightningModule.forward
+        ):
             raise MisconfigurationException(
                 f"BatchNormRecalibration: {type(pl_module).__name__} optimises by hand, so its training_step can't be run, and it has no "
                 "forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: module.model(batch[0]))."
@@ -158,8 +167,11 @@ class BatchNormRecalibration(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look_again(pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the others.
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the
+        # others.
         self._learning = learning(self._layers)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,7 +185,9 @@ class BatchNormRecalibration(Callback):
             self._final = self.kept
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._learning = self._learning or learning(find_batch_norms(pl_module))  # nothing was trained in a fit that was resumed at its end
+        self._learning = self._learning or learning(
+            find_batch_norms(pl_module)
+        )  # nothing was trained in a fit that was resumed at its end
         with on_training_device(trainer, pl_module):
             # A fit resumed from a checkpoint with no step left to train ends without on_train_end.
             if self.when == "fit_end" and 0 < trainer.global_step != self._last_step:
@@ -207,7 +221,9 @@ class BatchNormRecalibration(Callback):
     def _act(self, trainer: Trainer, module: LightningModule) -> None:
         self._take_in_new_layers(module)
         if not self._learning:
-            rank_zero_warn(f"BatchNormRecalibration: {_why_none(self._layers)}, so their statistics were left as they are.")
+            rank_zero_warn(
+                f"BatchNormRecalibration: {_why_none(self._layers)}, so their statistics were left as they are."
+            )
             return
         before = self._validate(trainer, module)
         self.report = self._recalibrate(trainer, module)
@@ -292,7 +308,9 @@ def _check_arguments(
     if not isinstance(every_n_epochs, int) or every_n_epochs < 1:
         raise ValueError(f"BatchNormRecalibration(every_n_epochs={every_n_epochs!r}): a number of epochs, at least 1.")
     if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
-        raise ValueError(f"BatchNormRecalibration(num_batches={num_batches!r}): a number of batches, at least 1, or None for all.")
+        raise ValueError(
+            f"BatchNormRecalibration(num_batches={num_batches!r}): a number of batches, at least 1, or None for all."
+        )
     if tolerance is not None and (exact or not tolerance > 0):
         raise ValueError(
             f"BatchNormRecalibration(tolerance={tolerance!r}, exact={exact!r}): tolerance is a standard error in standard deviations, "

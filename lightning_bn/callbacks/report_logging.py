@@ -13,8 +13,11 @@ __all__ = ["log_report", "markdown"]
 _PREFIX = "batch_norm/recalibration"
 
 
-def log_report(loggers: Iterable[Logger], report: RecalibrationReport, step: int, values: Mapping[str, float | None]) -> None:
-    """Log the worst layers' figures, and `values`, as scalars to every logger, and the whole report as text to TensorBoard.
+def log_report(
+    loggers: Iterable[Logger], report: RecalibrationReport, step: int, values: Mapping[str, float | None]
+) -> None:
+    """Log the worst layers' figures, and `values`, as scalars to every logger, and the whole report as text to
+    TensorBoard.
 
     A handful of tags however many layers there are: thousands make TensorBoard unusable.
     """
@@ -34,7 +37,9 @@ def log_report(loggers: Iterable[Logger], report: RecalibrationReport, step: int
 def markdown(report: RecalibrationReport) -> str:
     """Return the report as a Markdown table under its headline, the worst layers first."""
     headline, *_ = str(report).splitlines()
-    rows = sorted(report.as_dict()["layers"], key=lambda row: -max(row["mean_shift_rms"] or 0, row["log_variance_ratio_rms"] or 0))
+    rows = sorted(
+        report.as_dict()["layers"], key=lambda row: -max(row["mean_shift_rms"] or 0, row["log_variance_ratio_rms"] or 0)
+    )
     cells = [[_cell(value) for value in row.values()] for row in rows]
     header = [name.replace("_", " ") for name in rows[0]]
     lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells]

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.callbacks.isolation import in_stage, isolated, muted
-from lightning_bn.callbacks.lightning_internals import afresh, to_device, training_loader, validation_loader, validation_metrics
+from lightning_bn.callbacks.lightning_internals import (
+    afresh,
+    to_device,
+    training_loader,
+    validation_loader,
+    validation_metrics,
+)
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager, kept_attribute
 from lightning_bn.recalibration.keeping import kept
@@ -42,7 +48,8 @@ def training_pass(trainer: Trainer, module: LightningModule, dataloader: Any = N
     Args:
         trainer: in a fit.
         module: its LightningModule.
-        dataloader: another source of batches; None takes the Trainer's own, with its samplers and ``limit_train_batches``.
+        dataloader: another source of batches; None takes the Trainer's own, with its samplers and
+            ``limit_train_batches``.
     """
     loader = training_loader(trainer) if dataloader is None else afresh(dataloader)
     with ExitStack() as stack:

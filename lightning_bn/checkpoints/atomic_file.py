@@ -12,7 +12,8 @@ __all__ = ["write_atomically"]
 
 
 def write_atomically(checkpoint: Any, path: Path) -> None:
-    """Save `checkpoint` as `path`, by `torch.save`: a kill, or a power cut, at any moment leaves the file that was there, or the new one.
+    """Save `checkpoint` as `path`, by `torch.save`: a kill, or a power cut, at any moment leaves the file that was
+    there, or the new one.
 
     A process that is killed on the way leaves a hidden file, which the next one overwrites.
     """

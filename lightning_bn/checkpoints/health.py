@@ -61,7 +61,8 @@ class HealthFinding:
 
 @dataclass(frozen=True)
 class LayerHealth:
-    """What a file holds of one batch-norm layer. Ranges are over channels and leave out what is not finite; NaN where nothing is left."""
+    """What a file holds of one batch-norm layer. Ranges are over channels and leave out what is not finite; NaN where
+    nothing is left."""
 
     name: str
     channels: int
@@ -101,7 +102,10 @@ class CheckpointHealth:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts; what is not finite is None, as JSON has no NaN."""
-        return {"layers": [_plain(layer) for layer in self.layers], "findings": [asdict(finding) for finding in self.findings]}
+        return {
+            "layers": [_plain(layer) for layer in self.layers],
+            "findings": [asdict(finding) for finding in self.findings],
+        }
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,8 @@ class LayerDrift:
 
 @dataclass(frozen=True)
 class StateDrift:
-    """What `compare_checkpoints` saw: the layers that both files have, the farthest first, and the names that only one has."""
+    """What `compare_checkpoints` saw: the layers that both files have, the farthest first, and the names that only one
+    has."""
 
     layers: tuple[LayerDrift, ...]
     only_first: tuple[str, ...]
@@ -134,9 +139,11 @@ class StateDrift:
 
 
 def inspect_checkpoint(path: Path | str) -> CheckpointHealth:
-    """Look at the batch-norm layers in a state_dict, or a checkpoint that holds one; no model is built and no code in the file runs.
+    """Look at the batch-norm layers in a state_dict, or a checkpoint that holds one; no model is built and no code in
+    the file runs.
 
-    A layer is what has ``running_mean`` and ``running_var``; an instance norm that tracks statistics looks the same in a file.
+    A layer is what has ``running_mean`` and ``running_var``; an instance norm that tracks statistics looks the same in
+    a file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -189,7 +196,10 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "it is damaged")
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line),
+            "it is damaged",
+        )
         raise CheckpointRefusedError(f"{path} is refused, and nothing in it was run: {reason}") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
         raise CheckpointRefusedError(f"{path} is not a whole checkpoint: {error}") from error
@@ -203,11 +213,21 @@ def _layers_in(path: Path) -> dict[str, dict[str, Tensor]]:
         for key, mean in state.items():
             name, _, last = key.rpartition("running_mean")
             var = state.get(f"{name}running_var")
-            if not last and isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.dim() == 1 and mean.shape == var.shape:
+            if (
+                not last
+                and isinstance(mean, Tensor)
+                and isinstance(var, Tensor)
+                and mean.dim() == 1
+                and mean.shape == var.shape
+            ):
                 label = ".".join(part for part in (prefix, name.removesuffix(".")) if part)
-                found[label] = {part: state[name + part] for part in _ENTRIES if isinstance(state.get(name + part), Tensor)}
+                found[label] = {
+                    part: state[name + part] for part in _ENTRIES if isinstance(state.get(name + part), Tensor)
+                }
     if not found:
-        raise CheckpointRefusedError(f"{path} has no batch-norm layer: no state_dict in it has a running_mean beside a running_var.")
+        raise CheckpointRefusedError(
+            f"{path} has no batch-norm layer: no state_dict in it has a running_mean beside a running_var."
+        )
     return found
 
 
@@ -215,7 +235,8 @@ _ENTRIES = ("running_mean", "running_var", "num_batches_tracked", "weight", "bia
 
 
 def _states(content: Any, prefix: str = "", depth: int = 3) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Find the mappings that are state_dicts: the Lightning one alone where there is one, else whatever has a running_mean."""
+    """Find the mappings that are state_dicts: the Lightning one alone where there is one, else whatever has a
+    running_mean."""
     if not isinstance(content, Mapping) or not depth:
         return
     if isinstance(content.get("state_dict"), Mapping):
@@ -259,23 +280,32 @@ def _range(values: Tensor | None) -> tuple[float | None, float | None]:
 
 def _findings(layer: LayerHealth) -> Iterator[HealthFinding]:
     if layer.nonfinite:
-        yield HealthFinding("error", "BN203", layer.name, f"{layer.nonfinite} entries are NaN, infinite, or a negative variance.")
+        yield HealthFinding(
+            "error", "BN203", layer.name, f"{layer.nonfinite} entries are NaN, infinite, or a negative variance."
+        )
     if layer.untouched:
         text = f"mean is 0 and variance 1 in all channels, with {layer.batches_tracked or 0} batches tracked: no data has been seen."
         yield HealthFinding("warning", "BN204", layer.name, text)
     if layer.exploded:
         yield HealthFinding(
-            "warning", None, layer.name, f"{layer.exploded} of {layer.channels} channels have a variance above {EXPLODED:g}."
+            "warning",
+            None,
+            layer.name,
+            f"{layer.exploded} of {layer.channels} channels have a variance above {EXPLODED:g}.",
         )
     if layer.dead:
         level: Level = "warning" if layer.dead >= DEAD_SHARE * layer.channels else "info"
-        yield HealthFinding(level, None, layer.name, f"{layer.dead} of {layer.channels} channels are dead: a variance below {EPS:g}.")
+        yield HealthFinding(
+            level, None, layer.name, f"{layer.dead} of {layer.channels} channels are dead: a variance below {EPS:g}."
+        )
     if layer.dtype in (str(dtype).removeprefix("torch.") for dtype in _SIXTEEN_BITS):
         yield HealthFinding("info", "BN206", layer.name, f"statistics are kept in {layer.dtype}; {RULES['BN206'].why}")
 
 
 def _uneven(layers: tuple[LayerHealth, ...]) -> Iterator[HealthFinding]:
-    counts = Counter(layer.batches_tracked for layer in layers if layer.batches_tracked is not None and not layer.untouched)
+    counts = Counter(
+        layer.batches_tracked for layer in layers if layer.batches_tracked is not None and not layer.untouched
+    )
     if len(counts) > 1:
         usual = counts.most_common(1)[0][0]
         others = [layer.name for layer in layers if layer.batches_tracked not in (usual, None) and not layer.untouched]
@@ -285,7 +315,9 @@ def _uneven(layers: tuple[LayerHealth, ...]) -> Iterator[HealthFinding]:
 
 
 def _layer_drift(name: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> LayerDrift:
-    (mean, var), (new_mean, new_var) = ([state[part].double() for part in ("running_mean", "running_var")] for state in (first, second))
+    (mean, var), (new_mean, new_var) = (
+        [state[part].double() for part in ("running_mean", "running_var")] for state in (first, second)
+    )
     shift = (new_mean - mean) / (var + EPS).sqrt()
     ratio = ((new_var + EPS) / (var + EPS)).log()
     return LayerDrift(name, *(figure for values in (shift, ratio) for figure in (_largest(values), _rms(values))))
@@ -305,4 +337,7 @@ def _distance(layer: LayerDrift) -> float:
 
 
 def _plain(layer: LayerHealth | LayerDrift) -> dict[str, Any]:
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in asdict(layer).items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(layer).items()
+    }

@@ -65,7 +65,19 @@ def _print_health(health: CheckpointHealth) -> None:
     print(f"{len(health.layers)} batch-norm layers, {len(health.findings)} findings." + "\n" * bool(health.layers))
     worst = {finding.layer: place for place, finding in reversed(list(enumerate(health.findings)))}
     layers = sorted(health.layers, key=lambda layer: worst.get(layer.name, len(worst) + len(health.findings)))
-    header = ("layer", "channels", "batches", "mean", "variance", "dead", "exploded", "not finite", "weight", "bias", "dtype")
+    header = (
+        "layer",
+        "channels",
+        "batches",
+        "mean",
+        "variance",
+        "dead",
+        "exploded",
+        "not finite",
+        "weight",
+        "bias",
+        "dtype",
+    )
     print_table(header, [_cells(layer) for layer in layers])
 
 
@@ -99,5 +111,7 @@ def _print_drift(drift: StateDrift) -> None:
         if names:
             print(f"{what}: {', '.join(names)}.")
     figures = ("mean_shift_max", "mean_shift_rms", "log_variance_ratio_max", "log_variance_ratio_rms")
-    rows = [(layer.name or "(the model)", *(f"{getattr(layer, name):.3g}" for name in figures)) for layer in drift.layers]
+    rows = [
+        (layer.name or "(the model)", *(f"{getattr(layer, name):.3g}" for name in figures)) for layer in drift.layers
+    ]
     print_table(("layer", "mean shift max", "rms", "log var ratio max", "rms"), rows)

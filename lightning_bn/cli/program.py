@@ -12,7 +12,9 @@ from lightning_bn.cli.output import FINDINGS, INTERRUPTED, USAGE, RefusedError, 
 __all__ = ["main"]
 
 _PATHS = ("checkpoints", "ckpt_path", "config", "output")
-_EXIT_CODES = "Exit codes: 0 all is well; 1 findings, or refused with nothing changed; 2 the command line can't be meant."
+_EXIT_CODES = (
+    "Exit codes: 0 all is well; 1 findings, or refused with nothing changed; 2 the command line can't be meant."
+)
 _OVERRIDES = (
     "What stands after -- goes to the LightningCLI and overrides the config, as in: -- --trainer.accelerator=cpu --data.batch_size=64. "
     "Classes are imported from the current directory too. "
@@ -68,7 +70,9 @@ def _run(command: str, options: dict[str, Any], overrides: list[str]) -> int:
 
         return int(getattr(inspection, command)(**options))
     if options["exact"] and options["tolerance"] is not None:
-        raise UsageError("--exact needs all batches at once and can't stop at a --tolerance; give --num_batches with it.")
+        raise UsageError(
+            "--exact needs all batches at once and can't stop at a --tolerance; give --num_batches with it."
+        )
     # These import Lightning, which takes seconds.
     if command == "recalibrate":
         from lightning_bn.cli.recalibration import recalibrate
@@ -87,7 +91,12 @@ def _parser() -> Any:
     description = "Recalibrate, look at and compare the batch-norm statistics in checkpoints."
     parser = ArgumentParser(prog="lightning-bn", description=description, epilog=_EXIT_CODES)
     commands = parser.add_subcommands(required=False, metavar="COMMAND")
-    for name, build in (("recalibrate", _recalibrate), ("validate", _validate), ("inspect", _inspect), ("rules", _rules)):
+    for name, build in (
+        ("recalibrate", _recalibrate),
+        ("validate", _validate),
+        ("inspect", _inspect),
+        ("rules", _rules),
+    ):
         command = ArgumentParser(description=build.__doc__, epilog=_EXIT_CODES)
         build(command)
         commands.add_subcommand(name, command, help=build.__doc__)
@@ -99,17 +108,24 @@ def _recalibrate(parser: Any) -> None:
     parser.epilog = _OVERRIDES + _EXIT_CODES
     _add_run(parser)
     _add_recalibration(parser)
-    parser.add_argument("--output", type=str | None, help="the new file; default: <ckpt_path>-recalibrated.ckpt beside the old one")
-    parser.add_argument("--overwrite", action="store_true", help="let the new file replace one that is there, be it the input")
+    parser.add_argument(
+        "--output", type=str | None, help="the new file; default: <ckpt_path>-recalibrated.ckpt beside the old one"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="let the new file replace one that is there, be it the input"
+    )
     parser.add_argument("--dry_run", action="store_true", help="report what would change, and write nothing")
     _add_json(parser)
 
 
 def _validate(parser: Any) -> None:
-    """Validate a checkpoint; with --compare under its own, recalibrated and batch statistics: the train/eval gap in one table."""
+    """Validate a checkpoint; with --compare under its own, recalibrated and batch statistics: the train/eval gap in one
+    table."""
     parser.epilog = _OVERRIDES + _EXIT_CODES
     _add_run(parser)
-    parser.add_argument("--compare", action="store_true", help="also validate under recalibrated and under batch statistics")
+    parser.add_argument(
+        "--compare", action="store_true", help="also validate under recalibrated and under batch statistics"
+    )
     _add_recalibration(parser)
     _add_json(parser)
 
@@ -117,7 +133,11 @@ def _validate(parser: Any) -> None:
 def _inspect(parser: Any) -> None:
     """Say what is in the batch-norm layers of a checkpoint, or how far they moved between two; no model is built."""
     parser.add_argument(
-        "checkpoints", type=str, nargs="+", metavar="CKPT", help="a state_dict or Lightning checkpoint; a second to compare"
+        "checkpoints",
+        type=str,
+        nargs="+",
+        metavar="CKPT",
+        help="a state_dict or Lightning checkpoint; a second to compare",
     )
     _add_json(parser)
 
@@ -129,27 +149,47 @@ def _rules(parser: Any) -> None:
 
 
 def _add_run(parser: Any) -> None:
-    parser.add_argument("--config", type=str, required=True, nargs="+", help="the config of a LightningCLI; later ones override")
+    parser.add_argument(
+        "--config", type=str, required=True, nargs="+", help="the config of a LightningCLI; later ones override"
+    )
     parser.add_argument("--ckpt_path", type=str, required=True, help="the checkpoint")
     parser.add_argument(
-        "--model", type=str | None, help="class of the model, as main.Classifier, where the config has no class_path for it"
+        "--model",
+        type=str | None,
+        help="class of the model, as main.Classifier, where the config has no class_path for it",
     )
     parser.add_argument("--data", type=str | None, help="class of the datamodule, likewise")
-    parser.add_argument("--cli", type=str | None, help="your subclass of LightningCLI, if its config has keys of its own")
-    parser.add_argument("--weights_only", type=bool, default=True, help="false loads pickled objects too, and may run code from the file")
+    parser.add_argument(
+        "--cli", type=str | None, help="your subclass of LightningCLI, if its config has keys of its own"
+    )
+    parser.add_argument(
+        "--weights_only",
+        type=bool,
+        default=True,
+        help="false loads pickled objects too, and may run code from the file",
+    )
 
 
 def _add_recalibration(parser: Any) -> None:
     from jsonargparse.typing import PositiveFloat, PositiveInt
 
     parser.add_argument("--num_batches", type=PositiveInt, default=200, help="batches to look at, at most")
-    parser.add_argument("--tolerance", type=PositiveFloat | None, help="stop at this standard error of the means, in standard deviations")
     parser.add_argument(
-        "--exact", action="store_true", help="statistics of the network as it runs at inference; holds all batches in memory"
+        "--tolerance",
+        type=PositiveFloat | None,
+        help="stop at this standard error of the means, in standard deviations",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="statistics of the network as it runs at inference; holds all batches in memory",
     )
     parser.add_argument("--dataloader", choices=["train", "val"], default="train", help="which of the data to look at")
     parser.add_argument(
-        "--layers", nargs="+", metavar="PATTERN", help="patterns of layer names; default: all whose parameters require grad"
+        "--layers",
+        nargs="+",
+        metavar="PATTERN",
+        help="patterns of layer names; default: all whose parameters require grad",
     )
 
 

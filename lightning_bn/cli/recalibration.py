@@ -38,7 +38,9 @@ def recalibrate(
     if not dry_run:
         _check_target(target, overwrite)
     session = Session(config, overrides, checkpoint, model=model, data=data, cli=cli)
-    report, statistics = session.recalibrate(dataloader, layers, num_batches=num_batches, tolerance=tolerance, exact=exact, dry_run=dry_run)
+    report, statistics = session.recalibrate(
+        dataloader, layers, num_batches=num_batches, tolerance=tolerance, exact=exact, dry_run=dry_run
+    )
     if session.trainer.is_global_zero:
         if not dry_run:
             checkpoint["state_dict"].update(statistics)

@@ -1,4 +1,5 @@
-"""A model, its data and a Trainer from a LightningCLI's config, and passes over the data with the weights of a checkpoint."""
+"""A model, its data and a Trainer from a LightningCLI's config, and passes over the data with the weights of a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ from lightning_bn.recalibration.report import RecalibrationReport
 
 __all__ = ["Session", "load_checkpoint"]
 
-# What a run of training would do beside what is asked for here; its callbacks are left out below. `fit` stops before its first batch.
+# What a run of training would do beside what is asked for here; its callbacks are left out below. `fit` stops before
+# its first batch.
 _QUIET: dict[str, Any] = {
     "logger": False,
     "num_sanity_val_steps": 0,
@@ -51,7 +53,10 @@ _QUIET: dict[str, Any] = {
     "check_val_every_n_epoch": 1,
 }
 
-_PARSER = {"prog": "lightning-bn", "usage": "lightning-bn COMMAND --config CONFIG --ckpt_path CKPT -- [options of your LightningCLI]"}
+_PARSER = {
+    "prog": "lightning-bn",
+    "usage": "lightning-bn COMMAND --config CONFIG --ckpt_path CKPT -- [options of your LightningCLI]",
+}
 
 
 def load_checkpoint(path: Path, *, weights_only: bool) -> dict[str, Any]:
@@ -102,8 +107,11 @@ class Session:
         self._module.configure_callbacks = lambda: _converting(of_module())
         self._callbacks = _converting(self.trainer.callbacks)  # type: ignore[attr-defined]
 
-    def recalibrate(self, dataloader: str, layers: Sequence[str] | None, **options: Any) -> tuple[RecalibrationReport, dict[str, Tensor]]:
-        """Recalibrate the model with the checkpoint's weights; return the report, and the statistics by their keys in the checkpoint."""
+    def recalibrate(
+        self, dataloader: str, layers: Sequence[str] | None, **options: Any
+    ) -> tuple[RecalibrationReport, dict[str, Tensor]]:
+        """Recalibrate the model with the checkpoint's weights; return the report, and the statistics by their keys in
+        the checkpoint."""
         state: dict[str, Tensor] = self._checkpoint["state_dict"]
         run = _Recalibration(dataloader, layers, options)
         self._run(self.trainer.fit, {}, run)
@@ -111,11 +119,14 @@ class Session:
             raise RefusedError("the config has no training data, without which Lightning does not fit.")
         unknown = [key for key in run.statistics if key not in state]
         if unknown:
-            raise RefusedError(f"the model renames what it loads: its {unknown[0]} is not in the checkpoint, so there is no place for it.")
+            raise RefusedError(
+                f"the model renames what it loads: its {unknown[0]} is not in the checkpoint, so there is no place for it."
+            )
         return run.report, {key: value.to(state[key].dtype) for key, value in run.statistics.items()}
 
     def validate(self, statistics: dict[str, Tensor], *, with_batches: bool = False) -> dict[str, float]:
-        """Return the metrics that validation logs with the checkpoint's weights; `statistics` go in the place of its own."""
+        """Return the metrics that validation logs with the checkpoint's weights; `statistics` go in the place of its
+        own."""
         extra = [_BatchStatistics()] if with_batches else []
         results = self._run(partial(self.trainer.validate, verbose=False), statistics, *extra)
         return {name: float(value) for result in results for name, value in result.items()}
@@ -220,19 +231,28 @@ def _set_training(module: nn.Module, value: bool) -> None:
     module.training = value
 
 
-def _build(configs: Sequence[Path], overrides: Sequence[str], model: str | None, data: str | None, cli: str | None) -> LightningCLI:
+def _build(
+    configs: Sequence[Path], overrides: Sequence[str], model: str | None, data: str | None, cli: str | None
+) -> LightningCLI:
     base = LightningCLI if cli is None else _import(cli, "--cli")
     reader = type("Reader", (_ReadingCLI, base), {})
     arguments = [*(f"--config={path}" for path in configs), *overrides]
-    classes = [None if path is None else _import(path, option) for path, option in ((model, "--model"), (data, "--data"))]
+    classes = [
+        None if path is None else _import(path, option) for path, option in ((model, "--model"), (data, "--data"))
+    ]
     with warnings.catch_warnings():
         # It warns of arguments that are given to it beside those of the process: here those are another command's.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
-            built: LightningCLI = reader(*classes, save_config_callback=None, run=False, args=arguments, parser_kwargs=_PARSER)
+            built: LightningCLI = reader(
+                *classes, save_config_callback=None, run=False, args=arguments, parser_kwargs=_PARSER
+            )
         except SystemExit as stop:
             if stop.code and model is None:
-                print("lightning-bn: if your program is LightningCLI(Model, Data), pass --model and --data.", file=sys.stderr)
+                print(
+                    "lightning-bn: if your program is LightningCLI(Model, Data), pass --model and --data.",
+                    file=sys.stderr,
+                )
             raise
     return built
 
@@ -243,7 +263,8 @@ class _ReadingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions"):
-            # The config of a subcommand such as fit has its arguments too; without a subcommand they would not be known.
+            # The config of a subcommand such as fit has its arguments too; without a subcommand they would not be
+            # known.
             parser.add_argument(f"--{name}", type=Any, default=None)
 
     def before_instantiate_classes(self) -> None:
@@ -262,4 +283,8 @@ def _import(path: str, option: str) -> Any:
 
 def _converting(callbacks: Any) -> list[Callback]:
     """Of one callback or several, those that make the model what it was in training."""
-    return [each for each in (callbacks if isinstance(callbacks, Sequence) else [callbacks]) if isinstance(each, ConvertBatchNorm)]
+    return [
+        each
+        for each in (callbacks if isinstance(callbacks, Sequence) else [callbacks])
+        if isinstance(each, ConvertBatchNorm)
+    ]

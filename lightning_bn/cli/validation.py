@@ -34,7 +34,9 @@ def validate(
     session = Session(config, overrides, checkpoint, model=model, data=data, cli=cli)
     results = {"checkpoint": session.validate({})}
     if compare:
-        _, statistics = session.recalibrate(dataloader, layers, num_batches=num_batches, tolerance=tolerance, exact=exact)
+        _, statistics = session.recalibrate(
+            dataloader, layers, num_batches=num_batches, tolerance=tolerance, exact=exact
+        )
         results["recalibrated"] = session.validate(statistics)
         results["batch statistics"] = session.validate({}, with_batches=True)
     if session.trainer.is_global_zero:
@@ -44,9 +46,14 @@ def validate(
 
 def _finite(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
     """JSON has no NaN."""
-    return {column: {name: value if math.isfinite(value) else None for name, value in row.items()} for column, row in results.items()}
+    return {
+        column: {name: value if math.isfinite(value) else None for name, value in row.items()}
+        for column, row in results.items()
+    }
 
 
 def _print(results: dict[str, dict[str, float]]) -> None:
     metrics = list(results["checkpoint"])
-    print_table(("metric", *results), [(name, *(f"{column[name]:.4g}" for column in results.values())) for name in metrics])
+    print_table(
+        ("metric", *results), [(name, *(f"{column[name]:.4g}" for column in results.values())) for name in metrics]
+    )

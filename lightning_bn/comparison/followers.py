@@ -1,6 +1,7 @@
 """Several averages of the batch statistics beside the one that a model's layers keep themselves.
 
-Running statistics are read by evaluation alone, so what a layer would hold under another average can be followed in the same run.
+Running statistics are read by evaluation alone, so what a layer would hold under another average can be followed in the
+same run.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ __all__ = ["Followers"]
 
 
 class Followers:
-    """For each average and each batch-norm layer of a model: the running statistics that the layer would keep under that average.
+    """For each average and each batch-norm layer of a model: the running statistics that the layer would keep under
+    that average.
 
-    All start from what the layers' buffers hold, as `convert_batch_norm` would, and see the batches that the layers see in
-    training; the layers' own statistics, outputs and gradients are not touched. Non-finite batches are left out.
+    All start from what the layers' buffers hold, as `convert_batch_norm` would, and see the batches that the layers see
+    in training; the layers' own statistics, outputs and gradients are not touched. Non-finite batches are left out.
 
     Args:
         model: its batch-norm layers that keep running statistics are followed, of whatever class.
@@ -82,7 +84,8 @@ class Followers:
             raise ValueError("Followers(model, ...): the model has no batch-norm layer that keeps running statistics.")
         # A shadow is a layer that is never called: it holds what `advance` writes into, and saves and loads it.
         self._shadows = {
-            name: {path: _shadow(layer, averaging) for path, layer in self._layers.items()} for name, averaging in averages.items()
+            name: {path: _shadow(layer, averaging) for path, layer in self._layers.items()}
+            for name, averaging in averages.items()
         }
         self._model = model
         self._seen: set[_BatchNorm] = set()
@@ -91,14 +94,19 @@ class Followers:
         self._kept: set[_BatchNorm] = set()
         self._wide: list[_Wide] = []
         self._counts = {
-            path: layer.num_batches_tracked.clone() for path, layer in self._layers.items() if layer.num_batches_tracked is not None
+            path: layer.num_batches_tracked.clone()
+            for path, layer in self._layers.items()
+            if layer.num_batches_tracked is not None
         }
 
     @contextmanager
     def following(self) -> Iterator[None]:
         """Take in every training batch that reaches the layers."""
         self._wide = [
-            _Wide([self._layers[path] for path in paths], [[row[path] for path in paths] for row in self._shadows.values()])
+            _Wide(
+                [self._layers[path] for path in paths],
+                [[row[path] for path in paths] for row in self._shadows.values()],
+            )
             for paths in self._alike()
         ]
         layers = list(self._layers.values())
@@ -129,7 +137,9 @@ class Followers:
         return [
             path
             for path, before in self._counts.items()
-            if self._layers[path] not in self._seen and path not in self._traced and bool(self._layers[path].num_batches_tracked != before)
+            if self._layers[path] not in self._seen
+            and path not in self._traced
+            and bool(self._layers[path].num_batches_tracked != before)
         ]
 
     @contextmanager
@@ -152,7 +162,10 @@ class Followers:
     def state_dict(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """Return, by average and layer, all that the averages need to go on."""
         self._flush()
-        return {name: {path: _copied(shadow.state_dict()) for path, shadow in row.items()} for name, row in self._shadows.items()}
+        return {
+            name: {path: _copied(shadow.state_dict()) for path, shadow in row.items()}
+            for name, row in self._shadows.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
         """Take over what `state_dict` returned; an average or a layer that is not in it keeps what it holds."""
@@ -176,7 +189,8 @@ class Followers:
         self._flush()
 
     def _compiled(self, path: str) -> Any:
-        """Return a hook that `torch.compile` makes part of its code: there every layer settles by itself, and so do its shadows."""
+        """Return a hook that `torch.compile` makes part of its code: there every layer settles by itself, and so do its
+        shadows."""
         shadows = [row[path] for row in self._shadows.values()]
 
         def take(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -226,12 +240,18 @@ class _Wide:
         self._groups = [Group(row, [rule_of(shadow) for shadow in row], skip_nonfinite=True) for row in shadows]
         like = shadows[0][0].running_mean
         self._which: dict[tuple[bool, ...], Tensor] = {}
-        self._eps = torch.tensor([layer.eps for layer in layers], dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
+        self._eps = torch.tensor([layer.eps for layer in layers], dtype=like.dtype, device="cpu").to(
+            like.device, non_blocking=True
+        )
         self._absent = [torch.zeros(layer.num_features, dtype=like.dtype, device=like.device) for layer in layers]
 
     def take_each(self, pending: Mapping[_BatchNorm, Loan], kept: AbstractSet[_BatchNorm]) -> None:
-        """Take in the batches of those layers that ran; of those in `kept`, ``1 / sqrt(biased variance + eps)`` stands for the variance."""
-        loans = [pending.get(layer) or Loan(None, none, none, None) for layer, none in zip(self.layers, self._absent, strict=True)]
+        """Take in the batches of those layers that ran; of those in `kept`, ``1 / sqrt(biased variance + eps)`` stands
+        for the variance."""
+        loans = [
+            pending.get(layer) or Loan(None, none, none, None)
+            for layer, none in zip(self.layers, self._absent, strict=True)
+        ]
         if any(loan.ran for loan in loans):
             for loan in loans:
                 loan.own_rows = True
@@ -260,11 +280,18 @@ class _Wide:
 
 
 @torch.no_grad()
-def _moments(layer: _BatchNorm, input: Tensor, mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
+def _moments(
+    layer: _BatchNorm, input: Tensor, mask: Tensor | None, output: Tensor
+) -> tuple[Tensor, Tensor, Tensor | int]:
     """Mean, *unbiased* variance and count of what the layer's own statistics take in: the batch, or that of all ranks
     if it is synchronised."""
     moments = synchronised_moments(layer)
-    if isinstance(layer, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if (
+        isinstance(layer, nn.SyncBatchNorm)
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size() > 1
+    ):
         (moments,) = merge_over_ranks([Moments.of(input, mask)], layer.process_group)
     elif moments is None and (mask is not None or not input.numel()):
         moments = Moments.of(input, mask)
@@ -283,7 +310,9 @@ def _settle_each(shadows: list[BatchNorm1d], moments: Moments) -> None:
 
 def _shadow(layer: _BatchNorm, averaging: Averaging) -> BatchNorm1d:
     dtype = torch.promote_types(layer.running_mean.dtype, torch.float32)
-    shadow = BatchNorm1d(layer.num_features, affine=False, device=layer.running_mean.device, dtype=dtype, averaging=averaging)
+    shadow = BatchNorm1d(
+        layer.num_features, affine=False, device=layer.running_mean.device, dtype=dtype, averaging=averaging
+    )
     shadow.running_mean.copy_(layer.running_mean)
     shadow.running_var.copy_(layer.running_var)
     if layer.num_batches_tracked is not None:

@@ -59,7 +59,9 @@ class Scores:
 
     def __str__(self) -> str:
         names = sorted(self.values, key=lambda name: self._cost(self.mean(name)))
-        rows = [[name, *(f"{v:.4f}" for v in (self.mean(name), self.worst(name), self.values[name][-1]))] for name in names]
+        rows = [
+            [name, *(f"{v:.4f}" for v in (self.mean(name), self.worst(name), self.values[name][-1]))] for name in names
+        ]
         rows.insert(0, [self.metric, "mean", "worst", "last"])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]

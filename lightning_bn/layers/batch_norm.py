@@ -38,35 +38,36 @@ __all__ = ["AveragedBatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "ch
 class AveragedBatchNorm(_BatchNorm):
     """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share: torch's layer, with a choice of running statistics.
 
-    ``output = (input - mean) / sqrt(var + eps) * weight + bias``, per channel. In training mean and *biased* variance are the batch's. In
-    eval they are the running statistics, which `averaging` makes of the batches' means and *unbiased* variances. What is averaged does
-    not touch training: outputs and gradients in training are torch's, whatever the average.
+    ``output = (input - mean) / sqrt(var + eps) * weight + bias``, per channel. In training mean and *biased* variance
+    are the batch's. In eval they are the running statistics, which `averaging` makes of the batches' means and
+    *unbiased* variances. What is averaged does not touch training: outputs and gradients in training are torch's,
+    whatever the average.
 
     Args:
         num_features: number of channels C.
         eps: added to the variance, in its units.
-        momentum: weight of the new batch, for ``averaging=None``; None makes the average cumulative. Where `averaging` is an
-            `Exponential`, this attribute reads and writes that one's momentum.
+        momentum: weight of the new batch, for ``averaging=None``; None makes the average cumulative. Where `averaging`
+            is an `Exponential`, this attribute reads and writes that one's momentum.
         affine: whether there are a learned weight and bias per channel.
         track_running_stats: whether there are running statistics at all.
         device: of parameters, buffers and the averaging's state.
-        dtype: of parameters and buffers. With an averaging the running statistics are float32 at least, and stay so when the model is
-            cast to 16 bits: an average kept in bfloat16 stalls long before it arrives.
-        averaging: how batches become running statistics; the layer keeps its own copy. None: torch's rule, by `momentum`, and the layer
-            is then a drop-in for torch's, to the bit.
-        skip_nonfinite: whether a batch whose mean or variance is NaN or infinite leaves the running statistics as they are. The device
-            decides; the host does not wait for it.
+        dtype: of parameters and buffers. With an averaging the running statistics are float32 at least, and stay so
+            when the model is cast to 16 bits: an average kept in bfloat16 stalls long before it arrives.
+        averaging: how batches become running statistics; the layer keeps its own copy. None: torch's rule, by
+            `momentum`, and the layer is then a drop-in for torch's, to the bit.
+        skip_nonfinite: whether a batch whose mean or variance is NaN or infinite leaves the running statistics as they
+            are. The device decides; the host does not wait for it.
 
-    ``num_batches_tracked`` counts the batches that went into the statistics. They stand still in eval, inside `paused_statistics`,
-    for a non-finite batch, and in the recomputation of activation checkpointing.
+    ``num_batches_tracked`` counts the batches that went into the statistics. They stand still in eval, inside
+    `paused_statistics`, for a non-finite batch, and in the recomputation of activation checkpointing.
 
     Raises:
         TypeError: averaging is not an `Averaging`.
         ValueError: an averaging with ``track_running_stats=False``.
 
     References:
-        Ioffe & Szegedy 2015, "Batch normalization: accelerating deep network training by reducing internal covariate shift",
-        algorithms 1 and 2.
+        Ioffe & Szegedy 2015, "Batch normalization: accelerating deep network training by reducing internal covariate
+        shift", algorithms 1 and 2.
     """
 
     averaging: Averaging | None
@@ -100,18 +101,23 @@ class AveragedBatchNorm(_BatchNorm):
         self.adopt(averaging)
 
     def adopt(self, averaging: Averaging | None) -> None:
-        """Keep the running statistics with a fresh copy of `averaging` from now on; None is torch's rule, by ``momentum``."""
+        """Keep the running statistics with a fresh copy of `averaging` from now on; None is torch's rule, by
+        ``momentum``."""
         self._modules.pop("averaging", None)  # a module assigned None would stay in the repr
         if averaging is not None:
             for buffer in (self.running_mean, self.running_var):
                 buffer.data = buffer.data.to(torch.promote_types(buffer.dtype, torch.float32))
         self.averaging = None if averaging is None else averaging.for_layer(self.running_mean)
-        self.momentum = self.momentum  # an exponential averaging's, for whoever reads the instance's __dict__, as torch's repr does
+        self.momentum = (
+            self.momentum
+        )  # an exponential averaging's, for whoever reads the instance's __dict__, as torch's repr does
 
-    # The value lives in the instance's __dict__, where torch's own layer keeps it: repr, pickle and a change of class find it there.
+    # The value lives in the instance's __dict__, where torch's own layer keeps it: repr, pickle and a change of class
+    # find it there.
     @property
     def momentum(self) -> float | None:
-        """Weight of the new batch, None for a cumulative average: the exponential averaging's own where the layer has one."""
+        """Weight of the new batch, None for a cumulative average: the exponential averaging's own where the layer has
+        one."""
         averaging = self.__dict__.get("_modules", {}).get("averaging")
         return averaging.momentum if isinstance(averaging, Exponential) else self.__dict__["momentum"]
 
@@ -125,13 +131,15 @@ class AveragedBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise `input`, (N, C, *spatial), and while training let the averaging take the batch's moments.
 
-        ``output = (input - mean) / sqrt(var + eps) * weight + bias``. In training, and where the layer has no running statistics, mean
-        and (biased) variance are the batch's; in eval they are the running ones, whose variance is unbiased.
+        ``output = (input - mean) / sqrt(var + eps) * weight + bias``. In training, and where the layer has no running
+        statistics, mean and (biased) variance are the batch's; in eval they are the running ones, whose variance is
+        unbiased.
 
         Args:
             input: (N, C, *spatial).
-            mask: boolean (N, *spatial), True where a position is valid. Statistics are those of the valid positions alone, and the
-                others come out as zero. A masked batch with fewer than two valid positions leaves the statistics as they are.
+            mask: boolean (N, *spatial), True where a position is valid. Statistics are those of the valid positions
+                alone, and the others come out as zero. A masked batch with fewer than two valid positions leaves the
+                statistics as they are.
 
         Returns:
             Shape and dtype of `input`.
@@ -207,14 +215,20 @@ class AveragedBatchNorm(_BatchNorm):
         count = self._values_per_channel(input)
         if (isinstance(count, Tensor) or count > 0) and not in_backward():
             valid = is_finite(var) if self.skip_nonfinite else None
-            values = count.to(dtype) if isinstance(count, Tensor) else torch.full((), count, dtype=dtype, device=input.device)
+            values = (
+                count.to(dtype)
+                if isinstance(count, Tensor)
+                else torch.full((), count, dtype=dtype, device=input.device)
+            )
             advance(self, rule_of(self), Batch(mean, var, values, self.num_batches_tracked + 1, valid))
         return output
 
     def _forward_in_kernel(self, input: Tensor, momentum: float) -> Tensor:
-        """Torch's own training forward, on copies that are kept only where the batch was finite and is not a recomputation.
+        """Torch's own training forward, on copies that are kept only where the batch was finite and is not a
+        recomputation.
 
-        A recomputation has to run the same kernel on the same kinds of tensors: checkpointing compares what either pass saves.
+        A recomputation has to run the same kernel on the same kinds of tensors: checkpointing compares what either pass
+        saves.
         """
         again = in_backward()
         mean, var = self.running_mean, self.running_var
@@ -264,9 +278,14 @@ class AveragedBatchNorm(_BatchNorm):
             advance(self, rule_of(self), batch)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AveragedBatchNorm:
-        # torch's cast of all buffers with the model makes an average in bfloat16, which stalls: at momentum 0.01, on the way from 0
-        # to 5, at 3.34. _apply is what .to(), .half() and Lightning's bf16-true call; torch's own modules override it too.
-        wide = {name: self._buffers[name] for name in ("running_mean", "running_var")} if self.averaging is not None else {}
+        # torch's cast of all buffers with the model makes an average in bfloat16, which stalls: at momentum 0.01, on
+        # the way from 0 to 5, at 3.34. _apply is what .to(), .half() and Lightning's bf16-true call; torch's own
+        # modules override it too.
+        wide = (
+            {name: self._buffers[name] for name in ("running_mean", "running_var")}
+            if self.averaging is not None
+            else {}
+        )
         super()._apply(fn, recurse)
         self._buffers.update({name: apply_to_statistics(fn, buffer) for name, buffer in wide.items()})
         return self
@@ -290,7 +309,9 @@ class AveragedBatchNorm(_BatchNorm):
     def reset_running_stats(self) -> None:
         """Put mean 0, variance 1 and no batches tracked into the buffers, and empty the averaging."""
         super().reset_running_stats()
-        averaging = self.__dict__.get("_modules", {}).get("averaging")  # torch's __init__ calls this before there is one
+        averaging = self.__dict__.get("_modules", {}).get(
+            "averaging"
+        )  # torch's __init__ calls this before there is one
         if averaging is not None:
             averaging.clear()
 
@@ -299,7 +320,8 @@ class AveragedBatchNorm(_BatchNorm):
 
 
 class BatchNorm1d(AveragedBatchNorm, nn.BatchNorm1d):
-    """Batch normalization of (N, C) or (N, C, L), with a choice of running statistics; `AveragedBatchNorm` has the arguments.
+    """Batch normalization of (N, C) or (N, C, L), with a choice of running statistics; `AveragedBatchNorm` has the
+    arguments.
 
     Example:
         >>> from lightning_bn import BatchNorm1d, Window
@@ -326,7 +348,8 @@ class BatchNorm2d(AveragedBatchNorm, nn.BatchNorm2d):
 
 
 class BatchNorm3d(AveragedBatchNorm, nn.BatchNorm3d):
-    """Batch normalization of (N, C, D, H, W), with a choice of running statistics; `AveragedBatchNorm` has the arguments.
+    """Batch normalization of (N, C, D, H, W), with a choice of running statistics; `AveragedBatchNorm` has the
+    arguments.
 
     Example:
         >>> from lightning_bn import BatchNorm3d, Exponential
@@ -338,7 +361,9 @@ class BatchNorm3d(AveragedBatchNorm, nn.BatchNorm3d):
     __module__ = "lightning_bn"
 
 
-def masked_batch_norm(input: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
+def masked_batch_norm(
+    input: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Moments]:
     """Normalise `input` with the moments of its valid positions, which are returned too; the others come out as zero."""
     if has_torch_function((input, mask, weight, bias)):  # a synchronising mode takes the moments of all ranks
         return handle_torch_function(masked_batch_norm, (input,), input, mask, weight, bias, eps)
@@ -359,13 +384,17 @@ def masked_batch_norm(input: Tensor, mask: Tensor, weight: Tensor | None, bias: 
 def check_averaging(averaging: object, call: str) -> None:
     """Raise a TypeError that shows `call` unless `averaging` is an Averaging."""
     if not isinstance(averaging, Averaging):
-        raise TypeError(f"{call}: averaging is an Averaging such as Window(20), Exponential(0.1) or Cumulative(), not {averaging!r}.")
+        raise TypeError(
+            f"{call}: averaging is an Averaging such as Window(20), Exponential(0.1) or Cumulative(), not {averaging!r}."
+        )
 
 
 def _check_mask(input: Tensor, mask: Tensor) -> None:
     expected = (input.shape[0], *input.shape[2:])
     call = f"forward(input of shape {tuple(input.shape)}, mask of shape {tuple(mask.shape)} and dtype {mask.dtype})"
     if mask.dtype != torch.bool:
-        raise TypeError(f"{call}: mask is boolean, True where a position is valid; pass mask=mask.bool() if 1 means valid in yours.")
+        raise TypeError(
+            f"{call}: mask is boolean, True where a position is valid; pass mask=mask.bool() if 1 means valid in yours."
+        )
     if tuple(mask.shape) != expected:
         raise ValueError(f"{call}: mask has one entry a position and none for channels, here shape {expected}.")

@@ -26,13 +26,15 @@ _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) -> nn.Module:
     """Give every batch-norm layer in `module` the averaging, in place.
 
-    A `torch.nn.BatchNorm1d/2d/3d` becomes this package's; it stays the same object, so parameters, buffers, hooks, training
-    flags, ``requires_grad``, device, dtype, names, and optimizers built before stay as they are. A subclass of others' making (timm's
-    ``BatchNormAct2d``, torch's ``SyncBatchNorm``) keeps its class and its own forward, and gets the averaging around it.
+    A `torch.nn.BatchNorm1d/2d/3d` becomes this package's; it stays the same object, so parameters, buffers, hooks,
+    training flags, ``requires_grad``, device, dtype, names, and optimizers built before stay as they are. A subclass of
+    others' making (timm's ``BatchNormAct2d``, torch's ``SyncBatchNorm``) keeps its class and its own forward, and gets
+    the averaging around it.
 
     Args:
         module: a model, or a layer.
-        averaging: each layer keeps its own copy. None: torch's rule, by the layer's ``momentum``, for torch's and this package's layers.
+        averaging: each layer keeps its own copy. None: torch's rule, by the layer's ``momentum``, for torch's and this
+            package's layers.
 
     Returns:
         `module` itself.
@@ -40,7 +42,8 @@ def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) ->
     Raises:
         TypeError: a layer can't be served; it is named, with the reason, and nothing was changed.
 
-    Lazy and quantization-aware layers are out of scope: initialise the former first, convert before preparing the latter.
+    Lazy and quantization-aware layers are out of scope: initialise the former first, convert before preparing the
+    latter.
 
     Example:
         >>> from torch import nn
@@ -56,18 +59,21 @@ def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) ->
     layers = find_batch_norms(module)
     refused = [(layer, reason) for layer in layers if (reason := _refusal(layer.module, averaging))]
     if refused:
-        raise TypeError(f"convert_batch_norm(module, {averaging!r}) can't serve {_listing(refused)}. Nothing was changed.")
+        raise TypeError(
+            f"convert_batch_norm(module, {averaging!r}) can't serve {_listing(refused)}. Nothing was changed."
+        )
     for layer in layers:
         _convert(layer.module, averaging)
     return settle_together(module)
 
 
 def to_torch(module: nn.Module) -> nn.Module:
-    """Turn every layer of this package in `module` into plain ``torch.nn``, in place; the inverse of `convert_batch_norm`.
+    """Turn every layer of this package in `module` into plain ``torch.nn``, in place; the inverse of
+    `convert_batch_norm`.
 
-    The running statistics, which hold the selected average at all times, stay; the averaging and its history go. Use it before
-    quantization, ``torch.fx``, or to save a ``state_dict`` that a model without this package loads with ``strict=True``. To keep the
-    training model, pass ``copy.deepcopy(model)``.
+    The running statistics, which hold the selected average at all times, stay; the averaging and its history go. Use it
+    before quantization, ``torch.fx``, or to save a ``state_dict`` that a model without this package loads with
+    ``strict=True``. To keep the training model, pass ``copy.deepcopy(model)``.
 
     Returns:
         `module` itself.
@@ -102,7 +108,8 @@ def _refusal(layer: _BatchNorm, averaging: Averaging | None) -> str | None:
 
 
 def _has_own_forward(layer: _BatchNorm) -> bool:
-    """Whether the layer runs another forward than its class's, as one does that has been given accelerate's hooks or is patched."""
+    """Whether the layer runs another forward than its class's, as one does that has been given accelerate's hooks or is
+    patched."""
     forward = layer.__dict__.get("forward")
     return forward is not None and not getattr(forward, "follows_class", False)
 
@@ -111,7 +118,8 @@ def _convert(layer: _BatchNorm, averaging: Averaging | None) -> None:
     ours = None if _has_own_forward(layer) else _OURS.get(type(layer))
     if ours is not None:
         subclasses.release(layer)
-        # A change of class and not a new module: whoever holds the layer (optimizers, hooks, lists) holds the converted one.
+        # A change of class and not a new module: whoever holds the layer (optimizers, hooks, lists) holds the converted
+        # one.
         layer.__class__ = ours
         layer.__dict__["skip_nonfinite"] = True
     if isinstance(layer, AveragedBatchNorm):

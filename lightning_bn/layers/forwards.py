@@ -24,7 +24,9 @@ class OutermostForward:
     over. Under `torch.compile` the hooks do nothing."""
 
     def __init__(self) -> None:
-        self._open: dict[str, int] = {}  # the thread whose forward is under way; taken by setdefault, which no other thread can interrupt
+        self._open: dict[
+            str, int
+        ] = {}  # the thread whose forward is under way; taken by setdefault, which no other thread can interrupt
         self._depth = 0
         self._frame: FrameType | None = None
         self._handles: list[RemovableHandle] = []
@@ -57,7 +59,8 @@ class OutermostForward:
         raise NotImplementedError
 
     def is_running(self) -> bool:
-        """Whether the forward that was begun goes on: an interrupt (a BaseException) leaves it without calling any hook."""
+        """Whether the forward that was begun goes on: an interrupt (a BaseException) leaves it without calling any
+        hook."""
         if self._frame is None:
             return False
         try:

@@ -1,4 +1,5 @@
-"""Layers that follow one rule, as one wide layer of all their channels: whatever is one number a layer is given per channel."""
+"""Layers that follow one rule, as one wide layer of all their channels: whatever is one number a layer is given per
+channel."""
 
 from __future__ import annotations
 
@@ -54,7 +55,11 @@ class Group:
         self._owner = owner.to(self.device, non_blocking=True)  # (C,): the place of the layer that a channel belongs to
         self._owner_twice = owner.repeat(2).to(self.device, non_blocking=True)
         self._known: dict[tuple[Any, ...], Tensor] = {}
-        self._own = [rule for layer, rule in zip(self.layers, self.rules, strict=False) if layer._modules.get("averaging") is rule]
+        self._own = [
+            rule
+            for layer, rule in zip(self.layers, self.rules, strict=False)
+            if layer._modules.get("averaging") is rule
+        ]
         self._rule = self._tied_rule() if self.rules and self.rules[0].elementwise else None
 
     def lend(self, ledger: Any) -> tuple[Tensor, list[Loan]]:
@@ -65,7 +70,8 @@ class Group:
         pieces = rows.split(self._sizes * 2)
         momenta = [None] * len(self.layers) if self.rules else [kernel_momentum(layer) for layer in self.layers]
         loans = [
-            Loan(ledger, mean, var, momentum) for mean, var, momentum in zip(pieces, pieces[len(self.layers) :], momenta, strict=False)
+            Loan(ledger, mean, var, momentum)
+            for mean, var, momentum in zip(pieces, pieces[len(self.layers) :], momenta, strict=False)
         ]
         return rows, loans
 
@@ -83,8 +89,8 @@ class Group:
 
         Args:
             rows: as from `collect`.
-            batch: mean and *unbiased* variance of the batch, (C,) each, where the kernel made new running statistics of them in `rows`; for
-                listeners.
+            batch: mean and *unbiased* variance of the batch, (C,) each, where the kernel made new running statistics of
+                them in `rows`; for listeners.
         """
         both = self._statistics()
         mean, var = (both.to(self._moments_dtype()) if self.rules else both).split(self._channels)
@@ -121,7 +127,9 @@ class Group:
     def finite(self, var: Tensor) -> Tensor:
         """Whether the moments of a layer's batch are finite, told by its variances: (L,) bool."""
         return (
-            torch.zeros(len(self.layers), dtype=torch.float32, device=self.device).index_add_(0, self._owner, (~(var < math.inf)).float())
+            torch.zeros(len(self.layers), dtype=torch.float32, device=self.device).index_add_(
+                0, self._owner, (~(var < math.inf)).float()
+            )
             == 0
         )
 
@@ -150,7 +158,10 @@ class Group:
     def _counts(self, loans: Sequence[Loan]) -> Tensor:
         counts, dtype = [loan.count for loan in loans], self._moments_dtype()
         if any(isinstance(count, Tensor) for count in counts):
-            tensors = [c.to(dtype) if isinstance(c, Tensor) else torch.full((), c, dtype=dtype, device=self.device) for c in counts]
+            tensors = [
+                c.to(dtype) if isinstance(c, Tensor) else torch.full((), c, dtype=dtype, device=self.device)
+                for c in counts
+            ]
             return torch.stack([count.reshape(()) for count in tensors])
         return self._constant("count", tuple(counts), dtype)
 
@@ -177,7 +188,9 @@ class Group:
         return self._known[key]
 
     def _tell(self, rows: Rows, batch: tuple[Tensor, Tensor] | None, before: tuple[Tensor, Tensor]) -> None:
-        listeners = {id(each): each for layer in self.layers if LISTENERS in layer.__dict__ for each in layer.__dict__[LISTENERS]}
+        listeners = {
+            id(each): each for layer in self.layers if LISTENERS in layer.__dict__ for each in layer.__dict__[LISTENERS]
+        }
         if listeners:
             count = rows.count if rows.valid is None else torch.where(rows.valid, rows.count, 0.0)
             # Copies: the rows are written once more.
@@ -188,7 +201,8 @@ class Group:
 
     @torch.no_grad()
     def _tied_rule(self) -> Averaging:
-        """Lay the layers' states side by side, each layer's own a view of it, and return the averaging that has the whole."""
+        """Lay the layers' states side by side, each layer's own a view of it, and return the averaging that has the
+        whole."""
         for own, size in zip(self.rules, self._sizes, strict=True):
             own.upgrade(size)
         rule = copy.copy(self.rules[0])

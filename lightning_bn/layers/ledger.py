@@ -1,4 +1,5 @@
-"""The ledger of a model: what its layers are lent for one forward, settled for all of them together when the forward ends."""
+"""The ledger of a model: what its layers are lent for one forward, settled for all of them together when the forward
+ends."""
 
 from __future__ import annotations
 
@@ -13,7 +14,17 @@ from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.forwards import OutermostForward
 from lightning_bn.layers.group import Group, Rows
-from lightning_bn.layers.settlement import LISTENERS, LOAN, MERGED, OBSERVED, SERVED, Loan, advance, kernel_momentum, rule_of
+from lightning_bn.layers.settlement import (
+    LISTENERS,
+    LOAN,
+    MERGED,
+    OBSERVED,
+    SERVED,
+    Loan,
+    advance,
+    kernel_momentum,
+    rule_of,
+)
 from lightning_bn.moments import Moments, wide_dtype
 from lightning_bn.torch_internals import buffers_of
 
@@ -26,7 +37,8 @@ _PLANS = 16  # how many choices of layers, of those that train and those that do
 
 
 def settle_together(model: nn.Module) -> nn.Module:
-    """Let the batch-norm layers of `model` settle their running statistics together, once at the end of each training forward of the model.
+    """Let the batch-norm layers of `model` settle their running statistics together, once at the end of each training
+    forward of the model.
 
     `convert_batch_norm` and this package's callbacks do it themselves; call it on a model that is built of this
     package's layers. The running statistics are the same with and without it. What changes is the cost, which on a GPU
@@ -69,7 +81,8 @@ def release(module: nn.Module) -> None:
 
 
 def takes_loans(layer: nn.Module) -> bool:
-    """Whether the layer's forward knows of loans: this package's, and subclasses of other packages that were given an averaging."""
+    """Whether the layer's forward knows of loans: this package's, and subclasses of other packages that were given an
+    averaging."""
     return getattr(type(layer), "takes_loans", False) or SERVED in layer.__dict__ or OBSERVED in layer.__dict__
 
 
@@ -78,12 +91,15 @@ class Ledger(OutermostForward):
 
     Args:
         layers: which are below that module.
-        gather: where the statistics are to be those of several ranks: what fetches a tensor of all of them. One call a forward.
+        gather: where the statistics are to be those of several ranks: what fetches a tensor of all of them. One call a
+            forward.
     """
 
     def __init__(self, layers: Iterable[_BatchNorm], gather: Gather | None = None) -> None:
         super().__init__()
-        self.layers = [layer for layer in layers if layer.running_mean is not None and layer.num_batches_tracked is not None]
+        self.layers = [
+            layer for layer in layers if layer.running_mean is not None and layer.num_batches_tracked is not None
+        ]
         self.gather = gather
         self.later: list[tuple[_BatchNorm, Averaging, Batch]] = []
         """Batches that other threads have run through the layers meanwhile."""
@@ -122,7 +138,9 @@ class Ledger(OutermostForward):
         self._groups = []
         later, self.later = self.later, []
         for layer, averaging, batch in later:
-            advance(layer, averaging, Batch(batch.mean, batch.var, batch.count, layer.num_batches_tracked + 1, batch.valid))
+            advance(
+                layer, averaging, Batch(batch.mean, batch.var, batch.count, layer.num_batches_tracked + 1, batch.valid)
+            )
 
     @torch.no_grad()
     def another(self, layer: _BatchNorm) -> Loan:
@@ -173,12 +191,15 @@ class Ledger(OutermostForward):
                 key = (_kind(rule), dtype, device, getattr(layer, "skip_nonfinite", True))
                 members.setdefault(key, []).append((layer, rule))
         return [
-            Group([layer for layer, _ in pairs], [rule for _, rule in pairs if rule is not None], skip_nonfinite=key[-1])
+            Group(
+                [layer for layer, _ in pairs], [rule for _, rule in pairs if rule is not None], skip_nonfinite=key[-1]
+            )
             for key, pairs in members.items()
         ]
 
     def _merge(self, gather: Gather) -> None:
-        """Settle every round with the batches of all ranks: the *unbiased* variance of their data together, by Chan's formula."""
+        """Settle every round with the batches of all ranks: the *unbiased* variance of their data together, by Chan's
+        formula."""
         collected = [(group, group.collect(rows, loans)) for lent in self._rounds for group, rows, loans in lent]
         self._rounds = []
         parts = [part for group, rows in collected for part in _own_part(group, rows)]
@@ -200,7 +221,9 @@ def _kind(rule: Averaging | None) -> tuple[Any, ...]:
         return (None,)
     settings = rule.settings()
     # A setting of another type may be equal now and change in place later, for one layer alone.
-    alike = rule.elementwise and all(isinstance(value, (bool, int, float, str, type(None))) for value in settings.values())
+    alike = rule.elementwise and all(
+        isinstance(value, (bool, int, float, str, type(None))) for value in settings.values()
+    )
     return (type(rule), *settings.items()) if alike else (type(rule), id(rule) if rule.elementwise else None)
 
 

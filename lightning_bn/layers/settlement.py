@@ -1,4 +1,5 @@
-"""How the batch of a forward gets into the running statistics: settled for all layers of a model at once, or for one layer by itself.
+"""How the batch of a forward gets into the running statistics: settled for all layers of a model at once, or for one
+layer by itself.
 
 When the outermost forward of a model begins, its ledger (`lightning_bn.layers.ledger`) lends each layer a pair of rows,
 and the layer's forward lets the kernel write into them. When it ends, all loans are settled together, as if the layers
@@ -69,7 +70,8 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class Settled:
-    """What has just been settled, for one layer or for several as one wide layer of all their channels, before any buffer is written."""
+    """What has just been settled, for one layer or for several as one wide layer of all their channels, before any
+    buffer is written."""
 
     layers: Sequence[_BatchNorm]
     mean: Tensor  # (C,), of the batch
@@ -96,10 +98,13 @@ class Loan:
         self.own_rows = False  # whether mean and var are other tensors than those that the ledger cut out of its one
         self.count: int | Tensor = 0  # values per channel
         self.valid: Tensor | None = None  # (), bool: whether the batch counts for other reasons than being finite
-        self.batch: tuple[Tensor, Tensor] | None = None  # mean and unbiased variance of the batch, where the rows are not these
+        self.batch: tuple[Tensor, Tensor] | None = (
+            None  # mean and unbiased variance of the batch, where the rows are not these
+        )
 
     def take_own_rows(self) -> None:
-        """Exchange the rows for copies, which may be written without changing what autograd has saved of the other layers' rows."""
+        """Exchange the rows for copies, which may be written without changing what autograd has saved of the other
+        layers' rows."""
         self.mean, self.var, self.own_rows = self.mean.clone(), self.var.clone(), True
 
     def repay(self, count: int | Tensor) -> None:
@@ -111,7 +116,9 @@ class Loan:
         mean, var = batch.mean, batch.var
         if self.momentum is not None:
             self.batch = mean, var
-            mean, var = (old.to(new.dtype).lerp(new, self.momentum) for old, new in zip(running, (mean, var), strict=True))
+            mean, var = (
+                old.to(new.dtype).lerp(new, self.momentum) for old, new in zip(running, (mean, var), strict=True)
+            )
         self.mean, self.var, self.own_rows = mean.to(self.mean.dtype), var.to(self.var.dtype), True
         self.ran, self.count, self.valid = True, batch.count, batch.valid
 
@@ -246,7 +253,8 @@ def per_channel(batch: Batch) -> Batch:
 
 
 def write(layer: _BatchNorm, mean: Tensor, var: Tensor, valid: Tensor | None) -> None:
-    """Write new running statistics in place and count the batch, both only where `valid`; the device alone knows whether."""
+    """Write new running statistics in place and count the batch, both only where `valid`; the device alone knows
+    whether."""
     for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
         buffer.copy_(value if valid is None else torch.where(valid, value.to(buffer.dtype), buffer))
     if layer.num_batches_tracked is not None:

@@ -1,4 +1,5 @@
-"""Averaging for batch-norm subclasses of other packages and for patched layers, which keep their class and run their own forward."""
+"""Averaging for batch-norm subclasses of other packages and for patched layers, which keep their class and run their
+own forward."""
 
 from __future__ import annotations
 
@@ -40,14 +41,17 @@ _EXCHANGED = "_lightning_bn_exchanged"
 
 
 class Exchange:
-    """What a layer has in the place of its own buffers, momentum and 16-bit parameters during one call, and what it had."""
+    """What a layer has in the place of its own buffers, momentum and 16-bit parameters during one call, and what it
+    had."""
 
     def __init__(self, layer: _BatchNorm, loan: Loan | None, scratch: bool) -> None:
         self.thread = threading.get_ident()
         self.loan = loan
         self.scratch = scratch
         self.buffers = {name: layer._buffers[name] for name in _BUFFERS}
-        self.parameters = {name: layer._parameters[name] for name in ("weight", "bias") if layer._parameters.get(name) is not None}
+        self.parameters = {
+            name: layer._parameters[name] for name in ("weight", "bias") if layer._parameters.get(name) is not None
+        }
         self.momentum = layer.momentum
 
     def make(self, layer: _BatchNorm) -> None:
@@ -63,7 +67,9 @@ class Exchange:
         if self.scratch:
             layer.momentum = 1.0
         for name, parameter in self.parameters.items():
-            if parameter.dtype != mean.dtype:  # the kernel takes no parameters of another dtype than that of the statistics
+            if (
+                parameter.dtype != mean.dtype
+            ):  # the kernel takes no parameters of another dtype than that of the statistics
                 with torch.enable_grad():
                     layer._parameters[name] = parameter.to(mean.dtype)  # type: ignore[assignment]
 
@@ -79,10 +85,10 @@ class Exchange:
 class _Service:
     """Two hooks around a layer's own forward: it runs with other tensors for buffers, and then its own get the average.
 
-    A batch-norm forward that follows torch's pattern calls ``F.batch_norm`` with the module's own buffers and ``momentum``. With
-    zeroed buffers and momentum 1 it leaves the batch's mean and unbiased variance in them, whatever else it does (timm's also drop).
-    The buffers are exchanged, not overwritten: autograd keeps those of the forward for backward, and finds them changed otherwise.
-    A layer that several threads run is run by one of them at a time.
+    A batch-norm forward that follows torch's pattern calls ``F.batch_norm`` with the module's own buffers and
+    ``momentum``. With zeroed buffers and momentum 1 it leaves the batch's mean and unbiased variance in them, whatever
+    else it does (timm's also drop). The buffers are exchanged, not overwritten: autograd keeps those of the forward for
+    backward, and finds them changed otherwise. A layer that several threads run is run by one of them at a time.
     """
 
     def __init__(self, layer: _BatchNorm) -> None:
@@ -143,7 +149,11 @@ def _take(layer: _BatchNorm, exchange: Exchange, mean: Tensor, var: Tensor, inpu
     """Report or settle what the layer's forward has left in the buffers it was given."""
     synchronised = synchronised_moments(layer)
     count: int | Tensor = input.numel() // layer.num_features if synchronised is None else synchronised.count
-    listened = LISTENERS in layer.__dict__ and not exchange.scratch and (exchange.loan is None or exchange.loan.momentum is not None)
+    listened = (
+        LISTENERS in layer.__dict__
+        and not exchange.scratch
+        and (exchange.loan is None or exchange.loan.momentum is not None)
+    )
     batch = batch_moments(layer, input, output) if listened else None
     loan = exchange.loan
     if loan is not None:
@@ -183,7 +193,8 @@ class _WideStatistics:
 
 
 def observe(layer: _BatchNorm) -> Callable[[], None]:
-    """Let the layer of plain torch take loans from a ledger, adding only two hooks. Returns a function that removes them."""
+    """Let the layer of plain torch take loans from a ledger, adding only two hooks. Returns a function that removes
+    them."""
     layer.__dict__[OBSERVED] = service = _Service(layer)
 
     def end() -> None:

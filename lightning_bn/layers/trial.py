@@ -20,8 +20,8 @@ __all__ = ["obstacle"]
 def obstacle(layer: _BatchNorm) -> str | None:
     """Say why the subclass can't be served, or None where it can, after one forward of a copy with scratch buffers.
 
-    Whether a forward hands its buffers and its momentum to the kernel can't be seen from outside; whether they hold the batch's
-    moments afterwards can. It is tried once for a class and its settings.
+    Whether a forward hands its buffers and its momentum to the kernel can't be seen from outside; whether they hold the
+    batch's moments afterwards can. It is tried once for a class and its settings.
     """
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "it is lazy and has no buffers yet; run a batch through the model first"
@@ -30,11 +30,15 @@ def obstacle(layer: _BatchNorm) -> str | None:
     if layer.num_batches_tracked is None:
         return "it does not count its batches (num_batches_tracked is None)"
     if isinstance(layer, nn.SyncBatchNorm):
-        return None  # torch's own, known to follow the pattern; in a process group it can't be tried out by one rank alone
+        return (
+            None  # torch's own, known to follow the pattern; in a process group it can't be tried out by one rank alone
+        )
     if "forward" in layer.__dict__:
         return _tried(layer)  # one of its own, of which its class tells nothing
     known = _TRIED.setdefault(type(layer), {})
-    settings = frozenset((name, value) for name, value in vars(layer).items() if name != "training" and isinstance(value, (bool, str)))
+    settings = frozenset(
+        (name, value) for name, value in vars(layer).items() if name != "training" and isinstance(value, (bool, str))
+    )
     if settings not in known:
         known[settings] = _tried(layer)
     return known[settings]
@@ -62,7 +66,8 @@ def _plain_copy(layer: _BatchNorm) -> _BatchNorm:
 
 
 def _try_in_place(layer: _BatchNorm) -> str | None:
-    """Try out the layer itself: a forward that was put on it from outside may go on meaning this layer when it is copied."""
+    """Try out the layer itself: a forward that was put on it from outside may go on meaning this layer when it is
+    copied."""
     exchange = Exchange(layer, None, scratch=True)
     with kept_attribute([layer], "training"), kept_attribute([layer], "track_running_stats"):
         layer.training = layer.track_running_stats = True
@@ -81,7 +86,9 @@ def _try_out(layer: _BatchNorm) -> str | None:
 
 
 def _judge(layer: _BatchNorm, forward: Callable[[Tensor], Any]) -> str | None:
-    rank = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5}.get(next((c for c in type(layer).__mro__ if c in _TORCH_LAYERS), None), 4)
+    rank = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5}.get(
+        next((c for c in type(layer).__mro__ if c in _TORCH_LAYERS), None), 4
+    )
     data = torch.randn(4, layer.num_features, *[3] * (rank - 2)) + torch.arange(4.0).reshape(4, *[1] * (rank - 1))
     data = data.to(layer.running_mean.device)
     try:

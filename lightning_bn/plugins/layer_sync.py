@@ -19,16 +19,16 @@ __all__ = ["BatchNormSync"]
 class BatchNormSync(TorchSyncBatchNorm):
     """Batch norm over the batches of all ranks, on any backend, without replacing a module.
 
-    Torch's conversion makes new layers and drops subclasses, buffers, hooks and the ``training`` flag, and Lightning's way back
-    leaves another class. Here every layer stays itself (torch's, this package's with any average, anybody's subclass): in training it
-    normalises with the mean and *biased* variance of all ranks' batches, masks and empty batches included, and its average takes
-    their mean and *unbiased* variance. Cost per layer and step: one all_gather of ``2 C + 1`` numbers forward, one all_reduce of ``2 C``
-    backward.
+    Torch's conversion makes new layers and drops subclasses, buffers, hooks and the ``training`` flag, and Lightning's
+    way back leaves another class. Here every layer stays itself (torch's, this package's with any average, anybody's
+    subclass): in training it normalises with the mean and *biased* variance of all ranks' batches, masks and empty
+    batches included, and its average takes their mean and *unbiased* variance. Cost per layer and step: one all_gather
+    of ``2 C + 1`` numbers forward, one all_reduce of ``2 C`` backward.
 
     Args:
-        statistics_only: each rank normalises with its own batch, as plain DDP does, but the running statistics are the moments of all
-            ranks' batches, the spread between ranks included, so that every rank evaluates with the same. Cost: one all_gather for
-            all layers together, per forward of the model.
+        statistics_only: each rank normalises with its own batch, as plain DDP does, but the running statistics are the
+            moments of all ranks' batches, the spread between ranks included, so that every rank evaluates with the
+            same. Cost: one all_gather for all layers together, per forward of the model.
         process_group: the ranks to synchronise, None for all.
 
     Example:
@@ -48,7 +48,8 @@ class BatchNormSync(TorchSyncBatchNorm):
         self._undo: list[Callable[[], None]] = []
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Synchronise every batch-norm layer of `model`, which is returned; without a process group, or alone in it, do nothing."""
+        """Synchronise every batch-norm layer of `model`, which is returned; without a process group, or alone in it, do
+        nothing."""
         self.revert(model)
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1):
             return model

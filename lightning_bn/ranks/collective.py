@@ -26,7 +26,8 @@ def is_first_rank() -> bool:
 
 
 def share(value: T) -> list[T]:
-    """Return the `value` of every rank, in the order of ranks; every rank must call it as often. Outside a group: ``[value]``.
+    """Return the `value` of every rank, in the order of ranks; every rank must call it as often. Outside a group:
+    ``[value]``.
 
     Raises:
         RankError: a rank called `tell_failure` instead.
@@ -34,7 +35,9 @@ def share(value: T) -> list[T]:
     answers = _gather((value, None)) if in_group() else [(value, None)]
     failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure is not None]
     if failures:
-        raise RankError("recalibrate() failed on " + "; ".join(failures) + ". The statistics of all ranks are as before.")
+        raise RankError(
+            "recalibrate() failed on " + "; ".join(failures) + ". The statistics of all ranks are as before."
+        )
     return [value for value, _ in answers]
 
 

@@ -1,7 +1,8 @@
 """Batch norm over the batches of all ranks, for any class of layer, without replacing one.
 
-A layer's own forward runs with another meaning of ``F.batch_norm``: a `TorchFunctionMode` around it exchanges that one call for the
-synchronised computation. So torch's layers, this package's, and subclasses with a forward of their own are all served.
+A layer's own forward runs with another meaning of ``F.batch_norm``: a `TorchFunctionMode` around it exchanges that one
+call for the synchronised computation. So torch's layers, this package's, and subclasses with a forward of their own are
+all served.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ Group = Any  # torch's ProcessGroup, which a torch built without distributed doe
 def merge_over_ranks(parts: Sequence[Moments], group: Group = None) -> list[Moments]:
     """Return each of `parts` merged with those of the other ranks, in the widest dtype: one all_gather for all of them.
 
-    Every rank merges in the order of the ranks, so that all get the same to the bit. A rank without data has empty moments.
+    Every rank merges in the order of the ranks, so that all get the same to the bit. A rank without data has empty
+    moments.
     """
     own = [part.wide().to_row() for part in parts]
     rows = _of_every_rank(torch.cat(own), group)
@@ -48,11 +50,18 @@ def merge_over_ranks(parts: Sequence[Moments], group: Group = None) -> list[Mome
 
 
 class _NormaliseOverRanks(torch.autograd.Function):
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` with the moments of all ranks; one all_gather forward, one all_reduce backward."""
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` with the moments of all ranks; one all_gather forward, one
+    all_reduce backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, group: Group
+        ctx: Any,
+        input: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        group: Group,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (moments,) = merge_over_ranks([Moments.of(input, mask, wide=True)], group)
         count = moments.count.reshape(())
@@ -166,14 +175,16 @@ class _SynchronisedForward:
 
     @property
     def follows_class(self) -> bool:
-        """Whether it runs the forward of the layer's class, whatever that is by now: a layer may be converted meanwhile."""
+        """Whether it runs the forward of the layer's class, whatever that is by now: a layer may be converted
+        meanwhile."""
         return not self.before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer = self._layer
         forward = self.before["forward"] if self.before else partial(type(layer).forward, layer)
         if not layer.training:
-            # A layer without running statistics normalises with its batch in eval too, where ranks may have unequal numbers of batches.
+            # A layer without running statistics normalises with its batch in eval too, where ranks may have unequal
+            # numbers of batches.
             return forward(*args, **kwargs)
         with _OverRanks(layer, self._group):
             return forward(*args, **kwargs)
@@ -182,7 +193,8 @@ class _SynchronisedForward:
 def synchronise(layer: _BatchNorm, group: Group = None) -> Callable[[], None]:
     """Let `layer` normalise, in training, with the batches of all ranks of `group`, and average their moments.
 
-    The layer stays the same object of the same class. Every rank must run it equally often; a rank may have an empty batch.
+    The layer stays the same object of the same class. Every rank must run it equally often; a rank may have an empty
+    batch.
 
     Args:
         layer: torch's, this package's or anybody's; masks are honoured.
@@ -200,8 +212,9 @@ def synchronise(layer: _BatchNorm, group: Group = None) -> Callable[[], None]:
 def merge_statistics(model: nn.Module, group: Group = None) -> Callable[[], None]:
     """Let each rank normalise with its own batch, and every rank's running statistics be those of the batches of all.
 
-    A step's batches are merged at the end of the forward of `model`, by count, with Chan's formula: the running variance has the
-    *unbiased* variance of the ranks' batches taken together, the spread between the ranks included. One collective per forward.
+    A step's batches are merged at the end of the forward of `model`, by count, with Chan's formula: the running
+    variance has the *unbiased* variance of the ranks' batches taken together, the spread between the ranks included.
+    One collective per forward.
 
     Args:
         model: its forward is the unit after which ranks meet, so it must be what every rank calls equally often.

@@ -55,19 +55,25 @@ class Tallies:
         tally.add(batch, number, row)
 
     def summary(self, place: int) -> Summary | None:
-        """Return what the layer at `place` has seen, None for nothing; only where no batch was summed up before (``pending=None``)."""
+        """Return what the layer at `place` has seen, None for nothing; only where no batch was summed up before
+        (``pending=None``)."""
         tally, number = self._home[place]
         return tally.summary_of(number)
 
     def standard_error(self) -> float:
-        """Return the standard error of the mean of the worst layer, in units of the standard deviation; NaN while it can't be told."""
+        """Return the standard error of the mean of the worst layer, in units of the standard deviation; NaN while it
+        can't be told."""
         errors = [error.cpu() for part in self._parts for error in part.standard_errors()]
         return torch.stack(errors).max().item() if errors else float("nan")
 
     def seen(self, num_batches: int | None, *, tolerance_met: bool = False) -> Seen:
         """Return the outcome, on the CPU."""
         closed = {part: part.tally.close() for part in self._parts}
-        summaries = {place: found for part, (found_all, _) in closed.items() for place, found in zip(part.places, found_all, strict=True)}
+        summaries = {
+            place: found
+            for part, (found_all, _) in closed.items()
+            for place, found in zip(part.places, found_all, strict=True)
+        }
         ended = "num_batches" if self.batches == num_batches else "end"
         return Seen(
             summaries=[summaries[place] for place in sorted(summaries)],
@@ -81,7 +87,9 @@ class Tallies:
 class _Part:
     """The layers on one device."""
 
-    def __init__(self, layers: Sequence[_BatchNorm], places: list[int], device: torch.device, pending: int | None) -> None:
+    def __init__(
+        self, layers: Sequence[_BatchNorm], places: list[int], device: torch.device, pending: int | None
+    ) -> None:
         self.places = places
         self._sizes = [len(layers[place].running_mean) for place in places]
         self._eps = torch.tensor([layers[place].eps for place in places], dtype=torch.float64)
@@ -101,7 +109,9 @@ class _Part:
 class OnePass:
     """A pass in which each layer normalises a batch with the batch's own mean and biased variance, as in training."""
 
-    def __init__(self, layers: Sequence[_BatchNorm], *, num_batches: int | None, tolerance: float | None, progress: bool) -> None:
+    def __init__(
+        self, layers: Sequence[_BatchNorm], *, num_batches: int | None, tolerance: float | None, progress: bool
+    ) -> None:
         self._layers = layers
         self._num_batches = num_batches
         self._tolerance = tolerance
@@ -134,7 +144,9 @@ class OnePass:
         return self._tallies.batches >= _MIN_BATCHES and error < tolerance
 
 
-def progress_bar(batches: Iterable[Any], num_batches: int | None, layers: Sequence[_BatchNorm], progress: bool) -> tqdm[Any]:
+def progress_bar(
+    batches: Iterable[Any], num_batches: int | None, layers: Sequence[_BatchNorm], progress: bool
+) -> tqdm[Any]:
     """Return the bar, on the first rank; a silent one otherwise."""
     try:
         length = len(batches) if isinstance(batches, Sized) else None
@@ -142,7 +154,13 @@ def progress_bar(batches: Iterable[Any], num_batches: int | None, layers: Sequen
         length = None
     known = [number for number in (length, num_batches) if number is not None]
     description = f"Recalibrating {len(layers)} batch-norm layers"
-    return tqdm(total=min(known, default=None), desc=description, unit="batch", leave=False, disable=not (progress and is_first_rank()))
+    return tqdm(
+        total=min(known, default=None),
+        desc=description,
+        unit="batch",
+        leave=False,
+        disable=not (progress and is_first_rank()),
+    )
 
 
 def merged(seen: Seen) -> Seen:
@@ -150,7 +168,9 @@ def merged(seen: Seen) -> Seen:
     if not in_group():
         return seen
     # Each is a view of all layers' numbers, and would be sent with the whole of them.
-    everyone = share(seen._replace(summaries=[None if summary is None else summary.clone() for summary in seen.summaries]))
+    everyone = share(
+        seen._replace(summaries=[None if summary is None else summary.clone() for summary in seen.summaries])
+    )
     total = everyone[0]
     for other in everyone[1:]:
         pairs = zip(total.summaries, other.summaries, strict=True)

@@ -19,12 +19,16 @@ __all__ = ["ExactPass"]
 
 
 class ExactPass:
-    """A pass in which all batches, of all ranks, go through the network in lockstep, normalised at each layer with its new statistics.
+    """A pass in which all batches, of all ranks, go through the network in lockstep, normalised at each layer with its
+    new statistics.
 
-    At a layer that is called again they are those of all calls so far: only its last call is normalised with the final ones.
+    At a layer that is called again they are those of all calls so far: only its last call is normalised with the final
+    ones.
     """
 
-    def __init__(self, layers: Sequence[_BatchNorm], estimate: Estimate, *, num_batches: int | None, progress: bool) -> None:
+    def __init__(
+        self, layers: Sequence[_BatchNorm], estimate: Estimate, *, num_batches: int | None, progress: bool
+    ) -> None:
         self._layers = layers
         self._estimate = estimate
         self._num_batches = num_batches

@@ -19,7 +19,8 @@ _ADVICE = "Say how it goes in: recalibrate(model, batches, forward=lambda model,
 
 
 def feed(model: nn.Module, batch: Any) -> Any:
-    """Run `model` on `batch`: a tensor goes in as it is, of a tuple or list the first element, a mapping as keyword arguments.
+    """Run `model` on `batch`: a tensor goes in as it is, of a tuple or list the first element, a mapping as keyword
+    arguments.
 
     Raises:
         TypeError: the batch is something else, or the model's forward does not take the mapping's keys.
@@ -27,9 +28,12 @@ def feed(model: nn.Module, batch: Any) -> Any:
     try:
         return _feed(model, batch)
     except NotImplementedError as error:
-        # What torch raises for a module without a forward, and so does a LightningModule that has its training_step alone.
+        # What torch raises for a module without a forward, and so does a LightningModule that has its training_step
+        # alone.
         if "forward" in str(error) and type(model).__name__ in str(error):
-            raise TypeError(f"{type(model).__name__} has no forward, so recalibrate(model, batches) can't run it. {_ADVICE}") from error
+            raise TypeError(
+                f"{type(model).__name__} has no forward, so recalibrate(model, batches) can't run it. {_ADVICE}"
+            ) from error
         raise
 
 
@@ -41,7 +45,9 @@ def _feed(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         _check_keywords(model, batch)
         return model(**batch)
-    raise TypeError(f"a batch is a tensor, a non-empty tuple or list, or a mapping; this one is {_described(batch)}. {_ADVICE}")
+    raise TypeError(
+        f"a batch is a tensor, a non-empty tuple or list, or a mapping; this one is {_described(batch)}. {_ADVICE}"
+    )
 
 
 def _check_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> None:
@@ -49,7 +55,9 @@ def _check_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> None:
         inspect.signature(model.forward).bind(**batch)
     except TypeError as error:
         keys = ", ".join(map(repr, batch))
-        raise TypeError(f"{type(model).__name__}.forward does not take the keys of the batch ({keys}): {error}. {_ADVICE}") from None
+        raise TypeError(
+            f"{type(model).__name__}.forward does not take the keys of the batch ({keys}): {error}. {_ADVICE}"
+        ) from None
 
 
 def _described(batch: Any) -> str:
@@ -57,7 +65,8 @@ def _described(batch: Any) -> str:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return `batch` with every tensor in it on `device`; tuples, lists, mappings, dataclasses and whatever has a ``to`` are walked."""
+    """Return `batch` with every tensor in it on `device`; tuples, lists, mappings, dataclasses and whatever has a
+    ``to`` are walked."""
     if isinstance(batch, Tensor) or callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

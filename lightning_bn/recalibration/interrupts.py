@@ -15,8 +15,9 @@ __all__ = ["HeldInterrupts"]
 class HeldInterrupts:
     """Hold SIGINT back inside the block, but where `allowed`; raise it at the end, after `undo`.
 
-    A ``finally`` alone does not do: the interrupt may come between two of its lines, or between the last line of a set-up and the
-    ``try``. Python gives signals to the main thread alone; in another thread, or where no Python handler is set, nothing is held.
+    A ``finally`` alone does not do: the interrupt may come between two of its lines, or between the last line of a
+    set-up and the ``try``. Python gives signals to the main thread alone; in another thread, or where no Python handler
+    is set, nothing is held.
     """
 
     def __init__(self) -> None:
@@ -57,13 +58,16 @@ class HeldInterrupts:
             self._held = True
             self._previous(*pending)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._previous is None:
             return
         try:
             self._deliver()
-            # The last call of all: a signal that comes before it is held, and Python looks for one that came at its end, inside the `try`.
-            # Behind it there are returns alone, at which Python looks for none; so what comes later comes to the caller.
+            # The last call of all: a signal that comes before it is held, and Python looks for one that came at its
+            # end, inside the `try`. Behind it there are returns alone, at which Python looks for none; so what comes
+            # later comes to the caller.
             signal.signal(signal.SIGINT, self._previous)
         except BaseException:
             # A second one may not come in between.

@@ -21,7 +21,8 @@ class Weights:
     def batch_is_done(self) -> None:
         """Undo what the batch wrote into parameters, so that the next one meets the weights as they are."""
         if not self._batches:
-            # An average of weights is often written where no version counter sees it: whoever does so does it in the first batch.
+            # An average of weights is often written where no version counter sees it: whoever does so does it in the
+            # first batch.
             self._parameters.find_silent_writes()
         self._parameters.restore_written()
         self._batches += 1
@@ -29,7 +30,8 @@ class Weights:
 
 @contextmanager
 def kept(**roots: object) -> Iterator[Weights]:
-    """Put all back at exit that is written inside into `roots` and what hangs in them: values of tensors to the bit, in place.
+    """Put all back at exit that is written inside into `roots` and what hangs in them: values of tensors to the bit, in
+    place.
 
     Parameters and their gradients, buffers, which of them there are, modes, hooks, plain attributes, lists, dicts,
     metrics at any depth: see `KeptObjects` and `KeptTensors`. It takes the memory of a copy of all tensors.

@@ -34,27 +34,43 @@ _Undo = Callable[[], None]
 _ATOMS: set[type] = {
     *(type(None), bool, int, float, complex, str, bytes, type, range, slice, type(...), type(NotImplemented)),
     *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.CodeType, types.MappingProxyType),
-    *(weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType, weakref.WeakMethod, re.Pattern, RemovableHandle),
+    *(
+        weakref.ReferenceType,
+        weakref.ProxyType,
+        weakref.CallableProxyType,
+        weakref.WeakMethod,
+        re.Pattern,
+        RemovableHandle,
+    ),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
 }
 _ATOMIC_BASES = (type, enum.Enum, pathlib.PurePath)
 # What several threads share, what leads out of the process, and data: none of it is a model's state.
-_LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, threading.Semaphore, threading.Thread)
+_LOCKS = (
+    type(threading.Lock()),
+    type(threading.RLock()),
+    threading.Condition,
+    threading.Event,
+    threading.Semaphore,
+    threading.Thread,
+)
 _OUTSIDE = (*_LOCKS, queue.Queue, logging.Logger, logging.Handler, io.IOBase, DataLoader, Dataset)
 # What runs a model (a Trainer, a logger) hangs in its attributes too, and is no part of it.
 _FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric"}
-# The dictionaries of a module whose values torch calls or reads by themselves: which are there is kept, and not what they are.
+# The dictionaries of a module whose values torch calls or reads by themselves: which are there is kept, and not what
+# they are.
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 
 
 class KeptObjects:
     """The state of objects and of all that hangs in them, but for the values of tensors.
 
-    Modules, attributes, lists, dicts, sets, deques, numpy arrays, generators of random numbers, at any depth; each is put back in place, so
-    that whoever else holds it sees it too. What else has a state, and can be copied, is exchanged for a copy meanwhile.
+    Modules, attributes, lists, dicts, sets, deques, numpy arrays, generators of random numbers, at any depth; each is
+    put back in place, so that whoever else holds it sees it too. What else has a state, and can be copied, is exchanged
+    for a copy meanwhile.
 
-    Left alone: functions and what they close over, weak references, locks and whatever holds one, loggers, open files, loaders, datasets,
-    and Lightning's own objects that are no modules.
+    Left alone: functions and what they close over, weak references, locks and whatever holds one, loggers, open files,
+    loaders, datasets, and Lightning's own objects that are no modules.
 
     Args:
         roots: objects by the name a user knows them by.
@@ -103,7 +119,9 @@ class KeptObjects:
 
     def _visit_tensor(self, name: str, tensor: Tensor) -> None:
         if nn.parameter.is_lazy(tensor):
-            raise TypeError(f"recalibrate(model, batches): {name} is lazy and has no values yet. Run a batch through the model first.")
+            raise TypeError(
+                f"recalibrate(model, batches): {name} is lazy and has no values yet. Run a batch through the model first."
+            )
         (self.parameters if isinstance(tensor, nn.Parameter) else self.tensors).append(tensor)
         if tensor.is_leaf and tensor.grad is not None:
             self._later(f"{name}.grad", tensor.grad, None)
@@ -232,7 +250,9 @@ def _slots(kind: type) -> Iterator[str]:
         slots = base.__dict__.get("__slots__", ())
         for slot in (slots,) if isinstance(slots, str) else slots:
             if slot not in ("__dict__", "__weakref__"):
-                yield f"_{base.__name__.lstrip('_')}{slot}" if slot.startswith("__") and not slot.endswith("__") else slot
+                yield (
+                    f"_{base.__name__.lstrip('_')}{slot}" if slot.startswith("__") and not slot.endswith("__") else slot
+                )
 
 
 def _is_array(thing: object) -> bool:
@@ -241,9 +261,14 @@ def _is_array(thing: object) -> bool:
 
 
 def _restore_dict(members: dict[Any, Any], before: dict[Any, Any]) -> None:
-    if len(members) == len(before) and all(map(is_, members.values(), before.values())) and all(map(is_, members, before)):
+    if (
+        len(members) == len(before)
+        and all(map(is_, members.values(), before.values()))
+        and all(map(is_, members, before))
+    ):
         return
-    # A subclass may have a say in what is set, and must not here; but an ordered one keeps its order beside what a plain one holds.
+    # A subclass may have a say in what is set, and must not here; but an ordered one keeps its order beside what a
+    # plain one holds.
     kind = OrderedDict if isinstance(members, OrderedDict) else dict
     kind.clear(members)
     for key, value in before.items():

@@ -21,9 +21,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class KeptTensors:
     """Copies of `tensors`, by which what was written into them is found and undone, to the bit.
 
-    A tensor's version counter tells of most writes at no cost, but neither of those through ``.data``, as averages of weights are often
-    updated, nor of those of batch norm's kernel. So in the end values are compared. What is undone: values, in place; another storage
-    (``p.data = ...``); ``requires_grad``; which tensor ``.grad`` is.
+    A tensor's version counter tells of most writes at no cost, but neither of those through ``.data``, as averages of
+    weights are often updated, nor of those of batch norm's kernel. So in the end values are compared. What is undone:
+    values, in place; another storage (``p.data = ...``); ``requires_grad``; which tensor ``.grad`` is.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -45,10 +45,13 @@ class KeptTensors:
         self._silent = [pair for group in self._groups for pair in group.changed()]
 
     def restore_written(self) -> None:
-        """Give those their values back that say that they were written, or were found to be written without saying so; at little cost."""
+        """Give those their values back that say that they were written, or were found to be written without saying so;
+        at little cost."""
         written = {id(kept.tensor) for kept in self._kept if _is_written(kept)}
         if written:
-            for kept, value in [pair for group in self._groups for pair in group.values() if id(pair[0].tensor) in written]:
+            for kept, value in [
+                pair for group in self._groups for pair in group.values() if id(pair[0].tensor) in written
+            ]:
                 _restore_all_but_values(kept)
                 _write(kept, value)
         for kept, value in self._silent:
@@ -124,7 +127,8 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _cant_be_written(tensor: Tensor) -> bool:
-    """Whether it has no memory (on the meta device, or freed by FSDP), or one value stands at many places: no write in place goes there."""
+    """Whether it has no memory (on the meta device, or freed by FSDP), or one value stands at many places: no write in
+    place goes there."""
     if tensor.is_meta or (_is_plain(tensor) and tensor.numel() > 0 and tensor.untyped_storage().size() == 0):
         return True
     strided = tensor.layout is torch.strided and not tensor.is_contiguous()

@@ -1,10 +1,10 @@
 """Many batches through one network together: each stops at a layer until all have come, and then all go on.
 
-Every batch is a greenlet: a call that can stop anywhere below it, inside generators and other people's forwards too, and go on later, on
-the same thread. Threads with a baton would do as well, and would keep torch's thread-local state apart by themselves, but OpenMP gives each
-thread that computes a pool of its own (200 batches on 64 cores: 12800 threads), CUDA gives each its own current device and
-stream, and Ctrl-C reaches only the main one. So torch's state is handed over here: whoever stops takes his grad, inference and
-autocast modes with him, and gets them back.
+Every batch is a greenlet: a call that can stop anywhere below it, inside generators and other people's forwards too,
+and go on later, on the same thread. Threads with a baton would do as well, and would keep torch's thread-local state
+apart by themselves, but OpenMP gives each thread that computes a pool of its own (200 batches on 64 cores: 12800
+threads), CUDA gives each its own current device and stream, and Ctrl-C reaches only the main one. So torch's state is
+handed over here: whoever stops takes his grad, inference and autocast modes with him, and gets them back.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Lockstep:
     """Runs jobs that stop and wait for each other.
 
     Args:
-        agree: called with the first stop, in order, at which a job waits (None where no job waits); returns the one to go on from, None to
-            end. Several ranks agree here on the same.
+        agree: called with the first stop, in order, at which a job waits (None where no job waits); returns the one to
+            go on from, None to end. Several ranks agree here on the same.
         arrived: called with a layer's place when every job that comes has come to the stop, before they go on.
 
-    Where some jobs wait at one layer and some at another, one that skipped the first or took another branch, the layer that the model
-    registered first goes on first; its jobs then catch up.
+    Where some jobs wait at one layer and some at another, one that skipped the first or took another branch, the layer
+    that the model registered first goes on first; its jobs then catch up.
     """
 
     def __init__(self, agree: Callable[[Stop | None], Stop | None], arrived: Callable[[int], None]) -> None:

@@ -1,4 +1,5 @@
-"""Hooks that read the moments of what goes into a batch-norm layer, and choose the statistics by which the layer normalises it."""
+"""Hooks that read the moments of what goes into a batch-norm layer, and choose the statistics by which the layer
+normalises it."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from lightning_bn.recalibration.tally import Row
 __all__ = ["Station", "measured"]
 
 Station = Callable[[int, Row], tuple[Tensor, Tensor]]
-"""Called with a layer's place in the list and what goes into it; returns the mean and the variance to normalise with, (C,) each."""
+"""Called with a layer's place in the list and what goes into it; returns the mean and the variance to normalise with,
+(C,) each."""
 
 # The forwards that are known to normalise their input as it comes, over all dimensions but the second.
 _KNOWN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, AveragedBatchNorm.forward)
@@ -30,9 +32,11 @@ _KNOWN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, AveragedBat
 
 @contextmanager
 def measured(layers: Sequence[_BatchNorm], station: Station) -> Iterator[None]:
-    """Stop every call of `layers` at `station`. The layers are in eval mode, so that they normalise with the buffers they are given.
+    """Stop every call of `layers` at `station`. The layers are in eval mode, so that they normalise with the buffers
+    they are given.
 
-    The layers' own buffers are not written: other tensors stand in their place, and whoever calls this puts them back (`kept`).
+    The layers' own buffers are not written: other tensors stand in their place, and whoever calls this puts them back
+    (`kept`).
     """
     with ExitStack() as stack:
         # Ranks may run unequal numbers of batches, and what they see is merged by whoever calls this.
@@ -45,7 +49,8 @@ def measured(layers: Sequence[_BatchNorm], station: Station) -> Iterator[None]:
 
 def _hook(place: int, layer: _BatchNorm, station: Station) -> Callable[..., None]:
     measure = _of_input if _normalises_its_input(layer) else _by_own_forward
-    # Written over and over: small tensors that are kept between large ones break the heap up, and the model waits for new pages.
+    # Written over and over: small tensors that are kept between large ones break the heap up, and the model waits for
+    # new pages.
     stand_ins = (torch.empty_like(layer.running_mean), torch.empty_like(layer.running_var))
 
     def hook(module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -59,7 +64,8 @@ def _hook(place: int, layer: _BatchNorm, station: Station) -> Callable[..., None
             mean, var = (torch.empty_like(one) for one in stand_ins) if with_graph else stand_ins
             mean.copy_(statistics[0])
             var.copy_(statistics[1])
-        # Others may have exchanged the buffers meanwhile: what gives an average to a subclass does so in each of its calls.
+        # Others may have exchanged the buffers meanwhile: what gives an average to a subclass does so in each of its
+        # calls.
         if module.running_mean is not mean:
             module.running_mean, module.running_var = mean, var
 
@@ -86,14 +92,18 @@ def _of_input(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _by_own_forward(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row | None:
-    """Let the layer's own training forward leave the moments in scratch buffers: it may permute, reshape or split what it gets."""
+    """Let the layer's own training forward leave the moments in scratch buffers: it may permute, reshape or split what
+    it gets."""
     input = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     if input.numel() == 0:
         return None
-    # A variance that no data has: still there afterwards, nothing was written. (The kernel does not count its writes in ``_version``.)
+    # A variance that no data has: still there afterwards, nothing was written. (The kernel does not count its writes in
+    # ``_version``.)
     mean, var = torch.zeros_like(layer.running_mean), torch.full_like(layer.running_var, -1.0)
     instead = {
-        **({"averaging": None} if hasattr(layer, "averaging") else {}),  # a subclass of this package's layer; it sees no batch
+        **(
+            {"averaging": None} if hasattr(layer, "averaging") else {}
+        ),  # a subclass of this package's layer; it sees no batch
         "training": True,
         "track_running_stats": True,
         "momentum": 1.0,

@@ -24,11 +24,14 @@ Statistics = tuple[Tensor, Tensor]
 class Estimator:
     """How the statistics of each of `layers` follow from data: which variance, and how much the old ones weigh.
 
-    Every rank must make one, since ranks may start from different statistics: with a prior, those of the first rank count.
+    Every rank must make one, since ranks may start from different statistics: with a prior, those of the first rank
+    count.
     """
 
     def __init__(self, layers: list[BatchNormLayer], *, pooled: bool, prior: float) -> None:
-        self.old: list[Statistics] = [(layer.module.running_mean.clone(), layer.module.running_var.clone()) for layer in layers]
+        self.old: list[Statistics] = [
+            (layer.module.running_mean.clone(), layer.module.running_var.clone()) for layer in layers
+        ]
         self._pooled = pooled
         self._prior = prior
         self._before = self.old
@@ -41,7 +44,9 @@ class Estimator:
         old = self._before[place]
         if math.isinf(self._prior):
             return old
-        mean, var = (self._blend(*pair, summary) for pair in zip(old, summary.statistics(pooled=self._pooled), strict=True))
+        mean, var = (
+            self._blend(*pair, summary) for pair in zip(old, summary.statistics(pooled=self._pooled), strict=True)
+        )
         return mean, var
 
     def _blend(self, old: Tensor, new: Tensor, summary: Summary) -> Tensor:
@@ -52,7 +57,8 @@ class Estimator:
 
 
 def agreed_changes(layers: list[BatchNormLayer], estimate: Estimator, seen: Seen) -> list[StatisticsChange | None]:
-    """Return the change of each layer, None for one that saw no data; the same on all ranks, to the bit. Every rank must call it.
+    """Return the change of each layer, None for one that saw no data; the same on all ranks, to the bit. Every rank
+    must call it.
 
     Raises:
         ValueError: no layer saw any data; or one saw a single value per channel.
@@ -82,7 +88,8 @@ def _change(layer: BatchNormLayer, old: Statistics, new: Statistics) -> Statisti
 def _nothing_seen(layers: list[BatchNormLayer], seen: Seen) -> str:
     if not seen.batches:
         return (
-            "recalibrate(model, batches): batches is empty. An iterator that was used before gives nothing more: pass a loader or a list."
+            "recalibrate(model, batches): batches is empty. "
+            "An iterator that was used before gives nothing more: pass a loader or a list."
         )
     if seen.skipped:
         return f"recalibrate(model, batches): none of the {seen.batches} batches gave finite statistics. Look at the data or the weights."
@@ -93,7 +100,9 @@ def _nothing_seen(layers: list[BatchNormLayer], seen: Seen) -> str:
     )
 
 
-def layer_reports(layers: list[BatchNormLayer], changes: list[StatisticsChange], summaries: list[Summary]) -> tuple[LayerReport, ...]:
+def layer_reports(
+    layers: list[BatchNormLayer], changes: list[StatisticsChange], summaries: list[Summary]
+) -> tuple[LayerReport, ...]:
     """Return the figures of each layer, computed for all at once."""
     figures = _figures(layers, changes, summaries).T.tolist() if layers else []
     return tuple(
@@ -108,7 +117,9 @@ def layer_reports(layers: list[BatchNormLayer], changes: list[StatisticsChange],
             log_variance_ratio_rms=ratio_rms,
             standard_error=error,
         )
-        for layer, (samples, batches, shift_max, shift_rms, ratio_max, ratio_rms, error) in zip(layers, figures, strict=True)
+        for layer, (samples, batches, shift_max, shift_rms, ratio_max, ratio_rms, error) in zip(
+            layers, figures, strict=True
+        )
     )
 
 
@@ -120,7 +131,9 @@ def _figures(layers: list[BatchNormLayer], changes: list[StatisticsChange], summ
     old_mean, old_var = (_rows([change.old[place] for change in changes]) for place in range(2))
     new_mean, new_var = (_rows([change.new[place] for change in changes]) for place in range(2))
     shift, ratio = drift(new_mean, new_var, old_mean, old_var, eps)
-    squared = _rows([summary.relative_errors(layer.module.eps) for layer, summary in zip(layers, summaries, strict=True)])
+    squared = _rows(
+        [summary.relative_errors(layer.module.eps) for layer, summary in zip(layers, summaries, strict=True)]
+    )
     return torch.stack(
         (
             torch.stack([summary.samples for summary in summaries]),
@@ -135,5 +148,6 @@ def _figures(layers: list[BatchNormLayer], changes: list[StatisticsChange], summ
 
 
 def _rows(values: list[Tensor]) -> Tensor:
-    """Return tensors (C,) of many sizes as the rows of one, filled up with zeros: which give no shift, no ratio and no error."""
+    """Return tensors (C,) of many sizes as the rows of one, filled up with zeros: which give no shift, no ratio and no
+    error."""
     return pad_sequence([value.to("cpu", torch.float64) for value in values], batch_first=True)

@@ -19,7 +19,8 @@ _LONG = 64
 
 @contextmanager
 def kept_random_states(batches: object) -> Iterator[None]:
-    """Put the random number generators back at exit: torch's, the accelerators', numpy's, Python's, and those in the loader `batches`."""
+    """Put the random number generators back at exit: torch's, the accelerators', numpy's, Python's, and those in the
+    loader `batches`."""
     restores = [
         _keeper(torch.get_rng_state, torch.set_rng_state),
         _keeper(random.getstate, random.setstate),
@@ -69,7 +70,8 @@ def generator_keeper(generator: Any) -> Callable[[], Any]:
 
 
 def _generators(source: object) -> list[Any]:
-    """Return the random number generators that a loader holds: its own, its samplers', its datasets', and those of loaders inside it."""
+    """Return the random number generators that a loader holds: its own, its samplers', its datasets', and those of
+    loaders inside it."""
     found, seen, waiting = [], set(), [source]
     while waiting:
         thing = waiting.pop()

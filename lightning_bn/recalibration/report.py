@@ -14,7 +14,8 @@ __all__ = ["LayerReport", "RecalibrationReport"]
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What one layer saw, and how far its statistics moved. The unit of the mean is ``sqrt(old var + eps)``, by which the layer divided."""
+    """What one layer saw, and how far its statistics moved. The unit of the mean is ``sqrt(old var + eps)``, by which
+    the layer divided."""
 
     __module__ = "lightning_bn"
 
@@ -32,11 +33,13 @@ class LayerReport:
     """Largest ``|log((new var + eps) / (old var + eps))|`` over channels."""
     log_variance_ratio_rms: float
     standard_error: float
-    """Of the mean, in units of the data's standard deviation, from the spread between batches, rms over channels; NaN for one batch."""
+    """Of the mean, in units of the data's standard deviation, from the spread between batches, rms over channels; NaN
+    for one batch."""
 
     @property
     def shift(self) -> float:
-        """The larger of the two rms values, by which the worst layer is told; infinite where the old statistics were not finite."""
+        """The larger of the two rms values, by which the worst layer is told; infinite where the old statistics were
+        not finite."""
         worst = max(self.mean_shift_rms, self.log_variance_ratio_rms)
         return worst if math.isfinite(self.mean_shift_rms + self.log_variance_ratio_rms) else math.inf
 
@@ -69,8 +72,8 @@ class RecalibrationReport:
     def rollback(self) -> None:
         """Write the statistics from before the recalibration back into the layers, in place and to the bit.
 
-        Nothing else was changed, so the model is what it was; an averaging's history was never touched. After a dry run there is nothing
-        to undo and nothing happens. Under several ranks each calls it for itself.
+        Nothing else was changed, so the model is what it was; an averaging's history was never touched. After a dry run
+        there is nothing to undo and nothing happens. Under several ranks each calls it for itself.
         """
         with HeldInterrupts():
             undo(self._changes)
@@ -78,7 +81,8 @@ class RecalibrationReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain numbers, strings, lists and dicts; what is not finite is None, as JSON has no NaN."""
         plain = {
-            name: getattr(self, name) for name in ("batches", "samples", "skipped", "stopped_by", "num_batches", "tolerance", "dry_run")
+            name: getattr(self, name)
+            for name in ("batches", "samples", "skipped", "stopped_by", "num_batches", "tolerance", "dry_run")
         }
         layers = [{key: _finite_or_none(value) for key, value in asdict(layer).items()} for layer in self.layers]
         return {**plain, "not_run": list(self.not_run), "layers": layers}
@@ -109,7 +113,8 @@ def _table(layers: list[LayerReport]) -> list[str]:
     # Names to the left, numbers to the right.
     return [
         "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
@@ -117,7 +122,10 @@ def _table(layers: list[LayerReport]) -> list[str]:
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
     values = list(asdict(layer).values())
-    return (layer.name or "(the model)", *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values[1:]))
+    return (
+        layer.name or "(the model)",
+        *(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values[1:]),
+    )
 
 
 def _finite_or_none(value: Any) -> Any:

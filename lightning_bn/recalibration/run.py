@@ -47,42 +47,48 @@ def recalibrate(
     dry_run: bool = False,
     progress: bool = True,
 ) -> RecalibrationReport:
-    r"""Estimate the running statistics of the batch-norm layers of `model` anew from data, with the weights as they are.
+    r"""Estimate the running statistics of the batch-norm layers of `model` anew from data, with the weights as they
+    are.
 
-    ``running_mean`` and ``running_var`` become the mean and the variance of what each layer gets from the data. They are written
-    in place, at the end, and nothing else is changed: not ``num_batches_tracked``, no mode, hook, momentum, gradient or random state
-    (torch's, the accelerator's, numpy's, Python's, those in the loader). Whatever is raised on the way, Ctrl-C included, leaves the
-    statistics as they were too. Gradients are off, and every layer is in eval mode, dropout too: the statistics are those of inference.
-    (Behind dropout of rate p the variance in training is 1/(1-p) times that at inference, twice as large at p = 0.5. This removes the
-    difference; it does not always lower the loss, since the weights were trained with it: an MLP's negative log-likelihood went from .219
-    to .246 at p = 0.3.)
+    ``running_mean`` and ``running_var`` become the mean and the variance of what each layer gets from the data. They
+    are written in place, at the end, and nothing else is changed: not ``num_batches_tracked``, no mode, hook, momentum,
+    gradient or random state (torch's, the accelerator's, numpy's, Python's, those in the loader). Whatever is raised on
+    the way, Ctrl-C included, leaves the statistics as they were too. Gradients are off, and every layer is in eval
+    mode, dropout too: the statistics are those of inference. (Behind dropout of rate p the variance in training is
+    1/(1-p) times that at inference, twice as large at p = 0.5. This removes the difference; it does not always lower
+    the loss, since the weights were trained with it: an MLP's negative log-likelihood went from .219 to .246 at p =
+    0.3.)
 
     Args:
-        model: any module; layers of torch, of this package and any other subclass of ``_BatchNorm``. Of a ``DistributedDataParallel``
-            the module inside.
-        batches: an iterable. A tensor goes into the model as it is, of a tuple or list the first element, a mapping as keyword
-            arguments. An iterator is used up as far as it is read.
+        model: any module; layers of torch, of this package and any other subclass of ``_BatchNorm``. Of a
+            ``DistributedDataParallel`` the module inside.
+        batches: an iterable. A tensor goes into the model as it is, of a tuple or list the first element, a mapping as
+            keyword arguments. An iterator is used up as far as it is read.
         forward: ``forward(model, batch)``, for any other way in.
         num_batches: read at most that many, on each rank. None: all.
-        tolerance: stop as soon as the standard error of every layer's mean, in units of its standard deviation (rms over channels), is
-            below it, after 8 batches at the soonest. It is estimated from the spread between batches, since pixels of one image are not
-            independent. On several ranks each goes by its own batches.
+        tolerance: stop as soon as the standard error of every layer's mean, in units of its standard deviation (rms
+            over channels), is below it, after 8 batches at the soonest. It is estimated from the spread between
+            batches, since pixels of one image are not independent. On several ranks each goes by its own batches.
         prior: number of samples (images, not pixels) that the present statistics count for. With n samples of data,
-            ``mean = prior / (prior + n) * old + n / (prior + n) * data``, and likewise the variance: covariate shift adaptation (Schneider
-            et al. 2020, section 3) where the data is of a shifted domain. ``inf`` leaves the statistics as they are.
-        pooled: True, the mean and the *unbiased* variance of all the data together, each value counted once. False, Ioffe &
-            Szegedy's estimator: the average of the batch means and of the *unbiased within-batch* variances, each batch counted once.
-        exact: False, each layer normalises with the batch, as in training: the first layer's statistics are right for any batches, deeper
-            ones are biased if batches are small, since what they get was normalised by a small batch (variance -9 to -14 % with 8 images a
-            batch, -2 to -3 % with 32). True, the batches go through the network together and each layer normalises all of them with its
-            new statistics: those of the network as it runs at inference, for batches of any size and order. It takes about as long, and
-            holds one set of live activations for every batch: choose num_batches by the memory (that of an eval forward on
-            ``num_batches * batch_size`` images in one batch). Needs all batches at once, hence no `tolerance`. A layer that is called
-            several times in a forward has its new statistics only at the last call, at earlier ones those of the calls so far. Around a
-            layer the forward may change autocast, grad and inference mode; other global states are common to all batches.
+            ``mean = prior / (prior + n) * old + n / (prior + n) * data``, and likewise the variance: covariate shift
+            adaptation (Schneider et al. 2020, section 3) where the data is of a shifted domain. ``inf`` leaves the
+            statistics as they are.
+        pooled: True, the mean and the *unbiased* variance of all the data together, each value counted once. False,
+            Ioffe & Szegedy's estimator: the average of the batch means and of the *unbiased within-batch* variances,
+            each batch counted once.
+        exact: False, each layer normalises with the batch, as in training: the first layer's statistics are right for
+            any batches, deeper ones are biased if batches are small, since what they get was normalised by a small
+            batch (variance -9 to -14 % with 8 images a batch, -2 to -3 % with 32). True, the batches go through the
+            network together and each layer normalises all of them with its new statistics: those of the network as it
+            runs at inference, for batches of any size and order. It takes about as long, and holds one set of live
+            activations for every batch: choose num_batches by the memory (that of an eval forward on ``num_batches *
+            batch_size`` images in one batch). Needs all batches at once, hence no `tolerance`. A layer that is called
+            several times in a forward has its new statistics only at the last call, at earlier ones those of the calls
+            so far. Around a layer the forward may change autocast, grad and inference mode; other global states are
+            common to all batches.
         layers: None, those that track statistics and are not frozen: frozen is a layer whose affine parameters all have
-            ``requires_grad=False``, and, in a model in training mode, one in eval mode. ``"all"``: the frozen too. Or a predicate
-            ``(name, module) -> bool``.
+            ``requires_grad=False``, and, in a model in training mode, one in eval mode. ``"all"``: the frozen too. Or a
+            predicate ``(name, module) -> bool``.
         device: where the batches are moved. None: where the model's first parameter is.
         dry_run: report what would change, and change nothing.
         progress: show a progress bar.
@@ -92,17 +98,19 @@ def recalibrate(
 
     Raises:
         TypeError: an argument or a batch of the wrong kind.
-        ValueError: an argument out of range; no layer to recalibrate; no batches; batches in which no layer ran or nothing was finite.
+        ValueError: an argument out of range; no layer to recalibrate; no batches; batches in which no layer ran or
+            nothing was finite.
 
-    A layer that is called several times is merged over its calls; one that was not called keeps its statistics and is named in the
-    report, and so does one all of whose data is not finite. What is not finite is left out, batch by batch. Of padded input the valid
-    positions count, where the forward passes this package's layers a mask.
+    A layer that is called several times is merged over its calls; one that was not called keeps its statistics and is
+    named in the report, and so does one all of whose data is not finite. What is not finite is left out, batch by
+    batch. Of padded input the valid positions count, where the forward passes this package's layers a mask.
 
-    An averaging's own history (a window's batches) stays as it is: the new statistics serve until the next training batch. Then a `Window`
-    or a pooled `Cumulative` goes back to its batches, and an `Exponential` blends the batch into the new statistics.
+    An averaging's own history (a window's batches) stays as it is: the new statistics serve until the next training
+    batch. Then a `Window` or a pooled `Cumulative` goes back to its batches, and an `Exponential` blends the batch into
+    the new statistics.
 
-    In a process group every rank calls it, with its own batches, of which some may have none; their data is merged, and all ranks end
-    with the same statistics to the bit. What fails on one rank is raised on all.
+    In a process group every rank calls it, with its own batches, of which some may have none; their data is merged, and
+    all ranks end with the same statistics to the bit. What fails on one rank is raised on all.
 
     Example:
         >>> import torch
@@ -115,7 +123,8 @@ def recalibrate(
         >>> model[0].running_mean, model[0].running_var
         (tensor([0.]), tensor([1.]))
 
-    Reference: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3, for what stale statistics cost and for both estimators.
+    Reference: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3, for what stale statistics cost and for
+        both estimators.
     """
     options = _Options(num_batches, tolerance, prior, exact, dry_run, progress)
     options.check()
@@ -143,7 +152,8 @@ def recalibrate(
 
 @contextmanager
 def recalibrated(model: nn.Module, batches: Iterable[Any], **options: Any) -> Iterator[RecalibrationReport]:
-    """Recalibrate `model` for the block: the new statistics inside, the old ones after it, to the bit, also on an exception.
+    """Recalibrate `model` for the block: the new statistics inside, the old ones after it, to the bit, also on an
+    exception.
 
     For evaluation on another domain than that of training.
 
@@ -183,9 +193,13 @@ class _Options:
         if self.num_batches is not None and (
             isinstance(self.num_batches, bool) or not isinstance(self.num_batches, int) or self.num_batches < 1
         ):
-            raise ValueError(f"recalibrate(num_batches={self.num_batches!r}): a number of batches, at least 1; leave it out to read all.")
+            raise ValueError(
+                f"recalibrate(num_batches={self.num_batches!r}): a number of batches, at least 1; leave it out to read all."
+            )
         if self.tolerance is not None and not self.tolerance > 0:
-            raise ValueError(f"recalibrate(tolerance={self.tolerance!r}): a standard error in standard deviations, above 0, as in 0.05.")
+            raise ValueError(
+                f"recalibrate(tolerance={self.tolerance!r}): a standard error in standard deviations, above 0, as in 0.05."
+            )
         if not self.prior >= 0:
             raise ValueError(f"recalibrate(prior={self.prior!r}): a number of samples, 0 or more, or float('inf').")
         if self.exact and self.tolerance is not None:
@@ -233,7 +247,9 @@ def _pass(chosen: list[BatchNormLayer], estimator: Estimator, options: _Options)
     return ExactPass(modules, estimator, num_batches=options.num_batches, progress=options.progress)
 
 
-def _collected(way: OnePass | ExactPass, batches: Iterable[Any], run: Callable[[Any], object], weights: Weights) -> Seen:
+def _collected(
+    way: OnePass | ExactPass, batches: Iterable[Any], run: Callable[[Any], object], weights: Weights
+) -> Seen:
     """Let the data through, and return what all ranks have seen together."""
 
     def run_with_the_weights_as_they_are(batch: Any) -> None:
@@ -249,9 +265,13 @@ def _collected(way: OnePass | ExactPass, batches: Iterable[Any], run: Callable[[
     return merged(seen)
 
 
-def _report(chosen: list[BatchNormLayer], changes: list[StatisticsChange | None], seen: Seen, options: _Options) -> RecalibrationReport:
+def _report(
+    chosen: list[BatchNormLayer], changes: list[StatisticsChange | None], seen: Seen, options: _Options
+) -> RecalibrationReport:
     rows = zip(chosen, changes, seen.summaries, strict=True)
-    changed = [(layer, change, summary) for layer, change, summary in rows if change is not None and summary is not None]
+    changed = [
+        (layer, change, summary) for layer, change, summary in rows if change is not None and summary is not None
+    ]
     return RecalibrationReport(
         batches=seen.batches,
         samples=seen.samples,

@@ -28,7 +28,9 @@ def choose(model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
         )
     tracking = [layer for layer in find_batch_norms(model) if layer.tracks]
     if not tracking:
-        raise ValueError(f"recalibrate(model, batches): {type(model).__name__} has no batch-norm layer that keeps running statistics.")
+        raise ValueError(
+            f"recalibrate(model, batches): {type(model).__name__} has no batch-norm layer that keeps running statistics."
+        )
     _refuse_lazy(tracking)
     chosen = [layer for layer in tracking if _wanted(layer, model, layers)]
     if not chosen:
@@ -43,24 +45,31 @@ def _wanted(layer: BatchNormLayer, model: nn.Module, layers: Layers) -> bool:
 
 
 def _frozen(layer: BatchNormLayer, model: nn.Module) -> bool:
-    # In a model in training mode a layer in eval mode is one that the user froze; in a model in eval mode the flag tells nothing.
+    # In a model in training mode a layer in eval mode is one that the user froze; in a model in eval mode the flag
+    # tells nothing.
     return layer.frozen or (model.training and not layer.module.training)
 
 
 def _refuse_lazy(layers: list[BatchNormLayer]) -> None:
     lazy = [layer.name for layer in layers if isinstance(layer.module, nn.modules.lazy.LazyModuleMixin)]
     if lazy:
-        raise TypeError(f"recalibrate(model, batches): {', '.join(lazy)} is lazy and has no statistics yet. Run a batch through it first.")
+        raise TypeError(
+            f"recalibrate(model, batches): {', '.join(lazy)} is lazy and has no statistics yet. Run a batch through it first."
+        )
 
 
 def _nothing(layers: list[BatchNormLayer], wanted: Layers, model: nn.Module) -> str:
     number = f"{len(layers)} batch-norm layers ({_listed(layers)})"
     if callable(wanted):
         return f"recalibrate(model, batches, layers=<predicate>): it is true for none of the {number}."
-    choose_others = "Pass layers='all' to recalibrate them nevertheless, or a predicate layers=lambda name, module: ... to choose."
+    choose_others = (
+        "Pass layers='all' to recalibrate them nevertheless, or a predicate layers=lambda name, module: ... to choose."
+    )
     learning = [layer for layer in layers if not layer.frozen]
     if not learning:
-        return f"recalibrate(model, batches): all {number} are frozen: no affine parameter requires grad. {choose_others}"
+        return (
+            f"recalibrate(model, batches): all {number} are frozen: no affine parameter requires grad. {choose_others}"
+        )
     return (
         f"recalibrate(model, batches): {_listed(learning)} can learn, but are in eval mode in a model that is in training mode, so they "
         f"are taken for frozen, as all {number} are. If that was not meant, call model.train() first. {choose_others}"

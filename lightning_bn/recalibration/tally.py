@@ -43,9 +43,11 @@ def _moments(row: Row) -> Moments:
 
 @dataclass(frozen=True)
 class Summary:
-    """The sums over some batches from which both estimators and the standard error follow; float64, and merged by addition.
+    """The sums over some batches from which both estimators and the standard error follow; float64, and merged by
+    addition.
 
-    Of one layer, or of several whose channels stand side by side: then what is one number a layer, (), is given per channel, (C,).
+    Of one layer, or of several whose channels stand side by side: then what is one number a layer, (), is given per
+    channel, (C,).
     """
 
     moments: Moments
@@ -65,7 +67,8 @@ class Summary:
 
     @classmethod
     def of(cls, mean: Tensor, var: Tensor, count: Tensor, samples: Tensor) -> Summary:
-        """Sum up over batches: four tensors (batches, C), with a `count` of 0 where there was nothing or it is to be left out."""
+        """Sum up over batches: four tensors (batches, C), with a `count` of 0 where there was nothing or it is to be
+        left out."""
         seen, varied = count > 0, count > 1
         samples = samples * seen
         # A NaN would survive the weight 0 which a batch that is left out gets.
@@ -112,9 +115,15 @@ class Summary:
         first = torch.tensor([0, *accumulate(sizes[:-1])], device=self.within.device)
         each = {name: getattr(self, name).split(sizes) for name in ("within", "mean_sum", "var_sum")}
         each |= {name: getattr(self, name)[first].unbind() for name in ("batches", "varied", "samples")}
-        moments = zip(self.moments.count[first].unbind(), self.moments.mean.split(sizes), self.moments.m2.split(sizes), strict=True)
+        moments = zip(
+            self.moments.count[first].unbind(),
+            self.moments.mean.split(sizes),
+            self.moments.m2.split(sizes),
+            strict=True,
+        )
         return [
-            Summary(Moments(*parts), **dict(zip(each, values, strict=True))) for parts, *values in zip(moments, *each.values(), strict=True)
+            Summary(Moments(*parts), **dict(zip(each, values, strict=True)))
+            for parts, *values in zip(moments, *each.values(), strict=True)
         ]
 
     def statistics(self, *, pooled: bool) -> tuple[Tensor, Tensor]:
@@ -132,8 +141,8 @@ class Summary:
     def standard_error(self, eps: float) -> Tensor:
         """Return the standard error of the mean in units of ``sqrt(var + eps)``, rms over channels: ().
 
-        ``se**2 = sum(n_i * (m_i - m)**2) / (n * (k - 1))`` over the k batches of n_i values and mean m_i: from the spread between batches,
-        since the pixels of one image are not independent. NaN for a single batch.
+        ``se**2 = sum(n_i * (m_i - m)**2) / (n * (k - 1))`` over the k batches of n_i values and mean m_i: from the
+        spread between batches, since the pixels of one image are not independent. NaN for a single batch.
         """
         # A batch fewer than two gives 0/0 (NaN) or x/0 (inf): neither is below any tolerance.
         return self.relative_errors(eps).mean().sqrt()
@@ -145,8 +154,8 @@ class Tally:
     Args:
         sizes: the layers' numbers of channels.
         device: where the rows are kept.
-        pending: batches that are kept until they are summed up together, which costs little more than to sum up one. None: all of them,
-            where calls of different batches may come in any order.
+        pending: batches that are kept until they are summed up together, which costs little more than to sum up one.
+            None: all of them, where calls of different batches may come in any order.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device, pending: int | None) -> None:
@@ -163,7 +172,8 @@ class Tally:
         self._finite: list[tuple[list[int], Tensor]] = []
 
     def add(self, batch: int, place: int, row: Row) -> None:
-        """Take in what the layer at `place` saw in one call in the batch number `batch`; calls in one batch count as one batch."""
+        """Take in what the layer at `place` saw in one call in the batch number `batch`; calls in one batch count as
+        one batch."""
         if batch not in self._batches:
             if len(self._batches) == self._pending:
                 self._fold()
@@ -171,8 +181,10 @@ class Tally:
         self._batches[batch].add(place, row)
 
     def _new_batch(self, number: int) -> _Batch:
-        """Return memory for a row, off a block: small tensors kept between large ones break the heap up, and the model waits for pages."""
-        # The forward of this batch may run in inference mode, and that of the next one, which is to write here, may not.
+        """Return memory for a row, off a block: small tensors kept between large ones break the heap up, and the model
+        waits for pages."""
+        # The forward of this batch may run in inference mode, and that of the next one, which is to write here, may
+        # not.
         with torch.inference_mode(False):
             if number == _BLOCK * len(self._blocks):
                 shape = (_BLOCK, 2, sum(self._sizes))
@@ -189,7 +201,9 @@ class Tally:
         """Return the sums of all so far, and which of the pending batches were finite at every layer, (k,) bool."""
         batches = list(self._batches.values())
         mean, var = torch.stack([batch.row for batch in batches]).to(self._home).unbind(1)
-        numbers = torch.tensor([[*map(float, chain(*batch.numbers))] for batch in batches], dtype=torch.float64, device=self._home)
+        numbers = torch.tensor(
+            [[*map(float, chain(*batch.numbers))] for batch in batches], dtype=torch.float64, device=self._home
+        )
         samples, count = numbers.view(len(batches), -1, 2)[:, self._layer].unbind(2)
         good = var.isfinite() | (count == 0)
         finite = good.all(1)
@@ -199,7 +213,8 @@ class Tally:
         return latest if self._folded is None else self._folded.merge(latest), finite
 
     def _by_layer(self, good: Tensor) -> Tensor:
-        """Return whether all channels are good, (k, L): one that is not finite spoils its layer's batch, and no other layer's."""
+        """Return whether all channels are good, (k, L): one that is not finite spoils its layer's batch, and no other
+        layer's."""
         bad = torch.zeros(len(good), len(self._sizes), dtype=torch.float64, device=self._home)
         return bad.index_add_(1, self._layer, (~good).to(bad)) == 0
 
@@ -215,16 +230,25 @@ class Tally:
             return None
         means, variances, images, values = zip(*found, strict=True)
         mean, var = torch.stack(means).to(self._home), torch.stack(variances).to(self._home)
-        samples, count = (torch.tensor([[float(n)] for n in each], dtype=torch.float64, device=self._home) for each in (images, values))
+        samples, count = (
+            torch.tensor([[float(n)] for n in each], dtype=torch.float64, device=self._home)
+            for each in (images, values)
+        )
         count = torch.where(var.isfinite().all(1, keepdim=True), count, 0.0)
         (alone,) = Summary.of(mean, var, count.expand_as(var), samples.expand_as(var)).split([self._sizes[place]])
         return alone
 
     def close(self) -> tuple[list[Summary | None], set[int]]:
-        """Return what each layer has seen, on the CPU, and the numbers of the batches that some layer left out as not finite."""
+        """Return what each layer has seen, on the CPU, and the numbers of the batches that some layer left out as not
+        finite."""
         if self._batches:
             self._fold()
-        skipped = {batch for batches, finite in self._finite for batch, good in zip(batches, finite.tolist(), strict=True) if not good}
+        skipped = {
+            batch
+            for batches, finite in self._finite
+            for batch, good in zip(batches, finite.tolist(), strict=True)
+            if not good
+        }
         if self._folded is None:
             return [None] * len(self._sizes), skipped
         return list(self._folded.to(torch.device("cpu")).split(self._sizes)), skipped
@@ -234,7 +258,9 @@ class _Batch(NamedTuple):
     row: Tensor  # (2, C of all layers): means and biased variances
     means: tuple[Tensor, ...]  # views into it, one a layer
     vars: tuple[Tensor, ...]
-    numbers: list[tuple[int, int | Tensor]]  # samples and values per channel, one pair a layer; zeros where it did not run
+    numbers: list[
+        tuple[int, int | Tensor]
+    ]  # samples and values per channel, one pair a layer; zeros where it did not run
 
     def add(self, place: int, row: Row) -> None:
         mean, var = self.means[place], self.vars[place]

@@ -11,5 +11,7 @@ from lightning_bn.rules.statistics import STATISTICS_RULES
 
 __all__ = ["RULES", "Finding", "Fix", "Level", "ModeCheckError", "Rule"]
 
-RULES: dict[str, Rule] = {rule.code: rule for rule in (*MODE_RULES, *STATISTICS_RULES, *EVALUATION_RULES, *CONFIGURATION_RULES)}
+RULES: dict[str, Rule] = {
+    rule.code: rule for rule in (*MODE_RULES, *STATISTICS_RULES, *EVALUATION_RULES, *CONFIGURATION_RULES)
+}
 """Every rule by its code."""

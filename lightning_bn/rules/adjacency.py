@@ -1,4 +1,5 @@
-"""What stands straight before a batch norm, proved by the autograd graph of one training batch and not guessed from the module tree."""
+"""What stands straight before a batch norm, proved by the autograd graph of one training batch and not guessed from the
+module tree."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ class AdjacencyProbe:
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer]) -> None:
-        self._parameters: dict[Tensor, str] = {parameter: user_name(name) for name, parameter in model.named_parameters()}
+        self._parameters: dict[Tensor, str] = {
+            parameter: user_name(name) for name, parameter in model.named_parameters()
+        }
         self._candidates: dict[str, tuple[Node, str]] = {}  # by batch norm: the node before it, and the bias in that
         self._edges: Counter[Node] = Counter()
         self._dropped: list[tuple[weakref.ref[Tensor], str, float, Tensor]] = []

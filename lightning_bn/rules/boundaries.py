@@ -15,8 +15,9 @@ __all__ = ["Boundaries"]
 class Boundaries:
     """Compares the buffers at the end of a batch, or of an evaluation, with those at the next beginning.
 
-    A forward counts its batch. So does whoever copies a state in, such as a checkpoint or averaged weights; that also writes the mean where
-    autograd sees it, which torch's kernel does not. The layers of this package write both, and then the count itself must have risen.
+    A forward counts its batch. So does whoever copies a state in, such as a checkpoint or averaged weights; that also
+    writes the mean where autograd sees it, which torch's kernel does not. The layers of this package write both, and
+    then the count itself must have risen.
 
     Args:
         layers: the model's batch-norm layers.
@@ -25,7 +26,11 @@ class Boundaries:
     def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
         self._layers = layers
         self._left: list[tuple[int, int, int]] | None = None
-        self._own = [index for index, layer in enumerate(layers) if getattr(layer.module, "averaging", None) is not None and layer.tracks]
+        self._own = [
+            index
+            for index, layer in enumerate(layers)
+            if getattr(layer.module, "averaging", None) is not None and layer.tracks
+        ]
         self._counts: Tensor | None = None
 
     def leave(self) -> None:
@@ -47,7 +52,11 @@ class Boundaries:
         if left is None:
             return []
         now = [_state(layer) for layer in self._layers]
-        return [index for index in range(len(now)) if now[index][0] != left[index][0] and self._by_forward(index, left[index], now[index])]
+        return [
+            index
+            for index in range(len(now))
+            if now[index][0] != left[index][0] and self._by_forward(index, left[index], now[index])
+        ]
 
     def _by_forward(self, index: int, left: tuple[int, int, int], now: tuple[int, int, int]) -> bool:
         if left[2] != now[2]:

@@ -16,16 +16,17 @@ SMALL_BATCH = 32
 """BN301: samples in a batch below which momentum 1, the last batch alone, makes poor statistics."""
 
 FEW_VALUES = 16
-"""BN302: values per channel below which batch statistics are poor. The relative standard error of a variance of n values is
-``sqrt(2 / (n - 1))``: 37 % at 16."""
+"""BN302: values per channel below which batch statistics are poor. The relative standard error of a variance of n
+values is ``sqrt(2 / (n - 1))``: 37 % at 16."""
 
 
 MOST_REPLACED = 4
 """BN302: layers for which the fix shows how each is replaced by a group norm; for more it is a larger batch."""
 
 SORTED_LIKENESS = 0.4
-"""BN307: the correlation between batches of one epoch and the batches that follow them in another. At random its standard deviation is
-at most ``1 / sqrt(batches)``, 0.2 for the 24 batches that are the least it takes, and less with many channels."""
+"""BN307: the correlation between batches of one epoch and the batches that follow them in another. At random its
+standard deviation is at most ``1 / sqrt(batches)``, 0.2 for the 24 batches that are the least it takes, and less with
+many channels."""
 
 
 class ExtremeMomentum(Rule):
@@ -34,10 +35,20 @@ class ExtremeMomentum(Rule):
     why = "momentum is the weight of the new batch: at 0 the statistics never move, at 1 they are those of the last batch alone."
 
     def configuration(self, at: Configuration) -> Iterator[Seen]:
-        names = [layer.name for layer in at.observer.layers if layer.tracks and layer.module.training and momentum_of(layer) == 0]
+        names = [
+            layer.name
+            for layer in at.observer.layers
+            if layer.tracks and layer.module.training and momentum_of(layer) == 0
+        ]
         if names:
-            yield Seen(names, "momentum is 0.", fix=_with_momentum(at.setting, names, 0.1, "to freeze a layer: layer.eval()"))
-        large = {layer.name: momentum for layer in at.observer.layers if 0.5 < (momentum := momentum_of(layer) or 0) < 1 and layer.tracks}
+            yield Seen(
+                names, "momentum is 0.", fix=_with_momentum(at.setting, names, 0.1, "to freeze a layer: layer.eval()")
+            )
+        large = {
+            layer.name: momentum
+            for layer in at.observer.layers
+            if 0.5 < (momentum := momentum_of(layer) or 0) < 1 and layer.tracks
+        }
         if large:
             momentum = next(iter(large.values()))
             other = round(1 - momentum, 6)
@@ -96,14 +107,18 @@ class FewValues(Rule):
         level: Level = "error" if single else "warning"
         event = f"a batch of one sample, {fewest} values per channel: it is normalised by itself in training, as by instance norm"
         if single:
-            event = (
-                f"a batch of one sample: at {listing([layer.name for layer in single])} one value per channel has no variance: torch raises"
-            )
+            where = listing([layer.name for layer in single])
+            event = f"a batch of one sample: at {where} one value per channel has no variance: torch raises"
         if batch.largest > 1:
             event = f"{event}; other batches have {batch.largest}"
             return Seen(names, f"{batch.when} {event}.", level, Fix("drop_last=True", "in the training DataLoader"))
         if single or len(names) > MOST_REPLACED:
-            return Seen(names, f"{batch.when} {event}.", level, Fix("batch_size=16", "in the training DataLoader", "any size above 1"))
+            return Seen(
+                names,
+                f"{batch.when} {event}.",
+                level,
+                Fix("batch_size=16", "in the training DataLoader", "any size above 1"),
+            )
         norms = group_norms(batch.setting.root, [(layer.name, layer.module.num_features) for layer in alone])
         return Seen(names, f"{batch.when} {event}.", level, Fix(norms, note="or a larger batch"))
 
@@ -121,7 +136,9 @@ class BiasBeforeBatchNorm(Rule):
                 [each.layer for each in biases],
                 f"in the graph of the loss, {listing(names)} goes into a batch norm and nowhere else.",
                 fix=Fix(
-                    "bias=False", "where the model is built", f"at {names[0].rpartition('.')[0]}: the batch norm has a bias of its own"
+                    "bias=False",
+                    "where the model is built",
+                    f"at {names[0].rpartition('.')[0]}: the batch norm has a bias of its own",
                 ),
             )
 
@@ -130,7 +147,9 @@ class BatchPerDevice(Rule):
     code = "BN304"
     title = "the statistics are those of one device's or one accumulation step's batch"
     level = "info"
-    why = "the gradient sees more samples than the normalisation does; a larger effective batch does not help batch norm."
+    why = (
+        "the gradient sees more samples than the normalisation does; a larger effective batch does not help batch norm."
+    )
 
     def batch(self, batch: Batch) -> Iterator[Seen]:
         setting = batch.setting
@@ -147,7 +166,11 @@ class BatchPerDevice(Rule):
                 list(alone),
                 f"normalised with {samples} samples; the gradient has {samples * setting.ranks * setting.accumulated} "
                 f"({setting.ranks} devices, {setting.accumulated} accumulated batches).",
-                fix=Fix("sync_batchnorm=True", "in the Trainer", "joins the devices; accumulated batches only a larger batch joins"),
+                fix=Fix(
+                    "sync_batchnorm=True",
+                    "in the Trainer",
+                    "joins the devices; accumulated batches only a larger batch joins",
+                ),
             )
 
 
@@ -163,7 +186,9 @@ class DropoutBeforeBatchNorm(Rule):
             yield Seen(
                 [each.layer for each in dropouts],
                 f"behind {first.dropout} (p={first.p}) the variance was {first.ratio:.2f} times that before it.",
-                fix=Fix(f"recalibrate({root}, batches)", "after training", "or put the dropout behind the last batch norm"),
+                fix=Fix(
+                    f"recalibrate({root}, batches)", "after training", "or put the dropout behind the last batch norm"
+                ),
             )
 
 
@@ -181,7 +206,9 @@ def _ranks(layer: BatchNormLayer, setting: Setting) -> int:
 class RanksApart(Rule):
     code = "BN306"
     title = "each rank evaluates with running statistics of its own"
-    why = "broadcast_buffers=False leaves them apart: every rank judges another network, and a checkpoint holds rank 0's."
+    why = (
+        "broadcast_buffers=False leaves them apart: every rank judges another network, and a checkpoint holds rank 0's."
+    )
     fix = Fix("plugins=[BatchNormSync()]", "in the Trainer", "or DDPStrategy() with its default broadcast_buffers=True")
 
     def apart(self, layers: Sequence[str], spread: float) -> Iterator[Seen]:

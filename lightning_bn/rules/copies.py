@@ -1,4 +1,5 @@
-"""Copies of a network whose weights are averaged, told from frozen networks: someone other than an optimizer writes their weights."""
+"""Copies of a network whose weights are averaged, told from frozen networks: someone other than an optimizer writes
+their weights."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _SAMPLE = 16  # values of a parameter that are compared: an averaged parameter c
 
 
 class Copies:
-    """Watches the weights of the layers that do not learn: on the host from batch to batch, and by their values from epoch to epoch.
+    """Watches the weights of the layers that do not learn: on the host from batch to batch, and by their values from
+    epoch to epoch.
 
     Args:
         observer: knows the layers.
@@ -29,7 +31,9 @@ class Copies:
         self.written: set[int] = set()
         """Indices of the layers whose weights were written while no optimizer held them."""
         self._observer = observer
-        self._held: dict[int, tuple[int, Tensor | None]] = {}  # version and values of the weight since the layer does not learn
+        self._held: dict[
+            int, tuple[int, Tensor | None]
+        ] = {}  # version and values of the weight since the layer does not learn
         self._decided: set[int] = set()
         self._start: tuple[Tensor, Reading] | None = None
 
@@ -42,18 +46,23 @@ class Copies:
         """Begin a training batch; before the first one, keep what weights and statistics are."""
         if self._start is None:
             self._start = self._samples(), Reading(self._observer.layers)
-        self.written.update(index for index, (version, _) in self._held.items() if version != _version(self._observer.layers[index]))
+        self.written.update(
+            index for index, (version, _) in self._held.items() if version != _version(self._observer.layers[index])
+        )
 
     def hold(self, frozen: Iterable[int]) -> None:
         """From here on, the layers `frozen`, and no others, do not learn."""
         frozen = set(frozen)
         layers = self._observer.layers
-        self._held = {index: self._held.get(index) or (_version(layers[index]), _sample(layers[index])) for index in frozen}
+        self._held = {
+            index: self._held.get(index) or (_version(layers[index]), _sample(layers[index])) for index in frozen
+        }
         self.written &= frozen
         self._decided &= frozen
 
     def look(self) -> None:
-        """An epoch has passed, in which a copy would have been written; a write to ``.data`` leaves no version. Waits for the device."""
+        """An epoch has passed, in which a copy would have been written; a write to ``.data`` leaves no version. Waits
+        for the device."""
         for index, (_, before) in self._held.items():
             now = _sample(self._observer.layers[index])
             if before is not None and now is not None and not torch.equal(before.to(now.device), now):
@@ -61,7 +70,8 @@ class Copies:
         self._decided = set(self._held)
 
     def stale(self, among: Iterable[int]) -> list[int]:
-        """Return those of the layers `among` whose weights have changed since training began, and whose statistics have not.
+        """Return those of the layers `among` whose weights have changed since training began, and whose statistics have
+        not.
 
         Waits for the device.
         """
@@ -71,12 +81,21 @@ class Copies:
         weights, statistics = self._start
         changed = (self._samples() != weights.to(self._device())).any(1).tolist()
         before, now = statistics.values(), Reading(self._observer.layers).values()
-        return [each for each in candidates if changed[each] and each in before and each in now and now[each].equals(before[each])]
+        return [
+            each
+            for each in candidates
+            if changed[each] and each in before and each in now and now[each].equals(before[each])
+        ]
 
     def undecided(self, learning: Learning) -> list[str]:
-        """Return the names of the layers that do not learn, have each a twin that does, and of which no more is known yet."""
+        """Return the names of the layers that do not learn, have each a twin that does, and of which no more is known
+        yet."""
         layers = self._observer.layers
-        twins = {_shape(layer) for index, layer in enumerate(layers) if index not in self._held and not learning.frozen(layer)}
+        twins = {
+            _shape(layer)
+            for index, layer in enumerate(layers)
+            if index not in self._held and not learning.frozen(layer)
+        }
         names = [layers[index].name for index in self._held]
         odd = [layers[index].name for index in self._held if _shape(layers[index]) not in twins]
         # A part of the model is a copy as a whole or not at all, together with what is frozen beside it.
@@ -100,7 +119,8 @@ class Copies:
 
 
 def twin(observer: Observer, region: str, moving: Iterable[int]) -> str | None:
-    """Return the name of a module outside of `region` that has the same buffers, and whose statistics move: what `region` is a copy of."""
+    """Return the name of a module outside of `region` that has the same buffers, and whose statistics move: what
+    `region` is a copy of."""
     modules = dict(zip(observer.names, observer.modules, strict=True))
     wanted = [(name, buffer.shape) for name, buffer in modules[region].named_buffers()]
     moved = [observer.layers[index].name for index in moving]

@@ -19,10 +19,13 @@ class StaleCopy(Rule):
     def stale(self, layers: Sequence[str], at: Configuration) -> Iterator[Seen]:
         modules = modules_of(layers, [layer.name for layer in at.observer.layers])
         fix = Fix(
-            call(at.setting.root, modules, "train"), note="as a mean teacher: it then normalises with the batch, and its statistics follow"
+            call(at.setting.root, modules, "train"),
+            note="as a mean teacher: it then normalises with the batch, and its statistics follow",
         )
         yield Seen(
-            layers, "it ran in eval mode in training; its weights changed, its running statistics are those before training.", fix=fix
+            layers,
+            "it ran in eval mode in training; its weights changed, its running statistics are those before training.",
+            fix=fix,
         )
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
@@ -35,9 +38,15 @@ class StaleCopy(Rule):
         if original is None:
             fix = Fix(f"recalibrate({expression(root, modules[0])}, batches)", "after training")
         else:
-            pairs = f"zip({expression(root, modules[0])}.buffers(), {expression(root, original)}.buffers(), strict=True)"
+            pairs = (
+                f"zip({expression(root, modules[0])}.buffers(), {expression(root, original)}.buffers(), strict=True)"
+            )
             fix = Fix(f"for own, other in {pairs}: own.copy_(other)", "after the teacher's weights are averaged")
-        yield Seen(names, f"{evaluation.stage} read it; its weights changed, its running statistics are those before training.", fix=fix)
+        yield Seen(
+            names,
+            f"{evaluation.stage} read it; its weights changed, its running statistics are those before training.",
+            fix=fix,
+        )
 
 
 class VanishingVariance(Rule):
@@ -54,7 +63,11 @@ class VanishingVariance(Rule):
                     f"at {names[0]} the running variance of channel {', '.join(map(str, found[names[0]][:8]))} is below 10 eps; "
                     f"in {evaluation.stage} its input varies 100 times as much."
                 ),
-                fix=Fix(f"recalibrate({evaluation.setting.root}, batches)", "after training", "with batches like those of the evaluation"),
+                fix=Fix(
+                    f"recalibrate({evaluation.setting.root}, batches)",
+                    "after training",
+                    "with batches like those of the evaluation",
+                ),
                 worst_first=True,
             )
 

@@ -30,8 +30,9 @@ Place = Literal[
 class Fix:
     """A change that mends a finding: code that runs as printed, where it goes, and what else to know.
 
-    In the code, ``self`` (or ``model``, see `Finding`) is the module that was watched, and names of this package, ``torch`` and ``nn`` are
-    imported. A ``with`` line goes around what is to be mended; an argument (``name=value``) goes into the call that `place` names.
+    In the code, ``self`` (or ``model``, see `Finding`) is the module that was watched, and names of this package,
+    ``torch`` and ``nn`` are imported. A ``with`` line goes around what is to be mended; an argument (``name=value``)
+    goes into the call that `place` names.
     """
 
     __module__ = "lightning_bn"
@@ -49,7 +50,8 @@ class Fix:
 class Finding:
     """A mistake that was seen.
 
-    ``str(finding)`` is its message, of six lines: what happened, where and when; why it matters; the mend; how to silence it.
+    ``str(finding)`` is its message, of six lines: what happened, where and when; why it matters; the mend; how to
+    silence it.
     """
 
     __module__ = "lightning_bn"

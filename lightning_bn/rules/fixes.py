@@ -12,7 +12,17 @@ from lightning_bn.rules.observer import Modes, ancestors
 if TYPE_CHECKING:
     from lightning_bn.rules.observer import Observer
 
-__all__ = ["allowed", "call", "expression", "frozen_regions", "group_norms", "learns", "listing", "mode_calls", "modules_of"]
+__all__ = [
+    "allowed",
+    "call",
+    "expression",
+    "frozen_regions",
+    "group_norms",
+    "learns",
+    "listing",
+    "mode_calls",
+    "modules_of",
+]
 
 
 def modules_of(layers: Collection[str], among: Collection[str]) -> list[str]:
@@ -35,8 +45,11 @@ def modules_of(layers: Collection[str], among: Collection[str]) -> list[str]:
     return list(dict.fromkeys(tops))
 
 
-def frozen_regions(layers: Collection[str], observer: Observer, learning: Callable[[nn.Parameter], bool] | None = None) -> list[str]:
-    """Return the topmost modules that hold all of `layers`, no other batch norm, and no parameter that learns (or that requires grad).
+def frozen_regions(
+    layers: Collection[str], observer: Observer, learning: Callable[[nn.Parameter], bool] | None = None
+) -> list[str]:
+    """Return the topmost modules that hold all of `layers`, no other batch norm, and no parameter that learns (or that
+    requires grad).
 
     In eval mode such a region is frozen whole, and nothing that learns has its dropout switched off.
     """
@@ -72,7 +85,8 @@ def call(root: str, names: Sequence[str], method: str) -> str:
 
 
 def mode_calls(root: str, observer: Observer, tops: Sequence[str], wanted: Modes) -> str:
-    """Return code that gives the modules `tops`, and all below them, the modes `wanted`, in as few calls as ``train`` and ``eval`` need.
+    """Return code that gives the modules `tops`, and all below them, the modes `wanted`, in as few calls as ``train``
+    and ``eval`` need.
 
     ``self.model.train()`` alone would wake a frozen part: it is followed by ``self.model.backbone.eval()``.
     """
@@ -107,7 +121,8 @@ def allowed(names: Sequence[str], shown: int = 6) -> str:
 def group_norms(root: str, layers: Sequence[tuple[str, int]]) -> str:
     """Return code that puts a group norm in the place of each layer, given by its name and its channels.
 
-    The number of groups divides the channels, and is 32 or less; no group is of one channel, which would be an instance norm.
+    The number of groups divides the channels, and is 32 or less; no group is of one channel, which would be an instance
+    norm.
 
     Example:
         >>> group_norms("self", [("model.1", 48)])

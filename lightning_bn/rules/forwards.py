@@ -1,4 +1,5 @@
-"""What was seen of one forward of one batch-norm layer: a small tuple while the batch runs, a record once somebody asks."""
+"""What was seen of one forward of one batch-norm layer: a small tuple while the batch runs, a record once somebody
+asks."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from typing import NamedTuple
 __all__ = ["Forward", "Trace", "forward_of"]
 
 Trace = tuple[int, bool, bool, bool, bool, bool, bool, int, int, bool, tuple[int, ...]]
-"""layer, training, moved, tracking, grad, recomputed, failed, call, source, reweighted, shape of the input. See `Forward`.
+"""layer, training, moved, tracking, grad, recomputed, failed, call, source, reweighted, shape of the input. See
+`Forward`.
 
-Equal for two batches that did the same, so that the comparison of two lists of them tells whether there is anything to judge.
+Equal for two batches that did the same, so that the comparison of two lists of them tells whether there is anything to
+judge.
 """
 
 
@@ -21,7 +24,8 @@ class Forward(NamedTuple):
     """Index into `Observer.layers`."""
     training: bool
     moved: bool
-    """Whether it wrote the running statistics: whether the version of ``num_batches_tracked`` rose, which lives on the host."""
+    """Whether it wrote the running statistics: whether the version of ``num_batches_tracked`` rose, which lives on the
+    host."""
     tracking: bool
     """The layer's ``track_running_stats`` at that time."""
     grad: bool
@@ -29,7 +33,8 @@ class Forward(NamedTuple):
     """Whether it ran inside a backward pass: the recomputation of activation checkpointing."""
     failed: bool
     call: int
-    """Which outermost call of the model it was part of, counted since `Observer.begin`; negative where the layer was called by itself."""
+    """Which outermost call of the model it was part of, counted since `Observer.begin`; negative where the layer was
+    called by itself."""
     source: int
     """Which input that call had: calls that were given the same tensor have the same number."""
     reweighted: bool
@@ -47,4 +52,6 @@ def forward_of(trace: Trace) -> Forward:
         50
     """
     shape = trace[-1]
-    return Forward(*trace[:-1], samples=shape[0] if shape else 0, values=math.prod(shape[:1] + shape[2:]) if shape else 0)
+    return Forward(
+        *trace[:-1], samples=shape[0] if shape else 0, values=math.prod(shape[:1] + shape[2:]) if shape else 0
+    )

@@ -28,13 +28,14 @@ from lightning_bn.torch_internals import is_compiled
 __all__ = ["Inspection", "check_action", "check_codes", "mendable_codes"]
 
 LEAST_TRACKED = 30
-"""Batches after which averaged statistics are held to the evaluation: by then torch's default average has left its start."""
+"""Batches after which averaged statistics are held to the evaluation: by then torch's default average has left its
+start."""
 
 LINK = "lightning-bn rules {code}"
 """Where a message sends its reader: the page of the rule, printed by the command that is installed with the package."""
 
-# BN208 compares the end of an epoch with a reading of the statistics this many batches before it; where nobody knows when an epoch ends,
-# a reading is taken every so many batches, and the last but one serves.
+# BN208 compares the end of an epoch with a reading of the statistics this many batches before it; where nobody knows
+# when an epoch ends, a reading is taken every so many batches, and the last but one serves.
 _BATCHES_A_READING = 10
 
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
@@ -62,14 +63,16 @@ class Inspection:
         fix: codes of rules whose findings are mended on the spot.
 
     Attributes:
-        modes_from: which modes a training step found: those at `begin_batch`; those at the first forward, where someone may still have
-            set them on purpose in between; those at the end, where nobody can say when a step begins.
+        modes_from: which modes a training step found: those at `begin_batch`; those at the first forward, where someone
+            may still have set them on purpose in between; those at the end, where nobody can say when a step begins.
 
     Raises:
         ValueError: an unknown code, a rule that can't be mended, or an ``allow_eval`` pattern that no module matches.
     """
 
-    def __init__(self, model: nn.Module, setting: Setting, *, ignore: Sequence[str] = (), fix: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, setting: Setting, *, ignore: Sequence[str] = (), fix: Sequence[str] = ()
+    ) -> None:
         check_codes(f"{setting.caller}(ignore={list(ignore)})", ignore, RULES)
         self.model = model
         self.observer = Observer(model)
@@ -117,7 +120,8 @@ class Inspection:
         self.tracing = True
 
     def renew(self, entries: Callable[[], Iterable[nn.Module]]) -> bool:
-        """Observe the modules that the model has now; returns whether any came, went or was replaced since they were last looked for.
+        """Observe the modules that the model has now; returns whether any came, went or was replaced since they were
+        last looked for.
 
         Args:
             entries: returns the modules that a training step calls now.
@@ -128,7 +132,12 @@ class Inspection:
         old.close()
         self.observer = Observer(self.model)
         places = {layer.module: index for index, layer in enumerate(self.observer.layers)}
-        for known, indices in ((self._moving,) * 2, (self._evaluated,) * 2, (self._steady,) * 2, (self.observer.seen, old.seen)):
+        for known, indices in (
+            (self._moving,) * 2,
+            (self._evaluated,) * 2,
+            (self._steady,) * 2,
+            (self.observer.seen, old.seen),
+        ):
             kept = {places[layer] for index in indices if (layer := old.layers[index].module) in places}
             known.clear()
             known.update(kept)
@@ -176,7 +185,8 @@ class Inspection:
         self._ask(lambda rule: rule.configuration(at))
 
     def begin_epoch(self) -> None:
-        """Begin a training epoch: what could be told of its batches from the last one's is forgotten, as parameters may be frozen now."""
+        """Begin a training epoch: what could be told of its batches from the last one's is forgotten, as parameters may
+        be frozen now."""
         self._judged = {}
         self._marks = []
         self.observer.watch_closely()
@@ -186,7 +196,8 @@ class Inspection:
         """Begin a batch.
 
         Args:
-            batches: how many the training epoch has, where that is known and the end of the epoch is to be looked at; infinity: not known.
+            batches: how many the training epoch has, where that is known and the end of the epoch is to be looked at;
+                infinity: not known.
         """
         if self.observer.trace and self.stage != "train":
             self._judge()  # what ran before the first batch of an evaluation, or between two
@@ -203,7 +214,8 @@ class Inspection:
             self._mark(index, batches)
 
     def _mark(self, index: int, batches: float) -> None:
-        """Take a reading for `end_epoch`: at the start of the epoch, as it may be cut short, and shortly before its end."""
+        """Take a reading for `end_epoch`: at the start of the epoch, as it may be cut short, and shortly before its
+        end."""
         near = index == batches - _BATCHES_A_READING if math.isfinite(batches) else index % _BATCHES_A_READING == 0
         if near and math.isfinite(batches):
             self._marks = [Reading(self.observer.layers)]
@@ -238,7 +250,8 @@ class Inspection:
         return self.observer.snapshot() if self._after is None else self._after
 
     def trace(self, outputs: Any) -> None:
-        """Look through the autograd graph behind `outputs`, a loss or what the model returned; only of the first training batch."""
+        """Look through the autograd graph behind `outputs`, a loss or what the model returned; only of the first
+        training batch."""
         if self.tracing and self._probe is not None:
             self._probe.trace(outputs)
 
@@ -251,8 +264,11 @@ class Inspection:
         self._evaluated, self._swapped, self._look = set(), False, None
         self._gaps, self._begun = [], {}
         if self._marks and any(fresh):
-            # Statistics that someone wrote since the last batch, as a recalibration does, are not the average of batches any more.
-            found = {index: gap for index, gap in gaps(self._marks[0], Reading(self.observer.layers)).items() if fresh[index]}
+            # Statistics that someone wrote since the last batch, as a recalibration does, are not the average of
+            # batches any more.
+            found = {
+                index: gap for index, gap in gaps(self._marks[0], Reading(self.observer.layers)).items() if fresh[index]
+            }
             self._gaps = list(found.values())
             self._begun = {index: self.observer.layers[index].module.running_mean.clone() for index in found}
         if not all(fresh):
@@ -278,9 +294,13 @@ class Inspection:
         evaluation = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, values, counted)
         evaluation.trained, evaluation.fitting, evaluation.moving = self.trained, self._away is not None, self._moving
         evaluation.held = self._copies.held
-        evaluation.copies = self._copies.stale(self._evaluated - self._moving - self._steady) if self.trained and not sanity else ()
+        evaluation.copies = (
+            self._copies.stale(self._evaluated - self._moving - self._steady) if self.trained and not sanity else ()
+        )
         if self._look is not None and not sanity:
-            evaluation.vanishing = {self.observer.layers[i].name: channels for i, channels in vanishing(self._look).items()}
+            evaluation.vanishing = {
+                self.observer.layers[i].name: channels for i, channels in vanishing(self._look).items()
+            }
             self._compare_weights(self._look)
         evaluation.gaps = () if self._swapped else self._read()
         self._ask(lambda rule: rule.evaluation(evaluation))
@@ -288,7 +308,8 @@ class Inspection:
         self._boundaries.leave()
 
     def finish(self) -> None:
-        """End a loop of which stages and batches are not known: judge the forwards since the last step, and the statistics."""
+        """End a loop of which stages and batches are not known: judge the forwards since the last step, and the
+        statistics."""
         try:
             self.observer.end()
             self._judge()
@@ -319,13 +340,18 @@ class Inspection:
         self._anchor = (weight_samples(self.model), Reading(self.observer.layers)) if self._moving else None
 
     def exchanged(self, where: Literal["before", "after"] = "before") -> None:
-        """Look whether weights were exchanged since `anchor` and the statistics that go with them were not; waits for the device."""
+        """Look whether weights were exchanged since `anchor` and the statistics that go with them were not; waits for
+        the device."""
         anchor, self._anchor = self._anchor, None
         if anchor is None or torch.equal(anchor[0].cpu(), weight_samples(self.model).cpu()):
             return
         self._swapped = True
         before, now = anchor[1].values(), Reading(self.observer.layers).values()
-        names = [each.layer.name for index, each in now.items() if index in self._moving & before.keys() and each.equals(before[index])]
+        names = [
+            each.layer.name
+            for index, each in now.items()
+            if index in self._moving & before.keys() and each.equals(before[index])
+        ]
         exchange = Exchange(self.observer, self.setting, names, where, self.stage)
         self._ask(lambda rule: rule.averaged(exchange))
 
@@ -339,7 +365,9 @@ class Inspection:
         self.exchanged("after")
         if self.trained:
             values = Reading(self.observer.layers).values()
-            ended = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, values, held=self._copies.held)
+            ended = Evaluation(
+                self.observer, self.setting, self.stage, self._evaluated, self._steady, values, held=self._copies.held
+            )
             ended.copies = self._copies.stale(self._evaluated - self._moving - self._steady)
             self._ask(lambda rule: rule.ended(ended))
         self.anchor()
@@ -368,7 +396,8 @@ class Inspection:
             self._ask(lambda rule: rule.gaps(apart, self.observer))
 
     def _read(self) -> list[Gap]:
-        """Return the gaps of statistics that the evaluation really read: a callback may have exchanged them as it began."""
+        """Return the gaps of statistics that the evaluation really read: a callback may have exchanged them as it
+        began."""
         looks = self._look.looks if self._look is not None else {}
         names = {
             self.observer.layers[index].name
@@ -400,17 +429,28 @@ class Inspection:
             self._ask(lambda rule: rule.between(moved, when, at))
 
     def _compare_weights(self, look: EvaluationProbe) -> None:
-        """Look whether the evaluation's step exchanged the weights, or weights and statistics were exchanged and do not fit each other."""
+        """Look whether the evaluation's step exchanged the weights, or weights and statistics were exchanged and do not
+        fit each other."""
         inside = [index for index in look.exchanged() if index in self._moving]
         stayed = [
-            self.observer.layers[i].name for i in inside if torch.equal(look.looks[i].mean, self.observer.layers[i].module.running_mean)
+            self.observer.layers[i].name
+            for i in inside
+            if torch.equal(look.looks[i].mean, self.observer.layers[i].module.running_mean)
         ]
         self._swapped = self._swapped or bool(inside)
         apart: dict[str, float] = {}
         if self._swapped:
             tracked = Reading(self.observer.layers).counts()
-            apart = {self.observer.layers[i].name: times for i, times in far(look).items() if tracked.get(i, 0) >= LEAST_TRACKED}
-            apart = {name: times for name, times in apart.items() if name not in stayed and name not in self._reported["BN207"]}
+            apart = {
+                self.observer.layers[i].name: times
+                for i, times in far(look).items()
+                if tracked.get(i, 0) >= LEAST_TRACKED
+            }
+            apart = {
+                name: times
+                for name, times in apart.items()
+                if name not in stayed and name not in self._reported["BN207"]
+            }
         where: Literal["before", "inside"] = "inside" if inside else "before"
         exchange = Exchange(self.observer, self.setting, stayed, where, self.stage, apart)
         self._ask(lambda rule: rule.averaged(exchange))
@@ -422,7 +462,8 @@ class Inspection:
         self._ask(lambda rule: rule.apart(names, max(spread.values(), default=0.0)))
 
     def _judge(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> None:
-        """Show the batch to the rules, unless it is like one of the last of its stage; without modes, its forwards alone."""
+        """Show the batch to the rules, unless it is like one of the last of its stage; without modes, its forwards
+        alone."""
         signature = (self.observer.trace, before, opened, after, len(self.observer.entered_backward))
         known = self._judged.setdefault(self.stage, deque(maxlen=_LIKE_ONE_OF))
         # What is mended and comes back is to be mended again.
@@ -438,7 +479,16 @@ class Inspection:
     def _batch(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> Batch:
         explained = {name for code in ("BN103", "BN105") if code not in self._fix for name in self._reported[code]}
         batch = Batch(
-            self.observer, self.setting, self.stage, self.step, self.index, before, opened, after, explained, self.observer.forwards
+            self.observer,
+            self.setting,
+            self.stage,
+            self.step,
+            self.index,
+            before,
+            opened,
+            after,
+            explained,
+            self.observer.forwards,
         )
         if self.stage == "train":
             learning = batch.learning = Learning(self.observer, self.setting)
@@ -458,7 +508,11 @@ class Inspection:
                 (self._steady if forward.grad and self.stage == "train" else self._evaluated).add(forward.layer)
 
     def _unseen(self) -> set[int]:
-        return {index for index, layer in enumerate(self.observer.layers) if layer.tracks and index not in self.observer.seen}
+        return {
+            index
+            for index, layer in enumerate(self.observer.layers)
+            if layer.tracks and index not in self.observer.seen
+        }
 
     def _count(self, reading: Reading) -> None:
         """Ask the rules about layers whose count of batches rose and whose forwards were never seen."""
@@ -513,7 +567,11 @@ class Inspection:
 
     def _finding(self, rule: Rule, seen: Seen, mended: bool, cause: str | None) -> Finding:
         names = [layer.name for layer in self.observer.layers]
-        parts = modules_of(seen.layers, names) if set(seen.layers) <= set(names) and not seen.worst_first else list(seen.layers)
+        parts = (
+            modules_of(seen.layers, names)
+            if set(seen.layers) <= set(names) and not seen.worst_first
+            else list(seen.layers)
+        )
         return Finding(
             code=rule.code,
             level=seen.level or rule.level,
@@ -551,7 +609,9 @@ def check_codes(call: str, codes: Sequence[str], known: Iterable[str]) -> None:
     """Raise a ValueError that shows `call` unless all `codes` are among the `known` ones."""
     unknown = [code for code in codes if code not in known] if not isinstance(codes, str) else [codes]
     if unknown:
-        raise ValueError(f"{call}: {unknown} is not among the codes {', '.join(known)}. Give a list of them, as in ['BN102'].")
+        raise ValueError(
+            f"{call}: {unknown} is not among the codes {', '.join(known)}. Give a list of them, as in ['BN102']."
+        )
 
 
 def check_action(caller: str, action: str) -> None:

@@ -47,4 +47,6 @@ class Learning:
 
     def left_out(self, layer: BatchNormLayer) -> bool:
         """Whether the layer's parameters require grad, and no optimizer holds one of them."""
-        return self.frozen(layer) and any(parameter.requires_grad for parameter in layer.module.parameters(recurse=False))
+        return self.frozen(layer) and any(
+            parameter.requires_grad for parameter in layer.module.parameters(recurse=False)
+        )

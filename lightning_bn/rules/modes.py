@@ -26,7 +26,10 @@ class Unseen(Rule):
 
     def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterator[Seen]:
         if moved:
-            yield Seen([batch.observer.layers[index].name for index in moved], "num_batches_tracked rose, and no forward was seen.")
+            yield Seen(
+                [batch.observer.layers[index].name for index in moved],
+                "num_batches_tracked rose, and no forward was seen.",
+            )
 
 
 class ModuleInEval(Rule):
@@ -38,7 +41,14 @@ class ModuleInEval(Rule):
 
     def batch(self, batch: Batch) -> Iterator[Seen]:
         setting, observer = batch.setting, batch.observer
-        if not batch.training or not batch.opened or batch.opened[0] or batch.after[0] or "" in batch.explained or setting.allows_eval(""):
+        if (
+            not batch.training
+            or not batch.opened
+            or batch.opened[0]
+            or batch.after[0]
+            or "" in batch.explained
+            or setting.allows_eval("")
+        ):
             return
         yield Seen(
             [""],
@@ -71,10 +81,18 @@ class SubmoduleInEval(Rule):
 
     def at_rest(self, at: Configuration) -> Iterable[Seen]:
         modes = at.observer.snapshot()
-        return self._look(at.observer, at.setting, eval_regions(at.observer, modes), set(), "at rest") if modes[0] else ()
+        return (
+            self._look(at.observer, at.setting, eval_regions(at.observer, modes), set(), "at rest") if modes[0] else ()
+        )
 
-    def _look(self, observer: Observer, setting: Setting, names: list[str], explained: set[str], when: str) -> Iterator[Seen]:
-        names = [name for name in names if not setting.allows_eval(name) and not explained.intersection((name, *ancestors(name)))]
+    def _look(
+        self, observer: Observer, setting: Setting, names: list[str], explained: set[str], when: str
+    ) -> Iterator[Seen]:
+        names = [
+            name
+            for name in names
+            if not setting.allows_eval(name) and not explained.intersection((name, *ancestors(name)))
+        ]
         alone = [name for name in names if isinstance(observer.modules[observer.names.index(name)], _BatchNorm)]
         others = [name for name in names if name not in alone]
         # Batch norms alone in eval mode are what detection does on purpose: no one puts all of them there by mistake.
@@ -86,7 +104,10 @@ class SubmoduleInEval(Rule):
                     group,
                     f"{when} training is False, and it has parameters that learn.",
                     level=level,
-                    fix=Fix(mode_calls(setting.root, observer, group, wanted), note=f"or, if intended, {setting.caller}({allowed(group)})"),
+                    fix=Fix(
+                        mode_calls(setting.root, observer, group, wanted),
+                        note=f"or, if intended, {setting.caller}({allowed(group)})",
+                    ),
                     mend=partial(_train, observer, setting, group),
                 )
 
@@ -129,13 +150,20 @@ class StatisticsWrittenInEvaluation(Rule):
             return
         moved = [layer for layer, forwards in batch.by_layer().items() if any(f.moved for f in forwards)]
         if moved:
-            yield self._seen(batch.observer, batch.setting, moved, f"{batch.when} of {batch.stage} num_batches_tracked rose.")
+            yield self._seen(
+                batch.observer, batch.setting, moved, f"{batch.when} of {batch.stage} num_batches_tracked rose."
+            )
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
         observer = evaluation.observer
         if evaluation.counted:
             layers = [observer.layers[index] for index in evaluation.counted]
-            yield self._seen(observer, evaluation.setting, layers, f"num_batches_tracked is higher after {evaluation.stage} than before.")
+            yield self._seen(
+                observer,
+                evaluation.setting,
+                layers,
+                f"num_batches_tracked is higher after {evaluation.stage} than before.",
+            )
 
     def _seen(self, observer: Observer, setting: Setting, moved: list[BatchNormLayer], event: str) -> Seen:
         names = [layer.name for layer in moved]
@@ -155,7 +183,11 @@ class ModesNotPutBack(Rule):
         names = observer.differing(before, back.after)
         if not names:
             return
-        cause = "the validation ended in an exception" if back.interrupted else "on_validation_model_train did not restore it"
+        cause = (
+            "the validation ended in an exception"
+            if back.interrupted
+            else "on_validation_model_train did not restore it"
+        )
         was = before[observer.names.index(names[0])]
         yield Seen(
             names,
@@ -188,12 +220,17 @@ class MovedWithoutGrad(Rule):
                 at_other_weights.append(layer.name)
         repeats = batch.learning is not None and batch.learning.repeats
         second = f"{batch.when} a second forward of the same input, at changed weights, moved them"
-        yield from self._seen(batch, without_grad, f"{batch.when} a training-mode forward under no_grad moved them.", "warning")
+        yield from self._seen(
+            batch, without_grad, f"{batch.when} a training-mode forward under no_grad moved them.", "warning"
+        )
         # A mean teacher (Tarvainen & Valpola 2017) is run like this.
         event = f"{batch.when} a copy whose weights are averaged ran in training mode under no_grad."
         yield from self._seen(batch, copies, event, "info")
         yield from self._seen(
-            batch, at_other_weights, f"{second} (as LBFGS does)." if repeats else f"{second} (as in SAM).", "info" if repeats else "warning"
+            batch,
+            at_other_weights,
+            f"{second} (as LBFGS does)." if repeats else f"{second} (as in SAM).",
+            "info" if repeats else "warning",
         )
 
     def _seen(self, batch: Batch, names: list[str], event: str, level: Level) -> Iterator[Seen]:
@@ -212,15 +249,23 @@ class MovedBetweenBatches(Rule):
     def between(self, layers: Sequence[str], when: str, at: Configuration) -> Iterator[Seen]:
         modules = modules_of(layers, [layer.name for layer in at.observer.layers])
         target = expression(at.setting.root, modules[0] if len(modules) == 1 else "")
-        fix = Fix(f"with paused_statistics({target}):", "around that forward", f"or {target}.eval() before and {target}.train() after it")
-        yield Seen(layers, f"{when} num_batches_tracked rose: in a hook, a data set or a callback the model ran in training mode.", fix=fix)
+        fix = Fix(
+            f"with paused_statistics({target}):",
+            "around that forward",
+            f"or {target}.eval() before and {target}.train() after it",
+        )
+        yield Seen(
+            layers,
+            f"{when} num_batches_tracked rose: in a hook, a data set or a callback the model ran in training mode.",
+            fix=fix,
+        )
 
 
 def visits(forwards: Sequence[Forward], observer: Observer) -> list[Forward]:
     """Return those of a layer's forwards that were a second one in sharpness-aware minimisation.
 
-    That is: of the same input as an earlier one, at other weights, and with a backward of its own. A GAN's parts are called again at other
-    weights too, but with another input, or without a backward.
+    That is: of the same input as an earlier one, at other weights, and with a backward of its own. A GAN's parts are
+    called again at other weights too, but with another input, or without a backward.
     """
     return [
         forward
@@ -239,7 +284,8 @@ def eval_regions(
     learning: Callable[[nn.Parameter], bool] | None = None,
     idle: Collection[str] = (),
 ) -> list[str]:
-    """Return the topmost modules in eval mode that hold parameters that learn, of their own or in parts likewise in eval mode.
+    """Return the topmost modules in eval mode that hold parameters that learn, of their own or in parts likewise in
+    eval mode.
 
     Args:
         observer: knows the modules.
@@ -248,7 +294,11 @@ def eval_regions(
         idle: batch-norm layers that did not run: a region whose every layer is among them is left out.
     """
     learning = learning or (lambda parameter: parameter.requires_grad)
-    in_eval = {name: module for name, module, training in zip(observer.names, observer.modules, modes, strict=True) if not training}
+    in_eval = {
+        name: module
+        for name, module, training in zip(observer.names, observer.modules, modes, strict=True)
+        if not training
+    }
     tops = []
     for name, module in in_eval.items():
         if any(learning(parameter) for parameter in module.parameters(recurse=False)):
@@ -262,7 +312,9 @@ def eval_regions(
 
 
 def _idle(observer: Observer, top: str, idle: Collection[str]) -> bool:
-    inside = [layer.name for layer in observer.layers if not top or layer.name == top or layer.name.startswith(f"{top}.")]
+    inside = [
+        layer.name for layer in observer.layers if not top or layer.name == top or layer.name.startswith(f"{top}.")
+    ]
     return bool(inside) and set(inside) <= set(idle)
 
 
@@ -277,7 +329,8 @@ def _trained(observer: Observer, setting: Setting, tops: list[str]) -> Modes:
 
 
 def _train(observer: Observer, setting: Setting, tops: list[str]) -> None:
-    """Put the modules in train mode and what is below them, but whatever is frozen or may stay in eval mode, with all below it."""
+    """Put the modules in train mode and what is below them, but whatever is frozen or may stay in eval mode, with all
+    below it."""
 
     def walk(module: nn.Module, name: str) -> None:
         parameters = list(module.parameters())

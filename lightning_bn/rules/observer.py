@@ -1,4 +1,5 @@
-"""What the batch-norm layers of a model do, forward by forward, seen from outside; it knows neither rules nor a Trainer."""
+"""What the batch-norm layers of a model do, forward by forward, seen from outside; it knows neither rules nor a
+Trainer."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ _flags = attrgetter("training", "track_running_stats")
 class Observer:
     """Hooks on the batch-norm layers of `model`, and on the modules that a training step calls.
 
-    Under `torch.compile` the hooks do nothing, and are traced to nothing: a layer that moves and was never seen is `unseen`.
-    The hooks on the layers rest while training batches are alike: see `Routine`.
+    Under `torch.compile` the hooks do nothing, and are traced to nothing: a layer that moves and was never seen is
+    `unseen`. The hooks on the layers rest while training batches are alike: see `Routine`.
 
     Args:
         model: its modules and layers are found now; hooks come with `attach`.
@@ -81,7 +82,8 @@ class Observer:
         """Set the hooks.
 
         Args:
-            entries: the modules whose calls count as calls of the model: the model itself, or what its training step calls.
+            entries: the modules whose calls count as calls of the model: the model itself, or what its training step
+                calls.
         """
         parts = [module for module in dict.fromkeys(entries) if not isinstance(module, _BatchNorm)]
         self._doors = [_Door(self, place, module) for place, module in enumerate(parts)]
@@ -124,7 +126,8 @@ class Observer:
         self._sources = []
 
     def end_training_batch(self) -> None:
-        """Like `end`; where the layers were not watched, the record is that of the usual batch, and what more was moved."""
+        """Like `end`; where the layers were not watched, the record is that of the usual batch, and what more was
+        moved."""
         self.end()
         rises = list(map(sub, _versions(self._buffers, "num_batches_tracked"), self._versions))
         usual = self.routine.usual
@@ -156,7 +159,8 @@ class Observer:
             module.training = training
 
     def differing(self, before: Modes, after: Modes) -> list[str]:
-        """Return the names of the topmost modules whose flags differ; what is below one that changed alike goes unnamed."""
+        """Return the names of the topmost modules whose flags differ; what is below one that changed alike goes
+        unnamed."""
         changed = {name: one for name, was, one in zip(self.names, before, after, strict=True) if was != one}
         return [name for name, now in changed.items() if all(changed.get(parent) != now for parent in ancestors(name))]
 
@@ -169,7 +173,9 @@ class Observer:
         self.open_call(input)
         self.at = self.call
         samples = tuple(input.shape[:1]) if input is not None else None
-        self._calls.append((place, samples, self.source, torch.is_grad_enabled(), in_backward(), tuple(map(_flags, layers))))
+        self._calls.append(
+            (place, samples, self.source, torch.is_grad_enabled(), in_backward(), tuple(map(_flags, layers)))
+        )
         if self.resting and not self.routine.follows(self._calls):
             self.trace = self.routine.before(self.call)
             self.routine.broken()
@@ -201,7 +207,9 @@ class _Hooks:
 
     _observer: Observer | None = None
 
-    def __init__(self, observer: Observer, before: Callable[[], RemovableHandle], after: Callable[[], RemovableHandle]) -> None:
+    def __init__(
+        self, observer: Observer, before: Callable[[], RemovableHandle], after: Callable[[], RemovableHandle]
+    ) -> None:
         self._observer = observer
         self._handles = (before(), after())
 
@@ -297,10 +305,13 @@ def ancestors(name: str) -> Iterator[str]:
 
 
 def _version(tensor: Tensor | None) -> int | None:
-    """How often the tensor was written; None where that is not kept: there is no tensor, or it was made in inference mode."""
+    """How often the tensor was written; None where that is not kept: there is no tensor, or it was made in inference
+    mode."""
     try:
         return None if tensor is None else tensor._version
-    except RuntimeError:  # asked for only where it fails: `is_inference` of every layer would cost more than the version
+    except (
+        RuntimeError
+    ):  # asked for only where it fails: `is_inference` of every layer would cost more than the version
         return None
 
 

@@ -61,15 +61,22 @@ class BatchOrder:
 
     def _state(self) -> _State | None:
         module = self.layer.module if self.layer is not None else None
-        if module is None or module.running_mean is None or module.running_mean.is_meta or module.num_batches_tracked is None:
+        if (
+            module is None
+            or module.running_mean is None
+            or module.running_mean.is_meta
+            or module.num_batches_tracked is None
+        ):
             return None
         return module.running_mean.clone(), module.running_var.clone(), module.num_batches_tracked.clone()
 
     def likeness(self) -> float | None:
-        """Return how alike a batch of one epoch and the *next* batch of the other are: a correlation of batch means; waits for the device.
+        """Return how alike a batch of one epoch and the *next* batch of the other are: a correlation of batch means;
+        waits for the device.
 
-        None where nothing can be said. It is 0 for shuffled data, which come in another order, and for data that lie in no order, whose
-        neighbours have nothing in common. Weights that move give a straight line over both epochs, which is taken out.
+        None where nothing can be said. It is 0 for shuffled data, which come in another order, and for data that lie in
+        no order, whose neighbours have nothing in common. Weights that move give a straight line over both epochs,
+        which is taken out.
         """
         if self.done or self.layer is None or len(self._epochs) < 2:
             return None

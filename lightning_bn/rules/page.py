@@ -1,4 +1,5 @@
-"""The page of the rules, docs/rules.md, which is installed with the package: messages send their reader to a section of it."""
+"""The page of the rules, docs/rules.md, which is installed with the package: messages send their reader to a section of
+it."""
 
 from __future__ import annotations
 
@@ -22,5 +23,7 @@ def section(code: str) -> str:
     page = next((place for place in _PLACES if place.is_file()), None)
     if page is None:
         return ""
-    found = re.search(rf"^### {re.escape(code)}$.*?(?=^##|\Z)", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf"^### {re.escape(code)}$.*?(?=^##|\Z)", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     return found.group().strip() if found is not None else ""

@@ -19,7 +19,8 @@ LEAST_VALUES = 16
 """The variance of fewer values says little."""
 
 FAR = 4.0
-"""BN207: the variance of an evaluation's input is off by this factor, root mean square over channels, on a logarithmic scale."""
+"""BN207: the variance of an evaluation's input is off by this factor, root mean square over channels, on a logarithmic
+scale."""
 
 
 class Look(NamedTuple):
@@ -35,7 +36,8 @@ class Look(NamedTuple):
 
 
 def far(probe: EvaluationProbe) -> dict[int, float]:
-    """Return by what factor the *spread* of each layer's input is off, where its variance is off by `FAR`; the worst first."""
+    """Return by what factor the *spread* of each layer's input is off, where its variance is off by `FAR`; the worst
+    first."""
     found = {}
     for index, look in probe.looks.items():
         eps = probe.layers[index].module.eps
@@ -46,7 +48,8 @@ def far(probe: EvaluationProbe) -> dict[int, float]:
 
 
 def vanishing(probe: EvaluationProbe) -> dict[int, list[int]]:
-    """Return the channels of each layer whose running variance is below 10 eps while their input varies 100 times as much."""
+    """Return the channels of each layer whose running variance is below 10 eps while their input varies 100 times as
+    much."""
     found = {}
     for index, look in probe.looks.items():
         eps = probe.layers[index].module.eps
@@ -66,7 +69,11 @@ class EvaluationProbe:
     def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
         self.layers = layers
         self.looks: dict[int, Look] = {}
-        self.weights = {index: each.module.weight.detach().clone() for index, each in enumerate(layers) if each.module.weight is not None}
+        self.weights = {
+            index: each.module.weight.detach().clone()
+            for index, each in enumerate(layers)
+            if each.module.weight is not None
+        }
         """The weights when the batch began."""
         self._handles: list[RemovableHandle] = [
             layer.module.register_forward_pre_hook(self._look(index)) for index, layer in enumerate(layers)
@@ -80,7 +87,9 @@ class EvaluationProbe:
 
     def exchanged(self) -> list[int]:
         """Return the layers that ran with other weights than they had when the batch began; waits for the device."""
-        pairs = {index: (self.weights[index], look.weight) for index, look in self.looks.items() if look.weight is not None}
+        pairs = {
+            index: (self.weights[index], look.weight) for index, look in self.looks.items() if look.weight is not None
+        }
         return [index for index, (before, then) in pairs.items() if not torch.equal(before, then)]
 
     def _look(self, index: int) -> Any:
@@ -93,6 +102,8 @@ class EvaluationProbe:
             with torch.no_grad():
                 over = [dim for dim in range(input.dim()) if dim != 1]
                 weight = None if layer.weight is None else layer.weight.detach().clone()
-                self.looks[index] = Look(weight, layer.running_mean.clone(), layer.running_var.clone(), input.float().var(over))
+                self.looks[index] = Look(
+                    weight, layer.running_mean.clone(), layer.running_var.clone(), input.float().var(over)
+                )
 
         return look

@@ -66,7 +66,8 @@ class Reading:
         device = modules[0].running_mean.device
         # At least float32: a difference of two readings is divided by a small number.
         self._statistics = torch.cat(
-            [torch.stack((m.running_mean, m.running_var)).to(device, _wide(m.running_mean.dtype)) for m in modules], dim=1
+            [torch.stack((m.running_mean, m.running_var)).to(device, _wide(m.running_mean.dtype)) for m in modules],
+            dim=1,
         )
         self._tracked = torch.stack([_count(m).to(device) for m in modules])
 
@@ -111,29 +112,40 @@ class Gap:
 
 
 def gaps(earlier: Reading, now: Reading) -> dict[int, Gap]:
-    """Compare the running statistics with the batches that came between two readings, layer by layer; waits for the device.
+    """Compare the running statistics with the batches that came between two readings, layer by layer; waits for the
+    device.
 
-    The latest batches' statistics are in the buffers already (`Averaging.newest_weight`): no forward needs to be watched for them. Layers
-    whose average does not tell (a window, a pooled one), with 16-bit buffers, and those that hardly moved, are left out.
+    The latest batches' statistics are in the buffers already (`Averaging.newest_weight`): no forward needs to be
+    watched for them. Layers whose average does not tell (a window, a pooled one), with 16-bit buffers, and those that
+    hardly moved, are left out.
     """
     before, after = earlier.values(), now.values()
     found = {}
     for index, new in after.items():
         old, module = before.get(index), new.layer.module
         updates = new.tracked - old.tracked if old else 0
-        if old is None or updates < LEAST_UPDATES or module.running_mean.dtype.itemsize < 4 or new.unsound or old.unsound:
+        if (
+            old is None
+            or updates < LEAST_UPDATES
+            or module.running_mean.dtype.itemsize < 4
+            or new.unsound
+            or old.unsound
+        ):
             continue
         weight = rule_of(module).newest_weight(torch.tensor(new.tracked), torch.tensor(updates))
         if weight is None or weight == 0:
             continue
-        mean, var = (a.double() + (b.double() - a.double()) / weight for a, b in ((old.mean, new.mean), (old.var, new.var)))
+        mean, var = (
+            a.double() + (b.double() - a.double()) / weight for a, b in ((old.mean, new.mean), (old.var, new.var))
+        )
         shift, log_ratio = drift(mean, var, new.mean.double(), new.var.double(), module.eps)
         found[index] = Gap(new.layer, _rms(shift), _rms(log_ratio), updates, new.tracked)
     return found
 
 
 def ranks_apart(of_ranks: Sequence[dict[int, tuple[Tensor, Tensor]]], eps: float = 1e-5) -> dict[int, float]:
-    """Return by how many running deviations the running means differ between ranks, at the layers where statistics differ at all.
+    """Return by how many running deviations the running means differ between ranks, at the layers where statistics
+    differ at all.
 
     Args:
         of_ranks: for each rank the running mean and variance of its layers, (C,) each, on the host.
@@ -150,15 +162,19 @@ def ranks_apart(of_ranks: Sequence[dict[int, tuple[Tensor, Tensor]]], eps: float
 
 @torch.no_grad()
 def weight_samples(model: nn.Module) -> Tensor:
-    """Return a few values of each parameter, which differ after an exchange of the weights. Does not wait for the device."""
-    parameters = [parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in model.parameters()]
+    """Return a few values of each parameter, which differ after an exchange of the weights. Does not wait for the
+    device."""
+    parameters = [
+        parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in model.parameters()
+    ]
     parameters = [p for p in parameters if p.is_floating_point() and not p.is_meta and not is_lazy(p)]
     samples = [parameter.detach().reshape(-1)[:8].float() for parameter in parameters]
     return torch.cat([each.to(samples[0].device) for each in samples]) if samples else torch.zeros(0)
 
 
 def learned(layer: BatchNormLayer) -> bool:
-    """Whether the affine parameters differ from channel to channel, both of them: no initialisation does that. Waits for the device."""
+    """Whether the affine parameters differ from channel to channel, both of them: no initialisation does that. Waits
+    for the device."""
     weight, bias = layer.module.weight, layer.module.bias
     if weight is None or bias is None or weight.is_meta or is_lazy(weight) or weight.numel() < 2:
         return False

@@ -10,7 +10,8 @@ from lightning_bn.rules.forwards import Trace
 __all__ = ["Routine", "Sketch"]
 
 PATIENCE = 2
-"""How many batches must be like the one before until the layers' hooks rest; doubled whenever a batch broke the routine."""
+"""How many batches must be like the one before until the layers' hooks rest; doubled whenever a batch broke the
+routine."""
 
 MOST_PATIENCE = 1024
 
@@ -31,9 +32,10 @@ class Sketch:
 class Routine:
     """The last batch that was seen in full, and whether batches have been like it for long enough.
 
-    A hook on a layer costs a host-bound step more by being there (torch takes the long way through ``Module.__call__``) than by what it
-    does. So the hooks on the layers rest while batches are alike. A call of the model that begins unlike the one at its place in the
-    last full batch wakes them before its layers run; a batch in which other statistics moved wakes them for the next.
+    A hook on a layer costs a host-bound step more by being there (torch takes the long way through ``Module.__call__``)
+    than by what it does. So the hooks on the layers rest while batches are alike. A call of the model that begins
+    unlike the one at its place in the last full batch wakes them before its layers run; a batch in which other
+    statistics moved wakes them for the next.
     """
 
     def __init__(self) -> None:
@@ -75,5 +77,7 @@ class Routine:
         surplus = []
         for index, (rise, expected) in enumerate(zip(rises, self.usual.rises, strict=False)):
             shape = last[index][10] if index in last else ()
-            surplus += [(index, True, True, True, True, False, False, -call, source, False, shape)] * max(rise - expected, 0)
+            surplus += [(index, True, True, True, True, False, False, -call, source, False, shape)] * max(
+                rise - expected, 0
+            )
         return usual + surplus

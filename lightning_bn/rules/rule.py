@@ -41,7 +41,8 @@ class Seen:
 
     layers: Sequence[str]
     event: str | Callable[[Sequence[str]], str]
-    """What was seen; a function of the layers where the words name one of them, since those that were told before are left out."""
+    """What was seen; a function of the layers where the words name one of them, since those that were told before are
+    left out."""
     level: Level | None = None
     """None: the rule's own."""
     fix: Fix | None = None
@@ -68,7 +69,8 @@ class Setting:
     scheduled: bool = False
     """Whether a callback freezes parts of the model for a while and unfreezes them later."""
     own_statistics: bool = False
-    """Whether nothing makes the running statistics of one rank those of the others (DDP with ``broadcast_buffers=False``)."""
+    """Whether nothing makes the running statistics of one rank those of the others (DDP with
+    ``broadcast_buffers=False``)."""
     optimizers: Callable[[], Sequence[Optimizer]] | None = None
     """Asked anew each time, since parameters are added while a model is unfrozen; None where nobody knows."""
 
@@ -96,7 +98,8 @@ class Batch:
     forwards: list[Forward] = field(default_factory=list)
     learning: Learning | None = None
     averaged: Collection[str] = ()
-    """Names of the layers that no optimizer holds and whose weights are written all the same: copies, such as an averaged teacher."""
+    """Names of the layers that no optimizer holds and whose weights are written all the same: copies, such as an
+    averaged teacher."""
     undecided: Collection[str] = ()
     """Names of the layers that no optimizer holds and that may turn out to be such copies before the epoch ends."""
     largest: int = 0
@@ -172,7 +175,8 @@ class Exchange:
     """Before the evaluation; inside of its step; or after the last training step."""
     stage: str
     far: dict[str, float] = field(default_factory=dict)
-    """Of layers whose statistics were exchanged too: by what factor the evaluation's spread differs from them, where that is far."""
+    """Of layers whose statistics were exchanged too: by what factor the evaluation's spread differs from them, where
+    that is far."""
 
 
 @dataclass
@@ -186,7 +190,8 @@ class Configuration:
 class Rule:
     """A mistake, and how it is recognised.
 
-    A subclass overrides the methods for the moments at which it can see something; each returns one `Seen` for each cause.
+    A subclass overrides the methods for the moments at which it can see something; each returns one `Seen` for each
+    cause.
     """
 
     code: ClassVar[str]

@@ -25,14 +25,16 @@ GAP_SHIFT = 0.5
 """BN208: the mean is off by half a standard deviation of what the layer normalises, root mean square over its channels."""
 
 GAP_LOG_RATIO = math.log(2)
-"""BN208: the variance is off by a factor of two, root mean square over the channels of the layer, on a logarithmic scale."""
+"""BN208: the variance is off by a factor of two, root mean square over the channels of the layer, on a logarithmic
+scale."""
 
 GAP_WARM_UP = 0.05
 """BN208: while what the buffers started with still weighs more than this, a gap is no more than information."""
 
 
 LEAST_TRACKED = 30
-"""BN208: batches after which an evaluation may be held to the statistics it reads: torch's default average has left its start by then."""
+"""BN208: batches after which an evaluation may be held to the statistics it reads: torch's default average has left its
+start by then."""
 
 
 class FrozenMoves(Rule):
@@ -50,7 +52,11 @@ class FrozenMoves(Rule):
         return self._seen(batch, moved, f"{batch.when} num_batches_tracked rose")
 
     def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterable[Seen]:
-        layers = [layer for index, rise in moved.items() if rise and self._stands_still(batch, layer := batch.observer.layers[index])]
+        layers = [
+            layer
+            for index, rise in moved.items()
+            if rise and self._stands_still(batch, layer := batch.observer.layers[index])
+        ]
         return self._seen(batch, layers, f"num_batches_tracked rose in {batches} batches")
 
     def at_rest(self, at: Configuration) -> Iterable[Seen]:
@@ -100,21 +106,33 @@ class MovedTwice(Rule):
         names = [batch.observer.layers[index].name for index, rise in moved.items() if rise > batches]
         if names:
             most = max(moved.values())
-            yield Seen(names, f"num_batches_tracked rose by up to {most} in {batches} batches; which forward did it can't be seen here.")
+            yield Seen(
+                names,
+                f"num_batches_tracked rose by up to {most} in {batches} batches; which forward did it can't be seen here.",
+            )
 
     def _cause(self, batch: Batch, layer: BatchNormLayer, moved: list[Forward]) -> tuple[str, Level, Fix]:
         if any(f.recomputed for f in moved):
-            fix = Fix(f"convert_batch_norm({batch.setting.root})", note="this package's layers tell a recomputation from a batch")
+            fix = Fix(
+                f"convert_batch_norm({batch.setting.root})",
+                note="this package's layers tell a recomputation from a batch",
+            )
             return "activation checkpointing ran the forward a second time, inside backward", "warning", fix
         within_one_call = len({f.call for f in moved}) < len(moved)
         if layer.shared or within_one_call:
             where = f", registered as {' and '.join(layer.names)}" if layer.shared else ""
-            fix = Fix("a batch norm for each place that calls it: the statistics of two places are not one distribution", "advice")
+            fix = Fix(
+                "a batch norm for each place that calls it: the statistics of two places are not one distribution",
+                "advice",
+            )
             return f"a shared layer{where} was called {len(moved)} times", "warning", fix
         same_input = len({f.source for f in moved}) < len(moved)
-        fix = Fix(f"with paused_statistics({batch.setting.root}):", "around that forward", "the one that should not count")
+        fix = Fix(
+            f"with paused_statistics({batch.setting.root}):", "around that forward", "the one that should not count"
+        )
         what = "an extra forward" if moved[0].call > 0 else "an extra forward, or a second use of the layer,"
-        # Two views of the data, real and generated images, or parts that learn in turn: nothing counts twice that should not.
+        # Two views of the data, real and generated images, or parts that learn in turn: nothing counts twice that
+        # should not.
         repeats = batch.learning is not None and batch.learning.repeats
         level: Level = "warning" if same_input and not batch.setting.manual and not repeats else "info"
         return f"{what} of {'the same' if same_input else 'another'} input moved them", level, fix
@@ -135,7 +153,11 @@ class NotFinite(Rule):
                 return f"{names[0]} in channel{'s' * (len(channels) > 1)} {_numbers(channels)}; {last}."
 
             # What is there is mended by recalibrate(); a layer of this package skips such batches from then on.
-            fix = Fix(f"convert_batch_norm({root}); recalibrate({root}, batches)", "before fit", "the first skips such batches")
+            fix = Fix(
+                f"convert_batch_norm({root}); recalibrate({root}, batches)",
+                "before fit",
+                "the first skips such batches",
+            )
             yield Seen(list(bad), event, fix=fix, worst_first=True)
 
 
@@ -183,7 +205,9 @@ class NeverUpdated(Rule):
             [each.layer.name for each in untouched],
             f"after training began, mean is 0 and variance 1 in all channels; num_batches_tracked is {_numbers(tracked)}.",
             level,
-            Fix(f"recalibrate({root}, batches)", "after training", "and run the layer in training mode while it trains"),
+            Fix(
+                f"recalibrate({root}, batches)", "after training", "and run the layer in training mode while it trains"
+            ),
         )
 
     def _loaded(self, setting: Setting, layers: list[BatchNormLayer], stage: str) -> Iterator[Seen]:
@@ -191,7 +215,9 @@ class NeverUpdated(Rule):
             yield Seen(
                 [layer.name for layer in layers],
                 "weight and bias were trained, and mean is 0 and variance 1 in all channels: a state of parameters alone was loaded.",
-                fix=Fix(f"recalibrate({setting.root}, batches)", "after training", "or load the checkpoint's buffers too"),
+                fix=Fix(
+                    f"recalibrate({setting.root}, batches)", "after training", "or load the checkpoint's buffers too"
+                ),
             )
 
 
@@ -210,7 +236,11 @@ class StaleBuffers(Rule):
         return self._seen(batch, layers, f"{batch.when} it normalised with the batch.")
 
     def at_rest(self, at: Configuration) -> Iterable[Seen]:
-        return self._seen(at, [layer for layer in at.observer.layers if layer.module.training and _stale(layer)], "it is in train mode.")
+        return self._seen(
+            at,
+            [layer for layer in at.observer.layers if layer.module.training and _stale(layer)],
+            "it is in train mode.",
+        )
 
     def _seen(self, at: Batch | Configuration, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
         if layers:
@@ -219,14 +249,19 @@ class StaleBuffers(Rule):
             yield Seen(
                 names,
                 event,
-                fix=Fix(call(at.setting.root, modules, "eval"), note="BaseFinetuning.freeze(train_bn=False) leaves layers like this"),
+                fix=Fix(
+                    call(at.setting.root, modules, "eval"),
+                    note="BaseFinetuning.freeze(train_bn=False) leaves layers like this",
+                ),
             )
 
 
 class TooFewBits(Rule):
     code = "BN206"
     title = "16-bit running statistics with a momentum too small to move them"
-    why = "an update smaller than half the spacing of the dtype rounds to nothing: the average stops short of the truth."
+    why = (
+        "an update smaller than half the spacing of the dtype rounds to nothing: the average stops short of the truth."
+    )
 
     def configuration(self, at: Configuration) -> Iterator[Seen]:
         stuck: dict[str, float] = {}
@@ -241,7 +276,8 @@ class TooFewBits(Rule):
                 list(stuck),
                 f"they may stop {max(stuck.values()):.0%} away from the batches' statistics.",
                 fix=Fix(
-                    f"convert_batch_norm({at.setting.root}, Exponential({momentum}))", note="keeps them in float32, as bf16-mixed does"
+                    f"convert_batch_norm({at.setting.root}, Exponential({momentum}))",
+                    note="keeps them in float32, as bf16-mixed does",
                 ),
             )
 
@@ -276,7 +312,9 @@ class OtherWeights(Rule):
         if exchange.where == "inside":
             return Fix(f"with recalibrated({root}, batches):", "around that forward")
         if exchange.where == "after":
-            return Fix(f"recalibrate({root}, batches)", "after training", "or callbacks=[..., BatchNormRecalibration()]")
+            return Fix(
+                f"recalibrate({root}, batches)", "after training", "or callbacks=[..., BatchNormRecalibration()]"
+            )
         return Fix('callbacks=[..., BatchNormRecalibration(when="validation")]', "in the Trainer")
 
 
@@ -295,7 +333,11 @@ class TrainEvalGap(Rule):
                 ), "warning" if level == "warning" else "info")  # fmt: skip
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
-        read = [gap for gap in evaluation.gaps if any(evaluation.observer.layers[i].name == gap.layer.name for i in evaluation.evaluated)]
+        read = [
+            gap
+            for gap in evaluation.gaps
+            if any(evaluation.observer.layers[i].name == gap.layer.name for i in evaluation.evaluated)
+        ]
         wide = [gap for gap in _wide(read) if gap.tracked >= LEAST_TRACKED]
         if wide:
             yield self._seen(wide, lambda gap: (
@@ -306,7 +348,9 @@ class TrainEvalGap(Rule):
     def _seen(self, wide: Sequence[Gap], event: Callable[[Gap], str], level: Level) -> Seen:
         by_name = {gap.layer.name: gap for gap in wide}
         fix = Fix(
-            'callbacks=[..., BatchNormRecalibration(when="validation")]', "in the Trainer", "or convert_batch_norm(model, Window(20))"
+            'callbacks=[..., BatchNormRecalibration(when="validation")]',
+            "in the Trainer",
+            "or convert_batch_norm(model, Window(20))",
         )
         return Seen(list(by_name), lambda names: event(by_name[names[0]]), level, fix, worst_first=True)
 
@@ -318,10 +362,11 @@ def _wide(gaps: Sequence[Gap]) -> list[Gap]:
 
 
 def dead_zone(layer: BatchNormLayer) -> float:
-    """Return how far from the truth, as a share of it, the layer's statistics may stop: ``eps / (2 * momentum)``; 0 where they don't.
+    """Return how far from the truth, as a share of it, the layer's statistics may stop: ``eps / (2 * momentum)``; 0
+    where they don't.
 
-    An exponential average moves by ``momentum * distance``, and in a dtype with relative spacing eps a step of less than ``eps / 2`` rounds
-    to nothing. A cumulative average's weight ends up smaller than any number.
+    An exponential average moves by ``momentum * distance``, and in a dtype with relative spacing eps a step of less
+    than ``eps / 2`` rounds to nothing. A cumulative average's weight ends up smaller than any number.
     """
     module = layer.module
     if not layer.tracks or module.running_mean.dtype not in (torch.float16, torch.bfloat16):

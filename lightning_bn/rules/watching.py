@@ -22,7 +22,8 @@ def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Sequence[
     """Return what can be seen in `model` without running it; nothing in it is changed.
 
     Args:
-        model: any module, for instance one that a checkpoint was loaded into. Rules about training look at the parts in train mode.
+        model: any module, for instance one that a checkpoint was loaded into. Rules about training look at the parts in
+            train mode.
         ignore: codes of rules to leave out.
         allow_eval: names, or patterns of names (``backbone.*``), of modules that are in eval mode on purpose.
 
@@ -43,16 +44,18 @@ def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Sequence[
 
 
 @contextmanager
-def watch(model: nn.Module, *, action: str = "warn", ignore: Sequence[str] = (), allow_eval: Sequence[str] = ()) -> Iterator[list[Finding]]:
+def watch(
+    model: nn.Module, *, action: str = "warn", ignore: Sequence[str] = (), allow_eval: Sequence[str] = ()
+) -> Iterator[list[Finding]]:
     """Observe the forwards of `model` in a loop of one's own, and report at exit.
 
-    A step of any optimizer that holds one of the model's parameters ends a training batch. What only a Trainer knows (stages, batches, who
-    changed a mode) is not looked at. No hook is left, on any way out.
+    A step of any optimizer that holds one of the model's parameters ends a training batch. What only a Trainer knows
+    (stages, batches, who changed a mode) is not looked at. No hook is left, on any way out.
 
     Args:
         model: the module that the loop calls; for Fabric, the one that ``fabric.setup`` returned.
-        action: at exit, "warn": one warning for each finding that is more than information. "raise": a `ModeCheckError` for them all.
-            "log": nothing; look at the list.
+        action: at exit, "warn": one warning for each finding that is more than information. "raise": a `ModeCheckError`
+            for them all. "log": nothing; look at the list.
         ignore: codes of rules to leave out.
         allow_eval: names, or patterns of names, of modules that are in eval mode on purpose.
 

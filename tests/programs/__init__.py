@@ -6,4 +6,13 @@ Nothing above information is to be said of any of them, and no callback may chan
 from programs import adversarial, detection, fine_tuning, reinforcement, self_supervised, semi_supervised, supervised
 from programs.base import PROGRAMS
 
-__all__ = ["PROGRAMS", "adversarial", "detection", "fine_tuning", "reinforcement", "self_supervised", "semi_supervised", "supervised"]
+__all__ = [
+    "PROGRAMS",
+    "adversarial",
+    "detection",
+    "fine_tuning",
+    "reinforcement",
+    "self_supervised",
+    "semi_supervised",
+    "supervised",
+]

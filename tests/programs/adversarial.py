@@ -136,7 +136,9 @@ class PixToPix(GAN):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1))
+        self.model = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1)
+        )
 
     def source(self, images: Tensor) -> Tensor:
         return images.flip(-1)
@@ -168,7 +170,8 @@ class CycleGAN(GAN):
     def __init__(self) -> None:
         super().__init__()
         self.model = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1)) for _ in range(2)
+            nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1))
+            for _ in range(2)
         )
 
     def generator_loss(self, images: Tensor) -> Tensor:
@@ -246,4 +249,6 @@ class DomainAdversarial(Module):
         features = self.model.backbone(torch.cat((batch[0], batch[0] + 1)))
         reversed_ = (2 * features.detach() - features).flatten(1)
         domains = torch.arange(2).repeat_interleave(len(batch[0]))
-        return F.cross_entropy(self.model.head(features)[: len(batch[0])], batch[1]) + F.cross_entropy(self.domain(reversed_), domains)
+        return F.cross_entropy(self.model.head(features)[: len(batch[0])], batch[1]) + F.cross_entropy(
+            self.domain(reversed_), domains
+        )

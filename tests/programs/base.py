@@ -54,7 +54,10 @@ def mlp(*sizes: int, last: bool = False) -> nn.Module:
 
 def views(images: Tensor, number: int = 2) -> list[Tensor]:
     """Return augmentations of a batch."""
-    return [images.flip(-1) * (view % 2) + images * (1 - view % 2) + 0.1 * torch.randn_like(images) for view in range(number)]
+    return [
+        images.flip(-1) * (view % 2) + images * (1 - view % 2) + 0.1 * torch.randn_like(images)
+        for view in range(number)
+    ]
 
 
 @torch.no_grad()

@@ -48,7 +48,8 @@ class FullyConvolutional(Segmentation):
 
 @program()
 class NormsInEval(Segmentation):
-    """Batch norms in eval mode with an affine part that learns, put there when the fit starts, as mmdetection's norm_eval."""
+    """Batch norms in eval mode with an affine part that learns, put there when the fit starts, as mmdetection's
+    norm_eval."""
 
     def on_train_epoch_start(self) -> None:
         for part in self.model.backbone.modules():
@@ -146,7 +147,9 @@ class NormForEachLevel(Segmentation):
     def loss(self, batch: list[Tensor]) -> Tensor:
         fine = self.model.backbone[0](batch[0])
         levels = fine, self.model.backbone[1](fine)
-        outputs = [F.interpolate(norm(self.shared(level)), size=6) for norm, level in zip(self.norms, levels, strict=True)]
+        outputs = [
+            F.interpolate(norm(self.shared(level)), size=6) for norm, level in zip(self.norms, levels, strict=True)
+        ]
         return F.cross_entropy(self.model.head(torch.cat(outputs, 1)), (batch[0][:, 0] > 0).long())
 
 
@@ -181,5 +184,8 @@ class SlowBackbone(Segmentation):
     """Two groups of learning rates."""
 
     def configure_optimizers(self) -> Any:
-        groups = [{"params": self.model.backbone.parameters(), "lr": 1e-3}, {"params": self.model.head.parameters(), "lr": 1e-2}]
+        groups = [
+            {"params": self.model.backbone.parameters(), "lr": 1e-3},
+            {"params": self.model.head.parameters(), "lr": 1e-2},
+        ]
         return torch.optim.SGD(groups, momentum=0.9)

@@ -74,8 +74,8 @@ class LightningsBackboneFinetuning(Pretrained):
 
 
 class Schedule(BaseFinetuning):
-    """The defaults of finetuning-scheduler: all but the last group frozen, batch norms too, which keep track of their batches; one group
-    more in each epoch."""
+    """The defaults of finetuning-scheduler: all but the last group frozen, batch norms too, which keep track of their
+    batches; one group more in each epoch."""
 
     def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
         for parameter in pl_module.backbone.parameters():

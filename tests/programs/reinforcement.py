@@ -114,7 +114,9 @@ class DDPG(Module):
     def __init__(self) -> None:
         super().__init__()
         self.critic = nn.Sequential(nn.Linear(38, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
-        self.targets = nn.ModuleList(copy.deepcopy(part).requires_grad_(False).eval() for part in (self.model, self.critic))
+        self.targets = nn.ModuleList(
+            copy.deepcopy(part).requires_grad_(False).eval() for part in (self.model, self.critic)
+        )
         self.automatic_optimization = False
 
     def value(self, critic: nn.Module, images: Tensor, action: Tensor) -> Tensor:

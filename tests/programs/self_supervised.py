@@ -113,7 +113,9 @@ class SimSiam(TwoViews):
 
     def agree(self, one: Tensor, other: Tensor) -> Tensor:
         predictions = self.predictor(one), self.predictor(other)
-        return -sum(F.cosine_similarity(p, z.detach()).mean() for p, z in zip(predictions, (other, one), strict=True)) / 2
+        return (
+            -sum(F.cosine_similarity(p, z.detach()).mean() for p, z in zip(predictions, (other, one), strict=True)) / 2
+        )
 
 
 @program()

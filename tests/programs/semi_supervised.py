@@ -48,7 +48,10 @@ class FixMatch(Consistency):
         weak, strong = views(images)
         logits, guessed, answer = self(torch.cat((images, weak, strong))).chunk(3)
         probability, target = guessed.detach().softmax(1).max(1)
-        return F.cross_entropy(logits, labels) + (F.cross_entropy(answer, target, reduction="none") * (probability > 0.6)).mean()
+        return (
+            F.cross_entropy(logits, labels)
+            + (F.cross_entropy(answer, target, reduction="none") * (probability > 0.6)).mean()
+        )
 
 
 @program()
@@ -69,7 +72,9 @@ class VAT(Consistency):
             direction = torch.randn_like(images).requires_grad_()
             loss = F.kl_div(self(images + 1e-1 * direction).log_softmax(1), target)
             (gradient,) = torch.autograd.grad(loss, direction)
-            return F.kl_div(self(images + F.normalize(gradient.flatten(1), dim=1).reshape_as(images)).log_softmax(1), target)
+            return F.kl_div(
+                self(images + F.normalize(gradient.flatten(1), dim=1).reshape_as(images)).log_softmax(1), target
+            )
 
 
 @program()
@@ -82,7 +87,10 @@ class MixMatch(Consistency):
             target = torch.stack([self(view).softmax(1) for view in views(images)]).mean(0)
         self.model.train()
         share = float(torch.distributions.Beta(0.75, 0.75).sample())
-        return F.mse_loss(self(share * images + (1 - share) * images.flip(0)).softmax(1), share * target + (1 - share) * target.flip(0))
+        return F.mse_loss(
+            self(share * images + (1 - share) * images.flip(0)).softmax(1),
+            share * target + (1 - share) * target.flip(0),
+        )
 
 
 class Taught(Consistency):
@@ -172,7 +180,9 @@ class MutualLearning(Module):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         one, other = self(batch[0]), self.other(batch[0])
-        agreement = F.mse_loss(one.softmax(1), other.detach().softmax(1)) + F.mse_loss(other.softmax(1), one.detach().softmax(1))
+        agreement = F.mse_loss(one.softmax(1), other.detach().softmax(1)) + F.mse_loss(
+            other.softmax(1), one.detach().softmax(1)
+        )
         return F.cross_entropy(one, batch[1]) + F.cross_entropy(other, batch[1]) + agreement
 
 

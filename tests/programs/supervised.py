@@ -134,7 +134,9 @@ class MultiTask(Module):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         features = self.model.backbone(batch[0])
         brightness = batch[0].mean((1, 2, 3))
-        return F.cross_entropy(self.model.head(features), batch[1]) + F.mse_loss(self.second(features).flatten(), brightness)
+        return F.cross_entropy(self.model.head(features), batch[1]) + F.mse_loss(
+            self.second(features).flatten(), brightness
+        )
 
 
 @program(max_epochs=3)
@@ -153,7 +155,11 @@ class Sequences(Module):
     """One-dimensional convolutions."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Sequential(nn.Flatten(2), nn.Conv1d(1, 4, 5, bias=False), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(128, 2)))
+        super().__init__(
+            nn.Sequential(
+                nn.Flatten(2), nn.Conv1d(1, 4, 5, bias=False), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(128, 2)
+            )
+        )
 
 
 @program()
@@ -161,7 +167,13 @@ class Volumes(Module):
     """Three-dimensional convolutions."""
 
     def __init__(self) -> None:
-        layers = nn.Unflatten(1, (1, 1)), nn.Conv3d(1, 4, (1, 3, 3), bias=False), nn.BatchNorm3d(4), nn.Flatten(), nn.Linear(64, 2)
+        layers = (
+            nn.Unflatten(1, (1, 1)),
+            nn.Conv3d(1, 4, (1, 3, 3), bias=False),
+            nn.BatchNorm3d(4),
+            nn.Flatten(),
+            nn.Linear(64, 2),
+        )
         super().__init__(nn.Sequential(*layers))
 
 
