@@ -9,17 +9,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_bn.activations.tensorboard import add_markdown
 from lightning_bn.callbacks.both_lightnings import (
     BaseFinetuning,
     Callback,
     Checkpoint,
     LightningModule,
-    TensorBoardLogger,
     Trainer,
     is_overridden,
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.loggers import log_markdown
 from lightning_bn.discovery import parts_called_by
 from lightning_bn.layers.ledger import settle_together
 from lightning_bn.rules import RULES, Finding, ModeCheckError
@@ -327,8 +326,7 @@ class ModeCheck(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics({f"{_TAG}/{level}s": float(count) for level, count in counts.items()}, step=step)
-            if isinstance(logger, TensorBoardLogger):
-                add_markdown(logger.experiment, f"{_TAG}/findings", markdown(self.findings), step)
+        log_markdown(trainer.loggers, f"{_TAG}/findings", markdown(self.findings), step)
 
 
 def _stage(trainer: Trainer) -> str:
