@@ -122,7 +122,10 @@ class AveragedBatchNorm(_BatchNorm):
         averaging = self.__dict__.get("_modules", {}).get("averaging")
         if isinstance(averaging, Exponential):
             return averaging.momentum
-        return self.__dict__["_momentum"] if "_momentum" in self.__dict__ else self.__dict__["momentum"]
+        momentum: float | None = (
+            self.__dict__["_momentum"] if "_momentum" in self.__dict__ else self.__dict__["momentum"]
+        )
+        return momentum
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
