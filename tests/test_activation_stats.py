@@ -327,7 +327,7 @@ def test_reused_layers_widths_and_tuples() -> None:
     named."""
     monitor = ActivationStatsMonitor(layers=[nn.ReLU, nn.LSTM, "spare"], every_n_steps=100)
     module = Shapes()
-    with pytest.warns(UserWarning, match="sees nothing of rest.0, rest.4, spare: no forward"):
+    with pytest.warns(UserWarning, match="sees nothing of rest.0, rest.4, spare in training: no forward"):
         fit(monitor, module=module, val=None, max_epochs=1)
     found = rows(monitor, "train", 0)
     assert list(found) == ["input", "relu#1", "relu#2", "relu#3", "lstm"]
@@ -558,7 +558,7 @@ def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:
     assert metrics["activations/std/median"] == pytest.approx(sorted(stds)[1] / 2 + sorted(stds)[2] / 2)
     assert metrics["activations/std/worst"] == max(stds, key=lambda std: abs(math.log(std)))
     assert metrics["activations/drift_mean/worst"] == max(found[name]["drift_mean"] for name in ("bn1", "rest.3"))
-    assert metrics["activations/dead_fraction/rest.0"] == found["rest.0"]["dead_fraction"]
+    assert metrics["activations/zero_fraction/rest.0"] == found["rest.0"]["zero_fraction"]
     assert ours[2][1]["activations_val/std/bn1"] == rows(monitor, "val")["bn1"]["std"]
     assert "activations/std/median" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
 
@@ -636,8 +636,8 @@ def test_ailments_and_pictures_without_tensorboard() -> None:
     monitor = ActivationStatsMonitor(every_n_steps=2)
     fit(monitor, module=Dies(lr=0.0), val=None)
     found = {(each.layer, each.statistic): (each.first, each.value) for each in monitor.ailments()}
-    assert found["rest.0", "dead_fraction"] == found["bn1", "weight_near_zero"] == (6, 1.0)
-    assert monitor.picture("dead_fraction").shape[1:] == (640, 3)
+    assert found["rest.0", "zero_fraction"] == found["bn1", "weight_near_zero"] == (6, 1.0)
+    assert monitor.picture("zero_fraction").shape[1:] == (640, 3)
     with pytest.raises(ValueError, match=r"picture\('nonsense', 'train'\).*there are std, abs_max"):
         monitor.picture("nonsense")
     with pytest.raises(ValueError, match="there are none"):

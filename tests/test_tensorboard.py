@@ -52,8 +52,8 @@ def test_scalars_are_those_of_the_table(run: Any) -> None:
     frame = pd.DataFrame(monitor.table())
     frame = frame[frame.layer != "input"]
     for prefix, stage in (("activations", "train"), ("activations_val", "val")):
-        of_stage = frame[frame.stage == stage].astype({"dead_fraction": float, "drift_mean": float})
-        for name in ("dead_fraction", "drift_mean", "std"):
+        of_stage = frame[frame.stage == stage].astype({"zero_fraction": float, "drift_mean": float})
+        for name in ("zero_fraction", "drift_mean", "std"):
             by_step = of_stage.groupby("step")[name]
             for tag, expected in (("median", by_step.median()), ("worst", by_step.max())):
                 if (name, tag) != ("std", "worst"):
@@ -81,7 +81,6 @@ def test_every_tag_is_documented(run: Any) -> None:
     maps = {
         "std",
         "zero_fraction",
-        "dead_fraction",
         "nonfinite",
         "drift_mean",
         "drift_var",
@@ -93,6 +92,7 @@ def test_every_tag_is_documented(run: Any) -> None:
     assert tags["histograms"] == ["activations_histogram/rest.0"]
 
 
+@pytest.mark.filterwarnings("ignore:html5lib:DeprecationWarning")
 def test_each_chart_shows_the_stage_that_its_panel_names(run: Any) -> None:
     """The tags that the browser asks TensorBoard for, of each panel of Custom Scalars, are of its stage and have data."""
     from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -118,8 +118,10 @@ def test_each_chart_shows_the_stage_that_its_panel_names(run: Any) -> None:
             (series,) = chart["margin"]["series"]
             tags = {series[part] for part in ("value", "lower", "upper")}
             assert len(tags) >= 2, "a line alone can't be told from another"
+            assert all(tag.startswith(prefixes[category["title"]]) for tag in tags)
+            if "dead" in chart["title"]:
+                continue  # of layers of eight channels and more, which this model has not
             for tag in tags:
-                assert tag.startswith(prefixes[category["title"]])
                 points, _ = scalars.scalars_impl(RequestContext(), tag, name, "", OutputFormat.JSON)
                 assert len(points) == (6 if category["title"].endswith("training") else 2)
 
@@ -194,7 +196,7 @@ def test_a_sick_layer_is_named_with_its_step(tmp_path: Path) -> None:
         line.startswith("- Sick: rest.3: share of affine weights near zero 1 (limit 0.5) since step 6")
         for line in lines
     )
-    assert "| `rest.4` | share of channels that are dead | 6 |  | 1 | 0.25 |" in lines
+    assert "| `rest.4` | share of activations that are zero | 6 |  | 1 | 0.95 |" in lines
 
 
 def test_a_picture_has_the_colours_of_the_values() -> None:

@@ -55,7 +55,7 @@ class Report:
         self.heatmaps = heatmaps
         self._next_drawing = 4
         self._drawn = 0
-        self._told = 0  # episodes
+        self._told = self._told_at = 0  # episodes, and the samples at that time
 
     def update(self, table: LayerTable, sample: Sample, step: int) -> None:
         """Take note of a training sample, the newest in `table`; draw when the run is twice as long as at the last
@@ -64,7 +64,9 @@ class Report:
             for sink in self.sinks:
                 sink.histogram(f"{self.prefix}_histogram/{layer}", counts, step)
         due = table.samples("train") >= self._next_drawing
-        if due or table.episodes_begun > self._told:
+        # Where something new is sick at every sample, not at every sample.
+        is_new = table.episodes_begun > self._told and table.samples("train") >= 1.1 * self._told_at
+        if due or is_new:
             self._tell(table, sample, step)
         if due:
             self.draw(table, sample, step)
@@ -76,7 +78,7 @@ class Report:
         self.draw(table, sample, step)
 
     def _tell(self, table: LayerTable, sample: Sample, step: int) -> None:
-        self._told = table.episodes_begun
+        self._told, self._told_at = table.episodes_begun, table.samples("train")
         for sink in self.sinks:
             sink.text(f"{self.prefix}/layers", tell(table, sample), step)
 
