@@ -218,8 +218,7 @@ class Followers:
         if layer in self._pending:
             self._flush()
         dtype = torch.promote_types(mean.dtype, torch.float32)
-        self._pending[layer] = loan = Loan(None, mean.to(dtype), var.to(dtype), None)
-        loan.own_rows = True
+        self._pending[layer] = loan = Loan(None, mean.to(dtype), var.to(dtype))
         loan.repay(count)
 
     @torch.no_grad()
@@ -237,7 +236,9 @@ class _Wide:
 
     def __init__(self, layers: list[_BatchNorm], shadows: list[list[BatchNorm1d]]) -> None:
         self.layers = layers
-        self._groups = [Group(row, [rule_of(shadow) for shadow in row], skip_nonfinite=True) for row in shadows]
+        self._groups = [
+            Group(row, [rule_of(shadow) for shadow in row], skip_nonfinite=True, private=True) for row in shadows
+        ]
         like = shadows[0][0].running_mean
         self._which: dict[tuple[bool, ...], Tensor] = {}
         self._eps = torch.tensor([layer.eps for layer in layers], dtype=like.dtype, device="cpu").to(
@@ -249,13 +250,10 @@ class _Wide:
         """Take in the batches of those layers that ran; of those in `kept`, ``1 / sqrt(biased variance + eps)`` stands
         for the variance."""
         loans = [
-            pending.get(layer) or Loan(None, none, none, None)
-            for layer, none in zip(self.layers, self._absent, strict=True)
+            pending.get(layer) or Loan(None, none, none) for layer, none in zip(self.layers, self._absent, strict=True)
         ]
         if any(loan.ran for loan in loans):
-            for loan in loans:
-                loan.own_rows = True
-            rows = self._groups[0].collect(self._absent[0], loans)
+            rows = self._groups[0].collect_own(loans)
             self.take(rows.mean, self._variances(rows, kept), rows.count)
 
     def _variances(self, rows: Rows, kept: AbstractSet[_BatchNorm]) -> Tensor:
