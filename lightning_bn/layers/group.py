@@ -127,15 +127,11 @@ class Group:
     def collect(self, lent: Lent) -> Rows:
         """Put the reports of one forward side by side."""
         loans = lent.loans
-        if any(loan.own_rows for loan in loans):
-            return self.collect_own(loans)
-        mean, var = self._halves(lent.rows)
-        return Rows(mean, var, self._counts(loans), self._valid(loans, var), [loan.ran for loan in loans], lent)
-
-    def collect_own(self, loans: Sequence[Loan]) -> Rows:
-        """The same where the rows are not, or not all, those that were lent."""
-        mean, var = self._halves(torch.cat([*(loan.mean for loan in loans), *(loan.var for loan in loans)]))
-        return Rows(mean, var, self._counts(loans), self._valid(loans, var), [loan.ran for loan in loans])
+        own = any(loan.own_rows for loan in loans)
+        both = torch.cat([*(loan.mean for loan in loans), *(loan.var for loan in loans)]) if own else lent.rows
+        mean, var = self._halves(both)
+        counts, ran = self.numbers([loan.count for loan in loans]), [loan.ran for loan in loans]
+        return Rows(mean, var, counts, self._valid(loans, var), ran, None if own else lent)
 
     def settle(self, rows: Rows, batch: tuple[Tensor, Tensor] | None = None) -> None:
         """Update the running statistics of all layers.
@@ -200,6 +196,24 @@ class Group:
         """Repeat a number a layer, (L,), for each of its channels, (C,)."""
         return per_layer[self._owner]
 
+    def numbers(self, values: Sequence[int | Tensor]) -> Tensor:
+        """Return a number for each layer as a tensor, (L,), in the dtype of moments."""
+        dtype = self._moments_dtype()
+        if not any(isinstance(value, Tensor) for value in values):
+            return self._constant("number", tuple(values), dtype)
+        return torch.stack(
+            [
+                value.to(dtype).reshape(())
+                if isinstance(value, Tensor)
+                else torch.full((), value, dtype=dtype, device=self.device)
+                for value in values
+            ]
+        )
+
+    def flags(self, values: Sequence[bool]) -> Tensor:
+        """Return a truth for each layer as a tensor, (L,) bool."""
+        return self._constant("flag", tuple(values), torch.bool)
+
     def is_tied(self) -> bool:
         """Whether the layers' averagings still are what this group took them for."""
         return self._rule is None or all(rule.__dict__.get("tie") is self for rule in self._own)
@@ -226,24 +240,14 @@ class Group:
         mean, var = (both.to(self._moments_dtype()) if self.rules else both).split(self._channels)
         return mean, var
 
-    def _counts(self, loans: Sequence[Loan]) -> Tensor:
-        counts, dtype = [loan.count for loan in loans], self._moments_dtype()
-        if any(isinstance(count, Tensor) for count in counts):
-            tensors = [
-                c.to(dtype) if isinstance(c, Tensor) else torch.full((), c, dtype=dtype, device=self.device)
-                for c in counts
-            ]
-            return torch.stack([count.reshape(()) for count in tensors])
-        return self._constant("count", tuple(counts), dtype)
-
     def _valid(self, loans: Sequence[Loan], var: Tensor) -> Tensor | None:
         """Which layers' batches count: those that ran, and were finite if anything else is to be skipped."""
         valid = self.finite(var) if self.skip_nonfinite else None
         if not all(loan.ran for loan in loans):
-            ran = self._constant("ran", tuple(loan.ran for loan in loans), torch.bool)
+            ran = self.flags([loan.ran for loan in loans])
             valid = ran if valid is None else valid & ran
         if any(loan.valid is not None for loan in loans):
-            yes = self._constant("ran", (True,), torch.bool)[0]
+            yes = self.flags([True])[0]
             own = torch.stack([yes if loan.valid is None else loan.valid for loan in loans])
             valid = own if valid is None else valid & own
         return valid
