@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import TypeVar
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -11,7 +14,7 @@ from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_averaging
 from lightning_bn.layers.ledger import release as release_ledger
 from lightning_bn.layers.ledger import settle_together
-from lightning_bn.layers.trial import obstacle
+from lightning_bn.layers.trial import why_unsupported
 
 __all__ = ["convert_batch_norm", "to_torch"]
 
@@ -23,7 +26,10 @@ _OURS: dict[type[_BatchNorm], type[_BatchNorm]] = {
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
 
-def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
     """Give every batch-norm layer in `module` the averaging, in place.
 
     A `torch.nn.BatchNorm1d/2d/3d` becomes this package's; it stays the same object, so parameters, buffers, hooks,
@@ -37,10 +43,10 @@ def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) ->
             package's layers.
 
     Returns:
-        `module` itself.
+        `module` itself. A module without batch norm is warned of.
 
     Raises:
-        TypeError: a layer can't be served; it is named, with the reason, and nothing was changed.
+        TypeError: a layer is not supported; it is named, with the reason, and nothing was changed.
 
     Lazy and quantization-aware layers are out of scope: initialise the former first, convert before preparing the
     latter.
@@ -50,7 +56,7 @@ def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) ->
         >>> from lightning_bn import Window, convert_batch_norm
         >>> convert_batch_norm(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)), Window(20))[1]
         BatchNorm2d(
-          8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True
+          8, eps=1e-05, affine=True, bias=True, track_running_stats=True
           (averaging): Window(size=20)
         )
     """
@@ -60,14 +66,21 @@ def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) ->
     refused = [(layer, reason) for layer in layers if (reason := _refusal(layer.module, averaging))]
     if refused:
         raise TypeError(
-            f"convert_batch_norm(module, {averaging!r}) can't serve {_listing(refused)}. Nothing was changed."
+            f"convert_batch_norm(module, {averaging!r}) can't attach the averaging to {_listing(refused)}. Nothing was changed."
+        )
+    if not layers:
+        warnings.warn(
+            f"convert_batch_norm({type(module).__name__}(...), {averaging!r}) finds no batch-norm layer, and converts nothing. "
+            "Call it after the model is built; other normalisations, such as LayerNorm, have no running statistics.",
+            stacklevel=2,
         )
     for layer in layers:
         _convert(layer.module, averaging)
-    return settle_together(module)
+    settle_together(module)
+    return module
 
 
-def to_torch(module: nn.Module) -> nn.Module:
+def to_torch(module: M) -> M:
     """Turn every layer of this package in `module` into plain ``torch.nn``, in place; the inverse of
     `convert_batch_norm`.
 
@@ -104,7 +117,7 @@ def to_torch(module: nn.Module) -> nn.Module:
 def _refusal(layer: _BatchNorm, averaging: Averaging | None) -> str | None:
     if isinstance(layer, AveragedBatchNorm) or (type(layer) in _OURS and not _has_own_forward(layer)):
         return "it keeps no running statistics" if averaging is not None and layer.running_mean is None else None
-    return obstacle(layer) if averaging is not None else None
+    return why_unsupported(layer) if averaging is not None else None
 
 
 def _has_own_forward(layer: _BatchNorm) -> bool:
@@ -117,7 +130,7 @@ def _has_own_forward(layer: _BatchNorm) -> bool:
 def _convert(layer: _BatchNorm, averaging: Averaging | None) -> None:
     ours = None if _has_own_forward(layer) else _OURS.get(type(layer))
     if ours is not None:
-        subclasses.release(layer)
+        subclasses.detach_averaging(layer)
         # A change of class and not a new module: whoever holds the layer (optimizers, hooks, lists) holds the converted
         # one.
         layer.__class__ = ours
@@ -125,13 +138,13 @@ def _convert(layer: _BatchNorm, averaging: Averaging | None) -> None:
     if isinstance(layer, AveragedBatchNorm):
         layer.adopt(averaging)
     elif averaging is None:
-        subclasses.release(layer)
+        subclasses.detach_averaging(layer)
     else:
-        subclasses.serve(layer, averaging)
+        subclasses.attach_averaging(layer, averaging)
 
 
 def _revert(layer: _BatchNorm) -> None:
-    subclasses.release(layer)
+    subclasses.detach_averaging(layer)
     torchs = _TORCHS.get(type(layer))
     if torchs is not None:
         momentum = layer.momentum
