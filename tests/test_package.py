@@ -86,13 +86,14 @@ def own(path: Path) -> set[str]:
 
 # Who may import whom, by folder or file at the top, from docs/design.md; what is not here may import all but the
 # adapters.
-GROUND = {"torch_internals", "discovery", "modes", "moments", "channel_moments"}
+GROUND = {"torch_internals", "discovery", "modes", "moments", "channel_moments", "sharding"}
 MAY_IMPORT: dict[str, set[str]] = {
     "torch_internals": set(),
     "discovery": set(),
     "modes": {"torch_internals", "discovery"},
     "moments": {"torch_internals"},
     "channel_moments": {"torch_internals", "moments"},
+    "sharding": {"discovery"},
     "averaging": {"moments"},
     "layers": GROUND | {"averaging"},
     "ranks": GROUND | {"averaging", "layers"},

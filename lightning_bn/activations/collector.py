@@ -27,6 +27,7 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager
 from lightning_bn.moments import drift
 from lightning_bn.ranks.collective import share
+from lightning_bn.sharding import full_value
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["LayerCollector", "Sample", "to_host"]
@@ -180,8 +181,8 @@ class LayerCollector:
         self._hand_in()
         drifts = self._meter.measure() if self._meter is not None and self._is_open else torch.empty(0, 4)
         norms = list(self._norms.values())
-        weights = _joined([norm.weight for norm in norms if isinstance(norm.weight, Tensor)])
-        biases = _joined([norm.bias for norm in norms if isinstance(norm.bias, Tensor)])
+        weights = _joined([_affine(norm, "weight") for norm in norms if isinstance(norm.weight, Tensor)])
+        biases = _joined([_affine(norm, "bias") for norm in norms if isinstance(norm.bias, Tensor)])
         tracking = [] if self._training else list(self._tracking.values())
         statistics = [_joined([getattr(layer, name) for layer in tracking]) for name in ("running_mean", "running_var")]
         pooled = (
@@ -312,6 +313,12 @@ class LayerCollector:
             shift, log_ratio = drift(*batch, mean.double(), variance.double(), layer.eps)
             values = summarise_drift(shift[None], log_ratio[None], torch.tensor([len(mean)]))[0].tolist()
             sample.rows[name].update(zip(DRIFT_STATISTICS, map(_number, values), strict=True))
+
+
+def _affine(norm: _BatchNorm, name: str) -> Tensor:
+    """The whole parameter, also where ranks hold parts of it; NaN where it can't be told."""
+    whole = full_value(getattr(norm, name), (norm.num_features,))
+    return torch.full((norm.num_features,), torch.nan, device=getattr(norm, name).device) if whole is None else whole
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -154,8 +154,9 @@ class DriftMeter:
             raise RuntimeError(
                 "DriftMeter.measure() without start(): call start() before the batch, measure() after it."
             )
+        after = self._buffers()  # batches that are on their way from other ranks arrive, and are heard of
         self.close()
-        (mean, var, tracked), after = self._before, self._buffers()
+        mean, var, tracked = self._before
         batches = after[2] - tracked
         weight = self._per_channel(self._newest_weight(after[2], batches))
         batch_mean, batch_var = mean + (after[0] - mean) / weight, var + (after[1] - var) / weight

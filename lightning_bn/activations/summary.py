@@ -84,7 +84,7 @@ def weights_and_biases(
         }
         if kind == "weight":
             columns["weight_near_zero"] = (
-                np.add.reduceat((abs(numbers) < NEAR_ZERO).astype(np.float64), starts) / widths
+                np.add.reduceat(np.where(np.isnan(numbers), np.nan, abs(numbers) < NEAR_ZERO), starts) / widths
             )
         for column, values in columns.items():
             for name, value in zip(names, values.tolist(), strict=True):

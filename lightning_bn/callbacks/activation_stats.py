@@ -19,6 +19,7 @@ from lightning_bn.activations.layers import Choice, is_chosen, select_layers
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.tensorboard import TensorBoardReport
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.layers.ledger import settle_together
 
 __all__ = ["ActivationStatsMonitor"]
@@ -149,6 +150,7 @@ class ActivationStatsMonitor(Callback):
         self._sampled_step = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_plugin_is_applied(trainer, pl_module)
         last = self._table.last_step()
         if last is not None and logging_step(trainer) < last:
             self._table = LayerTable()  # another run

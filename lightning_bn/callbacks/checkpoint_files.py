@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,6 +21,8 @@ from lightning_bn.checkpoints.atomic_file import write_atomically
 __all__ = ["KINDS", "check_kinds", "files_of", "statistics_in", "write_recalibrated_copy"]
 
 KINDS = ("best", "last")
+
+_SHARDING = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
 
 
 def check_kinds(trainer: Trainer, kinds: Sequence[str]) -> None:
@@ -31,6 +34,12 @@ def check_kinds(trainer: Trainer, kinds: Sequence[str]) -> None:
     if getattr(trainer, "fast_dev_run", False):
         return  # no file is written then
     writers = _writers(trainer)
+    if kinds and isinstance(trainer.strategy, _SHARDING):
+        raise MisconfigurationException(
+            f"BatchNormRecalibration(checkpoints={tuple(kinds)!r}): {type(trainer.strategy).__name__} spreads the parameters over ranks, and "
+            "no copy of such a checkpoint can be recalibrated here. Leave out checkpoints=, and recalibrate before each is saved, "
+            "BatchNormRecalibration(when='validation'), or after it is loaded: recalibrate(module, batches)."
+        )
     call = f"BatchNormRecalibration(checkpoints={tuple(kinds)!r})"
     if kinds and not writers:
         raise MisconfigurationException(

@@ -15,13 +15,16 @@ from typing import Any
 import lightning
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 __all__ = [
     "afresh",
+    "data_parallel_group",
     "iterates_itself",
+    "layer_sync_of",
     "logging_step",
     "to_device",
     "training_loader",
@@ -110,6 +113,27 @@ def validation_metrics(trainer: Trainer, loader: CombinedLoader) -> dict[str, Te
         stack.callback(again.teardown)
         again.run()
         return {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
+
+
+def layer_sync_of(trainer: Trainer) -> Any:
+    """Return the plugin of `Trainer(plugins=...)` that is to synchronise layers, None if there is none.
+
+    Nothing public says which plugins a Trainer was given. Where this is gone, a plugin that no strategy applies goes
+    unnoticed.
+    """
+    return getattr(getattr(trainer, "_accelerator_connector", None), "_layer_sync", None)
+
+
+def data_parallel_group(trainer: Trainer) -> Any:
+    """Return the process group of the ranks that see different data, of which this is one; None for that of all ranks.
+
+    They are not all ranks where the strategy divides a layer between some of them, which then see the same batch. The
+    name of the mesh's dimension stands in the documentation of `ModelParallelStrategy`.
+    """
+    mesh = (
+        getattr(trainer.strategy, "device_mesh", None) if isinstance(trainer.strategy, ModelParallelStrategy) else None
+    )
+    return None if mesh is None else mesh["data_parallel"].get_group()
 
 
 def _deaf_progress_bar(trainer: Trainer) -> list[Callback]:

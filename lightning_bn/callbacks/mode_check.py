@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_bn.activations.tensorboard import add_markdown
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.discovery import parts_called_by
 from lightning_bn.layers.ledger import settle_together
 from lightning_bn.rules import RULES, Finding, ModeCheckError
@@ -103,6 +104,7 @@ class ModeCheck(Callback):
         trainer.callbacks = [*others, self, *savers]  # type: ignore[attr-defined]  # a new list: Lightning iterates over the old one
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_plugin_is_applied(trainer, pl_module)
         settle_together(pl_module)
         self._start(trainer, pl_module)
         # The module's own hook comes after all callbacks'.
