@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_bn.discovery import BatchNormLayer
 
-__all__ = ["check_not_distributed", "full_value", "is_sharded"]
+__all__ = ["check_not_distributed", "full_value", "is_sharded", "local_value"]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -32,6 +32,12 @@ def full_value(parameter: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     if _is_dtensor(whole):
         whole = whole.full_tensor()  # type: ignore[attr-defined]
     return whole if tuple(whole.shape) == shape and whole.untyped_storage().size() else None
+
+
+def local_value(parameter: Tensor) -> Tensor:
+    """Return the part of `parameter` that this rank has, which may be empty; no rank waits for another."""
+    part: Tensor = parameter.detach()
+    return part.to_local() if _is_dtensor(part) else part  # type: ignore[attr-defined]
 
 
 def check_not_distributed(layers: Iterable[BatchNormLayer], call: str) -> None:

@@ -109,9 +109,7 @@ CALLBACKS: dict[str, Callable[[], list[pl.Callback]]] = {
     "monitor": lambda: [ActivationStatsMonitor(every_n_steps=2)],
     "check": lambda: [ModeCheck(action="raise"), BatchNormSync(statistics_only=True)],
     "recalibration": lambda: [BatchNormRecalibration(forward=on_own_batch)],
-    "before validation": lambda: [
-        BatchNormRecalibration(when="validation", forward=on_own_batch, monitor="val_loss"),
-    ],
+    "before validation": lambda: [BatchNormRecalibration(when="validation", forward=on_own_batch)],
     "comparison": lambda: [CompareAverages({"window": Window(3)})],
     "conversion": lambda: [ConvertBatchNorm(Window(3)), BatchNormSync(statistics_only=True)],
 }
@@ -166,7 +164,7 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
     results: dict[str, Any] = {"plain": fit(folder)}
     results["sync"] = fit(folder, BatchNormSync())
     results["statistics only"] = fit(folder, BatchNormSync(statistics_only=True))
-    results["replicas"] = fit(folder, BatchNormSync(), BatchNormRecalibration(), tensor_parallel=2)
+    results["replicas"] = fit(folder, BatchNormSync(), BatchNormRecalibration(forward=on_own_batch), tensor_parallel=2)
     for name, make in CALLBACKS.items():
         callbacks = make()
         results[name] = fit(folder, *callbacks)
@@ -348,6 +346,7 @@ def test_a_distributed_checkpoint_has_one_history(results: list[dict[Any, Any]])
     model = convert_batch_norm(network(), Window(3))
     for step in range(4):
         model(own_batch(0, step))
-    assert torch.equal(one["before"]["0.1.averaging.rows"], model.state_dict()["0.1.averaging.rows"])
-    assert torch.equal(one["undone"]["0.1.averaging.rows"], model.state_dict()["0.1.averaging.rows"])
-    assert not torch.equal(two["undone"]["0.1.averaging.rows"], one["undone"]["0.1.averaging.rows"])
+    own = model.state_dict()["0.1.averaging.rows"]
+    torch.testing.assert_close(one["before"]["0.1.averaging.rows"], own, rtol=1e-5, atol=1e-6)
+    assert torch.equal(one["undone"]["0.1.averaging.rows"], one["before"]["0.1.averaging.rows"])
+    assert not torch.allclose(two["undone"]["0.1.averaging.rows"], own, rtol=0.01)

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.callbacks.both_lightnings import (
+    LightningModule,
+    MisconfigurationException,
+    ModelCheckpoint,
+    ShardingStrategy,
+    Trainer,
+)
 from lightning_bn.checkpoints.atomic_file import write_atomically
 
 __all__ = ["KINDS", "check_kinds", "files_of", "statistics_in", "write_recalibrated_copy"]
 
 KINDS = ("best", "last")
-
-_SHARDING = (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)
 
 
 def check_kinds(trainer: Trainer, kinds: Sequence[str]) -> None:
@@ -34,10 +35,10 @@ def check_kinds(trainer: Trainer, kinds: Sequence[str]) -> None:
     if getattr(trainer, "fast_dev_run", False):
         return  # no file is written then
     writers = _writers(trainer)
-    if kinds and isinstance(trainer.strategy, _SHARDING):
+    if kinds and isinstance(trainer.strategy, ShardingStrategy):
         raise MisconfigurationException(
-            f"BatchNormRecalibration(checkpoints={tuple(kinds)!r}): {type(trainer.strategy).__name__} spreads the parameters over ranks, and "
-            "no copy of such a checkpoint can be recalibrated here. Leave out checkpoints=, and recalibrate before each is saved, "
+            f"BatchNormRecalibration(checkpoints={tuple(kinds)!r}): {type(trainer.strategy).__name__} spreads the parameters over ranks, "
+            "and no copy of such a checkpoint can be recalibrated here. Leave out checkpoints=, and recalibrate before each is saved, "
             "BatchNormRecalibration(when='validation'), or after it is loaded: recalibrate(module, batches)."
         )
     call = f"BatchNormRecalibration(checkpoints={tuple(kinds)!r})"

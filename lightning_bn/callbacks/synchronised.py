@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-
+from lightning_bn.callbacks.both_lightnings import LightningModule, MisconfigurationException, Trainer
 from lightning_bn.callbacks.lightning_internals import layer_sync_of
 from lightning_bn.plugins.layer_sync import BatchNormSync
 
@@ -21,7 +19,7 @@ def check_plugin_is_applied(trainer: Trainer, module: LightningModule) -> None:
     plugin = layer_sync_of(trainer)
     if not isinstance(plugin, BatchNormSync) or trainer.world_size < 2:
         return
-    if plugin.is_applied_to(module) or plugin in trainer.callbacks:  # type: ignore[attr-defined]
+    if plugin.is_applied_to(module) or plugin in trainer.callbacks:
         return
     raise MisconfigurationException(
         f"Trainer(plugins=[BatchNormSync(...)]): {type(trainer.strategy).__name__} applies no plugin of this kind, so no layer would be "

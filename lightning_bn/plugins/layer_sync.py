@@ -7,10 +7,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
+from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, TorchSyncBatchNorm, Trainer
 from lightning_bn.callbacks.lightning_internals import data_parallel_group
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.ranks.collective import Group, Ranks
@@ -21,7 +20,7 @@ __all__ = ["BatchNormSync"]
 
 
 # Trainer(sync_batchnorm=True) takes no other LayerSync beside it than a TorchSyncBatchNorm.
-class BatchNormSync(TorchSyncBatchNorm, Callback):
+class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see Callback
     """Batch norm over the batches of all ranks, on any backend, without replacing a module.
 
     Torch's conversion makes new layers and drops subclasses, buffers, hooks and the ``training`` flag, and Lightning's
