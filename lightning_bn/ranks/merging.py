@@ -29,7 +29,7 @@ class ShiftedSums:
 
     The sums of many ranks are added up, in float64. Of the sums N, A and B the merged mean is ``s + A / N`` and m2 is
     ``B - A**2 / N``. A square is subtracted from a square, but these are small where s is near the mean: with s a
-    hundred standard deviations off the variance is wrong by 4e-11 of itself (``benchmarks/accuracy.py``).
+    hundred standard deviations off the variance is wrong by 5e-11 of itself (``benchmarks/merging_accuracy.py``).
     """
 
     @staticmethod
