@@ -169,7 +169,8 @@ def kernel_momentum(layer: _BatchNorm) -> float | None:
     averaging: Any = layer._modules.get("averaging")
     if averaging is None or (SERVED in layer.__dict__ and averaging.by_momentum):
         # Third parties set a layer's momentum, and a subclass of another package has no property that would pass it on.
-        momentum: float | None = layer.__dict__["momentum"]
+        # A compiled layer is asked by name: torch.compile before 2.12 takes an entry of __dict__ for the property.
+        momentum: float | None = layer.momentum if torch.compiler.is_compiling() else layer.__dict__["momentum"]
     else:
         momentum = averaging.kernel_momentum
     return momentum
