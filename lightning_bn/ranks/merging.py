@@ -81,9 +81,8 @@ class MergingLedger(Ledger):
 
     @torch.no_grad()
     def end(self) -> None:
-        merge = _Merge(
-            self, [(group, group.collect(rows, loans)) for lent in self.rounds for group, rows, loans in lent]
-        )
+        collected = [(group, group.collect(lent)) for round_ in self.rounds for group, lent in round_]
+        merge = _Merge(self, collected)
         self.rounds = []
         if not self._have_met:
             merge.take_shifts()
