@@ -11,7 +11,7 @@ import yaml
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
 ROOT = Path(__file__).parent.parent
-FORMS = sorted((ROOT / ".github").rglob("*.yml")) + [ROOT / ".pre-commit-config.yaml"]
+FORMS = [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml"]
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
