@@ -521,7 +521,7 @@ def test_mistakes_are_told_at_once() -> None:
         ActivationStatsMonitor(every_n_steps=0)
     with pytest.raises(ValueError, match='"worst", "all"'):
         ActivationStatsMonitor(scalars=True)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="nor a class"):
+    with pytest.raises(TypeError, match="a class"):
         fit(ActivationStatsMonitor(layers=3))  # type: ignore[arg-type]
 
 

@@ -213,13 +213,13 @@ def test_the_start_is_told_from_a_change(kind: str) -> None:
     layer = LAYERS[kind]()
     meter = DriftMeter([layer])
     data = torch.randn(400, 3) * 0.05 + 7
-    for step in range(40):
+    for step in range(60):
         meter.start()
-        layer(data + (3 if step == 39 else 0))
+        layer(data + (3 if step == 59 else 0))
         found = meter.measure()
         if step == 0:
             assert found.values[0].max() > 1
-        if step < 39:
+        if step < 59:
             assert found.settled[0].max() < 0.02, step
         else:
             assert found.settled[0].max() > 1

@@ -25,6 +25,7 @@ from lightning_bn.callbacks.both_lightnings import (
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.loggers import directories, sinks
+from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.callbacks.terminal import say
 from lightning_bn.choices import Choices, check_choices
 from lightning_bn.layers.ledger import settle_together
@@ -187,6 +188,7 @@ class ActivationStatsMonitor(Callback):
         self._told = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_plugin_is_applied(trainer, pl_module)
         last = self._table.last_step()
         if last is not None and logging_step(trainer) < last:
             self._table, self._is_fresh = LayerTable(), True  # another run
