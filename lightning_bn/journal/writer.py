@@ -1,0 +1,149 @@
+"""Writes a journal."""
+
+from __future__ import annotations
+
+import time
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from io import FileIO
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from lightning_bn.journal.lines import FILE_NAME, VERSION, encode, encode_numbers, encode_object
+
+__all__ = ["Journal"]
+
+CHANNEL_BUDGET = 6_000_000
+"""Bytes that the lines of channels may take in all; a sample is kept each time the run has doubled, so few are refused."""
+
+
+class Journal:
+    """One run's journal: each call appends one line, which is in the file when the call returns.
+
+    The file is opened by the first line, and an earlier run's is continued. A kill can cut the last line short; what is
+    written next then begins on a line of its own. Writing never ends a training: a full disk is told once, and nothing
+    more is written.
+
+    Args:
+        directory: of the run; None for a journal that keeps nothing, as on all ranks but the first.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     journal = Journal(Path(folder))
+        ...     journal.write("epoch", step=0, epoch=0)
+        ...     journal.close()
+        ...     print((Path(folder) / "lightning_bn.jsonl").read_text().splitlines()[-1])
+        {"kind":"epoch","step":0,"epoch":0}
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.path = None if directory is None else directory / FILE_NAME
+        self._file: FileIO | None = None
+        self._told: dict[str, str] = {}
+        self._rows: str | None = None
+        self._channels = 0
+        self._next_channels: dict[str, int] = {}
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append a line of a kind that `docs/journal.md` tells of."""
+        if self.path is not None:
+            self._append(encode(kind, fields))
+
+    def write_once(self, kind: str, **fields: Any) -> None:
+        """Append a line unless the last one of its kind that came this way said the same: several callbacks see one epoch."""
+        if self.path is None:
+            return
+        line = encode(kind, fields)
+        if self._told.get(kind) != line:
+            self._told[kind] = line
+            self._append(line)
+
+    def write_sample(
+        self,
+        stage: str,
+        step: int,
+        epoch: int,
+        rows: Mapping[str, Mapping[str, float | None]],
+        *,
+        rates: Mapping[str, float] | None = None,
+        warming: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """Append the statistics of all layers at one step.
+
+        Args:
+            stage: "train", "val" or "test".
+            step: of the optimizer.
+            epoch: the Trainer's.
+            rows: by layer, in forward order, the value of each statistic; None where it does not apply.
+            rates: learning rates by name.
+            warming: by statistic, the places in `rows` whose values say nothing yet.
+        """
+        if self.path is None or not rows:
+            return
+        names = list(rows)
+        key = f"{zlib.crc32(chr(10).join(names).encode()):08x}"
+        if key != self._rows:
+            self._rows = key
+            self.write("rows", id=key, rows=names)
+        columns = {name: [row.get(name) for row in rows.values()] for name in dict.fromkeys(chain(*rows.values()))}
+        known = ((name, each) for name, each in columns.items() if any(value is not None for value in each))
+        fields = {"stage": stage, "step": step, "epoch": epoch, "rows": key, "rates": rates or {}}
+        fields["warming"] = {name: list(places) for name, places in (warming or {}).items() if places}
+        values = encode_object((name, encode_numbers(each)) for name, each in known)
+        self._append(encode("sample", fields, values=values))
+
+    def wants_channels(self, stage: str, samples: int) -> bool:
+        """Return whether the channels of this sample, the `samples`-th of its stage, are to be kept: each time the run has
+        grown by a half, within `CHANNEL_BUDGET`."""
+        return (
+            self.path is not None and self._channels < CHANNEL_BUDGET and samples >= self._next_channels.get(stage, 1)
+        )
+
+    def write_channels(
+        self, stage: str, step: int, samples: int, layers: Mapping[str, Mapping[str, Sequence[float]]]
+    ) -> None:
+        """Append vectors over the channels: by layer, by name (``mean``, ``std``, ``dead``)."""
+        vectors = (
+            (layer, encode_object((name, encode_numbers(values)) for name, values in of_layer.items()))
+            for layer, of_layer in layers.items()
+        )
+        line = encode("channels", {"stage": stage, "step": step}, layers=encode_object(vectors))
+        self._next_channels[stage] = samples + max(1, samples // 2)
+        self._channels += len(line)
+        if self._channels > CHANNEL_BUDGET:
+            line = encode("note", {"step": step, "text": "Channels are no longer kept: their lines have reached 6 MB."})
+        self._append(line)
+
+    def close(self) -> None:
+        """Close the file; the next line opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, line: str) -> None:
+        if self.path is None:
+            return
+        try:
+            if self._file is None:
+                self._file = self._open(self.path)
+            self._file.write(f"{line}\n".encode())
+        except OSError as error:
+            warnings.warn(f"The journal {self.path} can't be written and ends here: {error}", stacklevel=3)
+            self.close()
+            self.path = None
+
+    @staticmethod
+    def _open(path: Path) -> FileIO:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b", buffering=0)
+        size = file.seek(0, 2)
+        if size:
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")  # a kill left half a line
+        else:
+            file.write(f"{encode('journal', {'version': VERSION, 'time': round(time.time(), 3)})}\n".encode())
+        return file
