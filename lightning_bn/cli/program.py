@@ -11,7 +11,7 @@ from lightning_bn.cli.output import FINDINGS, INTERRUPTED, USAGE, RefusedError, 
 
 __all__ = ["main"]
 
-_PATHS = ("checkpoints", "ckpt_path", "config", "output")
+_PATHS = ("checkpoints", "runs", "ckpt_path", "config", "output")
 _EXIT_CODES = (
     "Exit codes: 0 all is well; 1 findings, or refused with nothing changed; 2 the command line can't be meant."
 )
@@ -63,9 +63,13 @@ def _complain(error: object, code: int) -> int:
 
 
 def _run(command: str, options: dict[str, Any], overrides: list[str]) -> int:
-    if command in ("inspect", "rules"):
+    if command in ("inspect", "rules", "report"):
         if overrides:
             raise UsageError(f"{command} reads no config, so nothing goes after --.")
+        if command == "report":
+            from lightning_bn.cli.report import report  # which needs no torch
+
+            return report(**options)
         from lightning_bn.cli import inspection
 
         return int(getattr(inspection, command)(**options))
@@ -88,7 +92,7 @@ def _parser() -> Any:
         from jsonargparse import ArgumentParser
     except ImportError as error:
         raise RefusedError("the command needs jsonargparse: pip install 'lightning-bn[cli]'.") from error
-    description = "Recalibrate, look at and compare the batch-norm statistics in checkpoints."
+    description = "Recalibrate, look at and compare batch-norm statistics in checkpoints; show a run on one page."
     parser = ArgumentParser(prog="lightning-bn", description=description, epilog=_EXIT_CODES)
     commands = parser.add_subcommands(required=False, metavar="COMMAND")
     for name, build in (
@@ -96,6 +100,7 @@ def _parser() -> Any:
         ("validate", _validate),
         ("inspect", _inspect),
         ("rules", _rules),
+        ("report", _report),
     ):
         command = ArgumentParser(description=build.__doc__, epilog=_EXIT_CODES)
         build(command)
@@ -146,6 +151,18 @@ def _rules(parser: Any) -> None:
     """List the rules about batch norm, or explain one."""
     parser.add_argument("code", type=str | None, nargs="?", metavar="CODE", help="the rule to explain, as BN104")
     _add_json(parser)
+
+
+def _report(parser: Any) -> None:
+    """Write the page about a run, or about two to compare, as one HTML file."""
+    parser.add_argument(
+        "runs",
+        type=str,
+        nargs="+",
+        metavar="RUN",
+        help="the folder of a run, in which its lightning_bn.jsonl lies, or one with a single run below",
+    )
+    parser.add_argument("--output", type=str, default="report.html", help="the file to write")
 
 
 def _add_run(parser: Any) -> None:

@@ -43,7 +43,11 @@ def nearest_limit(journal: JournalReader) -> dict[str, Any] | None:
     best: dict[str, Any] | None = None
     statistics = {each["name"]: each for each in journal.whole("statistics").get("statistics", [])}
     for stage, samples in journal.samples.items():
-        for name, values in samples[-1].values.items() if samples else ():
+        for name in samples[-1].statistics() if samples else ():
+            column = samples[-1].column(name)
+            if column is None:
+                continue
+            values = column.values
             used = _used(values, Limits.of(statistics.get(name, {})))
             used[samples[-1].warming.get(name, [])] = -1
             place = int(used.argmax()) if used.size else 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from lightning_bn.dashboard.findings import findings_of
 from lightning_bn.dashboard.verdict import gap_of, nearest_limit, verdict_of
-from lightning_bn.journal.grid import Grid, Limits, make_grid
+from lightning_bn.journal.grid import Grid, Limits, make_grid, make_row
 from lightning_bn.journal.reader import JournalReader
 
 __all__ = ["MAX_COLUMNS", "channels_of", "grid_of", "layer_of", "overview_of", "summary_of"]
@@ -86,8 +86,8 @@ def layer_of(journal: JournalReader, layer: str, *, columns: int = MAX_COLUMNS) 
     limits = _limits(journal)
     found: dict[str, dict[str, Any]] = {}
     for stage, samples in journal.samples.items():
-        for statistic in dict.fromkeys(name for sample in samples[-1:] for name in sample.values):
-            grid = make_grid(samples, statistic, only=(layer,)).thinned(columns, limits.get(statistic, Limits()))
+        for statistic in samples[-1].statistics() if samples else ():
+            grid = make_row(samples, statistic, layer).thinned(columns, limits.get(statistic, Limits()))
             if grid.layers:
                 plain = _plain_grid(grid)
                 found.setdefault(statistic, {})[stage] = {
@@ -148,7 +148,8 @@ def _statistics(journal: JournalReader, findings: list[dict[str, Any]]) -> list[
     known = {each["name"]: each for each in journal.whole("statistics").get("statistics", [])}
     stages: dict[str, list[str]] = {}
     for stage in _STAGES:
-        for name in dict.fromkeys(n for sample in journal.samples.get(stage, [])[-1:] for n in sample.values):
+        samples = journal.samples.get(stage, [])
+        for name in samples[-1].statistics() if samples else ():
             stages.setdefault(name, []).append(stage)
     episodes = [each for each in findings if each["source"] == "monitor"]
     return [

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bn.journal.reader import Sample
+from lightning_bn.journal.sample import Sample
 
-__all__ = ["Grid", "Limits", "make_grid"]
+__all__ = ["Grid", "Limits", "make_grid", "make_row"]
 
 _SICK = 1e6  # of a distance: a value beyond its limits stands before every value that is within
 
@@ -107,30 +107,41 @@ class Grid:
         )
 
 
-def make_grid(samples: Sequence[Sample], statistic: str, *, only: Sequence[str] | None = None) -> Grid:
-    """Return a statistic of all layers that have it, in forward order, at every sample.
-
-    Args:
-        samples: of one stage.
-        statistic: its name.
-        only: layers, where not all are wanted.
-    """
-    having = [sample for sample in samples if statistic in sample.values]
+def make_grid(samples: Sequence[Sample], statistic: str) -> Grid:
+    """Return a statistic of all layers that have it, in forward order, at every sample of a stage."""
+    having = [(sample, column) for sample in samples if (column := sample.column(statistic)) is not None]
     # The newest sample has the layers in forward order; those that it lacks come behind.
-    orders = dict.fromkeys(sample.rows for sample in reversed(having))
-    layers = dict.fromkeys(name for rows in orders for name in rows if only is None or name in only)
+    orders = dict.fromkeys(sample.rows for sample, _ in reversed(having))
+    layers = dict.fromkeys(name for rows in orders for name in rows)
     places = {name: place for place, name in enumerate(layers)}
-    into = {rows: np.array([places.get(name, -1) for name in rows]) for rows in orders}
+    into = {rows: np.array([places[name] for name in rows]) for rows in orders}
     values = np.full((len(layers), len(having)), np.nan, dtype=np.float32)
     nans, warming = np.zeros(values.shape, dtype=bool), np.zeros(values.shape, dtype=bool)
-    for column, sample in enumerate(having):
+    for at, (sample, column) in enumerate(having):
         to = into[sample.rows]
-        values[to[to >= 0], column] = sample.values[statistic][to >= 0]
-        for target, spots in ((nans, sample.nans.get(statistic)), (warming, sample.warming.get(statistic))):
-            if spots:
-                rows = to[np.array(spots)]
-                target[rows[rows >= 0], column] = True
+        values[to, at] = column.values
+        nans[to[list(column.nans)], at] = True
+        warm = [row for row in sample.warming.get(statistic, ()) if 0 <= row < len(to)]
+        if warm:
+            warming[to[warm], at] = True
     kept = ~(np.isnan(values) & ~nans).all(axis=1) if having else np.zeros(len(layers), dtype=bool)
-    steps = np.array([sample.step for sample in having], dtype=np.int64)
+    steps = np.array([sample.step for sample, _ in having], dtype=np.int64)
     names = tuple(name for name, keep in zip(layers, kept, strict=True) if keep)
     return Grid(names, steps, steps, values[kept], nans[kept], warming[kept], len(having))
+
+
+def make_row(samples: Sequence[Sample], statistic: str, layer: str) -> Grid:
+    """Return the grid of one layer, for which the other layers' numbers need not be read."""
+    found = []
+    for sample in samples:
+        place = sample.place(layer)
+        value = None if place is None else sample.value(statistic, place)
+        if value is not None:
+            found.append((sample.step, value, place in sample.warming.get(statistic, ())))
+    if not found:
+        none, flags = np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=bool)
+        return Grid((), none, none, np.zeros((0, 0), dtype=np.float32), flags, flags, 0)
+    steps, numbers, warm = zip(*found, strict=True)
+    values = np.array([numbers], dtype=np.float32)
+    at = np.array(steps, dtype=np.int64)
+    return Grid((layer,), at, at, values, np.isnan(values), np.array([warm]), len(found))

@@ -44,13 +44,16 @@ def encode_numbers(values: Iterable[float | None]) -> str:
     return "[" + ",".join([_number(value) for value in values]) + "]"
 
 
-def decode(line: bytes) -> dict[str, Any] | None:
-    """Return what a line holds; None for one that a kill cut short, or that is not of this format."""
-    try:
-        fields = json.loads(line)
-    except ValueError:
-        return None
-    return fields if isinstance(fields, dict) and isinstance(fields.get("kind"), str) else None
+def decode(line: bytes) -> dict[str, Any]:
+    """Return what a line holds.
+
+    Raises:
+        ValueError: a kill cut it short, or it is not of this format.
+    """
+    fields = json.loads(line)
+    if not isinstance(fields, dict) or not isinstance(fields.get("kind"), str):
+        raise ValueError(f"no line of a journal: {line[:80]!r}")
+    return fields
 
 
 def _number(value: float | None) -> str:

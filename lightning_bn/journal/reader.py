@@ -7,31 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lightning_bn.journal.lines import VERSION, decode
+from lightning_bn.journal.sample import Sample
 
-__all__ = ["JournalReader", "Sample"]
+__all__ = ["JournalReader"]
+
+_SAMPLE = b'{"kind":"sample",'
 
 # Of these the last line says all.
 _WHOLE = ("journal", "statistics", "layers")
-
-
-@dataclass
-class Sample:
-    """The statistics of all layers at one step."""
-
-    step: int
-    epoch: int
-    rows: tuple[str, ...]
-    rates: dict[str, float]
-    values: dict[str, NDArray[np.float32]]
-    """By statistic, one value a row; NaN where there is none."""
-    nans: dict[str, list[int]]
-    """By statistic, the rows whose value was NaN."""
-    warming: dict[str, list[int]]
-    """By statistic, the rows whose value says nothing yet."""
 
 
 @dataclass
@@ -85,43 +69,26 @@ class JournalReader:
         return reader
 
     def _take(self, line: bytes) -> None:
-        fields = decode(line)
         try:
-            if fields is None:
-                raise ValueError("no line of a journal")
-            self._sort_in(fields, b'"nan"' in line)
+            if line.startswith(_SAMPLE):
+                self._append(*Sample.of_line(line, self._rows))
+            else:
+                self._sort_in(decode(line))
         except (KeyError, TypeError, ValueError, OverflowError):
             self.skipped += 1
 
-    def _sort_in(self, fields: dict[str, Any], has_nan: bool) -> None:
+    def _sort_in(self, fields: dict[str, Any]) -> None:
         kind = fields["kind"]
         if kind == "rows":
             self._rows[fields["id"]] = tuple(map(str, fields["rows"]))
-        elif kind == "sample":
-            self._append(str(fields["stage"]), self._sample(fields, has_nan))
-        else:
-            if kind == "start":
-                self._forget_after(int(fields["step"]), everything=not fields.get("resumed"))
-            if "step" in fields:
-                fields["step"] = int(fields["step"])
-            if kind in _WHOLE:
-                self.events[kind].clear()
-            self.events[kind].append(fields)
-
-    def _sample(self, fields: dict[str, Any], has_nan: bool) -> Sample:
-        rows = self._rows[fields["rows"]]
-        lists = {name: each for name, each in fields["values"].items() if len(each) == len(rows)}
-        values = {name: np.array(each, dtype=np.float32) for name, each in lists.items()}
-        nans = {name: [i for i, v in enumerate(each) if v == "nan"] for name, each in lists.items()} if has_nan else {}
-        return Sample(
-            step=int(fields["step"]),
-            epoch=int(fields["epoch"]),
-            rows=rows,
-            rates=fields.get("rates") or {},
-            values=values,
-            nans={name: places for name, places in nans.items() if places},
-            warming=fields.get("warming") or {},
-        )
+            return
+        if "step" in fields:
+            fields["step"] = int(fields["step"])
+        if kind == "start":
+            self._forget_after(fields["step"], everything=not fields.get("resumed"))
+        if kind in _WHOLE:
+            self.events[kind].clear()
+        self.events[kind].append(fields)
 
     def _append(self, stage: str, sample: Sample) -> None:
         samples = self.samples[stage]
