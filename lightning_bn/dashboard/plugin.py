@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ __all__ = ["BatchNormPlugin"]
 
 _TYPES = {".js": "application/javascript", ".css": "text/css"}
 _PATIENCE = 0.2  # seconds that TensorBoard's list of tabs may wait for the first look at the log directory
-_YEAR = 31_536_000
+_DAY = 86_400
 
 
 class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard has no types
@@ -158,8 +159,12 @@ def _plotly(request: Any) -> Any:
     file = plotly_file()
     if file is None:
         return _respond(request, {"error": INSTALL}, 404)
-    # The page asks with the version of the file in the query, so that an upgrade is fetched anew.
-    return http_util.Respond(request, file.read_bytes(), _TYPES[".js"], expires=_YEAR)
+    return http_util.Respond(request, _compressed(file), _TYPES[".js"], content_encoding="gzip", expires=_DAY)
+
+
+@cache
+def _compressed(file: Path) -> bytes:
+    return gzip.compress(file.read_bytes(), compresslevel=6)
 
 
 def _logger() -> logging.Logger:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_bn.dashboard.findings import findings_of
 from lightning_bn.dashboard.verdict import gap_of, nearest_limit, verdict_of
@@ -232,25 +233,36 @@ def _rates(journal: JournalReader, stage: str, grid: Grid) -> list[float | None]
 
 
 def _plain_grid(grid: Grid) -> dict[str, Any]:
+    rounded = _rounded(grid.values.astype(np.float64))
     return {
         "layers": list(grid.layers),
         "first": grid.first.tolist(),
         "last": grid.last.tolist(),
-        "values": [_plain_row(values, nans) for values, nans in zip(grid.values, grid.nans, strict=True)],
+        "values": [_plain_row(values, nans) for values, nans in zip(rounded, grid.nans, strict=True)],
         "warming": [_spans(row) for row in grid.warming],
         "samples": grid.samples,
     }
 
 
-def _plain_row(values: Any, nans: Any) -> list[float | str | None]:
-    row: list[float | str | None] = [float(f"{value:.4g}") for value in values.tolist()]
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the values with four significant digits, as the nearest numbers that are written so."""
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        digits = 3 - np.floor(np.log10(np.abs(values)))
+        # A power of ten that is no fraction is exact, and so is what is divided by it.
+        scale = 10.0 ** np.abs(digits)
+        rounded = np.where(digits >= 0, np.round(values * scale) / scale, np.round(values / scale) * scale)
+    return np.where(np.isfinite(values) & (values != 0) & np.isfinite(rounded), rounded, values)
+
+
+def _plain_row(values: NDArray[np.float64], nans: NDArray[np.bool_]) -> list[float | str | None]:
+    row: list[float | str | None] = values.tolist()
     for place in np.flatnonzero(~np.isfinite(values)):
         value = float(values[place])
         row[place] = str(value) if np.isinf(value) else "nan" if nans[place] else None
     return row
 
 
-def _spans(flags: Any) -> list[list[int]]:
+def _spans(flags: NDArray[np.bool_]) -> list[list[int]]:
     """Return the runs of True as [first, last] places."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], flags.astype(np.int8), [0]))))
     return [[int(start), int(stop) - 1] for start, stop in edges.reshape(-1, 2)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bn.journal.sample import Sample
+from lightning_bn.journal.sample import Sample, columns_of
 
 __all__ = ["Grid", "Limits", "make_grid", "make_row"]
 
@@ -109,7 +109,9 @@ class Grid:
 
 def make_grid(samples: Sequence[Sample], statistic: str) -> Grid:
     """Return a statistic of all layers that have it, in forward order, at every sample of a stage."""
-    having = [(sample, column) for sample in samples if (column := sample.column(statistic)) is not None]
+    having = [
+        (sample, column) for sample, column in zip(samples, columns_of(samples, statistic), strict=True) if column
+    ]
     # The newest sample has the layers in forward order; those that it lacks come behind.
     orders = dict.fromkeys(sample.rows for sample, _ in reversed(having))
     layers = dict.fromkeys(name for rows in orders for name in rows)
@@ -120,7 +122,8 @@ def make_grid(samples: Sequence[Sample], statistic: str) -> Grid:
     for at, (sample, column) in enumerate(having):
         to = into[sample.rows]
         values[to, at] = column.values
-        nans[to[list(column.nans)], at] = True
+        if column.nans:
+            nans[to[list(column.nans)], at] = True
         warm = [row for row in sample.warming.get(statistic, ()) if 0 <= row < len(to)]
         if warm:
             warming[to[warm], at] = True

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Column", "Sample"]
+__all__ = ["Column", "Sample", "columns_of"]
 
 _VALUES = b',"values":{'
 _NAMES = re.compile(rb'"([^"\\]+)":\[')
@@ -101,3 +102,18 @@ def _column(text: bytes, rows: int) -> Column | None:
     if values.shape != (rows,):
         return None
     return Column(values, tuple(i for i, cell in enumerate(cells) if cell == "nan") if b'"nan"' in text else ())
+
+
+def columns_of(samples: Sequence[Sample], statistic: str) -> list[Column | None]:
+    """Return `Sample.column` of each sample; plain numbers are read all at once, which is several times as fast."""
+    new = [sample for sample in samples if statistic not in sample._columns]
+    texts = [(sample, text) for sample in new if (text := sample._part(statistic)) and b'"' not in text]
+    if texts:
+        numbers = np.fromstring(
+            b",".join(text for _, text in texts).replace(b"null", b"nan"), dtype=np.float32, sep=","
+        )
+        if numbers.size == sum(len(sample.rows) for sample, _ in texts):
+            ends = np.cumsum([len(sample.rows) for sample, _ in texts])
+            for (sample, _), values in zip(texts, np.split(numbers, ends[:-1]), strict=True):
+                sample._columns[statistic] = Column(values)
+    return [sample.column(statistic) for sample in samples]

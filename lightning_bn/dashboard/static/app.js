@@ -9,8 +9,9 @@ import { empty, failed, loading } from "./states.js";
 const EVERY = 4000; // milliseconds between two looks at a live run
 
 export class Page {
-  constructor(root, source, state) {
-    Object.assign(this, { root, source, state, run: null, grid: null, statistic: null, runs: [], turn: 0 });
+  // `plotly` tells, when it has been loaded, whether it could be; meanwhile the run is being read.
+  constructor(root, source, state, plotly = Promise.resolve(true)) {
+    Object.assign(this, { root, source, state, plotly, run: null, grid: null, statistic: null, runs: [], turn: 0 });
     this.top = h("div", {});
     this.left = h("div", { class: "side" });
     this.centre = new Centre(this);
@@ -35,7 +36,9 @@ export class Page {
   async start() {
     this.say(loading());
     await this.guarded(() => this.look());
+    if (!(await this.plotly)) return false;
     if (this.source.live) setInterval(() => document.visibilityState === "visible" && this.refresh(), EVERY);
+    return true;
   }
 
   // Finds the runs, and shows the one of the address, or the first.
@@ -61,7 +64,7 @@ export class Page {
     const [first, last] = [this.state.get("from"), this.state.get("to")];
     const stage = this.stage();
     const grid = this.statistic ? await this.source.grid(this.run.name, this.statistic.name, stage, first, last) : null;
-    if (turn !== this.turn) return;
+    if (!(await this.plotly) || turn !== this.turn) return;
     this.grid = grid;
     this.say(null);
     this.draw();

@@ -21,14 +21,10 @@ export async function render() {
   document.body.append(root);
   let page;
   watchTheme(window.parent, () => page?.run && page.draw());
+  const plotly = load("./plotly.min.js").then(() => true, () => false);
   await style();
-  try {
-    await load("./plotly.min.js");
-  } catch {
-    const answer = await fetch(own("./plotly.min.js")).then((each) => each.json()).catch(() => ({}));
-    replace(root, missingPlotly(answer.error ?? "pip install 'lightning-bn[dashboard]'"));
-    return;
-  }
-  page = new Page(root, servedSource(import.meta.url), new State(tensorboardAddress("lightning_bn", window.parent)));
-  await page.start();
+  page = new Page(root, servedSource(import.meta.url), new State(tensorboardAddress("lightning_bn", window.parent)), plotly);
+  if (await page.start()) return;
+  const answer = await fetch(own("./plotly.min.js")).then((each) => each.json()).catch(() => ({}));
+  replace(root, missingPlotly(answer.error ?? "pip install 'lightning-bn[dashboard]'"));
 }
