@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_bn.activations.episodes import Episode as Episode
     from lightning_bn.activations.stats import ActivationStats as ActivationStats
     from lightning_bn.averaging import Averaging as Averaging
     from lightning_bn.averaging import Batch as Batch
@@ -52,6 +53,7 @@ __all__ = [
     "CompareAverages",
     "ConvertBatchNorm",
     "Cumulative",
+    "Episode",
     "Exponential",
     "Finding",
     "Fix",
@@ -85,6 +87,7 @@ _LAZY: dict[str, str] = {
     "CompareAverages": "callbacks.comparison",
     "ConvertBatchNorm": "callbacks.conversion",
     "Cumulative": "averaging",
+    "Episode": "activations.episodes",
     "Exponential": "averaging",
     "Finding": "rules",
     "Fix": "rules",

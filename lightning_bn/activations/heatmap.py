@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_bn.activations.layer_table import Grid
-from lightning_bn.activations.registry import Array, Scale
+from lightning_bn.activations.measured import Array
+from lightning_bn.activations.registry import Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
