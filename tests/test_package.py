@@ -16,7 +16,17 @@ import lightning_bn
 
 PACKAGE = Path(lightning_bn.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-HEAVY = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "tensorboard", "matplotlib", "numpy", "pandas", "tqdm")
+HEAVY = (
+    "torch",
+    "lightning",
+    "pytorch_lightning",
+    "torchmetrics",
+    "tensorboard",
+    "matplotlib",
+    "numpy",
+    "pandas",
+    "tqdm",
+)
 
 
 def test_importing_is_light() -> None:

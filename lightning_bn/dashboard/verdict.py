@@ -49,7 +49,7 @@ def nearest_limit(journal: JournalReader) -> dict[str, Any] | None:
                 continue
             values = column.values
             used = _used(values, Limits.of(statistics.get(name, {})))
-            used[samples[-1].warming.get(name, [])] = -1
+            used[[*samples[-1].warming.get(name, ()), *samples[-1].layout.unjudged.get(name, ())]] = -1
             place = int(used.argmax()) if used.size else 0
             if used.size and used[place] > (best["used"] if best else 0):
                 best = {

@@ -79,7 +79,13 @@ def grid_of(
     if first is not None or last is not None:
         grid = grid.within(first if first is not None else 0, last if last is not None else 2**62)
     thin = grid.thinned(columns, _limits(journal).get(statistic, Limits()))
-    return {"statistic": statistic, "stage": stage, **_plain_grid(thin), "rates": _rates(journal, stage, thin)}
+    return {
+        "statistic": statistic,
+        "stage": stage,
+        **_plain_grid(thin),
+        "unjudged": _unjudged(journal, stage, statistic, thin.layers),
+        "rates": _rates(journal, stage, thin),
+    }
 
 
 def layer_of(journal: JournalReader, layer: str, *, columns: int = MAX_COLUMNS) -> dict[str, Any]:
@@ -224,6 +230,16 @@ def _plain(journal: JournalReader, kind: str) -> list[dict[str, Any]]:
 
 def _limits(journal: JournalReader) -> dict[str, Limits]:
     return {each["name"]: Limits.of(each) for each in journal.whole("statistics").get("statistics", [])}
+
+
+def _unjudged(journal: JournalReader, stage: str, statistic: str, layers: tuple[str, ...]) -> list[int]:
+    """Return the places of the layers for which the limits of a statistic do not hold."""
+    names = {
+        sample.rows[place]
+        for sample in journal.samples.get(stage, [])[-1:]
+        for place in sample.layout.unjudged.get(statistic, ())
+    }
+    return [place for place, layer in enumerate(layers) if layer in names]
 
 
 def _rates(journal: JournalReader, stage: str, grid: Grid) -> list[float | None]:

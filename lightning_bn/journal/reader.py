@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_bn.journal.lines import VERSION, decode
-from lightning_bn.journal.sample import Sample
+from lightning_bn.journal.sample import Rows, Sample
 
 __all__ = ["JournalReader"]
 
@@ -39,7 +39,7 @@ class JournalReader:
     skipped: int = 0
     """Lines that could not be read."""
     _rest: bytes = b""
-    _rows: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _rows: dict[str, Rows] = field(default_factory=dict)
 
     def feed(self, data: bytes) -> None:
         """Take in what comes next in the file; half a line waits for the other half."""
@@ -80,7 +80,8 @@ class JournalReader:
     def _sort_in(self, fields: dict[str, Any]) -> None:
         kind = fields["kind"]
         if kind == "rows":
-            self._rows[fields["id"]] = tuple(map(str, fields["rows"]))
+            unjudged = {name: frozenset(places) for name, places in (fields.get("unjudged") or {}).items()}
+            self._rows[fields["id"]] = Rows(tuple(map(str, fields["rows"])), unjudged)
             return
         if "step" in fields:
             fields["step"] = int(fields["step"])

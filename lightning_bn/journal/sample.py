@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Column", "Sample", "columns_of"]
+__all__ = ["Column", "Rows", "Sample", "columns_of"]
 
 _VALUES = b',"values":{'
 _NAMES = re.compile(rb'"([^"\\]+)":\[')
@@ -27,13 +27,22 @@ class Column:
     """The rows whose value was NaN."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of samples are, which seldom changes."""
+
+    names: tuple[str, ...]
+    unjudged: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """By statistic, the rows for which its limits do not hold."""
+
+
 @dataclass
 class Sample:
     """A line of a run is most of the journal, and of its numbers a page shows one statistic at a time."""
 
     step: int
     epoch: int
-    rows: tuple[str, ...]
+    layout: Rows
     rates: dict[str, float]
     warming: dict[str, list[int]]
     """By statistic, the rows whose value says nothing yet."""
@@ -41,7 +50,7 @@ class Sample:
     _columns: dict[str, Column | None] = field(default_factory=dict)
 
     @classmethod
-    def of_line(cls, line: bytes, rows: dict[str, tuple[str, ...]]) -> tuple[str, Sample]:
+    def of_line(cls, line: bytes, rows: Mapping[str, Rows]) -> tuple[str, Sample]:
         """Return the stage and the sample of a line.
 
         Raises:
@@ -53,7 +62,12 @@ class Sample:
         fields: dict[str, Any] = json.loads(head + b"}")
         numbers = {"step": int(fields["step"]), "epoch": int(fields["epoch"])}
         known = {name: fields.get(name) or {} for name in ("rates", "warming")}
-        return str(fields["stage"]), cls(rows=rows[fields["rows"]], _text=text[:-2], **numbers, **known)
+        return str(fields["stage"]), cls(layout=rows[fields["rows"]], _text=text[:-2], **numbers, **known)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The layers, in forward order."""
+        return self.layout.names
 
     def statistics(self) -> list[str]:
         """Return the names of those that some layer has."""

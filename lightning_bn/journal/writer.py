@@ -61,6 +61,14 @@ class Journal:
             self._told[kind] = line
             self._append(line)
 
+    def write_changed(self, kind: str, name: str, value: Any, **fields: Any) -> None:
+        """Append a line with `value` under `name` where it differs from that of the last line of its kind; at the start
+        it is as if that had been empty."""
+        told = encode(kind, {name: value})
+        if self.path is not None and self._told.get(kind, encode(kind, {name: []})) != told:
+            self._told[kind] = told
+            self.write(kind, **fields, **{name: value})
+
     def write_sample(
         self,
         stage: str,
@@ -70,6 +78,7 @@ class Journal:
         *,
         rates: Mapping[str, float] | None = None,
         warming: Mapping[str, Sequence[int]] | None = None,
+        unjudged: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Append the statistics of all layers at one step.
 
@@ -80,14 +89,15 @@ class Journal:
             rows: by layer, in forward order, the value of each statistic; None where it does not apply.
             rates: learning rates by name.
             warming: by statistic, the places in `rows` whose values say nothing yet.
+            unjudged: by statistic, the places in `rows` for which its limits do not hold.
         """
         if self.path is None or not rows:
             return
-        names = list(rows)
-        key = f"{zlib.crc32(chr(10).join(names).encode()):08x}"
+        head = {"rows": list(rows), "unjudged": dict(unjudged or {})}
+        key = f"{zlib.crc32(encode('rows', head).encode()):08x}"
         if key != self._rows:
             self._rows = key
-            self.write("rows", id=key, rows=names)
+            self.write("rows", id=key, **head)
         columns = {name: [row.get(name) for row in rows.values()] for name in dict.fromkeys(chain(*rows.values()))}
         known = ((name, each) for name, each in columns.items() if any(value is not None for value in each))
         fields = {"stage": stage, "step": step, "epoch": epoch, "rows": key, "rates": rates or {}}
@@ -116,6 +126,10 @@ class Journal:
         if self._channels > CHANNEL_BUDGET:
             line = encode("note", {"step": step, "text": "Channels are no longer kept: their lines have reached 6 MB."})
         self._append(line)
+
+    def forget(self) -> None:
+        """Begin as in a new file: nothing was told, and no channels were kept."""
+        self._told, self._rows, self._next_channels = {}, None, {}
 
     def close(self) -> None:
         """Close the file; the next line opens it again."""

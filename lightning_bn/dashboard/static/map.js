@@ -3,7 +3,7 @@ import { h, replace, button } from "./dom.js";
 import { against, count, number, place } from "./format.js";
 import { CONFIG, colours, layout, axis } from "./theme.js";
 import { makeRows } from "./rows.js";
-import { paintMarks } from "./marks.js";
+import { limitsOf, paintMarks } from "./marks.js";
 import { drawLane } from "./lane.js";
 
 const ROW = { least: 13, most: 26 };
@@ -156,7 +156,7 @@ export class HeatMap {
     const value = chosen.values[column];
     const { first, last, rates } = this.grid;
     const span = first[column] === last[column] ? `step ${count(first[column])}` : `worst of steps ${count(first[column])} to ${count(last[column])}`;
-    const words = chosen.warm[column] ? "warming up, says nothing yet" : against(value, this.statistic);
+    const words = chosen.warm[column] ? "warming up, says nothing yet" : against(value, limitsOf(chosen, column, this.statistic));
     replace(this.tip,
       h("strong", {}, (chosen.kind === "group" ? chosen.from[column] : chosen.layer) || "(the model)"),
       h("div", {}, span), h("div", {}, `${this.statistic.label}: ${number(value)}`), h("div", { class: "muted" }, words),

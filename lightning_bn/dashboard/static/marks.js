@@ -11,9 +11,17 @@ export function markOf(value, warm, statistic) {
   return isSick(value, statistic) ? SICK : NONE;
 }
 
+const NO_LIMITS = { low: null, high: null };
+
+// The limits do not hold for every layer.
+export function limitsOf(row, column, statistic) {
+  if (row.kind === "group") return row.judged[column] ? statistic : NO_LIMITS;
+  return row.statistic;
+}
+
 // Returns a picture as large as the plot, or null where there is nothing to mark.
 export function paintMarks(rows, columns, statistic, width, height) {
-  const marks = rows.map((row) => Uint8Array.from({ length: columns }, (_, c) => markOf(row.values[c], row.warm[c], statistic)));
+  const marks = rows.map((row) => Uint8Array.from({ length: columns }, (_, c) => markOf(row.values[c], row.warm[c], limitsOf(row, c, statistic))));
   if (!marks.some((row) => row.some((mark) => mark !== NONE))) return null;
   const scale = height * width > 4e6 ? 1 : Math.min(window.devicePixelRatio || 1, 2);
   const canvas = document.createElement("canvas");

@@ -21,7 +21,8 @@ export function matches(name, pattern) {
   return new RegExp(`^${expression}$`, "i").test(name);
 }
 
-function leaf(name, index, grid, statistic) {
+function leaf(name, index, grid, common) {
+  const statistic = grid.unjudged?.includes(index) ? { ...common, low: null, high: null } : common;
   const values = grid.values[index];
   const warm = flags(grid.warming[index], values.length);
   let worst = -1;
@@ -31,7 +32,7 @@ function leaf(name, index, grid, statistic) {
     worst = Math.max(worst, badness(values[column], statistic));
     if (firstSick === null && isSick(values[column], statistic)) firstSick = grid.first[column];
   }
-  return { kind: "layer", name, label: name, layer: name, depth: 0, values, warm, worst, firstSick, forward: index };
+  return { kind: "layer", statistic, name, label: name, layer: name, depth: 0, values, warm, worst, firstSick, forward: index };
 }
 
 export function flags(spans, length) {
@@ -84,21 +85,24 @@ function group(node, grid, statistic) {
   const values = new Array(length).fill(null);
   const warm = new Uint8Array(length);
   const from = new Array(length).fill(null);
+  const judged = new Uint8Array(length);
   for (let column = 0; column < length; column++) {
     let worst = -2;
     for (const each of node.leaves) {
-      const bad = each.warm[column] ? Math.min(badness(each.values[column], statistic), 1e-3) : badness(each.values[column], statistic);
+      const own = badness(each.values[column], each.statistic);
+      const bad = each.warm[column] ? Math.min(own, 1e-3) : own;
       if (bad <= worst) continue;
       worst = bad;
       values[column] = each.values[column];
       warm[column] = each.warm[column];
       from[column] = each.name;
+      judged[column] = each.statistic === statistic ? 1 : 0;
     }
   }
   const sick = node.leaves.filter((each) => each.firstSick !== null).length;
   const first = node.leaves.map((each) => each.firstSick).filter((each) => each !== null);
   return {
-    kind: "group", name: node.head, values, warm, from, sick,
+    kind: "group", name: node.head, values, warm, from, judged, sick,
     size: node.leaves.length, layers: node.leaves.map((each) => each.name), firstSick: first.length ? Math.min(...first) : null,
   };
 }
