@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.mark.parametrize(
     ("name", "pictures", "words"),
     [
-        ("sick_network", {"healthy", "dead_relu", "exploding", "lagging"}, ("healthy", "since step")),
+        ("sick_network", {"healthy", "dead_relu", "exploding", "lagging"}, ("healthy", "since step", "To do: ")),
         (
             "inside_batch_norm",
             {"bn_shift", "bn_learning_rates", "bn_gradients", "bn_relu", "bn_statistics"},

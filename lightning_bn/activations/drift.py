@@ -57,7 +57,7 @@ class Drift:
     """What a `DriftMeter` found of L layers."""
 
     values: Array  # (L, 4), in the order of `registry.DRIFT_STATISTICS`; NaN where nothing tells
-    settled: Array  # (L, 4), the same against the running statistics less their share of 0/1: what the start leaves unexplained
+    settled: Array  # (L, 4), what of it the 0/1 start leaves unexplained: against the statistics less that start; 0 in a young layer
     ran: Mask  # (L,): whether there were batches
     nonfinite: Array  # (L,), channels whose running statistics are NaN or infinite now
 
@@ -194,8 +194,7 @@ class DriftMeter:
             np.where(ran[:, None], self._compare(batch, each), np.nan)
             for each in (before, self._less_start(before, tracked))
         )
-        wholly = self._start_weight(tracked) >= 1
-        settled[wholly & ran] = 0
+        settled[self._is_young(tracked) & ran] = 0
         return Drift(values, settled, ran, self._nonfinite(after))
 
     @torch.no_grad()
@@ -207,8 +206,8 @@ class DriftMeter:
     def against(self, host: Sequence[Tensor], inputs: Mapping[int, tuple[Array, Array]]) -> Drift:
         """Return the drift of what an evaluation gives the layers, against the running statistics that it uses.
 
-        The 0/1 start explains it only in a model that is as young as torch's own average would be in its start: a
-        slower average is read while it has not arrived.
+        Only a young model explains it, in which torch's own average would be in its start too: a slower average is read
+        while it has not arrived.
 
         Args:
             host: what `statistics` returned.
@@ -223,12 +222,19 @@ class DriftMeter:
             for part in (0, 1)
         )
         values = self._compare(batch, running)
-        settled = self._compare(batch, self._less_start(running, counts))
-        start, steps = self._start_weight(counts), counts.numpy()
-        young = (steps < YOUNG) & (start <= DEFAULT_MEMORY**steps + 1e-6) & ((steps > 0) | (steps == 0).all())
-        settled = np.where((steps == 0)[:, None], 0.0, settled)
+        self._look_at_start(running, counts)
+        steps = counts.numpy()
+        young = self._is_young(counts) & ((steps > 0) | (steps == 0).all())
+        settled = np.where(young[:, None], 0.0, values)
         ran = np.isin(np.arange(len(self.layers)), list(inputs))
-        return Drift(values, np.where(young[:, None], settled, values), ran, self._nonfinite(running))
+        return Drift(values, settled, ran, self._nonfinite(running))
+
+    def _is_young(self, counts: Tensor) -> Mask:
+        """Which layers began with 0/1 and have seen so few batches that torch's own average would be in its start too;
+        their weights move fast."""
+        steps = counts.numpy()
+        young: Mask = self._from_zero_one & (steps < YOUNG)
+        return young & (self._start_weight(counts) <= DEFAULT_MEMORY**steps + 1e-6)
 
     def _compare(self, batch: tuple[Array, ...], running: tuple[Array, ...]) -> Array:
         return summarise_drift(*distance(batch[0], batch[1], running[0], running[1], self._eps), self._widths)

@@ -135,49 +135,64 @@ class Cause:
     followers: tuple[Episode, ...] = ()
 
     @property
+    def is_over(self) -> bool:
+        """Whether all of it has recovered."""
+        return all(each.recovered for each in (self.episode, *self.followers))
+
+    @property
     def layers(self) -> tuple[str, ...]:
-        """The other layers that follow, in that order, each once."""
-        return tuple(dict.fromkeys(each.layer for each in self.followers if each.layer != self.episode.layer))
+        """The other layers that follow, in forward order, each once."""
+        others = sorted(
+            (each for each in self.followers if each.layer != self.episode.layer), key=lambda each: each.order
+        )
+        return tuple(dict.fromkeys(each.layer for each in others))
 
 
-# What goes wrong downstream of what: by the family of the cause, those of its consequences.
-_CONSEQUENCES: dict[str, set[str]] = {
-    "scale": {"scale", "numbers", "saturation", "drift", "silence", "gradient", "channel"},
-    "silence": {"scale", "silence", "drift", "gradient", "channel"},
-    "saturation": {"scale", "saturation", "silence", "drift", "gradient", "channel"},
+# What goes wrong below a layer because of what goes wrong in it, by family.
+_BELOW: dict[str, set[str]] = {
+    "scale": {"scale"},
+    "silence": {"scale", "silence", "drift", "channel"},
+    "saturation": {"scale", "saturation", "silence", "drift", "channel"},
     "drift": {"drift"},
-    "affine": {"scale", "silence", "gradient", "affine"},
+    "affine": {"scale", "silence", "affine", "channel"},
+    "channel": {"channel", "silence"},
+}
+# What goes wrong anywhere, since the gradient brings it up.
+_ANYWHERE: dict[str, set[str]] = {
+    "scale": {"numbers", "saturation", "drift", "silence", "gradient", "channel"},
+    "silence": {"gradient"},
+    "saturation": {"gradient"},
+    "affine": {"gradient"},
 }
 
 
 def causes(episodes: Iterable[Episode]) -> list[Cause]:
     """Group episodes by their cause.
 
-    The earliest, and of those that began together the most upstream, is a cause. While it lasts, what begins in the
-    same layer follows from it; so does what begins downstream and is of a kind that it brings about, as a dead layer
-    does silence; and from NaN, or an input that is wrong, everything does.
+    The earliest, and of those that began together the most upstream, is a cause. While it or what follows from it
+    lasts, what begins in the same layer follows from it; so does what begins downstream and is of a kind that it brings
+    about, as a dead layer does silence; and from NaN, or an input that is wrong, everything does.
     """
-    found: list[tuple[Episode, list[Episode]]] = []
+    groups: list[list[Episode]] = []
     for episode in sorted(episodes, key=_urgency):
-        followers = next((followers for cause, followers in found if _explains(cause, episode)), None)
-        if followers is None:
-            found.append((episode, []))
+        group = next((group for group in groups if _explains(group, episode)), None)
+        if group is None:
+            groups.append([episode])
         else:
-            followers.append(episode)
-    return [Cause(cause, tuple(followers)) for cause, followers in found]
+            group.append(episode)
+    return [Cause(cause, tuple(followers)) for cause, *followers in groups]
 
 
-def _explains(cause: Episode, later: Episode) -> bool:
-    if cause.recovered and later.first > cause.last:
+def _explains(group: Sequence[Episode], later: Episode) -> bool:
+    cause = group[0]
+    if all(each.recovered and each.last < later.first for each in group):
         return False
-    if cause.stage != later.stage and cause.stage != "train":
+    if cause.stage not in (later.stage, "train"):
         return False
-    if cause.layer == later.layer:
-        return True
     of, family = (STATISTICS[each.statistic].family for each in (cause, later))
-    if of in ("numbers", "input"):
+    if cause.layer == later.layer or of in ("numbers", "input") or family in _ANYWHERE.get(of, ()):
         return True
-    return family in _CONSEQUENCES.get(of, ()) and (later.order >= cause.order or family == "gradient")
+    return family in _BELOW.get(of, ()) and later.order >= cause.order
 
 
 def verdict(
@@ -201,7 +216,8 @@ def verdict(
     if not episodes:
         warm = "" if warm_up is None else f" Running statistics or weights were still in warm-up until step {warm_up}."
         return [f"Healthy: {layers} layers were within their limits at {seen}.{warm}"]
-    groups = causes(episodes)
+    # What is sick still comes first.
+    groups = sorted(causes(episodes), key=lambda cause: cause.is_over)
     lines = []
     for number, cause in enumerate(groups):
         if number < MAX_TOLD:

@@ -140,6 +140,14 @@ class ActivationStatsMonitor(Callback):
         """Return the episodes of a stage that have not recovered."""
         return [episode for episode in self._table.episodes(stage) if not episode.recovered]
 
+    def verdict(self) -> list[str]:
+        """Return what the last run was like, in lines: what was sick, where first, since when and what to do; or that
+        it was healthy."""
+        return self._table.verdict()
+
+    def __str__(self) -> str:
+        return "\n".join(self.verdict())
+
     def picture(self, statistic: str, stage: str = "train") -> Pixels:
         """Return the heat map of a statistic over the whole run, layer x step, as TensorBoard gets it: (height, width,
         3) uint8.
