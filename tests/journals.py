@@ -65,7 +65,6 @@ def write_run(
         _events(journal, names, samples * every)
     if end:
         journal.write("end", time=1.7e9 + samples, step=samples * every, status=end)
-    journal.close()
     return folder / FILE_NAME
 
 

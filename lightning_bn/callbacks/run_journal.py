@@ -12,9 +12,10 @@ import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 
+from lightning_bn.activations.layers import select_layers
 from lightning_bn.callbacks.both_lightnings import LightningModule, TensorBoardLogger, Trainer
 from lightning_bn.callbacks.lightning_internals import logging_step
-from lightning_bn.discovery import find_batch_norms
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.journal.writer import Journal
 from lightning_bn.layers.settlement import rule_of
 
@@ -116,7 +117,6 @@ class RunJournal:
                 self.journal.write(kind, **fields)
             self.journal.write("end", time=round(time.time(), 3), step=logging_step(trainer), status=status)
             self._begun = False
-            self.journal.close()
 
 
 def journal_of(trainer: Trainer) -> RunJournal:
@@ -157,16 +157,18 @@ def rates_of(trainer: Trainer) -> dict[str, float]:
 
 
 def _describe_layers(module: LightningModule) -> list[dict[str, Any]]:
-    norms = {layer.name: layer for layer in find_batch_norms(module)}
-    return [
-        {
-            "name": name,
-            "class": type(each.module).__name__,
-            "channels": each.module.num_features,
-            "averaging": str(rule_of(each.module)) if each.tracks else None,
-            "momentum": each.module.momentum,
-            "affine": each.module.affine,
-            "frozen": each.frozen,
-        }
-        for name, each in norms.items()
-    ]
+    norms = {name: layer for layer in find_batch_norms(module) for name in layer.names}
+    chosen = select_layers(module)
+    return [{"name": name, "class": type(each).__name__, **_norm(norms.get(name))} for name, each in chosen.items()]
+
+
+def _norm(layer: BatchNormLayer | None) -> dict[str, Any]:
+    if layer is None:
+        return {}
+    return {
+        "channels": layer.module.num_features,
+        "averaging": str(rule_of(layer.module)) if layer.tracks else None,
+        "momentum": layer.module.momentum,
+        "affine": layer.module.affine,
+        "frozen": layer.frozen,
+    }

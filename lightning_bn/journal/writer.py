@@ -22,7 +22,7 @@ CHANNEL_BUDGET = 6_000_000
 class Journal:
     """One run's journal: each call appends one line, which is in the file when the call returns.
 
-    The file is opened by the first line, and an earlier run's is continued. A kill can cut the last line short; what is
+    The file is made by the first line, and an earlier run's is continued. A kill can cut the last line short; what is
     written next then begins on a line of its own. Writing never ends a training: a full disk is told once, and nothing
     more is written.
 
@@ -34,14 +34,13 @@ class Journal:
         >>> with TemporaryDirectory() as folder:
         ...     journal = Journal(Path(folder))
         ...     journal.write("epoch", step=0, epoch=0)
-        ...     journal.close()
         ...     print((Path(folder) / "lightning_bn.jsonl").read_text().splitlines()[-1])
         {"kind":"epoch","step":0,"epoch":0}
     """
 
     def __init__(self, directory: Path | None) -> None:
         self.path = None if directory is None else directory / FILE_NAME
-        self._file: FileIO | None = None
+        self._begun = False
         self._told: dict[str, str] = {}
         self._rows: str | None = None
         self._channels = 0
@@ -131,28 +130,21 @@ class Journal:
         """Begin as in a new file: nothing was told, and no channels were kept."""
         self._told, self._rows, self._next_channels = {}, None, {}
 
-    def close(self) -> None:
-        """Close the file; the next line opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def _append(self, line: str) -> None:
         if self.path is None:
             return
         try:
-            if self._file is None:
-                self._file = self._open(self.path)
-            self._file.write(f"{line}\n".encode())
+            # Opened for each line: an open file would have to be closed on every way out of a training.
+            with self.path.open("ab", buffering=0) if self._begun else self._begin(self.path) as file:
+                file.write(f"{line}\n".encode())
         except OSError as error:
             warnings.warn(f"The journal {self.path} can't be written and ends here: {error}", stacklevel=3)
-            self.close()
             self.path = None
 
-    @staticmethod
-    def _open(path: Path) -> FileIO:
+    def _begin(self, path: Path) -> FileIO:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b", buffering=0)
+        self._begun = True
         size = file.seek(0, 2)
         if size:
             file.seek(size - 1)

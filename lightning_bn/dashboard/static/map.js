@@ -79,8 +79,14 @@ export class HeatMap {
         return h("button", { type: "button", class: `row group${state}`, style, title: row.name, "aria-expanded": String(row.isOpen), "data-key": `row:${row.name}`, tabindex: "-1", onclick: () => this.toggle(row) },
           label, h("span", { class: "muted" }, row.sick ? `${row.sick} of ${row.size} sick` : String(row.size)));
       }
-      return h("button", { type: "button", class: `row${state}${isChosen ? " is-chosen" : ""}`, style, title: row.name, "data-key": `row:${row.name}`, "data-row": index, tabindex: "-1", onclick: () => this.page.state.set({ layer: row.layer }) }, row.label || "(the model)");
+      return h("button", { type: "button", class: `row${state}${isChosen ? " is-chosen" : ""}`, style, title: row.name, "data-key": `row:${row.name}`, "data-row": index, tabindex: "-1", onclick: () => this.page.state.set({ layer: row.layer }) }, row.label || "(the model)", this._kind(row));
     }));
+  }
+
+  // A number says nothing; the class does.
+  _kind(row) {
+    const found = /^\d+$/.test(row.label) ? this.page.run.layers.find((each) => each.name === row.layer) : null;
+    return found?.class ? h("span", { class: "muted" }, ` ${found.class}`) : null;
   }
 
   rowHeight() {
