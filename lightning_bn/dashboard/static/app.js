@@ -66,6 +66,7 @@ export class Page {
     const grid = this.statistic ? await this.source.grid(this.run.name, this.statistic.name, stage, first, last) : null;
     if (!(await this.plotly) || turn !== this.turn) return;
     this.grid = grid;
+    this.isReady = true; // plotly is there, and what it is to draw
     this.say(null);
     this.draw();
   }
@@ -85,7 +86,7 @@ export class Page {
 
   // What has to be loaded or drawn anew when something else is selected.
   changed(changed) {
-    if (!this.run) return;
+    if (!this.isReady) return;
     const any = (...names) => names.some((name) => changed.has(name));
     if (any("run") && this.state.get("run") !== this.run.name) this.guarded(() => this.load(this.state.get("run") || this.runs[0]));
     else if (any("statistic", "stage", "from", "to")) this.guarded(() => this.loadGrid());
@@ -129,7 +130,7 @@ export class Page {
 
   drawSoon() {
     clearTimeout(this.soon);
-    this.soon = setTimeout(() => this.run && this.draw(), 60);
+    this.soon = setTimeout(() => this.isReady && this.draw(), 60);
   }
 
   say(content) {

@@ -20,7 +20,7 @@ export async function render() {
   const root = h("div", { class: "root" });
   document.body.append(root);
   let page;
-  watchTheme(window.parent, () => page?.run && page.draw());
+  watchTheme(window.parent, () => page?.isReady && page.draw());
   const plotly = load("./plotly.min.js").then(() => true, () => false);
   await style();
   page = new Page(root, servedSource(import.meta.url), new State(tensorboardAddress("lightning_bn", window.parent)), plotly);

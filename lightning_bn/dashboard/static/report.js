@@ -5,6 +5,6 @@ import { embeddedSource } from "./source.js";
 import { watchTheme } from "./theme.js";
 
 let page;
-watchTheme(null, () => page?.run && page.draw());
+watchTheme(null, () => page?.isReady && page.draw());
 page = new Page(document.getElementById("page"), embeddedSource(), new State(ownAddress()));
 page.start();
