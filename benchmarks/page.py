@@ -48,7 +48,10 @@ def main() -> None:
         clicks, hovers = [], []
         for number in range(3):
             # A new server and a new browser: nothing is in any cache.
-            with tensorboard(folder, "--logdir", str(folder / "logs")) as address, open_browser(folder / f"profile{number}") as browser:
+            with (
+                tensorboard(folder, "--logdir", str(folder / "logs")) as address,
+                open_browser(folder / f"profile{number}") as browser,
+            ):
                 browser.get(f"{address}/#timeseries")
                 tab = wait(lambda browser=browser: browser.execute_script(_TABS), "the tab")
                 time.sleep(5)  # TensorBoard itself is still loading
@@ -61,8 +64,12 @@ def main() -> None:
                 time.sleep(2)
                 hovers += browser.execute_async_script(_HOVER)
     best = min(clicks)
-    print(f"from the click to the map: {', '.join(f'{each:.2f}' for each in clicks)} s; the least {best:.2f} (target {TARGET:g})")
-    print(f"from the pointer to the words: median {statistics.median(hovers):.0f} ms, worst of {len(hovers)}: {max(hovers):.0f} ms")
+    print(
+        f"from the click to the map: {', '.join(f'{each:.2f}' for each in clicks)} s; the least {best:.2f} (target {TARGET:g})"
+    )
+    print(
+        f"from the pointer to the words: median {statistics.median(hovers):.0f} ms, worst of {len(hovers)}: {max(hovers):.0f} ms"
+    )
 
 
 if __name__ == "__main__":

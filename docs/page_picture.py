@@ -37,7 +37,10 @@ def main() -> None:
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [theme]})
             resize(browser, options.width, options.height)
             browser.get(f"file://{report}")
-            wait(lambda: browser.execute_script("return document.querySelectorAll('.layer .main-svg').length > 3"), "the page")
+            wait(
+                lambda: browser.execute_script("return document.querySelectorAll('.layer .main-svg').length > 3"),
+                "the page",
+            )
             browser.execute_script("return new Promise(done => setTimeout(done, 500))")
             browser.save_screenshot(str(options.output))
 
