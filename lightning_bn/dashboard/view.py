@@ -165,8 +165,8 @@ def _statistics(journal: JournalReader, findings: list[dict[str, Any]]) -> list[
             **known.get(name, {}),
             "name": name,
             "stages": of,
-            "sick": sum(each["statistic"] == name and not each["past"] for each in episodes),
-            "past": sum(each["statistic"] == name and each["past"] for each in episodes),
+            "sick": len(sick := {n for e in episodes if e["statistic"] == name and not e["past"] for n in e["layers"]}),
+            "past": len({n for e in episodes if e["statistic"] == name for n in e["layers"]} - sick),
         }
         for name, of in stages.items()
     ]
