@@ -91,6 +91,7 @@ class Page:
             lambda: self.js("return !!document.querySelector('.columns') && !document.querySelector('main').hidden"),
             "the page",
         )
+        self.driver.execute_async_script("setTimeout(arguments[0], 300)")  # not being drawn anew for the window's size
         return self
 
     def hash(self) -> str:
