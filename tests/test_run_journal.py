@@ -95,7 +95,9 @@ def test_where_it_lies(tmp_path: Path) -> None:
     """Beside TensorBoard's files where there are any, else beside another logger's, else in default_root_dir."""
     both = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="board")]
     for loggers, place in ((both, "board/version_0"), ([both[0]], "csv/version_0"), (False, ".")):
-        trainer(tmp_path, ActivationStatsMonitor(), logger=loggers, max_epochs=1).fit(Small(), loader())
+        trainer(tmp_path, ActivationStatsMonitor(), logger=loggers, max_epochs=1).fit(
+            Small(), loader(), loader(shuffle=False)
+        )
         assert (tmp_path / place / FILE_NAME).is_file(), place
 
 
@@ -112,10 +114,10 @@ def test_a_resumed_fit_continues(tmp_path: Path) -> None:
     """The second fit's lines take the place of what the first wrote behind the checkpoint."""
     callbacks = [ActivationStatsMonitor(every_n_steps=1)]
     first = trainer(tmp_path, *callbacks, max_epochs=1)
-    first.fit(Small(), loader())
+    first.fit(Small(), loader(), loader(shuffle=False))
     first.save_checkpoint(tmp_path / "first.ckpt")
     second = trainer(tmp_path, ActivationStatsMonitor(every_n_steps=1), max_epochs=2)
-    second.fit(Small(), loader(), ckpt_path=tmp_path / "first.ckpt")
+    second.fit(Small(), loader(), loader(shuffle=False), ckpt_path=tmp_path / "first.ckpt")
     reader = JournalReader.of_file(tmp_path / FILE_NAME)
     assert [sample.step for sample in reader.samples["train"]] == list(range(12))
     assert [(event["step"], event["resumed"]) for event in reader.events["start"]] == [(0, False), (6, True)]
@@ -131,5 +133,5 @@ def test_how_it_ended(tmp_path: Path, error: type[BaseException]) -> None:
                 raise error
 
     with pytest.raises((ValueError, SystemExit, KeyboardInterrupt)):
-        trainer(tmp_path, ActivationStatsMonitor(), ModeCheck()).fit(Stopping(), loader())
+        trainer(tmp_path, ActivationStatsMonitor(), ModeCheck()).fit(Stopping(), loader(), loader(shuffle=False))
     assert [line["status"] for line in lines(tmp_path) if line["kind"] == "end"] == [error.__name__]
