@@ -16,12 +16,12 @@ from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.forwards import OutermostForward
 from lightning_bn.layers.group import Group, Lent, Rows
 from lightning_bn.layers.settlement import (
+    ATTACHED,
     LISTENERS,
     LOAN,
     MERGED,
     OBSERVED,
     RESTING,
-    SERVED,
     Loan,
     Neighbours,
     advance,
@@ -90,7 +90,7 @@ def release(module: nn.Module) -> None:
 def takes_loans(layer: nn.Module) -> bool:
     """Whether the layer's forward knows of loans: this package's, and subclasses of other packages that were given an
     averaging."""
-    return getattr(type(layer), "takes_loans", False) or SERVED in layer.__dict__ or OBSERVED in layer.__dict__
+    return getattr(type(layer), "takes_loans", False) or ATTACHED in layer.__dict__ or OBSERVED in layer.__dict__
 
 
 class Ledger(OutermostForward):

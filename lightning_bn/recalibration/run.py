@@ -105,7 +105,7 @@ def recalibrate(
     named in the report, and so does one all of whose data is not finite. What is not finite is left out, batch by
     batch. Of padded input the valid positions count, where the forward passes this package's layers a mask.
 
-    An averaging's own history (a window's batches) stays as it is: the new statistics serve until the next training
+    An averaging's own history (a window's batches) stays as it is: the new statistics are in force until the next training
     batch. Then a `Window` or a pooled `Cumulative` goes back to its batches, and an `Exponential` blends the batch into
     the new statistics.
 
