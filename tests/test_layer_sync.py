@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,16 @@ def test_statistics_only_follows_an_assigned_momentum(build: Callable[[int], nn.
     undo()
     torch.testing.assert_close(merged.running_mean, alone.running_mean)
     torch.testing.assert_close(merged.running_var, alone.running_var)
+
+
+def test_a_copy_is_applied_to_nothing() -> None:
+    """`ddp_spawn` pickles the Trainer with its callbacks; the copy has the arguments, and no model of the original's."""
+    sync = BatchNormSync(group_size=4)
+    for own in (pickle.loads(pickle.dumps(sync)), copy.deepcopy(sync)):
+        assert (own.group_size, own.statistics_only) == (4, False)
+        layer = BatchNorm1d(3)
+        assert own.apply(layer) is layer
+        assert not own.is_applied_to(layer)
 
 
 def test_alone_it_does_nothing() -> None:

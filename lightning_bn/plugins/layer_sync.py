@@ -138,5 +138,8 @@ class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see 
         return dist.new_group(members[first : first + self.group_size], use_local_synchronization=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is applied to nothing.
-        return {**vars(self), "_undo": WeakKeyDictionary()}
+        # A copy is applied to nothing, and weak references can't be pickled.
+        return {name: value for name, value in vars(self).items() if name != "_undo"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _undo=WeakKeyDictionary())
