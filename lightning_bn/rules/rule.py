@@ -16,8 +16,9 @@ from lightning_bn.rules.observer import Forward, Modes, Observer, ancestors
 
 if TYPE_CHECKING:
     from lightning_bn.rules.adjacency import DeadBias, DropoutShift
+    from lightning_bn.rules.gaps import Gap
     from lightning_bn.rules.learning import Learning
-    from lightning_bn.rules.readings import Gap, Values
+    from lightning_bn.rules.readings import Values
 
 __all__ = [
     "Batch",
