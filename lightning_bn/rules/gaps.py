@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,19 @@ from lightning_bn.layers.settlement import rule_of
 from lightning_bn.moments import drift
 from lightning_bn.rules.readings import Reading
 
-__all__ = ["Gap", "gaps"]
+__all__ = ["LEAST_TRACKED", "Gap", "Marks", "gaps"]
+
+LEAST_TRACKED = 30
+"""Batches after which an evaluation may be held to the statistics it reads: torch's default average has left its start
+by then."""
 
 LEAST_UPDATES = 5
 """The statistics of fewer batches are too noisy to be compared with."""
+
+
+# The end of an epoch is compared with a reading of the statistics this many batches before it; where nobody knows when
+# an epoch ends, a reading is taken every so many batches, and the last but one is compared with.
+_BATCHES_A_READING = 10
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,35 @@ def gaps(earlier: Reading, now: Reading) -> dict[int, Gap]:
         shift, log_ratio = drift(mean, var, new.mean.double(), new.var.double(), module.eps)
         found[index] = Gap(new.layer, _rms(shift), _rms(log_ratio), updates, new.tracked)
     return found
+
+
+class Marks:
+    """Readings in the course of a training epoch, with which the statistics at its end are compared.
+
+    Args:
+        layers: the model's batch-norm layers.
+    """
+
+    def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
+        self._layers = layers
+        self._marks: list[Reading] = []
+
+    def forget(self) -> None:
+        """An epoch begins, or somebody wrote into the statistics."""
+        self._marks = []
+
+    def take(self, index: int, batches: float) -> None:
+        """Batch number `index` of `batches` begins (infinity: nobody knows): take a reading at the start of the epoch,
+        as it may be cut short, and shortly before its end."""
+        near = index == batches - _BATCHES_A_READING if math.isfinite(batches) else index % _BATCHES_A_READING == 0
+        if near and math.isfinite(batches):
+            self._marks = [Reading(self._layers)]
+        elif near or not self._marks:
+            self._marks = [*self._marks[-1:], Reading(self._layers)]
+
+    def gaps(self) -> dict[int, Gap]:
+        """Return how far each layer's statistics are from those of the batches since; waits for the device."""
+        return gaps(self._marks[0], Reading(self._layers)) if self._marks else {}
 
 
 def _rms(values: Tensor) -> float:

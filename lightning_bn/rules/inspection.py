@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from lightning_bn.rules.adjacency import AdjacencyProbe
 from lightning_bn.rules.arguments import check_codes, check_patterns
 from lightning_bn.rules.boundaries import Boundaries
 from lightning_bn.rules.copies import Copies
-from lightning_bn.rules.gaps import Gap, gaps
+from lightning_bn.rules.gaps import LEAST_TRACKED, Gap, Marks
 from lightning_bn.rules.learning import Learning
 from lightning_bn.rules.observer import Modes, Observer
 from lightning_bn.rules.order import BatchOrder
@@ -28,14 +27,6 @@ from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Exchange, 
 from lightning_bn.torch_internals import is_compiled
 
 __all__ = ["Inspection"]
-
-LEAST_TRACKED = 30
-"""Batches after which averaged statistics are held to the evaluation: by then torch's default average has left its
-start."""
-
-# BN208 compares the end of an epoch with a reading of the statistics this many batches before it; where nobody knows
-# when an epoch ends, a reading is taken every so many batches, and the last but one serves.
-_BATCHES_A_READING = 10
 
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
 _LIKE_ONE_OF = 8
@@ -77,14 +68,14 @@ class Inspection:
         self._steady: set[int] = set()
         self._away: Modes | None = None
         self._interrupted = False
-        self._marks: list[Reading] = []
+        self._marks = Marks(self.observer.layers)
         self._batches = 0
         self._counted: tuple[int, Reading] = (0, Reading(()))
         self._last_check = "nothing was known of them before"
         self._anchor: tuple[torch.Tensor, Reading] | None = None
         self._copies = Copies(self.observer)
         self._boundaries = Boundaries(self.observer.layers)
-        self._order = BatchOrder(self.observer.layers)
+        self._order = BatchOrder()
         self._look: EvaluationProbe | None = None
         self._gaps: list[Gap] = []
         self._begun: dict[int, torch.Tensor] = {}
@@ -125,10 +116,10 @@ class Inspection:
             kept = {places[layer] for index in indices if (layer := old.layers[index].module) in places}
             known.clear()
             known.update(kept)
-        self._judged, self._marks, self._away, self._anchor, self._counts_before = {}, [], None, None, {}
+        self._judged, self._away, self._anchor, self._counts_before = {}, None, None, {}
         # These know the layers by their places.
         self._copies, self._boundaries = Copies(self.observer), Boundaries(self.observer.layers)
-        self._order = BatchOrder(self.observer.layers)
+        self._marks = Marks(self.observer.layers)
         if self._look is not None:
             self._look.close()
         self._look, self._last, self._gaps, self._begun = None, None, [], {}
@@ -176,7 +167,7 @@ class Inspection:
         """Begin a training epoch: what could be told of its batches from the last one's is forgotten, as parameters may
         be frozen now."""
         self._judged = {}
-        self._marks = []
+        self._marks.forget()
         self.observer.watch_closely()
         self._order.begin_epoch()
 
@@ -194,21 +185,13 @@ class Inspection:
         if training:
             self._compare_boundary(f"before batch {index}")
             self._copies.begin()
-            self._order.begin()
+            self._copies.compare()
+            self.observer.on_input = self._order.begin_batch()
         elif index == 0 and not is_compiled(self.model):  # a hook would compile it anew
             self._look = EvaluationProbe(self.observer.layers)
         self.observer.begin(self.observer.snapshot() if training and self.modes_from == "start" else None)
         if training and batches is not None:
-            self._mark(index, batches)
-
-    def _mark(self, index: int, batches: float) -> None:
-        """Take a reading for `end_epoch`: at the start of the epoch, as it may be cut short, and shortly before its
-        end."""
-        near = index == batches - _BATCHES_A_READING if math.isfinite(batches) else index % _BATCHES_A_READING == 0
-        if near and math.isfinite(batches):
-            self._marks = [Reading(self.observer.layers)]
-        elif near or not self._marks:
-            self._marks = [*self._marks[-1:], Reading(self.observer.layers)]
+            self._marks.take(index, batches)
 
     def end_batch(self) -> None:
         """Judge the batch; of an evaluation, what comes until the next one is recorded too."""
@@ -225,10 +208,9 @@ class Inspection:
         self.trained = True
         after = self._after = self.observer.snapshot()
         opened = self.observer.modes or after
-        self._copies.begin()
+        self._copies.compare()
         self._judge(after if self.modes_from == "end" else opened, opened, after)
         self._boundaries.leave()
-        self._order.end()
         if self.tracing and any(forward.training for forward in self.observer.forwards):
             self._end_tracing()
 
@@ -251,16 +233,14 @@ class Inspection:
         self._away, self._interrupted = modes, False
         self._evaluated, self._swapped, self._look = set(), False, None
         self._gaps, self._begun = [], {}
-        if self._marks and any(fresh):
+        if any(fresh):
             # Statistics that someone wrote since the last batch, as a recalibration does, are not the average of
             # batches any more.
-            found = {
-                index: gap for index, gap in gaps(self._marks[0], Reading(self.observer.layers)).items() if fresh[index]
-            }
+            found = {index: gap for index, gap in self._marks.gaps().items() if fresh[index]}
             self._gaps = list(found.values())
             self._begun = {index: self.observer.layers[index].module.running_mean.clone() for index in found}
         if not all(fresh):
-            self._marks = []
+            self._marks.forget()
         if self.setting.own_statistics:
             self._compare_ranks()
         self._judged.pop(stage, None)
@@ -375,13 +355,12 @@ class Inspection:
     def end_epoch(self) -> None:
         """Compare the running statistics with the latest batches'; waits for the device."""
         self._decide()
-        likeness = self._order.likeness()
-        if likeness is not None and self._order.layer is not None:
-            name = self._order.layer.name
-            self._ask(lambda rule: rule.ordered(name, likeness))
-        if self._marks:
-            apart = list(gaps(self._marks[0], Reading(self.observer.layers)).values())
-            self._ask(lambda rule: rule.gaps(apart, self.observer))
+        order = self._order.found()
+        if order is not None:
+            name = next(layer.name for layer in self.observer.layers if layer.tracks)
+            self._ask(lambda rule: rule.ordered(name, order))
+        apart = list(self._marks.gaps().values())
+        self._ask(lambda rule: rule.gaps(apart, self.observer))
 
     def _read(self) -> list[Gap]:
         """Return the gaps of statistics that the evaluation really read: a callback may have exchanged them as it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from lightning_bn.rules.gaps import Gap
+from lightning_bn.rules.gaps import LEAST_TRACKED, Gap
 from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.rule import Evaluation, Exchange, Fix, Level, Rule, Seen
 
@@ -20,11 +20,6 @@ scale."""
 
 GAP_WARM_UP = 0.05
 """BN208: while what the buffers started with still weighs more than this, a gap is no more than information."""
-
-
-LEAST_TRACKED = 30
-"""BN208: batches after which an evaluation may be held to the statistics it reads: torch's default average has left its
-start by then."""
 
 
 class OtherWeights(Rule):

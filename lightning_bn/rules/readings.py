@@ -11,8 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.torch_internals import side_by_side
 
 __all__ = ["LayerValues", "Reading", "Values", "learned", "ranks_apart", "weight_samples"]
+
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,7 @@ class Reading:
             return
         modules = [layer.module for layer in self.layers.values()]
         device = modules[0].running_mean.device
-        # At least float32: a difference of two readings is divided by a small number.
-        self._statistics = torch.cat(
-            [torch.stack((m.running_mean, m.running_var)).to(device, _wide(m.running_mean.dtype)) for m in modules],
-            dim=1,
-        )
+        self._statistics = torch.stack([_flat([getattr(m, name) for m in modules], device) for name in _STATISTICS])
         self._tracked = torch.stack([_count(m).to(device) for m in modules])
 
     def values(self) -> Values:
@@ -137,6 +137,15 @@ def _count(module: _BatchNorm) -> Tensor:
     if module.num_batches_tracked is None:
         return torch.zeros((), dtype=torch.int64)
     return module.num_batches_tracked
+
+
+def _flat(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Return tensors one behind the other, in at least float32: a difference of two readings is divided by a small
+    number."""
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
+        tensors = [tensor.to(device, _wide(tensor.dtype)) for tensor in tensors]
+    flat = side_by_side(tensors)
+    return flat.to(device, _wide(flat.dtype))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
