@@ -27,8 +27,8 @@ def loader(batch_size: int = 8, **options: Any) -> DataLoader[tuple[Tensor, ...]
     return DataLoader(training_data(), batch_size, **{"shuffle": True, **options})
 
 
-class Small(pl.LightningModule):
-    """Two batch-norm layers, dropout, and a validation that logs loss and accuracy."""
+class Steps:
+    """Two batch-norm layers, dropout, and a validation that logs loss and accuracy; to be mixed into a LightningModule."""
 
     def __init__(self, lr: float = 0.3) -> None:
         super().__init__()
@@ -56,6 +56,10 @@ class Small(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class Small(Steps, pl.LightningModule):
+    """`Steps` of ``lightning.pytorch``."""
 
 
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:

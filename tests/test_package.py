@@ -16,7 +16,7 @@ import lightning_bn
 
 PACKAGE = Path(lightning_bn.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-HEAVY = ("lightning", "torchmetrics", "tensorboard", "matplotlib", "pandas", "tqdm")
+HEAVY = ("lightning", "pytorch_lightning", "torchmetrics", "tensorboard", "matplotlib", "pandas", "tqdm")
 
 
 def test_importing_is_light() -> None:
@@ -103,6 +103,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": GROUND | {"averaging", "layers", "rules"},
 }
 ADAPTERS = ("callbacks", "plugins", "cli", "__main__")
+# What both of Lightning's packages share, or have alike; all else of theirs goes through both_lightnings.py.
+EITHER = {
+    "lightning.pytorch.cli",
+    "lightning.pytorch.trainer.states",
+    "lightning.pytorch.utilities",
+    "pytorch_lightning.cli",
+}
 CALLBACKS = {
     f"callbacks.{name}" for name in ("activation_stats", "comparison", "conversion", "mode_check", "recalibration")
 }
@@ -158,14 +165,18 @@ TAKEN = _taken()
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_arrows_point_one_way(path: Path) -> None:
-    """No room imports from one above it; lightning is known to callbacks/, plugins/ and cli alone; callbacks don't know
-    each other."""
+    """No room imports from one above it; lightning is known to callbacks/, plugins/ and cli alone, and its classes
+    to one file; callbacks don't know each other."""
     place = path.relative_to(PACKAGE)
     folder = place.parts[0].removesuffix(".py")
     known = {module.split(".")[0] for module in own(path)} - {folder}
     if folder not in ADAPTERS:
         assert not {module.split(".")[0] for module in imports(path)} & {"lightning", "pytorch_lightning"}
         assert known <= MAY_IMPORT[folder]
+    elif place.name not in ("both_lightnings.py", "lightning_internals.py"):
+        assert (
+            not {name for name in imports(path) if name.startswith(("lightning.pytorch", "pytorch_lightning"))} - EITHER
+        )
     if folder == "callbacks":
         assert not own(path) & (CALLBACKS - {str(place.with_suffix("")).replace("/", ".")})
 

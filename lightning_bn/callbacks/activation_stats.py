@@ -6,9 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
@@ -18,6 +15,13 @@ from lightning_bn.activations.layer_table import Ailment, LayerTable, scalars
 from lightning_bn.activations.layers import Choice, is_chosen, select_layers
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.tensorboard import TensorBoardReport
+from lightning_bn.callbacks.both_lightnings import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    TensorBoardLogger,
+    Trainer,
+)
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.layers.ledger import settle_together
 
@@ -161,7 +165,7 @@ class ActivationStatsMonitor(Callback):
         self._collector(trainer, pl_module, "train").begin_epoch()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = self.every_n_steps or trainer.log_every_n_steps
         step = logging_step(trainer)
         if self._sampled_step is None and every and step % every == 0:
             self._sampled_step = step

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-
+from lightning_bn.callbacks.both_lightnings import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    is_overridden,
+)
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.recalibration.keeping import kept
 
@@ -126,7 +129,7 @@ def _another_way(module: LightningModule, batch: Any) -> str | None:
 
 
 def _ways_through_forward(module: LightningModule, batch: Any) -> list[WayIn]:
-    if type(module).forward is LightningModule.forward:
+    if not is_overridden("forward", module):
         return []
     signature = inspect.signature(module.forward)
     if isinstance(batch, Mapping):

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.callbacks.both_lightnings import LightningModule, MisconfigurationException, ModelCheckpoint, Trainer
 from lightning_bn.checkpoints.atomic_file import write_atomically
 
 __all__ = ["KINDS", "check_kinds", "files_of", "statistics_in", "write_recalibrated_copy"]

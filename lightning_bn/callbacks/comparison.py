@@ -7,14 +7,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_bn import recalibration
 from lightning_bn.averaging import Averaging
 from lightning_bn.callbacks.batch_input import BatchInput
+from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.training_pass import learning, quiet, training_pass, validate_once_more

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.averaging import Averaging
+from lightning_bn.callbacks.both_lightnings import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    is_overridden,
+)
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, check_averaging
 from lightning_bn.layers.conversion import convert_batch_norm

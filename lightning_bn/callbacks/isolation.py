@@ -7,12 +7,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import Sampler
 
+from lightning_bn.callbacks.both_lightnings import CombinedLoader, LightningModule, Trainer, package_of
 from lightning_bn.recalibration.keeping import kept
 from lightning_bn.recalibration.random_states import kept_random_states
 
@@ -52,7 +50,7 @@ def muted(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         for part in _lightning_modules(module):
             stack.enter_context(_replaced(vars(part), dict.fromkeys(("log", "log_dict", "print"), _nothing)))
         stop = trainer.should_stop
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.loggers = [package_of(trainer).loggers.logger.DummyLogger() for _ in loggers]
         try:
             yield
         finally:

@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import lightning
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.profilers import PassThroughProfiler
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from lightning_bn.callbacks.both_lightnings import Callback, CombinedLoader, LightningModule, Trainer, package_of
 
 __all__ = [
     "afresh",
@@ -104,7 +102,7 @@ def validation_metrics(trainer: Trainer, loader: CombinedLoader) -> dict[str, Te
             (trainer, "_last_val_time", getattr(trainer, "_last_val_time", None)),
             (trainer, "callbacks", _deaf_progress_bar(trainer)),
             (trainer, "loggers", []),
-            (trainer, "profiler", PassThroughProfiler()),
+            (trainer, "profiler", package_of(trainer).profilers.PassThroughProfiler()),
         ):
             stack.enter_context(_exchanged(owner, name, value))
         stack.callback(again.teardown)
@@ -147,13 +145,13 @@ def _reach(trainer: Trainer, path: str, advice: str) -> Any:
         part = getattr(part, name, None)
     if part is None:
         raise RuntimeError(
-            f"trainer.{path} is missing: Lightning {lightning.__version__} is not known here; {advice} to do without it."
+            f"trainer.{path} is missing: Lightning {package_of(trainer).__version__} is not known here; {advice} to do without it."
         )
     return part
 
 
 def _anew(live: CombinedLoader) -> CombinedLoader:
-    fresh = CombinedLoader(live.iterables, live._mode)
+    fresh = type(live)(live.iterables, live._mode)
     fresh.flattened = [_copy(loader) for loader in live.flattened]
     fresh.limits = live.limits
     return fresh

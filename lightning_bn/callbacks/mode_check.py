@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_bn.activations.tensorboard import add_markdown
+from lightning_bn.callbacks.both_lightnings import (
+    BaseFinetuning,
+    Callback,
+    Checkpoint,
+    LightningModule,
+    TensorBoardLogger,
+    Trainer,
+    is_overridden,
+)
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.discovery import parts_called_by
 from lightning_bn.layers.ledger import settle_together
@@ -98,10 +103,10 @@ class ModeCheck(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Behind all others but those that save: what they do to modes before a batch is not the training step's doing.
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks
         savers = [each for each in callbacks if isinstance(each, Checkpoint)]
         others = [each for each in callbacks if each is not self and each not in savers]
-        trainer.callbacks = [*others, self, *savers]  # type: ignore[attr-defined]  # a new list: Lightning iterates over the old one
+        trainer.callbacks = [*others, self, *savers]  # a new list: Lightning iterates over the old one
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         settle_together(pl_module)
@@ -147,7 +152,7 @@ class ModeCheck(Callback):
         if is_overridden("on_validation_model_eval", pl_module):
             inspection.anchor()  # the hook comes before any of a callback's
         self._batches += 1
-        if self._batches % (self.every_n_steps or trainer.log_every_n_steps or 50) == 0:  # type: ignore[attr-defined]
+        if self._batches % (self.every_n_steps or trainer.log_every_n_steps or 50) == 0:
             inspection.examine()
         self._report(trainer)
 
@@ -259,7 +264,7 @@ class ModeCheck(Callback):
             ranks=trainer.world_size,
             accumulated=trainer.accumulate_grad_batches,
             manual=not module.automatic_optimization,
-            scheduled=any(isinstance(each, BaseFinetuning) for each in trainer.callbacks),  # type: ignore[attr-defined]
+            scheduled=any(isinstance(each, BaseFinetuning) for each in trainer.callbacks),
             own_statistics=trainer.world_size > 1 and getattr(trainer.model, "broadcast_buffers", True) is False,
             optimizers=(lambda: trainer.optimizers) if trainer.state.fn == TrainerFn.FITTING else None,
         )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning_bn.callbacks.both_lightnings import Callback, StochasticWeightAveraging, Trainer, WeightAveraging
 
 __all__ = ["take_turn_after_weight_averaging"]
 
@@ -16,7 +15,7 @@ def take_turn_after_weight_averaging(trainer: Trainer, callback: Callback) -> No
     A callback that must see the averaged weights therefore needs no more than this one move; among all others it stays
     where the user put it.
     """
-    order: list[Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
+    order: list[Callback] = list(trainer.callbacks)
     averaging = [
         place for place, other in enumerate(order) if isinstance(other, (WeightAveraging, StochasticWeightAveraging))
     ]
@@ -25,4 +24,4 @@ def take_turn_after_weight_averaging(trainer: Trainer, callback: Callback) -> No
     # Inserted before it is removed, so that the place is counted in the order as it was.
     order.insert(averaging[-1] + 1, callback)
     order.remove(callback)
-    trainer.callbacks = order  # type: ignore[attr-defined]  # a new list: Lightning is iterating over the old one
+    trainer.callbacks = order  # a new list: Lightning is iterating over the old one

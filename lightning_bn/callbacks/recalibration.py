@@ -6,12 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_bn.callbacks.batch_input import BatchInput
+from lightning_bn.callbacks.both_lightnings import (
+    Callback,
+    CombinedLoader,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    is_overridden,
+)
 from lightning_bn.callbacks.checkpoint_files import KINDS, check_kinds, files_of, statistics_in, write_recalibrated_copy
 from lightning_bn.callbacks.lightning_internals import iterates_itself, logging_step
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
@@ -130,11 +136,7 @@ class BatchNormRecalibration(Callback):
                 f"BatchNormRecalibration: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. "
                 "Leave the callback out of Trainer(callbacks=...)."
             )
-        if (
-            self.forward is None
-            and not pl_module.automatic_optimization
-            and type(pl_module).forward is LightningModule.forward
-        ):
+        if self.forward is None and not pl_module.automatic_optimization and not is_overridden("forward", pl_module):
             raise MisconfigurationException(
                 f"BatchNormRecalibration: {type(pl_module).__name__} optimises by hand, so its training_step can't be run, and it has no "
                 "forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: module.model(batch[0]))."

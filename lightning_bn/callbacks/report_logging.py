@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-
+from lightning_bn.callbacks.both_lightnings import Logger, TensorBoardLogger
 from lightning_bn.recalibration.report import RecalibrationReport
 
 __all__ = ["log_report", "markdown"]

@@ -8,12 +8,11 @@ from itertools import islice
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_bn.callbacks.both_lightnings import CombinedLoader, LightningModule, Trainer
 from lightning_bn.callbacks.isolation import in_stage, isolated, muted
 from lightning_bn.callbacks.lightning_internals import (
     afresh,
@@ -96,7 +95,7 @@ def _batches(loader: Any) -> Iterator[Any]:
     if not isinstance(loader, CombinedLoader):
         yield from loader
         return
-    batches = iter(loader)
+    batches: Iterator[Any] = iter(loader)  # before its length is asked for, which it does not know earlier
     # The loader knows its limits, and leaves it to whoever fetches from it to stop there.
     for batch, _, _ in islice(batches, sized_len(loader)):
         yield batch

@@ -8,21 +8,27 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+import lightning.pytorch.cli
+import pytorch_lightning.cli
+import yaml
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 
 from lightning_bn.callbacks.batch_input import BatchInput
+from lightning_bn.callbacks.both_lightnings import (
+    LIGHTNING_ADVICE,
+    LIGHTNING_ERRORS,
+    Callback,
+    LightningModule,
+    Trainer,
+)
 from lightning_bn.callbacks.checkpoint_files import statistics_in
 from lightning_bn.callbacks.conversion import ConvertBatchNorm
 from lightning_bn.callbacks.isolation import in_stage
@@ -94,7 +100,7 @@ class Session:
         data: str | None,
         cli: str | None,
     ) -> None:
-        for name in ("lightning.pytorch", "lightning.fabric"):
+        for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
@@ -105,7 +111,7 @@ class Session:
         self._checkpoint = checkpoint
         of_module = self._module.configure_callbacks
         self._module.configure_callbacks = lambda: _converting(of_module())
-        self._callbacks = _converting(self.trainer.callbacks)  # type: ignore[attr-defined]
+        self._callbacks = _converting(built.trainer.callbacks)
 
     def recalibrate(
         self, dataloader: str, layers: Sequence[str] | None, **options: Any
@@ -133,14 +139,15 @@ class Session:
 
     def _run(self, start: Any, statistics: dict[str, Tensor], *extra: Callback) -> Any:
         weights = _Weights(self._checkpoint, statistics)
-        self.trainer.callbacks = [*self._callbacks, weights, *extra]  # type: ignore[attr-defined]
+        self.trainer.callbacks = [*self._callbacks, weights, *extra]
         try:
             with warnings.catch_warnings():
                 # Lightning's own use of torch's pytree; and its advice on the speed of training, which this is not.
                 warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec.. is deprecated")
-                warnings.filterwarnings("ignore", category=PossibleUserWarning)
+                for category in LIGHTNING_ADVICE:
+                    warnings.filterwarnings("ignore", category=category)
                 return start(self._module, datamodule=self._datamodule)
-        except MisconfigurationException as error:
+        except LIGHTNING_ERRORS as error:
             raise RefusedError(str(error)) from error
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
@@ -233,9 +240,9 @@ def _set_training(module: nn.Module, value: bool) -> None:
 
 def _build(
     configs: Sequence[Path], overrides: Sequence[str], model: str | None, data: str | None, cli: str | None
-) -> LightningCLI:
-    base = LightningCLI if cli is None else _import(cli, "--cli")
-    reader = type("Reader", (_ReadingCLI, base), {})
+) -> Any:
+    base = _cli_of(configs, model) if cli is None else _import(cli, "--cli")
+    reader = type("Reader", (_Reading, base), {})
     arguments = [*(f"--config={path}" for path in configs), *overrides]
     classes = [
         None if path is None else _import(path, option) for path, option in ((model, "--model"), (data, "--data"))
@@ -244,9 +251,7 @@ def _build(
         # It warns of arguments that are given to it beside those of the process: here those are another command's.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         try:
-            built: LightningCLI = reader(
-                *classes, save_config_callback=None, run=False, args=arguments, parser_kwargs=_PARSER
-            )
+            built = reader(*classes, save_config_callback=None, run=False, args=arguments, parser_kwargs=_PARSER)
         except SystemExit as stop:
             if stop.code and model is None:
                 print(
@@ -257,28 +262,53 @@ def _build(
     return built
 
 
-class _ReadingCLI(LightningCLI):
-    """A LightningCLI that makes the Trainer quiet."""
+def _cli_of(configs: Sequence[Path], model: str | None) -> type[Any]:
+    """Return the LightningCLI of the package that the model's class is from."""
+    for path in (model, *(_model_in(config) for config in configs)):
+        if path is not None:
+            with suppress(ImportError, AttributeError, ValueError):  # what is wrong is told when the class is built
+                if issubclass(_class_at(path), pytorch_lightning.LightningModule):
+                    return pytorch_lightning.cli.LightningCLI
+    return lightning.pytorch.cli.LightningCLI
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        super().add_arguments_to_parser(parser)
+
+def _model_in(config: Path) -> str | None:
+    """Return the class path of the model in a config, which may be that of a subcommand."""
+    with suppress(OSError, yaml.YAMLError):
+        content = yaml.safe_load(config.read_text())
+        for part in (content, *(content.values() if isinstance(content, dict) else ())):
+            model = part.get("model") if isinstance(part, dict) else None
+            if isinstance(model, dict) and isinstance(model.get("class_path"), str):
+                return str(model["class_path"])
+    return None
+
+
+class _Reading:
+    """What makes the Trainer of a LightningCLI quiet; a class in front of either package's."""
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        super().add_arguments_to_parser(parser)  # type: ignore[misc]
         for name in ("ckpt_path", "weights_only", "verbose", "return_predictions"):
             # The config of a subcommand such as fit has its arguments too; without a subcommand they would not be
             # known.
             parser.add_argument(f"--{name}", type=Any, default=None)
 
     def before_instantiate_classes(self) -> None:
-        super().before_instantiate_classes()
+        super().before_instantiate_classes()  # type: ignore[misc]
         for name, value in _QUIET.items():
-            self.config[f"trainer.{name}"] = value
+            self.config[f"trainer.{name}"] = value  # type: ignore[attr-defined]
 
 
 def _import(path: str, option: str) -> Any:
-    module, _, name = path.rpartition(".")
     try:
-        return getattr(import_module(module), name)
+        return _class_at(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"{option} {path}: {error}. It is the path of a class, as in package.module.Class.") from error
+
+
+def _class_at(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def _converting(callbacks: Any) -> list[Callback]:

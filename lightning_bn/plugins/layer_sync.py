@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
+from lightning_bn.callbacks.both_lightnings import TorchSyncBatchNorm
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.ranks.synchronization import merge_statistics, synchronise
 

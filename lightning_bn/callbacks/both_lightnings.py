@@ -1,0 +1,92 @@
+"""The one place that knows both Lightning packages.
+
+``lightning`` installs ``pytorch_lightning`` too, and the two hold the same classes twice over: ``isinstance`` against the class
+of one is False for an object of the other. So each name here is a union of both, or a class that inherits from both.
+A Trainer of either package then takes the callbacks and plugins of this package, and they know its modules, loggers and
+callbacks. The second import costs a fortieth of the first, since most of what they import is shared.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TypeAlias
+
+import lightning.pytorch
+import pytorch_lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException as _Misconfiguration
+from lightning.fabric.utilities.warnings import PossibleUserWarning as _PossibleUserWarning
+from lightning.pytorch.callbacks import BaseFinetuning as _BaseFinetuning
+from lightning.pytorch.callbacks import Checkpoint as _Checkpoint
+from lightning.pytorch.callbacks import ModelCheckpoint as _ModelCheckpoint
+from lightning.pytorch.callbacks import StochasticWeightAveraging as _StochasticWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging as _WeightAveraging
+from lightning.pytorch.loggers import Logger as _Logger
+from lightning.pytorch.loggers import TensorBoardLogger as _TensorBoardLogger
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm as _TorchSyncBatchNorm
+from lightning.pytorch.utilities import CombinedLoader as _CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden as _is_overridden
+from lightning_fabric.utilities.exceptions import MisconfigurationException as _OtherMisconfiguration
+from lightning_fabric.utilities.warnings import PossibleUserWarning as _OtherPossibleUserWarning
+from pytorch_lightning import callbacks as _callbacks
+from pytorch_lightning import loggers as _loggers
+from pytorch_lightning.plugins import layer_sync as _layer_sync
+from pytorch_lightning.utilities import CombinedLoader as _OtherCombinedLoader
+
+__all__ = [
+    "LIGHTNING_ADVICE",
+    "LIGHTNING_ERRORS",
+    "BaseFinetuning",
+    "Callback",
+    "Checkpoint",
+    "CombinedLoader",
+    "LightningModule",
+    "Logger",
+    "MisconfigurationException",
+    "ModelCheckpoint",
+    "StochasticWeightAveraging",
+    "TensorBoardLogger",
+    "TorchSyncBatchNorm",
+    "Trainer",
+    "WeightAveraging",
+    "is_overridden",
+    "package_of",
+]
+
+Trainer: TypeAlias = lightning.pytorch.Trainer | pytorch_lightning.Trainer
+LightningModule: TypeAlias = lightning.pytorch.LightningModule | pytorch_lightning.LightningModule
+Logger: TypeAlias = _Logger | _loggers.Logger
+TensorBoardLogger: TypeAlias = _TensorBoardLogger | _loggers.TensorBoardLogger
+CombinedLoader: TypeAlias = _CombinedLoader | _OtherCombinedLoader
+BaseFinetuning: TypeAlias = _BaseFinetuning | _callbacks.BaseFinetuning
+Checkpoint: TypeAlias = _Checkpoint | _callbacks.Checkpoint
+ModelCheckpoint: TypeAlias = _ModelCheckpoint | _callbacks.ModelCheckpoint
+StochasticWeightAveraging: TypeAlias = _StochasticWeightAveraging | _callbacks.StochasticWeightAveraging
+WeightAveraging: TypeAlias = _WeightAveraging | _callbacks.WeightAveraging
+
+# What each package raises for a wrong set-up, and warns of where training could be faster.
+LIGHTNING_ERRORS = (_Misconfiguration, _OtherMisconfiguration)
+LIGHTNING_ADVICE = (_PossibleUserWarning, _OtherPossibleUserWarning)
+
+
+# The hooks of the two bases differ in the package of the Trainer that they are given, and in nothing else.
+class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+    """A callback for a Trainer of either package."""
+
+
+class TorchSyncBatchNorm(_TorchSyncBatchNorm, _layer_sync.TorchSyncBatchNorm):
+    """A plugin for ``Trainer(sync_batchnorm=True)`` of either package, which accepts its own `TorchSyncBatchNorm` alone."""
+
+
+class MisconfigurationException(_Misconfiguration, _OtherMisconfiguration):
+    """An error that is caught by the name it has in either package."""
+
+
+def package_of(owner: Trainer | LightningModule) -> ModuleType:
+    """Return the package that the object's class is from: ``lightning.pytorch`` or ``pytorch_lightning``."""
+    ours = isinstance(owner, (lightning.pytorch.Trainer, lightning.pytorch.LightningModule))
+    return lightning.pytorch if ours else pytorch_lightning
+
+
+def is_overridden(name: str, module: LightningModule) -> bool:
+    """Tell whether the module has a method of that name of its own."""
+    return bool(_is_overridden(name, module, package_of(module).LightningModule))
