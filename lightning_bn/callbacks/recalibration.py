@@ -26,6 +26,7 @@ from lightning_bn.callbacks.training_pass import learning, on_training_device, q
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.recalibration import recalibrate
+from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.kept_objects import KeptObjects
 from lightning_bn.recalibration.report import RecalibrationReport
 
@@ -227,16 +228,18 @@ class BatchNormRecalibration(Callback):
                 f"BatchNormRecalibration: {_why_none(self._layers)}, so their statistics were left as they are."
             )
             return
-        before = self._validate(trainer, module)
-        self.report = self._recalibrate(trainer, module)
-        try:
-            after = self._validate(trainer, module)
-            self.kept = before is None or after is None or self._scores.better(after, before)
-        except BaseException:
-            self.report.rollback()
-            raise
-        if not self.kept:
-            self.report.rollback()
+        # A Ctrl-C ends the pass or a validation; anywhere else it is held until what has changed and the report agree.
+        with HeldInterrupts():
+            before = self._validate(trainer, module)
+            self.report = self._recalibrate(trainer, module)
+            try:
+                after = self._validate(trainer, module)
+                self.kept = before is None or after is None or self._scores.better(after, before)
+            except BaseException:
+                self.report.rollback()
+                raise
+            if not self.kept:
+                self.report.rollback()
         if self.report.not_run:
             rank_zero_warn(
                 f"BatchNormRecalibration: {', '.join(self.report.not_run)} did not run and kept their statistics. If training runs them, "

@@ -132,22 +132,12 @@ def recalibrate(
     core = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else model
     chosen = choose(core, layers)
     run = _runner(core, forward, device)
+    # What the pass holds is freed inside the block: a Ctrl-C while it is freed behind it would come after the change and
+    # before the caller has the report.
     with HeldInterrupts() as interrupts:
-        estimator = Estimator(chosen, pooled=pooled, prior=prior)
-        way = _pass(chosen, estimator, options)
-        with (
-            _all_else_kept(core, batches) as weights,
-            measured([layer.module for layer in chosen], way.station),
-            interrupts.allowed(),
-        ):
-            seen = _collected(way, batches, run, weights)
-            changes = agreed_changes(chosen, estimator, seen)
-        report = _report(chosen, changes, seen, options)
-        if not dry_run:
-            interrupts.undo = report.rollback
-            commit([change for change in changes if change is not None])
-        # Inside the block: a Ctrl-C after it would come too late to undo what is done.
-        return report
+        return _recalibrate(
+            core, chosen, batches, run, Estimator(chosen, pooled=pooled, prior=prior), options, interrupts
+        )
 
 
 @contextmanager
@@ -173,11 +163,39 @@ def recalibrated(model: nn.Module, batches: Iterable[Any], **options: Any) -> It
         >>> model[0].running_mean
         tensor([0.])
     """
-    report = recalibrate(model, batches, **options)
+    report: RecalibrationReport | None = None
     try:
+        with HeldInterrupts() as interrupts:
+            report = recalibrate(model, batches, **options)
+            interrupts.undo = report.rollback
         yield report
     finally:
-        report.rollback()
+        if report is not None:
+            report.rollback()
+
+
+def _recalibrate(
+    model: nn.Module,
+    chosen: list[BatchNormLayer],
+    batches: Iterable[Any],
+    run: Callable[[Any], object],
+    estimator: Estimator,
+    options: _Options,
+    interrupts: HeldInterrupts,
+) -> RecalibrationReport:
+    way = _pass(chosen, estimator, options)
+    with (
+        _all_else_kept(model, batches) as weights,
+        measured([layer.module for layer in chosen], way.station),
+        interrupts.allowed(),
+    ):
+        seen = _collected(way, batches, run, weights)
+        changes = agreed_changes(chosen, estimator, seen)
+    report = _report(chosen, changes, seen, options)
+    if not options.dry_run:
+        interrupts.undo = report.rollback
+        commit([change for change in changes if change is not None])
+    return report
 
 
 @dataclass(frozen=True)
