@@ -1,8 +1,10 @@
 # Every target does its own set-up: it needs Python 3.10 or newer with pip, and nothing else.
 PYTHON ?= python3
+# The oldest that the package allows, for test-oldest.
+PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit bench docs clean
+.PHONY: demo test lint types unit test-oldest test-newest bench docs clean
 
 demo: .venv/examples.installed
 	$(BIN)/python examples/quickstart.py
@@ -19,6 +21,24 @@ types: .venv/dev.installed
 # One thread a worker: two workers with two threads each fight for the cores. By file: a fixture may start processes once for all its tests.
 unit: .venv/dev.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# With the oldest versions that pyproject.toml allows, and with the newest that there are. Each has an environment of its
+# own. Deprecation warnings are no errors here: old packages meet new ones.
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 --dist loadfile -W ignore
+
+test-newest: .venv-newest/installed
+	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n 2 --dist loadfile -W default
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	test -x .venv-oldest/bin/python || $(PYTHON_OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	touch $@
+
+.venv-newest/installed: pyproject.toml
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade --editable ".[dev]"
+	touch $@
 
 bench: .venv/dev.installed
 	$(BIN)/python benchmarks/host_cost.py
@@ -37,4 +57,4 @@ docs: .venv/docs.installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .venv-oldest .venv-newest build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis runs

@@ -45,8 +45,8 @@ def ours(model: nn.Module, **options: Any) -> Look:
         yield
         collector.detach()
         sample = collector.collect()
-        table.append("train", 0, 0, sample.rows)
-        scalars(sample.rows)
+        table.append("train", 0, 0, sample)
+        scalars(sample)
 
     return look
 

@@ -18,6 +18,7 @@ from lightning_bn.rules import Finding, Fix, ModeCheckError
 from lightning_bn.rules.watching import check, watch
 
 if TYPE_CHECKING:
+    from lightning_bn.activations.episodes import Episode as Episode
     from lightning_bn.activations.stats import ActivationStats as ActivationStats
     from lightning_bn.callbacks.activation_stats import ActivationStatsMonitor as ActivationStatsMonitor
     from lightning_bn.callbacks.comparison import CompareAverages as CompareAverages
@@ -41,6 +42,7 @@ __all__ = [
     "CompareAverages",
     "ConvertBatchNorm",
     "Cumulative",
+    "Episode",
     "Exponential",
     "Finding",
     "Fix",
@@ -67,6 +69,7 @@ for _name, _module in {"batch_norm": batch_norm, "subclasses": subclasses, "wind
 # seconds.
 _LAZY: dict[str, str] = {
     "ActivationStats": "lightning_bn.activations.stats",
+    "Episode": "lightning_bn.activations.episodes",
     "ActivationStatsMonitor": "lightning_bn.callbacks.activation_stats",
     "ModeCheck": "lightning_bn.callbacks.mode_check",
     "BatchNormRecalibration": "lightning_bn.callbacks.recalibration",

@@ -54,7 +54,7 @@ def is_replica(module: nn.Module) -> bool:
     Only a mark that torch sets says so; where it is gone the answer is False, and the hooks of the original act on the
     original.
     """
-    return bool(getattr(module, "_is_replica", False))
+    return bool(module.__dict__.get("_is_replica", False))  # `getattr` asks parameters, buffers and modules too
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
@@ -151,15 +151,13 @@ def copy_each(targets: list[Tensor], values: list[Tensor]) -> None:
         target.copy_(value)
 
 
-def add_each(counters: list[Tensor], which: Tensor | None) -> None:
-    """Add one to each counter, in place, or to those that `which`, (len(counters),) bool, says; `copy_each` tells of
-    the function."""
+def add_each(counters: list[Tensor], ticks: list[Tensor] | None) -> None:
+    """Add to each counter its tick, a tensor of the same dtype, or one, in place; `copy_each` tells of the function."""
     if _foreach_add is not None:
-        # Of the counters' own dtype: on the CPU another one takes twice as long.
-        _foreach_add(counters, 1 if which is None else list(which.to(counters[0].dtype).unbind()))
+        _foreach_add(counters, 1 if ticks is None else ticks)
         return
     for place, counter in enumerate(counters):
-        counter.add_(1 if which is None else which[place])
+        counter.add_(1 if ticks is None else ticks[place])
 
 
 def saved_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import SCALE, limit
 
 # Tests may use what the examples share.
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -20,6 +21,14 @@ if torch.accelerator.is_available():
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device on this machine in turn."""
     return torch.device(request.param)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Multiply the limit of each test by what `limits.SCALE` says."""
+    for item in items if SCALE != 1 else ():
+        marker = item.get_closest_marker("timeout")
+        seconds = float(marker.args[0] if marker else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(limit(seconds)), append=False)
 
 
 @pytest.fixture(autouse=True)

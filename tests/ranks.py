@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from limits import limit
 
 
 def free_port() -> int:
@@ -31,7 +32,7 @@ def spawn(function: Callable[..., None], world: int, *arguments: Any, seconds: f
     `seconds`."""
     # Daemons: what still hangs when the tests end is ended with them, not waited for.
     context = mp.spawn(function, (world, *arguments), nprocs=world, join=False, daemon=True)
-    end = time.monotonic() + seconds
+    end = time.monotonic() + limit(seconds)
     try:
         while not context.join(timeout=1):
             if time.monotonic() > end:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pandas as pd
 import pytest
 import torch
 from fits import Small, fit, loader, parameters_equal, trainer, training_data
@@ -23,6 +24,7 @@ from lightning_bn.activations.collector import to_host
 from lightning_bn.activations.registry import COLUMNS
 
 LAYERS = ["bn1", "rest.0", "rest.3", "rest.4"]  # of Small, in forward order
+ROWS = ["input", *LAYERS]
 
 
 class Recorder(pl.Callback):
@@ -111,7 +113,7 @@ def test_training_is_measured_at_every_nth_step(layer: Any) -> None:
     fit(recorder, monitor, module=module, max_epochs=2)
     steps = sorted({row["step"] for row in monitor.table() if row["stage"] == "train"})
     assert steps == [0, 3, 6, 9]
-    assert [row["layer"] for row in monitor.table()[:4]] == LAYERS
+    assert [row["layer"] for row in monitor.table()[:5]] == ROWS
     for step in steps:
         batch, found = recorder.batches["train"][step], rows(monitor, "train", step)
         for name in LAYERS:
@@ -159,26 +161,33 @@ def test_validation_is_measured_over_the_whole_epoch() -> None:
         assert (found[name]["drift_mean"], found[name]["drift_var"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_dead_channels_are_counted_since_the_epoch_began() -> None:
-    """A channel that fired at one sampled step of an epoch is alive until the next epoch."""
+class Dying(Small):
+    """Gives a ReLU 64 channels of a batch of 256, of which some die for good at step 5, and one fires now and then."""
 
-    class Fires(Small):
-        def forward(self, inputs: Tensor) -> Tensor:
-            hidden = self.rest[0](
-                torch.full((8, 2), -1.0 if self.step else 1.0) * torch.tensor([1.0, -0.0 if self.step else -1.0])
-            )
-            self.step += 1
-            return super().forward(inputs) + hidden.sum() * 0
+    def __init__(self, dying: int) -> None:
+        super().__init__()
+        self.dying = dying
+        self.norm, self.relu = nn.BatchNorm1d(64), nn.ReLU()
 
-        def on_train_epoch_start(self) -> None:
-            self.step = 0 if self.current_epoch == 0 else 1
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        data = torch.randn(256, 64)
+        data[:, 63] -= 2.5  # fires in one of 160
+        data[:, : self.dying] -= 100.0 * (self.global_step >= 5)
+        self.relu(self.norm(data) * 0 + data)
+        return super().training_step(batch, batch_idx)
 
-    monitor = ActivationStatsMonitor(every_n_steps=1, layers="rest.0")
-    fit(monitor, module=Fires(), val=None, max_epochs=2)
-    # The layer has two widths: those of the model itself, five, and the two channels that are fed here first.
-    assert {row["layer"] for row in monitor.table()} == {"rest.0", "rest.0[5]"}
-    dead = [row["dead_fraction"] for row in monitor.table() if row["layer"] == "rest.0"]
-    assert dead == [0.5] * 6 + [1.0] * 6
+
+@pytest.mark.parametrize("dying", [1, 64])
+def test_channels_are_dead_from_when_they_died(dying: int) -> None:
+    """One of 64 is counted by itself, at the very sample after which it fires no more; one that fires now and then is
+    alive."""
+    monitor = ActivationStatsMonitor("relu", every_n_steps=1)
+    fit(monitor, module=Dying(dying), val=None, max_epochs=2)
+    found = [row for row in monitor.table() if row["layer"] == "relu"]
+    assert [row["died_channels"] for row in found] == [0.0] * 5 + [float(dying)] * 7
+    assert [row["dead_fraction"] for row in found] == [0.0] * 5 + [dying / 64] * 7
+    (episode,) = [each for each in monitor.episodes() if each.statistic == "died_channels"]
+    assert (episode.layer, episode.first, episode.recovered) == ("relu", 5, False)
 
 
 def test_dead_channels_of_a_validation_are_its_own() -> None:
@@ -193,7 +202,8 @@ def test_dead_channels_of_a_validation_are_its_own() -> None:
 
     monitor = ActivationStatsMonitor(layers="rest.0")
     fit(monitor, module=Dies(lr=0.0), num_sanity_val_steps=0)
-    assert [row["dead_fraction"] for row in monitor.table() if row["stage"] == "val"] == [0.0, 1.0]
+    found = [row["dead_fraction"] for row in monitor.table() if (row["stage"], row["layer"]) == ("val", "rest.0")]
+    assert found == [0.0, 1.0]
 
 
 def test_training_is_the_same_to_the_bit() -> None:
@@ -222,7 +232,7 @@ def test_hooks_are_there_only_while_they_are_wanted() -> None:
             return super().training_step(batch, batch_idx)
 
     module, _ = fit(ActivationStatsMonitor(every_n_steps=4), module=Counts(), max_epochs=1)
-    assert seen == {0: 4, 1: 0, 2: 0, 3: 0, 4: 4, 5: 0}
+    assert [step for step, number in seen.items() if number] == [0, 4]
     assert hooks(module) == 0
 
 
@@ -289,7 +299,7 @@ def test_a_recomputed_forward_is_no_second_sample(reentrant: bool) -> None:
         monitor = ActivationStatsMonitor(every_n_steps=1, gradients=True)
         fit(monitor, module=Checkpointed(on), max_epochs=1, val=None)
         tables.append(monitor.table())
-    assert tables[0] == tables[1]
+    pd.testing.assert_frame_equal(*(pd.DataFrame(table) for table in tables))
     assert rows(monitor, "train", 5)["rest.0"]["nonfinite"] == 1
 
 
@@ -313,15 +323,16 @@ class Shapes(Small):
 
 
 def test_reused_layers_widths_and_tuples() -> None:
-    """Calls of one width are pooled, each further width has a row, of a tuple the first tensor counts; what is never
-    called is named."""
+    """Each call has a row, also one with another width; of a tuple the first tensor counts; what is never called is
+    named."""
     monitor = ActivationStatsMonitor(layers=[nn.ReLU, nn.LSTM, "spare"], every_n_steps=100)
     module = Shapes()
     with pytest.warns(UserWarning, match="sees nothing of rest.0, rest.4, spare: no forward"):
         fit(monitor, module=module, val=None, max_epochs=1)
     found = rows(monitor, "train", 0)
-    assert list(found) == ["relu", "relu[7]", "lstm"]
-    assert found["relu"]["mean"] == pytest.approx(torch.stack(module.seen[:2]).mean().item())
+    assert list(found) == ["input", "relu#1", "relu#2", "relu#3", "lstm"]
+    for call in (0, 1):
+        assert found[f"relu#{call + 1}"]["mean"] == pytest.approx(module.seen[call].mean().item())
     assert found["lstm"]["mean"] == pytest.approx(module.seen[2].mean().item())
 
 
@@ -339,7 +350,7 @@ def test_a_length_is_no_width() -> None:
     assert len([one for one in told if "sizes" in str(one.message)]) == 1
     monitor = ActivationStatsMonitor(layers="rest.0", every_n_steps=1, channel_dim=-1)
     fit(monitor, module=Lengths(), val=None, max_epochs=2)
-    assert {row["layer"] for row in monitor.table()} == {"rest.0", "rest.0[5]"}
+    assert {row["layer"] for row in monitor.table()} == {"input", "rest.0", "rest.0[5]"}
 
 
 def test_half_precision_is_summed_wide() -> None:
@@ -409,7 +420,8 @@ def test_nan_and_empty_activations() -> None:
     monitor = ActivationStatsMonitor(every_n_steps=1, histograms=True)
     fit(monitor, module=AllNaN(), max_epochs=1)
     row = rows(monitor, "train", 0)["rest.0"]
-    assert (row["mean"], row["std"], row["nonfinite"]) == (None, None, 40)
+    assert all(math.isnan(row[name]) for name in ("mean", "std", "abs_max", "zero_fraction", "dead_fraction"))
+    assert row["nonfinite"] == 40
 
 
 def test_compiled_models_are_seen() -> None:
@@ -439,7 +451,7 @@ def test_compiled_models_are_seen() -> None:
     plain = Small()
     plain.rest[1].p = 0.0
     fit(recorder, module=plain, max_epochs=1, val=None)
-    assert list(rows(monitor, "train", 4)) == LAYERS
+    assert list(rows(monitor, "train", 4)) == ROWS
     for name in LAYERS:
         expected = mean_std(flat([recorder.batches["train"][4][name]["output"]]))
         assert (rows(monitor, "train", 4)[name]["mean"], rows(monitor, "train", 4)[name]["std"]) == pytest.approx(
@@ -454,7 +466,7 @@ def test_fast_dev_run_and_no_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for options in ({"fast_dev_run": True, "logger": None}, {"logger": False, "max_epochs": 1}):
         monitor = ActivationStatsMonitor()
         fit(monitor, **options)
-        assert list(rows(monitor, "train", 0)) == LAYERS
+        assert list(rows(monitor, "train", 0)) == ROWS
     assert list(tmp_path.rglob("*")) == []
 
 
@@ -466,7 +478,7 @@ def test_validate_and_test_alone() -> None:
     trainer(monitor).validate(module, data, verbose=False)
     trainer(monitor).test(module, data, verbose=False)
     assert [(row["layer"], row["stage"]) for row in monitor.table()] == [
-        (name, stage) for stage in ("val", "test") for name in LAYERS
+        (name, stage) for stage in ("val", "test") for name in ROWS
     ]
     assert hooks(module) == 0
 
@@ -534,7 +546,7 @@ def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:
     assert [step for step, _ in ours] == [0, 3, 5]
     found = rows(monitor, "train", 3)
     metrics = ours[1][1]
-    stds = [row["std"] for row in found.values()]
+    stds = [found[name]["std"] for name in LAYERS]
     assert metrics["activations/std/median"] == pytest.approx(sorted(stds)[1] / 2 + sorted(stds)[2] / 2)
     assert metrics["activations/std/worst"] == max(stds, key=lambda std: abs(math.log(std)))
     assert metrics["activations/drift_mean/worst"] == max(found[name]["drift_mean"] for name in ("bn1", "rest.3"))
@@ -615,7 +627,7 @@ def test_ailments_and_pictures_without_tensorboard() -> None:
 
     monitor = ActivationStatsMonitor(every_n_steps=2)
     fit(monitor, module=Dies(lr=0.0), val=None)
-    found = {(ailment.layer, ailment.statistic.name): (ailment.since, ailment.value) for ailment in monitor.ailments()}
+    found = {(each.layer, each.statistic): (each.first, each.value) for each in monitor.ailments()}
     assert found["rest.0", "dead_fraction"] == found["bn1", "weight_near_zero"] == (6, 1.0)
     assert monitor.picture("dead_fraction").shape[1:] == (640, 3)
     with pytest.raises(ValueError, match=r"picture\('nonsense', 'train'\).*there are std, abs_max"):

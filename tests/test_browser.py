@@ -12,6 +12,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from limits import limit
 from ranks import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -42,7 +43,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Open a tab of TensorBoard on the quickstart's run: ``page("images")`` is the browser that shows it."""
     directory = tmp_path_factory.mktemp("browser")
     quickstart = Path(__file__).parent.parent / "examples" / "quickstart.py"
-    subprocess.run([sys.executable, str(quickstart)], cwd=directory, check=True, capture_output=True, timeout=200)
+    subprocess.run(
+        [sys.executable, str(quickstart)], cwd=directory, check=True, capture_output=True, timeout=limit(200)
+    )
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [
@@ -97,7 +100,7 @@ def _answers(address: str) -> bool:
 
 
 def _wait(condition: Any, what: str, seconds: float = 90) -> Any:
-    end = time.monotonic() + seconds
+    end = time.monotonic() + limit(seconds)
     while time.monotonic() < end:
         if value := condition():
             return value

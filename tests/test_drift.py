@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def test_drift_is_that_of_the_batch(kind: str, device: torch.device) -> None:
         meter.start()
         layer(batch.to(device))
         tolerance = 2e-2 if layer.running_mean.dtype == torch.bfloat16 else 1e-3
-        assert meter.measure()[0].tolist() == pytest.approx(
+        assert meter.measure().values[0].tolist() == pytest.approx(
             oracle(batch, mean, var, layer.eps), rel=tolerance, abs=1e-4
         ), step
 
@@ -87,8 +88,8 @@ def test_layers_of_all_kinds_and_widths_at_once() -> None:
         for layer in layers:
             shape = (8, layer.num_features, 2, 2) if isinstance(layer, nn.BatchNorm2d) else (8, layer.num_features)
             layer(torch.randn(shape) + 1)
-        torch.testing.assert_close(
-            together.measure(), torch.cat([meter.measure() for meter in alone]), rtol=1e-9, atol=1e-9
+        np.testing.assert_allclose(
+            together.measure().values, np.concatenate([meter.measure().values for meter in alone]), rtol=1e-9, atol=1e-9
         )
 
 
@@ -107,7 +108,7 @@ def test_several_batches_are_their_average() -> None:
     expected_var = torch.stack([batch.double().var(0) for batch in batches]).mean(0)
     shift = (expected_mean - mean) / (var + layer.eps).sqrt()
     ratio = ((expected_var + layer.eps) / (var + layer.eps)).log()
-    found = dict(zip(DRIFT_STATISTICS, meter.measure()[0].tolist(), strict=True))
+    found = dict(zip(DRIFT_STATISTICS, meter.measure().values[0].tolist(), strict=True))
     assert found["drift_mean"] == pytest.approx(shift.square().mean().sqrt().item(), rel=1e-4)
     assert found["drift_var_max"] == pytest.approx(ratio.abs().max().item(), rel=1e-3)
 
@@ -123,7 +124,9 @@ def test_statistics_that_stand_still_have_no_drift(still: str) -> None:
         layer.eval()(torch.randn(8, 3))
     elif still == "NaN batch":
         layer(torch.full((8, 3), math.nan))
-    assert meter.measure().isnan().all()
+    found = meter.measure()
+    assert np.isnan(found.values).all()
+    assert not found.ran.any()
 
 
 class Polynomial(Averaging):
@@ -149,7 +152,7 @@ def test_what_nothing_tells_is_handed_in() -> None:
     nothing = torch.full((3,), torch.nan)
     for moments in ((wide.mean(0) - 1, wide.var(0)), (nothing, nothing), (wide.mean(0) + 1, wide.var(0))):
         meter.hand_in([(1, *moments)])
-    assert meter.measure()[1].tolist() == pytest.approx(oracle(batch, mean, var, layer.eps), rel=1e-4)
+    assert meter.measure().values[1].tolist() == pytest.approx(oracle(batch, mean, var, layer.eps), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +174,7 @@ def test_layers_of_this_package_tell_of_their_batches(averaging: Averaging) -> N
         meter.start()
         for each in (batch - 0.5, batch * torch.nan, batch + 0.5):
             model(each)
-        assert meter.measure()[0].tolist() == pytest.approx(oracle(batch, mean, var, layer.eps), rel=1e-4)
+        assert meter.measure().values[0].tolist() == pytest.approx(oracle(batch, mean, var, layer.eps), rel=1e-4)
         before = dict(layer.__dict__)
         meter.start()
         meter.close()
@@ -191,11 +194,63 @@ def test_a_served_subclass_is_read_too() -> None:
     meter.start()
     batch = torch.randn(16, 3) + 1
     layer(batch)
-    assert meter.measure()[0].tolist() == pytest.approx(oracle(batch, mean, var, layer.eps), rel=1e-4)
+    assert meter.measure().values[0].tolist() == pytest.approx(oracle(batch, mean, var, layer.eps), rel=1e-4)
 
 
 def test_measure_before_start_is_told() -> None:
     """The order of calls is checked."""
     with pytest.raises(RuntimeError, match="call start"):
         DriftMeter([nn.BatchNorm1d(2)]).measure()
-    assert DriftMeter([]).measure().shape == (0, 4)
+    assert DriftMeter([]).measure().values.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "kind", ["torch's", "torch's, small momentum", "exponential, debiased", "window", "cumulative"]
+)
+def test_the_start_is_told_from_a_change(kind: str) -> None:
+    """Against batches that never change, drift is wholly explained by the 0/1 start, at every step and momentum; against
+    ones that do, it is not."""
+    layer = LAYERS[kind]()
+    meter = DriftMeter([layer])
+    data = torch.randn(400, 3) * 0.05 + 7
+    for step in range(40):
+        meter.start()
+        layer(data + (3 if step == 39 else 0))
+        found = meter.measure()
+        if step == 0:
+            assert found.values[0].max() > 1
+        if step < 39:
+            assert found.settled[0].max() < 0.02, step
+        else:
+            assert found.settled[0].max() > 1
+    statistics = found.nonfinite.tolist()
+    layer.running_var[1] = math.inf
+    meter.start()
+    layer(data)
+    assert (statistics, meter.measure().nonfinite.tolist()) == ([0], [0 if "window" in kind else 1])
+
+
+def test_statistics_of_another_origin_are_no_start() -> None:
+    """A pretrained layer whose count was lost is not taken for one that began with 0/1."""
+    layer = nn.BatchNorm1d(3)
+    layer.running_mean.fill_(5.0)
+    meter = DriftMeter([layer])
+    for _ in range(3):
+        meter.start()
+        layer(torch.randn(400, 3) * 0.05 + 7)
+        found = meter.measure()
+        np.testing.assert_array_equal(found.settled, found.values)
+
+
+def test_an_evaluation_excuses_a_young_model_and_no_slow_average() -> None:
+    """After ten batches the start explains what torch's own average lags behind, and not what a slower one does."""
+    batches = [torch.randn(400, 3) * 0.05 + 7 for _ in range(10)]
+    inputs = {0: (batches[0].mean(0).double().numpy(), batches[0].var(0).double().numpy())}
+    for momentum, excused in ((0.1, True), (0.01, False)):
+        layer = nn.BatchNorm1d(3, momentum=momentum)
+        for batch in batches:
+            layer(batch)
+        meter = DriftMeter([layer])
+        found = meter.against(meter.statistics(), inputs)
+        assert found.values[0, 0] > 1
+        assert (found.settled[0, 0] < 0.1) == excused

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from digits import digits
+from limits import limit
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "fabric.py"
 
@@ -21,7 +22,7 @@ def run(*arguments: str) -> str:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     try:
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=limit(200))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise

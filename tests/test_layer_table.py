@@ -10,12 +10,11 @@ import pytest
 
 from lightning_bn.activations.layer_table import LayerTable, scalars, worst_layers
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
+from lightning_bn.activations.sample import WARM_UP, Sample
 
-Rows = dict[str, dict[str, float | None]]
 
-
-def rows(**layers: dict[str, float | None]) -> Rows:
-    return {name: dict.fromkeys(COLUMNS) | values for name, values in layers.items()}
+def rows(**layers: dict[str, float | None]) -> Sample:
+    return Sample.of(layers)
 
 
 def test_rows_come_back_as_they_went_in() -> None:
@@ -24,7 +23,7 @@ def test_rows_come_back_as_they_went_in() -> None:
     table.append("train", 5, 1, rows(a={"std": 0.5}, b={"nonfinite": 3.0}))
     table.append("val", 6, 1, rows(a={"std": 0.25}))
     found = table.rows()
-    assert [list(row) for row in found] == [["layer", "stage", "step", "epoch", *COLUMNS]] * 3
+    assert [list(row) for row in found] == [["layer", "stage", "step", "epoch", *COLUMNS, "warm_up"]] * 3
     assert [(row["layer"], row["stage"], row["step"], row["std"], row["nonfinite"]) for row in found] == [
         ("a", "train", 5, 0.5, None),
         ("b", "train", 5, None, 3.0),
@@ -63,30 +62,52 @@ def test_thinning_keeps_the_worst(samples: int) -> None:
         assert thin.values[0, column] == max(values[start:end], key=lambda value: abs(np.log(value)))
 
 
-def test_sick_since_when() -> None:
-    """An ailment begins at the first of the unbroken samples beyond the limit, ends when the layer is well, and the
-    newest comes first."""
-    history = {"a": [0, 0, 1, 1, 1], "b": [0.9, 0.9, 0.9, 0.9, 0.9], "c": [1, 1, 0, 0, 1], "d": [1, 1, 1, 1, 0]}
+def test_episodes_have_a_beginning_an_end_and_a_peak() -> None:
+    """An episode lasts over the unbroken samples beyond the limit, and is remembered when it is over."""
+    history = {
+        "a": [0, 0, 0.4, 1, 0.3],
+        "b": [0.9, 0.9, 0.9, 0.9, 0.9],
+        "c": [1, 0.5, 0, 0, 1],
+        "d": [0, 0, 0.2, 0.2, 0],
+    }
     table = LayerTable()
     for step in range(5):
-        table.append(
-            "train",
-            10 * step,
-            0,
-            rows(**{layer: {"dead_fraction": float(values[step])} for layer, values in history.items()}),
-        )
-    assert [(each.layer, each.since, each.value) for each in table.ailments("train")] == [
-        ("c", 40, 1.0),
-        ("a", 20, 1.0),
-        ("b", 0, 0.9),
+        found = {layer: {"dead_fraction": float(values[step])} for layer, values in history.items()}
+        table.append("train", 10 * step, 0, rows(**found))
+    assert [(e.layer, e.first, e.last, e.peak, e.value, e.recovered) for e in table.episodes("train")] == [
+        ("b", 0, 40, 0.9, 0.9, False),
+        ("c", 0, 10, 1.0, 0.5, True),
+        ("a", 20, 40, 1.0, 0.3, False),
+        ("c", 40, 40, 1.0, 1.0, False),
     ]
-    assert table.ailments("val") == []
+    assert all((e.statistic, e.stage, e.limit) == ("dead_fraction", "train", 0.25) for e in table.episodes())
+    assert [e.order for e in table.episodes()] == [1, 2, 0, 2]
+    assert table.episodes("val") == []
+
+
+def test_a_layer_that_did_not_run_keeps_its_illness() -> None:
+    """A sample without the layer tells neither of an end nor of a new beginning."""
+    table = LayerTable()
+    for step, values in enumerate(({"std": 1e4}, None, {"std": 1e5}, {"std": 1.0})):
+        table.append("train", step, 0, rows(a={"std": 1.0}, **({} if values is None else {"late": values})))
+    (episode,) = table.episodes()
+    assert (episode.layer, episode.first, episode.last, episode.peak, episode.recovered) == ("late", 0, 2, 1e5, True)
+
+
+def test_new_layers_come_where_they_were_called() -> None:
+    """A place that is reached later has its row between the ones that it was called between."""
+    table = LayerTable()
+    healthy = {"std": 1.0}
+    table.append("train", 0, 0, rows(a=healthy, d=healthy))
+    table.append("train", 1, 0, rows(a=healthy, b=healthy, c=healthy, d=healthy))
+    table.append("train", 2, 0, rows(z=healthy, d=healthy))
+    assert table.grid("train", "std").layers == ("z", "a", "b", "c", "d")
 
 
 def test_scalars_stand_for_all_layers() -> None:
     """Worst is the layer farthest from healthy, by ratio for a scale; missing values don't count."""
     sample = rows(a={"std": 0.1, "dead_fraction": 0.0}, b={"std": 5.0, "dead_fraction": 0.5}, c={"std": 1.0}, d={})
-    found = scalars(sample, lambda layer: layer == "b")
+    found = scalars(sample, lambda module: module == "b")
     assert found == {
         "std/worst": 0.1,
         "std/median": 1.0,
@@ -101,6 +122,30 @@ def test_scalars_stand_for_all_layers() -> None:
         ("std", "a", 0.1),
         ("dead_fraction", "b", 0.5),
     ]
+
+
+def test_a_layer_without_a_finite_value_is_the_worst() -> None:
+    """Its scalar is NaN and never 0; the median is that of the others; the CSV tells it from what does not apply."""
+    nan = float("nan")
+    sample = rows(a={"std": 1.0, "zero_fraction": 0.5}, b={"std": nan, "zero_fraction": nan}, c={"std": 3.0})
+    found = scalars(sample, lambda module: True)
+    assert np.isnan([found[name] for name in ("std/worst", "std/b", "zero_fraction/worst", "zero_fraction/b")]).all()
+    assert (found["std/median"], found["std/largest"], found["zero_fraction/median"]) == (2.0, 3.0, 0.5)
+    assert "zero_fraction/c" not in found
+    assert [(statistic.name, layer) for statistic, layer, _ in worst_layers(sample)] == [
+        ("std", "b"),
+        ("zero_fraction", "b"),
+    ]
+
+
+def test_warm_up_is_no_illness() -> None:
+    """A cell in warm-up is beyond its limits without an episode, and the table says so."""
+    sample = rows(a={"drift_var": 5.0}, b={"drift_var": 5.0})
+    sample.states[0, COLUMNS.index("drift_var")] = WARM_UP
+    table = LayerTable()
+    table.append("train", 0, 0, sample)
+    assert [episode.layer for episode in table.episodes()] == ["b"]
+    assert [row["warm_up"] for row in table.rows()] == ["drift_var", ""]
 
 
 def test_the_worst_gradient_is_the_one_unlike_the_others() -> None:
@@ -121,6 +166,8 @@ def test_the_csv_is_the_table(tmp_path: Path) -> None:
         table.append_csv(tmp_path / "stats.csv")
     read = pd.read_csv(tmp_path / "stats.csv")
     expected = pd.DataFrame(table.rows()).astype(dict.fromkeys(COLUMNS, float))
+    assert read.pop("warm_up").isna().all()
+    assert set(expected.pop("warm_up")) == {""}
     pd.testing.assert_frame_equal(read.astype(dict.fromkeys(COLUMNS, float)), expected, rtol=1e-5, check_dtype=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_bn import ActivationStatsMonitor
-from lightning_bn.activations.collector import Sample
 from lightning_bn.activations.heatmap import draw_channels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable
 from lightning_bn.activations.reading import histogram_edges
-from lightning_bn.activations.registry import COLUMNS, STATISTICS, Scale
+from lightning_bn.activations.registry import COLUMNS, ENTRIES, STATISTICS, Scale
+from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.tensorboard import TensorBoardReport, tell
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -49,6 +50,7 @@ def test_scalars_are_those_of_the_table(run: Any) -> None:
     """Each worst, median and layer's scalar in the event file, step by step, follows from the rows of the table."""
     monitor, _, events = run
     frame = pd.DataFrame(monitor.table())
+    frame = frame[frame.layer != "input"]
     for prefix, stage in (("activations", "train"), ("activations_val", "val")):
         of_stage = frame[frame.stage == stage].astype({"dead_fraction": float, "drift_mean": float})
         for name in ("dead_fraction", "drift_mean", "std"):
@@ -174,9 +176,12 @@ def test_a_sick_layer_is_named_with_its_step(tmp_path: Path) -> None:
     fit(ActivationStatsMonitor(every_n_steps=2), module=Dies(lr=0.0), max_epochs=2, logger=logger, val=None)
     texts = read(logger.log_dir).Tensors("activations/layers/text_summary")
     text = next(event for event in texts if event.step == 6).tensor_proto.string_val[0].decode()
-    lines = [line for line in text.splitlines() if line.startswith("| 6 |")]
-    assert any("`rest.4`" in line and "channels that are dead" in line and line.endswith("| 1 |") for line in lines)
-    assert text.splitlines()[4] == lines[0]
+    lines = text.splitlines()
+    assert any(
+        line.startswith("- Sick: rest.3: share of affine weights near zero 1 (limit 0.5) since step 6")
+        for line in lines
+    )
+    assert "| `rest.4` | share of channels that are dead | 6 |  | 1 | 0.25 |" in lines
 
 
 def test_a_picture_has_the_colours_of_the_values() -> None:
@@ -189,7 +194,7 @@ def test_a_picture_has_the_colours_of_the_values() -> None:
             "train",
             step,
             0,
-            {layer: dict.fromkeys(COLUMNS) | {"std": row[column]} for layer, row in zip(layers, values, strict=True)},
+            Sample.of({layer: {"std": row[column]} for layer, row in zip(layers, values, strict=True)}),
         )
     pixels = draw_grid(table.grid("train", "std"))
     colours = matplotlib.colormaps["RdBu_r"].resampled(33)
@@ -209,9 +214,7 @@ def test_pictures_are_as_tall_as_their_layers_need(layers: int) -> None:
     """Each layer has a row of at least 13 pixels, in which its name can be read."""
     table = LayerTable()
     for step in range(3):
-        table.append(
-            "train", step, 0, {f"layer{place}.bn": dict.fromkeys(COLUMNS) | {"std": 1.0} for place in range(layers)}
-        )
+        table.append("train", step, 0, Sample.of({f"layer{place}.bn": {"std": 1.0} for place in range(layers)}))
     height, width, _ = draw_grid(table.grid("train", "std")).shape
     assert (height - 150) / layers >= 13
     assert width == 640
@@ -254,18 +257,24 @@ def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         found = {
             layer: dict(zip(COLUMNS, map(float, line), strict=True)) for layer, line in zip(layers, values, strict=True)
         }
-        norm_only = [name for name in COLUMNS if name.startswith(("drift", "weight", "bias"))]
+        norm_only = [entry.name for entry in ENTRIES if entry.of == "norm"]
         for layer, row in found.items():
             row.update(
-                grad_std=None, grad_nonfinite=None, saturated_fraction=None
-            )  # none by default, none without sigmoids
-            row.update(dict.fromkeys(norm_only if layer.endswith("relu") else ("zero_fraction", "dead_fraction")))
-        return Sample(found, {layer: (torch.randn(64), torch.rand(64)) for layer in layers})
+                dict.fromkeys(entry.name for entry in ENTRIES if entry.of in ("gradient", "given"))
+                | dict.fromkeys(("saturated_fraction", "constant_channels"))
+            )  # none by default, none without sigmoids, none but of the input
+            row.update(
+                dict.fromkeys(
+                    norm_only if layer.endswith("relu") else ("zero_fraction", "dead_fraction", "died_channels")
+                )
+            )
+        channels = {layer: (torch.randn(64).numpy(), torch.rand(64).numpy()) for layer in layers}
+        return replace(Sample.of(found), channels=channels)
 
     table = LayerTable()
     samples = [sample() for _ in range(200)]
     for place, each in enumerate(samples):
-        table.append("train", 50 * place, 0, each.rows)
+        table.append("train", 50 * place, 0, each)
     for name in ("std", "zero_fraction", "dead_fraction", "nonfinite", "drift_mean", "drift_var"):
         pictures[name] = draw_grid(table.grid("train", name))
     noise = [generator.normal(size=64) for _ in layers]
@@ -278,10 +287,10 @@ def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     report = TensorBoardReport(writer)
     for place, each in enumerate(samples):
         for stage in ("train", "val") if place % 10 == 9 else ("train",):
-            table.append(stage, 50 * place, 0, each.rows)
+            table.append(stage, 50 * place, 0, each)
             table.append_csv(tmp_path / "activation_stats.csv")
             prefix = "activations" if stage == "train" else "activations_val"
-            for name, value in scalars(each.rows).items():
+            for name, value in scalars(each).items():
                 writer.add_scalar(f"{prefix}/{name}", value, 50 * place)
             if stage == "train":
                 report.update(table, each, 50 * place)
@@ -295,10 +304,10 @@ def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_text_of_a_healthy_run() -> None:
     """Where nothing is sick the text says so, and still names the worst layers."""
     table = LayerTable()
-    rows = {"a": dict.fromkeys(COLUMNS) | {"std": 1.0}, "b": dict.fromkeys(COLUMNS) | {"std": 2.0}}
-    table.append("train", 1500, 3, rows)
-    text = tell(table, Sample(rows))
-    assert "**Step 1,500.** No layer is beyond its limits." in text
+    sample = Sample.of({"a": {"std": 1.0}, "b": {"std": 2.0}})
+    table.append("train", 1500, 3, sample)
+    text = tell(table, sample)
+    assert "**Step 1,500.**\n\n- Healthy: 2 layers were within their limits at 1 sample of training." in text
     assert "| standard deviation of the activations | `b` | 2 | 0.001 to 1000 |" in text
 
 

@@ -4,62 +4,53 @@ together."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
+from weakref import ref
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.activations.drift import DriftMeter, summarise_drift
+from lightning_bn.activations.drift import Drift, DriftMeter
 from lightning_bn.activations.layers import bounds_of
+from lightning_bn.activations.measured import Array, silent_numbers
+from lightning_bn.activations.places import Place, Places
 from lightning_bn.activations.pooling import Key, Pool, flatten, merge
 from lightning_bn.activations.reading import Reading, bucket_counts, read
-from lightning_bn.activations.registry import COLUMNS, DRIFT_STATISTICS
+from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.stats import by_channel
-from lightning_bn.activations.summary import Summary, summarise, weights_and_biases
+from lightning_bn.activations.summary import Measured, Summariser
+from lightning_bn.activations.transfer import joined, to_host
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager
-from lightning_bn.moments import drift
 from lightning_bn.ranks.collective import share
-from lightning_bn.torch_internals import in_backward
+from lightning_bn.torch_internals import in_backward, parameters_of
 
-__all__ = ["LayerCollector", "Sample", "to_host"]
+__all__ = ["INPUT", "LayerCollector"]
 
-# A layer may be called with activations of several widths, as torchvision's Bottleneck does with its ReLU. More than
-# these are no widths but lengths: the channels are in another dimension.
+# A place may be called with activations of several widths. More than these are no widths but lengths: the channels are
+# in another dimension.
 MAX_WIDTHS = 8
 
 # Channels whose readings wait to be put together: a validation has many batches, a training step is below this.
 MAX_WAITING = 2**20
 
-
-@dataclass
-class Sample:
-    """What `LayerCollector.collect` found."""
-
-    rows: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    """By layer, in forward order, a value for each of `COLUMNS`; None where it does not apply."""
-    channels: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """By layer, mean and unbiased standard deviation of each channel, (C,) float64."""
-    histograms: dict[str, Tensor] = field(default_factory=dict)
-    """By layer, counts in the buckets of `activations.histogram_edges`."""
+INPUT = "input"
+"""The row of what the model is given."""
 
 
 class LayerCollector:
     """Statistics of the layers' activations, drift and parameters, from `attach` to `collect`.
 
     Between `attach` and `detach` a forward hook on each layer takes its output in; both can be called any number of
-    times before `collect`, which gives one sample of all that was seen and starts the next. A layer that is called
-    several times is pooled over all its calls; where these differ in the number of channels, each number has a row:
-    ``relu``, ``relu[256]``. Of an output that is a tuple, list or dict the first floating-point tensor counts. A
-    forward that activation checkpointing repeats is not a second sample. Compiled modules run eagerly while hooks are
-    attached, since compiled code has none.
+    times before `collect`, which gives one sample of all that was seen and starts the next. Each call site of a layer
+    is a row (`places`): ``relu#1``, ``relu#2``; where one is called with several numbers of channels, each further
+    number has a row too: ``relu#2[256]``. Of an output that is a tuple, list or dict the first floating-point tensor
+    counts. A forward that activation checkpointing repeats is not a second sample. Compiled modules run eagerly while
+    hooks are attached, since compiled code has none.
 
     Args:
         model: which holds the layers.
@@ -70,6 +61,7 @@ class LayerCollector:
         gradients: whether to look at the gradients at the layers' outputs too.
         histograms: names of the layers to count into buckets.
         channel_dim: which dimension holds the channels, but a batch norm's, whose channels are in dimension 1.
+        step_is_forward: whether the model's own forward stands for a whole training step, as under DDP.
     """
 
     def __init__(
@@ -82,6 +74,7 @@ class LayerCollector:
         gradients: bool = False,
         histograms: Collection[str] = (),
         channel_dim: int = 1,
+        step_is_forward: bool = False,
     ) -> None:
         self.layers = dict(layers)
         self._model = model
@@ -103,10 +96,20 @@ class LayerCollector:
         self._waiting = 0  # channels in them
         self._pool: Pool | None = None  # of the readings before these
         self._counts: dict[Key, Tensor] = {}  # in the buckets of a histogram
-        self._widths: dict[tuple[str, str], set[int]] = {}
-        self._order: dict[str, None] = {}  # names in the order of their first call
-        self._dead: dict[Key, NDArray[np.bool_]] = {}
-        self._left_out: set[str] = set()
+        self._widths: dict[tuple[str, Place], set[int]] = {}
+        self._order: dict[Place, str] = {}  # of this sample, in the order of the calls, and the module's name
+        self._called: set[str] = set()
+        self._summariser = Summariser(self.layers, self._tracking)
+        self._places = Places(
+            model, self.layers, step_is_forward=step_is_forward, given=self._see_input, gave=self._see_result
+        )
+        self._is_given = False  # whether this batch's input has been seen
+        self._newest: list[tuple[Place, Any]] = []  # the activation that came last, by weak reference
+        self._left_out: dict[str, str] = {}
+        self._too_wide: set[str] = set()
+        self._outputs: frozenset[Place] = frozenset()
+        self._images: frozenset[Key] = frozenset()
+        self._is_abstract = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         self._attached = ExitStack()
         self._is_attached = False
 
@@ -116,53 +119,80 @@ class LayerCollector:
         if not self._is_open:
             self._open()
         self._is_attached = True
-        if not self._activations:
+        self.begin_batch()
+        if not self._activations or not self.layers:
             return
+        self._places.attach(self._attached)
         for name, layer in self.layers.items():
-            self._attached.callback(layer.register_forward_hook(partial(self._see, name)).remove)
+            see = partial(self._see, name)
+            self._attached.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
         self._attached.enter_context(eager(self._model))
 
     def _open(self) -> None:
         self._is_open = True
-        if not self._training:
-            return
         if self._meter is None:  # built now, when the model has come to its device
             self._meter = DriftMeter(list(self._tracking.values()))
             names = list(self._tracking)
-            self._observed = frozenset(names[index] for index in self._meter.unreadable())
-        self._meter.start()
+            if self._training:
+                self._observed = frozenset(names[index] for index in self._meter.unreadable())
+        if self._training:
+            self._meter.start()
+
+    def begin_batch(self) -> None:
+        """Count the calls of each layer from 1 again."""
+        self._places.restart()
+        self._is_given = False
 
     def detach(self) -> None:
         """Remove the hooks."""
         self._is_attached = False
         self._attached.close()
+        self._newest.clear()
 
-    def begin_epoch(self) -> None:
-        """Let every channel count as alive until it is seen dead again."""
-        self._dead.clear()
+    def forget_channels(self) -> None:
+        """Let every channel count as never seen: an evaluation begins, whose dead channels are its own."""
+        self._summariser.memory.clear()
 
     def unseen(self) -> list[str]:
         """Return the layers that no forward has reached so far."""
-        return [name for name in self.layers if name not in self._order] if self._activations else []
+        return [name for name in self.layers if name not in self._called] if self._activations else []
 
-    def collect(self) -> Sample:
-        """Return the sample, the same on every rank, and forget it; every rank must call this."""
+    def left_out(self) -> dict[str, str]:
+        """Return the layers whose activations can't be read, and why."""
+        return dict(self._left_out)
+
+    def collect(self, reference: LayerCollector | None = None) -> Sample:
+        """Return the sample, the same on every rank, and forget it; every rank must call this.
+
+        Args:
+            reference: the collector of training, with whose inputs those of an evaluation are compared.
+        """
         measured = self.measure()
         host = to_host(measured)
         pool = None if self._pool is None else self._pool.on(*host[:2])
-        histograms = dict(zip(self._counts, host[2:], strict=False))
-        drifts, weights, biases, means, variances = host[-5:]
+        histograms, start = dict(zip(self._counts, host[2:], strict=False)), 2 + len(self._counts)
+        weights, biases, statistics = host[start], host[start + 1], host[start + 2 :]
+        own = self._meter.evaluate(statistics) if self._meter is not None and self._training and self._is_open else None
         # As objects, since a layer may have run on one rank alone.
-        ranks = share((pool, histograms, (drifts, weights, biases, means, variances), list(self._order)))
-        self._order = dict.fromkeys(name for *_, order in ranks for name in order)
-        pools = [pool for pool, *_ in ranks if pool is not None]
-        counts: dict[Key, Tensor] = {}
-        for _, found, *_ in ranks:
-            for key, values in found.items():
-                counts[key] = counts[key] + values if key in counts else values
+        ranks = share(
+            (pool, histograms, dict(self._order), self._outputs, self._images, (weights, biases, own, statistics))
+        )
+        pools = [each for each, *_ in ranks if each is not None]
+        merged = merge(pools) if pools else None
         # Each rank's layers see their own batches; the buffers of the first are the ones that are broadcast and saved.
-        sample = self._sample(summarise(merge(pools)) if pools else {}, counts, *ranks[0][2])
-        self._readings, self._waiting, self._pool, self._counts = [], 0, None, {}
+        weights, biases, drift, statistics = ranks[0][-1]
+        found = Measured(
+            merged,
+            {place: name for _, _, order, *_ in ranks for place, name in order.items()},
+            frozenset().union(*(outputs for *_, outputs, _, _ in ranks)),
+            frozenset().union(*(images for *_, images, _ in ranks)),
+            weights,
+            biases,
+            drift if self._training else self._drift_of_evaluation(merged, statistics),
+            _summed(found for _, found, *_ in ranks),
+        )
+        sample = self._summariser.summarise(found, None if reference is None else reference._summariser)
+        self._readings, self._waiting, self._pool, self._counts, self._order = [], 0, None, {}, {}
         self._is_open = False
         return sample
 
@@ -178,16 +208,18 @@ class LayerCollector:
         """Return all that was measured, still on the device, for one transfer; waits for nothing."""
         self._put_together()
         self._hand_in()
-        drifts = self._meter.measure() if self._meter is not None and self._is_open else torch.empty(0, 4)
-        norms = list(self._norms.values())
-        weights = _joined([norm.weight for norm in norms if isinstance(norm.weight, Tensor)])
-        biases = _joined([norm.bias for norm in norms if isinstance(norm.bias, Tensor)])
-        tracking = [] if self._training else list(self._tracking.values())
-        statistics = [_joined([getattr(layer, name) for layer in tracking]) for name in ("running_mean", "running_var")]
+        parameters = [parameters_of(norm) for norm in self._norms.values()]
+        affine = [
+            joined([tensor for each in parameters if (tensor := each.get(name)) is not None])
+            for name in ("weight", "bias")
+        ]
+        statistics: list[Tensor] = []
+        if self._meter is not None and self._is_open:
+            statistics = self._meter.readout() if self._training else self._meter.statistics()
         pooled = (
-            [torch.empty(4, 0), torch.empty(2, 0)] if self._pool is None else [self._pool.channels, self._pool.layers]
+            [torch.empty(4, 0), torch.empty(3, 0)] if self._pool is None else [self._pool.channels, self._pool.layers]
         )
-        return [*pooled, *self._counts.values(), drifts, weights, biases, *statistics]
+        return [*pooled, *self._counts.values(), *affine, *statistics]
 
     def _put_together(self) -> None:
         if self._readings:
@@ -198,61 +230,123 @@ class LayerCollector:
 
     def _hand_in(self) -> None:
         """Tell the drift meter what the layers were given whose buffers don't tell."""
-        if self._meter is None or self._pool is None or not self._observed:
+        if not self._training or self._meter is None or self._pool is None or not self._observed:
             return
-        places = {name: index for index, name in enumerate(self._tracking)}
+        indices = {name: index for index, name in enumerate(self._tracking)}
         found = []
         for key, values in zip(self._pool.keys, self._pool.split(), strict=True):
-            if key.what == "input" and key.layer in places:
-                found.append((places[key.layer], values[1], values[2] / (values[0] - 1)))
+            if key.what == "input":
+                found.append((indices[key.place.path], values[1], values[2] / (values[0] - 1)))
         self._meter.hand_in(found)
 
-    def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _drift_of_evaluation(self, pool: Pool | None, statistics: list[Tensor]) -> Drift | None:
+        if self._meter is None or not statistics:
+            return None
+        indices = {name: index for index, name in enumerate(self._tracking)}
+        inputs: dict[int, tuple[Array, Array]] = {}
+        if pool is not None:
+            for key, part in zip(pool.keys, pool.split(), strict=True):
+                if key.what == "input":
+                    count, mean, m2, _ = part.double().numpy()
+                    with silent_numbers():
+                        inputs[indices[key.place.path]] = mean, m2 / (count - 1)
+        return self._meter.against(statistics, inputs)
+
+    def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         tensor = next(_tensors(output), None)
         if tensor is None:
+            self._leave_out_if_unreadable(name, output)
             return
+        place = self._places.of(name)
         if self._gradients and tensor.requires_grad:
             # Also in a recomputation: with reentrant checkpointing its graph is the one that backward goes through.
-            tensor.register_hook(partial(self._see_gradient, name))
+            tensor.register_hook(partial(self._see_gradient, name, place))
         if in_backward():
             return
-        self._order.setdefault(name)
-        self._take("activation", name, tensor)
-        if name in self._observed and args:
-            self._take("input", name, args[0])
+        self._called.add(name)
+        if self._take("activation", name, place, tensor):
+            self._order.setdefault(place, name)
+            self._newest = [(place, ref(tensor))]
+        if name in self._observed and (given := next(_tensors((args, kwargs)), None)) is not None:
+            self._take("input", name, Place(name, 1), given)
 
-    def _see_gradient(self, name: str, gradient: Tensor) -> None:
+    def _see_gradient(self, name: str, place: Place, gradient: Tensor) -> None:
         if self._is_attached:
-            self._take("gradient", name, gradient)
+            self._take("gradient", name, place, gradient)
+
+    def _see_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take in what the model is given, the first tensor of a batch."""
+        given = None if self._is_given else next(_tensors((args, kwargs), with_bytes=True), None)
+        if given is None:
+            return
+        self._is_given = True
+        given = given.float() if given.dtype == torch.uint8 else given
+        place = Place(INPUT if INPUT not in self.layers else f"({INPUT})", 1)
+        if self._take("given", place.path, place, given):
+            # The first of the rows, whatever was called before it.
+            self._order = {place: place.path, **self._order}
+            if given.dim() > 2:
+                self._images |= {self._key("given", place.path, place, given)}
+
+    def _see_result(self, result: Any) -> None:
+        """Take note of whether the activation that came last is what the model returns."""
+        for place, activation in self._newest:
+            if any(tensor is activation() for tensor in _tensors(result)):
+                self._outputs |= {place}
+
+    def _key(self, what: str, name: str, place: Place, tensor: Tensor) -> Key:
+        dim = 1 if name in self._norms else self._channel_dim
+        return Key(what, place, tensor.shape[dim] if tensor.dim() > 1 else 1)
 
     @torch.no_grad()
-    def _take(self, what: str, name: str, tensor: Tensor) -> None:
-        layer = self.layers[name]
+    def _take(self, what: str, name: str, place: Place, tensor: Tensor) -> bool:
+        """Read a tensor, and tell whether that could be done."""
+        if (reason := self._unreadable(tensor)) is not None:
+            self._left_out.setdefault(name, reason)
+            return False
+        if tensor.numel() == 0:
+            return False
         is_norm = name in self._norms
         dim = 1 if is_norm else self._channel_dim
-        width = tensor.shape[dim] if tensor.dim() > 1 else 1
-        if tensor.numel() == 0:
-            return
-        widths = self._widths.setdefault((what, name), set())
-        if width not in widths:
+        key = self._key(what, name, place, tensor)
+        widths = self._widths.setdefault((what, place), set())
+        if key.width not in widths:
             if self._too_many_widths(widths, name, tensor):
-                return
-            widths.add(width)
-        key, data = Key(what, name, width), by_channel(tensor, width, dim)
+                return False
+            widths.add(key.width)
+        data = by_channel(tensor, key.width, dim)
         # A normalised value is zero by chance alone; of a gradient, nobody asks.
         is_activation = what == "activation"
-        bounds = bounds_of(layer) if is_activation else None
+        bounds = bounds_of(self.layers[name]) if is_activation else None
         self._readings.append((key, read(data, zeros=is_activation and not is_norm, bounds=bounds)))
-        self._waiting += width
+        self._waiting += key.width
         if is_activation and name in self._histograms:
             counts = bucket_counts(data)
             self._counts[key] = self._counts[key] + counts if key in self._counts else counts
         if self._waiting > MAX_WAITING:
             self._put_together()
+        return True
+
+    def _unreadable(self, tensor: Tensor) -> str | None:
+        """Why no kernel can read a tensor; None: it can."""
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return "nested" if tensor.is_nested else "sparse"
+        if tensor.is_meta and not self._is_abstract:
+            return "on the meta device"
+        if tensor.itemsize < 2:
+            return str(tensor.dtype).removeprefix("torch.")
+        return None
+
+    def _leave_out_if_unreadable(self, name: str, output: Any) -> None:
+        if in_backward():
+            return
+        self._called.add(name)
+        if isinstance(output, Tensor):
+            self._left_out.setdefault(name, str(output.dtype).removeprefix("torch."))
 
     def _too_many_widths(self, widths: set[int], name: str, tensor: Tensor) -> bool:
-        if len(widths) == MAX_WIDTHS and name not in self._left_out:
-            self._left_out.add(name)
+        if len(widths) == MAX_WIDTHS and name not in self._too_wide:
+            self._too_wide.add(name)
             warnings.warn(
                 f"{name} gave activations of more than {MAX_WIDTHS} sizes in dimension {self._channel_dim}, the last one of shape "
                 f"{tuple(tensor.shape)}; it is left out from here on. If its channels come last, pass channel_dim=-1.",
@@ -260,108 +354,22 @@ class LayerCollector:
             )
         return len(widths) >= MAX_WIDTHS
 
-    def _sample(
-        self, summaries: dict[Key, Summary], counts: dict[Key, Tensor], drifts: Tensor, *statistics: Tensor
-    ) -> Sample:
-        weights, biases, means, variances = statistics
-        sample = Sample()
-        affine = weights_and_biases(self._norms, weights, biases)
-        keys: dict[str, list[Key]] = {}
-        for key in summaries:
-            if key.what == "activation":
-                keys.setdefault(key.layer, []).append(key)
-        for name in (*self._order, *(name for name in self._norms if name not in self._order)):
-            for position, key in enumerate(keys.get(name) or [Key("activation", name, 0)]):
-                label = name if position == 0 else f"{name}[{key.width}]"
-                row = sample.rows[label] = dict.fromkeys(COLUMNS)
-                if (found := summaries.get(key)) is not None:
-                    row.update(self._activation_values(key, found))
-                    sample.channels[label] = (torch.from_numpy(found.channel_mean), torch.from_numpy(found.channel_std))
-                    if key in counts:
-                        sample.histograms[label] = counts[key]
-                if (found := summaries.get(key._replace(what="gradient"))) is not None:
-                    row.update(grad_std=_number(found.std), grad_nonfinite=_number(found.nonfinite))
-                row.update(affine.get(name, {}))
-        for name, values in zip(self._tracking, drifts.tolist(), strict=False):
-            sample.rows[name].update(zip(DRIFT_STATISTICS, map(_number, values), strict=True))
-        if len(means):
-            self._add_evaluation_drift(sample, summaries, means, variances)
-        return sample
 
-    def _activation_values(self, key: Key, found: Summary) -> dict[str, float | None]:
-        row = {name: _number(getattr(found, name)) for name in ("mean", "std", "abs_max", "nonfinite")}
-        if bounds_of(self.layers[key.layer]) is not None:
-            row["saturated_fraction"] = found.saturated_fraction
-        if key.layer not in self._norms:
-            # Dead is dead since the epoch began, and a batch of a training step is only a part of it.
-            self._dead[key] = found.dead & self._dead.get(key, np.array(True))
-            row.update(zero_fraction=found.zero_fraction, dead_fraction=float(self._dead[key].mean()))
-        return row
-
-    def _add_evaluation_drift(
-        self, sample: Sample, summaries: dict[Key, Summary], means: Tensor, variances: Tensor
-    ) -> None:
-        widths = [layer.num_features for layer in self._tracking.values()]
-        for (name, layer), mean, variance in zip(
-            self._tracking.items(), means.split(widths), variances.split(widths), strict=True
-        ):
-            found = summaries.get(Key("input", name, layer.num_features))
-            if found is None:
-                continue
-            batch = torch.from_numpy(found.channel_mean), torch.from_numpy(found.channel_std).square()
-            shift, log_ratio = drift(*batch, mean.double(), variance.double(), layer.eps)
-            values = summarise_drift(shift[None], log_ratio[None], torch.tensor([len(mean)]))[0].tolist()
-            sample.rows[name].update(zip(DRIFT_STATISTICS, map(_number, values), strict=True))
+def _summed(counts: Iterable[dict[Key, Tensor]]) -> dict[Key, Tensor]:
+    together: dict[Key, Tensor] = {}
+    for found in counts:
+        for key, values in found.items():
+            together[key] = together[key] + values if key in together else values
+    return together
 
 
-def _joined(tensors: list[Tensor]) -> Tensor:
-    """The tensors one after the other, on the device of the first."""
-    return (
-        torch.cat(
-            [tensor if tensor.device == tensors[0].device else tensor.to(tensors[0].device) for tensor in tensors]
-        )
-        if tensors
-        else torch.empty(0)
-    )
-
-
-def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copy tensors of any shapes and dtypes to the host, bit for bit, in a single transfer: each would wait for the
-    device anew."""
-    if not tensors:
-        return []
-    device = next((tensor.device for tensor in tensors if tensor.numel()), tensors[0].device)
-    of_dtype: dict[torch.dtype, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        of_dtype.setdefault(tensor.dtype, []).append(index)
-    blocks = [
-        torch.cat([tensors[index].detach().to(device).reshape(-1) for index in indices])
-        for indices in of_dtype.values()
-    ]
-    packed = torch.cat([block.view(torch.uint8) for block in blocks]).cpu()
-    host = list(tensors)
-    parts = packed.split([block.numel() * block.element_size() for block in blocks])
-    for part, (dtype, indices) in zip(parts, of_dtype.items(), strict=True):
-        # A copy of its own: a view into the middle of the bytes may not be aligned for its dtype.
-        pieces = part.clone().view(dtype).split([tensors[index].numel() for index in indices])
-        for index, piece in zip(indices, pieces, strict=True):
-            host[index] = piece.view(tensors[index].shape)
-    return host
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in a module's output, in order."""
+def _tensors(output: Any, *, with_bytes: bool = False) -> Iterator[Tensor]:
+    """The floating-point tensors in a module's arguments or output, in order; with bytes, as images have them, too."""
     if isinstance(output, Tensor):
-        if output.is_floating_point():
+        if output.is_floating_point() or (with_bytes and output.dtype == torch.uint8):
             yield output
     elif isinstance(output, (tuple, list)):
         for part in output:
-            yield from _tensors(part)
+            yield from _tensors(part, with_bytes=with_bytes)
     elif isinstance(output, Mapping):
-        yield from _tensors(tuple(output.values()))
-
-
-def _number(value: Any) -> float | None:
-    """The value as a float; None where there was too little for it, which is NaN."""
-    number = float(value)
-    return None if number != number else number
+        yield from _tensors(tuple(output.values()), with_bytes=with_bytes)

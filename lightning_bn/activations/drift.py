@@ -3,43 +3,74 @@ activation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.activations.measured import Array, Mask, silent_numbers
+from lightning_bn.activations.transfer import joined, to_host
 from lightning_bn.averaging import Averaging, Cumulative, Exponential
 from lightning_bn.layers.ledger import takes_loans
 from lightning_bn.layers.settlement import Settled, listening, rule_of
-from lightning_bn.moments import drift, wide_dtype
+from lightning_bn.torch_internals import buffers_of
 
-__all__ = ["DriftMeter", "summarise_drift"]
+__all__ = ["Drift", "DriftMeter", "distance", "summarise_drift"]
+
+# What torch's default momentum leaves of the 0/1 start after this many batches is a twentieth.
+YOUNG = 30
+DEFAULT_MEMORY = 0.9
 
 
-def summarise_drift(shift: Tensor, log_ratio: Tensor, width: Tensor) -> Tensor:
+def distance(mean: Array, var: Array, running_mean: Array, running_var: Array, eps: Array) -> tuple[Array, Array]:
+    """Return, per channel, ``(mean - running_mean) / sqrt(running_var + eps)`` and
+    ``log((var + eps) / (running_var + eps))``, with *unbiased* variances."""
+    running = running_var + eps
+    return (mean - running_mean) / np.sqrt(running), np.log((np.maximum(var, 0) + eps) / running)
+
+
+def summarise_drift(shift: Array, log_ratio: Array, widths: NDArray[np.int64]) -> Array:
     """Return the root mean square and the greatest absolute value over channels of both: (L, 4), in the order of
-    `DRIFT_STATISTICS`.
+    `registry.DRIFT_STATISTICS`.
 
     Args:
-        shift: (L, C), zero where a layer has fewer channels than C.
-        log_ratio: (L, C), likewise.
-        width: (L,), channels of each layer.
+        shift: (S,), the channels of L layers one behind the other.
+        log_ratio: (S,), likewise.
+        widths: (L,), channels of each layer.
     """
+    starts = np.cumsum(widths) - widths
     columns = []
     for values in (shift, log_ratio):
-        columns += [(values.square().sum(1) / width).sqrt(), values.abs().amax(1)]
-    return torch.stack(columns, dim=1)
+        columns += [
+            np.sqrt(np.add.reduceat(np.square(values), starts) / widths),
+            np.maximum.reduceat(np.abs(values), starts),
+        ]
+    return np.stack(columns, axis=1)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What a `DriftMeter` found of L layers."""
+
+    values: Array  # (L, 4), in the order of `registry.DRIFT_STATISTICS`; NaN where nothing tells
+    settled: Array  # (L, 4), what of it the 0/1 start leaves unexplained: against the statistics less that start; 0 in a young layer
+    ran: Mask  # (L,): whether there were batches
+    nonfinite: Array  # (L,), channels whose running statistics are NaN or infinite now
 
 
 class DriftMeter:
-    """Drift of many batch-norm layers at once, between `start` and `measure`, with as few kernels as for one.
+    """Drift of many batch-norm layers at once, between `start` and `readout`, with as few kernels as for one.
 
     What the batches in between were like follows from how the running statistics moved: by an exponential average of
     momentum m, one batch is ``before + (after - before) / m``. An averaging says how much its newest batches weigh
     (`Averaging.newest_weight`). Where it can't, as a window can't, a layer of this package tells of its batches when it
     settles them; of any other, somebody hands them in. Drift is measured against the statistics *before* those batches:
-    what an evaluation at that moment would have used.
+    what an evaluation at that moment would have used. On the device there are a handful of copies; the arithmetic is
+    the host's.
 
     Args:
         layers: which keep running statistics.
@@ -51,36 +82,20 @@ class DriftMeter:
         >>> meter = DriftMeter([layer])
         >>> meter.start()
         >>> _ = layer(torch.tensor([[2.0], [4.0]]))  # mean 3, unbiased variance 2; the running ones are 0 and 1
-        >>> [round(value, 4) for value in meter.measure()[0].tolist()]  # rms and max of the shift, rms and max of log(2)
+        >>> meter.measure().values.round(4)[0].tolist()  # rms and max of the shift, rms and max of log(2)
         [3.0, 3.0, 0.6931, 0.6931]
     """
 
     def __init__(self, layers: Sequence[_BatchNorm]) -> None:
         self.layers = list(layers)
-        self._before: tuple[Tensor, Tensor, Tensor] | None = None
-        self._handed: list[
-            dict[int, tuple[Tensor, Tensor]]
-        ] = []  # each layer's first batch since `start`, each one's second, ...
+        self._before: list[Tensor] | None = None
+        self._handed: list[dict[int, tuple[Tensor, Tensor]]] = []  # each layer's first batch since `start`, second, ...
         self._heard: dict[_BatchNorm, int] = {}  # the layers that tell of their batches
         self._end: Callable[[], None] = _nothing
-        self._tells: dict[
-            object, bool
-        ] = {}  # by rule, whether the running statistics tell what the newest batch was like
-        if not self.layers:
-            return
-        self._device = self.layers[0].running_mean.device
-        self._dtype = wide_dtype(self._device)
-        widths = [layer.num_features for layer in self.layers]
-        self._widths = torch.tensor(widths, device=self._device)
-        starts = self._widths.cumsum(0) - self._widths
-        places = torch.arange(max(widths), device=self._device)
-        # Row l are the places of layer l's channels in the flat vector; past its width the place of the zero behind the
-        # last.
-        self._places = torch.where(places < self._widths[:, None], starts[:, None] + places, sum(widths))
-        self._eps = self._per_channel(
-            torch.tensor([layer.eps for layer in self.layers], dtype=self._dtype, device=self._device)
-        )
-        self._groups: dict[tuple[int, ...], Tensor] = {}
+        self._tells: dict[object, bool] = {}  # by rule, whether the statistics tell what the newest batch was like
+        self._widths = np.array([layer.num_features for layer in self.layers], dtype=np.int64)
+        self._eps = np.repeat([layer.eps for layer in self.layers], self._widths) if self.layers else np.zeros(0)
+        self._from_zero_one = np.ones(len(self.layers), dtype=bool)
 
     def unreadable(self) -> list[int]:
         """Return the indices of the layers of which nothing tells what their batches were like: torch's, if they are
@@ -97,20 +112,21 @@ class DriftMeter:
             if key not in self._tells:
                 one = torch.ones((), dtype=torch.int64, device="cpu")
                 self._tells[key] = rule.newest_weight(one, one) is not None
-            if torch.finfo(layer.running_mean.dtype).bits < 32 or not self._tells[key]:
+            if not self._tells[key] or buffers_of(layer)["running_mean"].itemsize < 4:
                 found.append(index)
         return found
 
     @torch.no_grad()
     def start(self) -> None:
         """Remember the running statistics as they are now, and listen to the layers whose buffers don't tell, until
-        `measure` or `close`."""
+        `readout` or `close`."""
         self.close()
         self._handed = []
         if self.layers:
             self._before = self._buffers()
         self._heard = {self.layers[index]: index for index in self._silent() if takes_loans(self.layers[index])}
-        self._end = listening(list(self._heard), self._hear)
+        if self._heard:
+            self._end = listening(list(self._heard), self._hear)
 
     def close(self) -> None:
         """Listen no more."""
@@ -138,78 +154,160 @@ class DriftMeter:
             free[index] = mean, var
 
     @torch.no_grad()
-    def measure(self) -> Tensor:
-        """Return the drift of all layers since `start`: (L, 4), in the order of `DRIFT_STATISTICS`, on the layers'
-        device.
-
-        NaN for a layer that took no batch in, or whose buffers don't tell and for which nothing was handed in. Of
-        several batches since then it is their mean.
+    def readout(self) -> list[Tensor]:
+        """Return what `evaluate` needs, still on the device, for one transfer.
 
         Raises:
             RuntimeError: `start` was not called.
         """
         if not self.layers:
-            return torch.empty(0, 4)
+            return []
         if self._before is None:
             raise RuntimeError(
                 "DriftMeter.measure() without start(): call start() before the batch, measure() after it."
             )
         self.close()
-        (mean, var, tracked), after = self._before, self._buffers()
-        batches = after[2] - tracked
-        weight = self._per_channel(self._newest_weight(after[2], batches))
-        batch_mean, batch_var = mean + (after[0] - mean) / weight, var + (after[1] - var) / weight
-        batch_mean, batch_var = self._with_handed(batch_mean, batch_var)
-        shift, log_ratio = drift(batch_mean, batch_var, mean, var, self._eps)
-        measured = summarise_drift(self._rows(shift), self._rows(log_ratio), self._widths)
-        return torch.where((batches > 0)[:, None], measured, torch.nan)
+        handed = [joined([moments[part] for moments in each.values()]) for each in self._handed for part in (0, 1)]
+        return [*self._before, *self._buffers(), *handed]
 
-    def _buffers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Running means and variances of all layers in one flat vector each, and the numbers of batches they took in,
-        (L,)."""
-        means = torch.cat([layer.running_mean.to(self._device) for layer in self.layers]).to(self._dtype)
-        variances = torch.cat([layer.running_var.to(self._device) for layer in self.layers]).to(self._dtype)
-        return means, variances, torch.stack([layer.num_batches_tracked.to(self._device) for layer in self.layers])
+    def measure(self) -> Drift:
+        """Return the drift since `start`: `readout`, a transfer, `evaluate`."""
+        return self.evaluate(to_host(self.readout()))
 
-    def _newest_weight(self, step: Tensor, batches: Tensor) -> Tensor:
+    @silent_numbers()
+    def evaluate(self, host: Sequence[Tensor]) -> Drift:
+        """Return the drift of all layers between `start` and `readout`.
+
+        NaN for a layer that took no batch in, or whose buffers don't tell and for which nothing was handed in. Of
+        several batches since then it is their mean.
+        """
+        if not self.layers:
+            return Drift(np.empty((0, 4)), np.empty((0, 4)), np.empty(0, dtype=bool), np.empty(0))
+        before, after = _moments(host[0]), _moments(host[2])
+        tracked, now = host[1], host[3]
+        batches = now - tracked
+        weight = np.repeat(self._newest_weight(now, batches), self._widths)
+        batch = tuple(old + (new - old) / weight for old, new in zip(before, after, strict=True))
+        batch = self._with_handed(batch, host[4:])
+        ran = (batches > 0).numpy()
+        values, settled = (
+            np.where(ran[:, None], self._compare(batch, each), np.nan)
+            for each in (before, self._less_start(before, tracked))
+        )
+        settled[self._is_young(tracked) & ran] = 0
+        return Drift(values, settled, ran, self._nonfinite(after))
+
+    @torch.no_grad()
+    def statistics(self) -> list[Tensor]:
+        """Return the running statistics as they are, still on the device, for one transfer and `against`."""
+        return self._buffers() if self.layers else []
+
+    @silent_numbers()
+    def against(self, host: Sequence[Tensor], inputs: Mapping[int, tuple[Array, Array]]) -> Drift:
+        """Return the drift of what an evaluation gives the layers, against the running statistics that it uses.
+
+        Only a young model explains it, in which torch's own average would be in its start too: a slower average is read
+        while it has not arrived.
+
+        Args:
+            host: what `statistics` returned.
+            inputs: by index of the layer, mean and *unbiased* variance of its input per channel, (C,) each.
+        """
+        if not self.layers:
+            return Drift(np.empty((0, 4)), np.empty((0, 4)), np.empty(0, dtype=bool), np.empty(0))
+        running, counts = _moments(host[0]), host[1]
+        nothing = [np.full(width, np.nan) for width in self._widths]
+        batch = tuple(
+            np.concatenate([inputs[index][part] if index in inputs else none for index, none in enumerate(nothing)])
+            for part in (0, 1)
+        )
+        values = self._compare(batch, running)
+        self._look_at_start(running, counts)
+        steps = counts.numpy()
+        young = self._is_young(counts) & ((steps > 0) | (steps == 0).all())
+        settled = np.where(young[:, None], 0.0, values)
+        ran = np.isin(np.arange(len(self.layers)), list(inputs))
+        return Drift(values, settled, ran, self._nonfinite(running))
+
+    def _is_young(self, counts: Tensor) -> Mask:
+        """Which layers began with 0/1 and have seen so few batches that torch's own average would be in its start too;
+        their weights move fast."""
+        steps = counts.numpy()
+        young: Mask = self._from_zero_one & (steps < YOUNG)
+        return young & (self._start_weight(counts) <= DEFAULT_MEMORY**steps + 1e-6)
+
+    def _compare(self, batch: tuple[Array, ...], running: tuple[Array, ...]) -> Array:
+        return summarise_drift(*distance(batch[0], batch[1], running[0], running[1], self._eps), self._widths)
+
+    def _nonfinite(self, running: tuple[Array, ...]) -> Array:
+        bad = ~(np.isfinite(running[0]) & np.isfinite(running[1]))
+        found: Array = np.add.reduceat(bad, np.cumsum(self._widths) - self._widths, dtype=np.float64)
+        return found
+
+    def _buffers(self) -> list[Tensor]:
+        """Running means and then variances of all layers in one flat vector, (2 S,), and the numbers of batches they
+        took in, (L,)."""
+        each = [buffers_of(layer) for layer in self.layers]
+        mean, var, counts = (
+            [tensor for buffers in each if (tensor := buffers[name]) is not None]
+            for name in ("running_mean", "running_var", "num_batches_tracked")
+        )
+        return [joined(mean + var), joined(counts)]
+
+    def _start_weight(self, counts: Tensor) -> Array:
+        """How much of the running statistics is still the 0/1 that they began with: (L,)."""
+        weight = 1 - self._newest_weight(counts, counts)
+        # What does not tell its weights has no start in it, once it has a batch.
+        weight = np.where((counts == 0).numpy(), 1.0, np.nan_to_num(weight, nan=0.0))
+        return np.where(self._from_zero_one, weight, 0.0)
+
+    def _less_start(self, running: tuple[Array, Array], counts: Tensor) -> tuple[Array, Array]:
+        """The running statistics as they would be without the share of 0 and 1 that they began with."""
+        self._look_at_start(running, counts)
+        share = np.repeat(self._start_weight(counts), self._widths)
+        rest = np.where(share < 1, 1 - share, np.nan)
+        return running[0] / rest, np.maximum((running[1] - share) / rest, 0.0)
+
+    def _look_at_start(self, running: tuple[Array, Array], counts: Tensor) -> None:
+        """Take note of layers that have taken no batch in and hold other statistics than 0/1, as pretrained ones may."""
+        begins: Mask = (counts == 0).numpy()
+        if begins.any():
+            other = ((running[0] != 0) | (running[1] != 1)).astype(np.int64)
+            is_other = np.add.reduceat(other, np.cumsum(self._widths) - self._widths) > 0
+            self._from_zero_one = np.where(begins, ~is_other, self._from_zero_one)
+
+    def _newest_weight(self, step: Tensor, batches: Tensor) -> Array:
         """Weight of the newest batches in each layer's statistics: (L,), NaN where the layer's rule can't tell."""
-        weights = torch.full(step.shape, torch.nan, dtype=self._dtype, device=self._device)
-        # Layers of one rule together: for a whole model it is a handful of kernels, and not as many for each layer.
+        weights = torch.full(step.shape, torch.nan, dtype=torch.float64)
+        # Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer.
         rules: dict[object, tuple[Averaging, list[int]]] = {}
         for index, layer in enumerate(self.layers):
             rule = rule_of(layer)
             rules.setdefault(_key(rule), (rule, []))[1].append(index)
         for rule, indices in rules.values():
-            members = self._index(tuple(indices))
-            weight = rule.newest_weight(step[members], batches[members])
+            weight = rule.newest_weight(step[indices], batches[indices])
             if weight is not None:
-                weights[members] = weight.to(self._dtype)
-        return weights
+                weights[indices] = weight.double()
+        return weights.numpy()
 
-    def _with_handed(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_handed(self, batch: tuple[Array, ...], host: Sequence[Tensor]) -> tuple[Array, ...]:
         """The same with what was handed in, in the places of those layers; a batch that was not finite is left out."""
         if not self._handed:
-            return mean, var
-        widths = [layer.num_features for layer in self.layers]
-        nothing = torch.full_like(mean, torch.nan).split(widths)
-        rounds = []
-        for handed in self._handed:
-            pairs = [handed.get(index, (none, none)) for index, none in enumerate(nothing)]
-            rounds.append(torch.stack([torch.cat([pair[place].to(mean) for pair in pairs]) for place in (0, 1)]))
-        known = torch.stack(rounds)
-        known = torch.where(known[:, 1:].isfinite(), known, torch.nan).nanmean(0)
-        return torch.where(known[0].isnan(), mean, known[0]), torch.where(known[1].isnan(), var, known[1])
+            return batch
+        ends = np.cumsum(self._widths)
+        known = np.full((len(self._handed), 2, len(batch[0])), np.nan)
+        for number, each in enumerate(self._handed):
+            places = np.concatenate([np.arange(ends[index] - self._widths[index], ends[index]) for index in each])
+            for part in (0, 1):
+                known[number, part, places] = host[2 * number + part].double().numpy()
+        finite = np.isfinite(known[:, 1:])
+        mean = np.where(finite, known, 0.0).sum(0) / finite.sum(0)
+        return tuple(np.where(np.isnan(new), old, new) for old, new in zip(batch, mean, strict=True))
 
-    def _per_channel(self, values: Tensor) -> Tensor:
-        return values.repeat_interleave(self._widths, output_size=int(sum(layer.num_features for layer in self.layers)))
 
-    def _rows(self, flat: Tensor) -> Tensor:
-        return torch.cat((flat, flat.new_zeros(1)))[self._places]
-
-    def _index(self, members: tuple[int, ...]) -> Tensor:
-        if members not in self._groups:
-            self._groups[members] = torch.tensor(members, device=self._device)
-        return self._groups[members]
+def _moments(flat: Tensor) -> tuple[Array, Array]:
+    mean, var = flat.double().numpy().reshape(2, -1)
+    return mean, var
 
 
 def _key(rule: Averaging) -> object:

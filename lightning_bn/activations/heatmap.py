@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_bn.activations.layer_table import Grid
-from lightning_bn.activations.registry import Array, Scale
+from lightning_bn.activations.measured import Array
+from lightning_bn.activations.registry import Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +94,7 @@ def _paint(axes: Axes, bar_axes: Axes, values: Array, scale: Scale) -> None:
     extend: Any = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[
         below, above
     ]
-    bar = axes.get_figure(root=True).colorbar(image, cax=bar_axes, orientation="horizontal", extend=extend)
+    bar = bar_axes.figure.colorbar(image, cax=bar_axes, orientation="horizontal", extend=extend)
     bar.set_label(scale.unit + ("; grey: no finite value" if len(known) < placed.size else ""), fontsize=9)
     bar.ax.xaxis.set_label_position("top")
     bar.ax.xaxis.labelpad = 3

@@ -1,19 +1,24 @@
-"""The layers' statistics over a run: a table, what is worst in it, and which layer is sick since when."""
+"""The layers' statistics over a run: a table, what is worst in it, and which layer was sick when."""
 
 from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_bn.activations.registry import COLUMNS, STATISTICS, Array, Statistic
+from lightning_bn.activations.episodes import Episode, Episodes, verdict
+from lightning_bn.activations.measured import Array, silent_numbers
+from lightning_bn.activations.registry import COLUMNS, STATISTICS, Statistic
+from lightning_bn.activations.sample import ABSENT, KNOWN, WARM_UP, Sample, States, dicts, is_judged, warm_ups
 
-__all__ = ["Ailment", "Grid", "LayerTable", "scalars", "worst_layers"]
+__all__ = ["Grid", "LayerTable", "scalars", "worst_layers"]
+
+INDEX = ("layer", "stage", "step", "epoch")
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Grid:
     layers: tuple[str, ...]
     steps: tuple[int, ...]
     values: Array  # (L, T); NaN where there is none
+    states: States  # (L, T): `ABSENT`, `KNOWN` or `WARM_UP`
 
     def thinned(self, columns: int) -> Grid:
         """Return at most `columns` columns, each the worst of the samples it stands for, so that no short illness is
@@ -31,60 +37,65 @@ class Grid:
         if len(self.steps) <= columns:
             return self
         starts = np.linspace(0, len(self.steps), columns, endpoint=False).astype(int)
-        distance = np.nan_to_num(self.statistic.distance(self.values), nan=-1.0)
+        # What is in warm-up is no illness, and NaN is the worst.
+        distance = np.nan_to_num(self.statistic.distance(self.values), nan=np.inf) + (self.states == KNOWN)
+        distance = np.where(self.states == ABSENT, -2.0, np.where(self.states == WARM_UP, -1.0, distance))
         parts = np.split(np.arange(len(self.steps)), starts[1:])
         rows = np.arange(len(self.layers))
-        worst = [self.values[rows, part[distance[:, part].argmax(axis=1)]] for part in parts]
-        return replace(self, steps=tuple(self.steps[start] for start in starts), values=np.stack(worst, axis=1))
+        worst = [part[distance[:, part].argmax(axis=1)] for part in parts]
+        values, states = (
+            np.stack([each[rows, place] for place in worst], axis=1) for each in (self.values, self.states)
+        )
+        return replace(self, steps=tuple(self.steps[start] for start in starts), values=values, states=states)
 
 
 @dataclass(frozen=True)
-class Ailment:
-    """A layer whose statistic is beyond its limits, and since when it has been so at every sample."""
+class _Taken:
+    """A sample in the table."""
 
-    layer: str
-    statistic: Statistic
-    since: int
-    value: float
+    stage: str
+    step: int
+    epoch: int
+    layers: tuple[str, ...]
+    values: Array
+    states: States
+
+    def rows(self) -> Iterable[dict[str, Any]]:
+        for layer, states, row in zip(self.layers, self.states, dicts(self.values, self.states), strict=True):
+            yield (
+                {"layer": layer, "stage": self.stage, "step": self.step, "epoch": self.epoch}
+                | row
+                | {"warm_up": warm_ups(states)}
+            )
 
 
 class LayerTable:
-    """One row for each layer at each sample; what grows with a run is this table alone, 8 bytes a number."""
+    """One row for each layer at each sample; what grows with a run is this table alone, 9 bytes a number."""
 
     def __init__(self) -> None:
-        self._samples: list[tuple[str, int, int, tuple[str, ...], Array]] = []
+        self._samples: list[_Taken] = []
         self._counts: Counter[str] = Counter()
-        self._ailments: dict[str, dict[tuple[str, str], Ailment]] = {}
+        self._order: list[str] = []
+        self._episodes = Episodes()
+        self._warm_up: int | None = None
 
-    def append(self, stage: str, step: int, epoch: int, rows: Mapping[str, Mapping[str, float | None]]) -> None:
-        """Add one sample: by layer, the values of `COLUMNS`."""
-        values = np.array([[row[name] for name in COLUMNS] for row in rows.values()], dtype=np.float64).reshape(
-            len(rows), len(COLUMNS)
-        )
-        layers = tuple(rows)
-        if self._samples and self._samples[-1][3] == layers:
-            layers = self._samples[-1][3]  # one tuple for all samples
-        self._samples.append((stage, step, epoch, layers, values))
+    def append(self, stage: str, step: int, epoch: int, sample: Sample) -> None:
+        """Add one sample."""
+        layers = sample.layers
+        if self._samples and self._samples[-1].layers == layers:
+            layers = self._samples[-1].layers  # one tuple for all samples
+        else:
+            self._order = _merged(self._order, layers)
+        self._samples.append(_Taken(stage, step, epoch, layers, sample.values, sample.states))
         self._counts[stage] += 1
-        before = self._ailments.get(stage, {})
-        now = self._ailments[stage] = {}
-        for name, statistic in STATISTICS.items():
-            column = values[:, COLUMNS.index(name)]
-            for place in np.flatnonzero(statistic.is_sick(column)):
-                key = (layers[place], name)
-                since = before[key].since if key in before else step
-                now[key] = Ailment(layers[place], statistic, since, float(column[place]))
+        self._episodes.take(stage, step, sample)
+        if stage == "train" and (sample.states == WARM_UP).any():
+            self._warm_up = step
 
     def rows(self, stage: str | None = None) -> list[dict[str, Any]]:
-        """Return the rows in the order they were added: layer, stage, step and epoch, then `COLUMNS`; None where one
-        does not apply."""
-        return [
-            {"layer": layer, "stage": of_stage, "step": step, "epoch": epoch}
-            | dict(zip(COLUMNS, map(_or_none, numbers), strict=True))
-            for of_stage, step, epoch, layers, values in self._samples
-            if stage in (None, of_stage)
-            for layer, numbers in zip(layers, values.tolist(), strict=True)
-        ]
+        """Return the rows in the order they were added: layer, stage, step and epoch, then `COLUMNS`, then the names of
+        the statistics in warm-up; None where a statistic does not apply, NaN where it has no value."""
+        return [row for taken in self._samples if stage in (None, taken.stage) for row in taken.rows()]
 
     def samples(self, stage: str) -> int:
         """Return the number of samples of a stage."""
@@ -92,78 +103,104 @@ class LayerTable:
 
     def last_step(self, stage: str | None = None) -> int | None:
         """Return the step of the newest sample, of a stage or of all, None where there is none."""
-        return next((step for of_stage, step, *_ in reversed(self._samples) if stage in (None, of_stage)), None)
+        return next((taken.step for taken in reversed(self._samples) if stage in (None, taken.stage)), None)
 
     def grid(self, stage: str, name: str) -> Grid:
         """Return one statistic of one stage, without the layers that it applies to nowhere; layers in forward order."""
-        samples = [sample for sample in self._samples if sample[0] == stage]
-        # The newest sample has the layers in forward order; ones that it lacks come behind.
-        layers = dict.fromkeys(layer for sample in reversed(samples) for layer in sample[3])
-        places = {layer: place for place, layer in enumerate(layers)}
-        values = np.full((len(layers), len(samples)), np.nan)
+        samples = [taken for taken in self._samples if taken.stage == stage]
+        places = {layer: place for place, layer in enumerate(self._order)}
+        values = np.full((len(places), len(samples)), np.nan)
+        states = np.zeros(values.shape, dtype=np.int8)
         column = COLUMNS.index(name)
-        for index, sample in enumerate(samples):
-            values[[places[layer] for layer in sample[3]], index] = sample[4][:, column]
-        applies = ~np.isnan(values).all(axis=1) if samples else np.zeros(0, dtype=bool)
-        kept = tuple(layer for layer, does in zip(layers, applies, strict=True) if does)
-        return Grid(STATISTICS[name], kept, tuple(sample[1] for sample in samples), values[applies])
+        for index, taken in enumerate(samples):
+            rows = [places[layer] for layer in taken.layers]
+            values[rows, index], states[rows, index] = taken.values[:, column], taken.states[:, column]
+        applies = is_judged(states).any(axis=1)
+        kept = tuple(layer for layer, does in zip(self._order, applies, strict=True) if does)
+        steps = tuple(taken.step for taken in samples)
+        return Grid(STATISTICS[name], kept, steps, values[applies], states[applies])
 
-    def ailments(self, stage: str) -> list[Ailment]:
-        """Return what is sick at the newest sample of a stage, the newest illness first."""
-        return sorted(self._ailments.get(stage, {}).values(), key=lambda ailment: -ailment.since)
+    @property
+    def episodes_begun(self) -> int:
+        """How many episodes there have been."""
+        return self._episodes.begun
+
+    def episodes(self, stage: str | None = None) -> list[Episode]:
+        """Return what was sick, the earliest and most upstream first."""
+        order = {layer: place for place, layer in enumerate(self._order)}
+        return [each for each in self._episodes.all(order) if stage in (None, each.stage)]
+
+    def verdict(self) -> list[str]:
+        """Return what to tell at the end of a run, as lines of text."""
+        return verdict(self.episodes(), layers=len(self._order), samples=self._counts, warm_up=self._warm_up)
 
     def append_csv(self, path: Path) -> None:
         """Write the newest sample to the end of a CSV file, with six significant digits, and a head line where the file
-        is new."""
-        stage, step, epoch, layers, values = self._samples[-1]
+        is new. A statistic that does not apply is empty, one without a value is ``nan``."""
+        taken = self._samples[-1]
         new = not path.exists() or path.stat().st_size == 0
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow(("layer", "stage", "step", "epoch", *COLUMNS))
-            for layer, numbers in zip(layers, values.tolist(), strict=True):
-                writer.writerow(
-                    (layer, stage, step, epoch, *("" if number != number else f"{number:.6g}" for number in numbers))
-                )
+                writer.writerow((*INDEX, *COLUMNS, "warm_up"))
+            for row in taken.rows():
+                writer.writerow(_cell(value) for value in row.values())
 
 
-def scalars(
-    rows: Mapping[str, Mapping[str, float | None]], wanted: Callable[[str], bool] = lambda layer: False
-) -> dict[str, float]:
+def _merged(order: Sequence[str], newest: Sequence[str]) -> list[str]:
+    """The layers known so far and those of the newest sample, each new one straight behind the one before it."""
+    found = list(order)
+    known = set(order)
+    before = -1
+    for layer in newest:
+        if layer not in known:
+            found.insert(before + 1, layer)
+            known.add(layer)
+        before = found.index(layer) if layer in known else before
+    return found
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+@silent_numbers()
+def scalars(sample: Sample, wanted: Callable[[str], bool] | None = None) -> dict[str, float]:
     """Return the few numbers that stand for all layers of a sample, by name.
 
-    ``<statistic>/worst`` is the value of the layer that is farthest from healthy, ``<statistic>/median`` the median
-    over the layers that have the statistic; of a scale, ``/smallest`` and ``/largest`` too, since it can be sick on
-    either side. For the layers that are `wanted`, ``<statistic>/<layer>`` is their own.
+    ``<statistic>/worst`` is the value of the layer that is farthest from healthy, NaN where a layer has no finite value;
+    ``<statistic>/median`` is the median over the layers that have one; of a scale, ``/smallest`` and ``/largest`` too,
+    since it can be sick on either side. For the modules that are `wanted`, ``<statistic>/<layer>`` is their own.
     """
     found: dict[str, float] = {}
+    own = [] if wanted is None else [row for row, module in enumerate(sample.modules) if wanted(module)]
     for name, statistic in STATISTICS.items():
-        known = {layer: value for layer, row in rows.items() if (value := row[name]) is not None}
-        if not known:
+        values, applies = sample.column(name)
+        known = values[applies]
+        if not len(known):
             continue
-        values = np.array(list(known.values()))
-        found[f"{name}/worst"] = _worst(statistic, values)
-        found[f"{name}/median"] = float(np.median(values))
-        if statistic.log:
-            found |= {f"{name}/smallest": float(values.min()), f"{name}/largest": float(values.max())}
-        found |= {f"{name}/{layer}": value for layer, value in known.items() if wanted(layer)}
+        finite = known[~np.isnan(known)]
+        found[f"{name}/worst"] = _worst(statistic, known)
+        found[f"{name}/median"] = float(np.median(finite)) if len(finite) else np.nan
+        if statistic.low > 0:
+            found[f"{name}/smallest"] = float(finite.min()) if len(finite) else np.nan
+            found[f"{name}/largest"] = float(finite.max()) if len(finite) else np.nan
+        found |= {f"{name}/{sample.layers[row]}": float(values[row]) for row in own if applies[row]}
     return found
 
 
 def _worst(statistic: Statistic, values: Array) -> float:
-    return float(values[statistic.distance(values).argmax()])
+    return float("nan") if np.isnan(values).any() else float(values[statistic.distance(values).argmax()])
 
 
-def _or_none(number: float) -> float | None:
-    return None if number != number else number
-
-
-def worst_layers(rows: Mapping[str, Mapping[str, float | None]]) -> Sequence[tuple[Statistic, str, float]]:
+@silent_numbers()
+def worst_layers(sample: Sample) -> list[tuple[Statistic, str, float]]:
     """Return the worst layer of each statistic and its value."""
     found = []
     for name, statistic in STATISTICS.items():
-        known = {layer: value for layer, row in rows.items() if (value := row[name]) is not None}
-        if known:
-            worst = _worst(statistic, np.array(list(known.values())))
-            found.append((statistic, next(layer for layer, value in known.items() if value == worst), worst))
+        values, applies = sample.column(name)
+        if applies.any():
+            distance = np.where(applies, np.nan_to_num(statistic.distance(values), nan=np.inf), -1.0)
+            row = int(distance.argmax())
+            found.append((statistic, sample.layers[row], float(values[row])))
     return found

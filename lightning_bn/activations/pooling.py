@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_bn.activations.places import Place
 from lightning_bn.activations.reading import Reading, finite_moments
 from lightning_bn.moments import wide_dtype
 
@@ -18,8 +19,8 @@ __all__ = ["Key", "Pool", "flatten", "merge"]
 class Key(NamedTuple):
     """Whose readings belong together."""
 
-    what: str  # "activation", "gradient" or "input"
-    layer: str
+    what: str  # "activation", "gradient", "input" of a layer, or "given" to the model
+    place: Place
     width: int  # C, its channels
 
 
@@ -31,7 +32,7 @@ class Pool:
     keys: tuple[Key, ...]
     seen: tuple[int, ...]  # by key, values per channel, finite or not
     channels: Tensor  # (4, S), widest dtype: count, mean and m2 of the finite values, and zeros
-    layers: Tensor  # (2, L), widest dtype: greatest absolute value of the finite values, saturated values
+    layers: Tensor  # (3, L), widest dtype: least and greatest of the finite values and 0, saturated values
 
     def on(self, channels: Tensor, layers: Tensor) -> Pool:
         """Return the same with its tensors elsewhere."""
@@ -78,7 +79,7 @@ def flatten(readings: Sequence[tuple[Key, Reading]], device: torch.device) -> Po
         keys,
         seen,
         torch.stack((moments.count, moments.mean / scale, moments.m2 / scale.square(), zeros)),
-        torch.stack((torch.maximum(-low, high), saturated.to(dtype))),
+        torch.stack((low, high, saturated.to(dtype))),
     )
 
 
@@ -111,10 +112,16 @@ def merge(pools: Sequence[Pool]) -> Pool:
     total = summed(count)
     together = summed(count * mean) / torch.where(total > 0, total, 1.0)
     m2 = summed(m2 + count * (mean - together[where]).square())
-    largest = layers.new_zeros(len(places)).scatter_reduce_(0, here, layers[0], "amax")
-    saturated = layers.new_zeros(len(places)).index_add_(0, here, layers[1])
+    low, high = (
+        layers.new_zeros(len(places)).scatter_reduce_(0, here, layers[row], reduce, include_self=False)
+        for row, reduce in ((0, "amin"), (1, "amax"))
+    )
+    saturated = layers.new_zeros(len(places)).index_add_(0, here, layers[2])
     return Pool(
-        tuple(places), tuple(seen), torch.stack((total, together, m2, summed(zeros))), torch.stack((largest, saturated))
+        tuple(places),
+        tuple(seen),
+        torch.stack((total, together, m2, summed(zeros))),
+        torch.stack((low, high, saturated)),
     )
 
 

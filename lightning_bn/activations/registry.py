@@ -1,19 +1,24 @@
-"""The statistics of a layer: one entry each, from which the table, the limits, the colours, the scalars and the charts
-are made.
-
-A new statistic is an entry here, and its value in a row of `activations.collector`.
+"""The statistics of a layer: one entry each, from which the measurement, the table, the limits, the colours, the scalars,
+the charts and the advice are made. A new statistic is an entry here, and nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-__all__ = ["COLUMNS", "DRIFT_STATISTICS", "STATISTICS", "Array", "Scale", "Statistic"]
+from lightning_bn.activations.measured import Array, Channels, Mask, Norms
 
-Array = NDArray[np.float64]
+__all__ = ["COLUMNS", "DRIFT_STATISTICS", "ENTRIES", "STATISTICS", "Entry", "Scale", "Statistic"]
+
+# A batch norm's weight starts at 1; below a hundredth of that the channel hardly reaches the next layer.
+NEAR_ZERO = 0.01
+
+Source = Literal["activation", "gradient", "norm", "given"]
+Family = Literal["numbers", "scale", "silence", "channel", "saturation", "drift", "affine", "gradient", "input"]
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,36 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Statistic:
-    """What is known about one statistic that is summed up over the layers: how it reads, which values are sick, how it
-    is drawn."""
+class Entry:
+    """One column of the table: what it is measured of, how, and for which rows."""
 
     name: str
+    of: Source
+    value: Callable[[Any], Array]
+    """Of `Channels`, `Norms` or, for what the model is given, `Channels.compared`: a value a row, NaN where there is none."""
+    applies: Callable[[Any], Mask] | None = None
+    """Likewise, which rows have the statistic; None: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistic(Entry):
+    """A column that is summed up over the layers: how it reads, which values are sick, what to do, how it is drawn."""
+
     label: str
     scale: Scale
+    family: Family
+    """What goes wrong, to tell which illnesses have one cause."""
+    advice: str
     low: float = 0.0
     """Below it a layer is sick."""
     high: float = np.inf
     """Above it a layer is sick."""
+    advice_low: str = ""
+    """What to do where a layer is below its limit, if that differs."""
+    judged: Callable[[Any], Mask] | None = None
+    """Which rows the limits hold for; None: all that have the statistic."""
+    rank: int = 5
+    """Which of a layer's illnesses is told first, the smallest."""
     healthy: float | None = 0.0
     """The best value that a layer can have; None: what is usual among the layers."""
     log: bool = False
@@ -62,13 +86,64 @@ class Statistic:
 
     def distance(self, values: Array) -> Array:
         """Return how far each value is from healthy, to tell which is worst."""
-        healthy = (float(np.median(values)) or 1.0) if self.healthy is None else self.healthy
-        with np.errstate(divide="ignore"):
+        healthy = _median(values) or 1.0 if self.healthy is None else self.healthy
+        with np.errstate(divide="ignore", invalid="ignore"):
             return np.abs(np.log(values / healthy)) if self.log else np.abs(values - healthy)
 
-    def is_sick(self, values: Array) -> NDArray[np.bool_]:
+    def is_sick(self, values: Array) -> Mask:
         """Return which values are beyond the limits; a missing one (NaN) is not."""
         return (values < self.low) | (values > self.high)
+
+    def limit(self, value: float) -> float:
+        """Return the limit that a sick value is beyond."""
+        return self.low if value < self.low else self.high
+
+    def remedy(self, value: float) -> str:
+        """Return what to do about a sick value."""
+        return self.advice_low if value < self.low and self.advice_low else self.advice
+
+
+def _median(values: Array) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else 1.0
+
+
+def _functions(found: Channels) -> Mask:
+    return found.is_function
+
+
+def _layers(found: Channels) -> Mask:
+    return ~found.is_input
+
+
+def _extent(found: Channels, which: Array) -> Array:
+    return np.where(found.n > 0, which, np.nan)
+
+
+def _drift(column: int) -> Callable[[Norms], Array]:
+    return lambda found: found.drift[:, column]
+
+
+def _ran(found: Norms) -> Mask:
+    return found.ran
+
+
+def _tracks(found: Norms) -> Mask:
+    return found.tracks
+
+
+def _weighted(found: Norms) -> Mask:
+    return found.has_weight
+
+
+def _biased(found: Norms) -> Mask:
+    return found.has_bias
+
+
+def _near_zero(weight: Array, starts: Any) -> Array:
+    ends = np.append(starts[1:], len(weight))
+    share: Array = np.add.reduceat((np.abs(weight) < NEAR_ZERO).astype(np.float64), starts) / (ends - starts)
+    return share
 
 
 # Pale is healthy and dark is sick; where both sides are sick, pale lies in the middle.
@@ -77,88 +152,262 @@ _FRACTION = Scale(0, 1, "OrRd", "share, 0 to 1")
 _ZEROS = Scale(0.5, 1, "OrRd", "share; up to a half is healthy")
 # One is half way up from none, so that a single NaN is seen.
 _COUNT = Scale(-6, 6, "OrRd", "NaN and infinite values", log=True, count=True)
+_CHANNELS = Scale(-3, 3, "OrRd", "channels", log=True, count=True)
 _GRADIENT = Scale(-9, 0, "viridis", "standard deviation", log=True)
 
-_ENTRIES: tuple[Statistic | str, ...] = (
-    "mean",
+_LOWER_RATE = "Lower the learning rate, warm it up, or clip gradients"
+_SLOW = (
+    "take a larger momentum or an average that does not start at 0/1 (Exponential(debias=True), Window), "
+    "or recalibrate after training (BatchNormRecalibration)"
+)
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry("mean", "activation", lambda found: found.row_mean),
     Statistic(
         "std",
-        "standard deviation of the activations",
-        Scale(-3, 3, "RdBu_r", "standard deviation; 1 is healthy", log=True),
+        "activation",
+        lambda found: found.row_std,
+        lambda found: found.n != 1,
+        label="standard deviation of the activations",
+        scale=Scale(-3, 3, "RdBu_r", "standard deviation; 1 is healthy", log=True),
+        family="scale",
         low=1e-3,
         high=1e3,
         healthy=1.0,
         log=True,
+        judged=_layers,
+        rank=4,
+        advice=f"Initialise so that the scale is kept (He et al. 2015) or normalise before this layer; {_LOWER_RATE.lower()}.",
+        advice_low="Initialise so that the scale is kept (He et al. 2015) or normalise before this layer; see what feeds it.",
         chart="scale: standard deviation of the activations (median, smallest to largest layer)",
         band=True,
     ),
+    Entry("min", "activation", lambda found: _extent(found, found.low)),
+    Entry("max", "activation", lambda found: _extent(found, found.high)),
     Statistic(
         "abs_max",
-        "greatest absolute activation",
-        Scale(0, 5, "OrRd", "greatest absolute value", log=True),
+        "activation",
+        lambda found: _extent(found, np.maximum(-found.low, found.high)),
+        _layers,
+        label="greatest absolute activation",
+        scale=Scale(0, 5, "OrRd", "greatest absolute value", log=True),
+        family="scale",
         high=1e4,
+        rank=6,
         mapped=False,
+        advice=f"{_LOWER_RATE}; look for a value in the data that is far from the others.",
+    ),
+    Statistic(
+        "channel_rms_max",
+        "activation",
+        lambda found: found.largest(found.channel_rms),
+        _layers,
+        label="root mean square of the largest channel",
+        scale=Scale(-3, 3, "RdBu_r", "root mean square; 1 is usual", log=True),
+        family="scale",
+        high=1e3,
+        healthy=1.0,
+        log=True,
+        rank=5,
+        mapped=False,
+        advice=f"One channel runs away: {_LOWER_RATE.lower()}, or weigh its parameters down (weight decay).",
     ),
     Statistic(
         "zero_fraction",
-        "share of activations that are zero",
-        _ZEROS,
+        "activation",
+        lambda found: found.of_finite(found.total(found.zeros) / found.values),
+        _functions,
+        label="share of activations that are zero",
+        scale=_ZEROS,
+        family="silence",
         high=0.95,
+        rank=3,
+        advice=f"{_LOWER_RATE}, normalise before this layer, or use a function that does not end at 0 (nn.LeakyReLU).",
         chart="zeros, share (worst layer, median)",
     ),
     Statistic(
         "dead_fraction",
-        "share of channels that are dead",
-        _FRACTION,
+        "activation",
+        lambda found: found.of_finite(found.total(found.dead) / found.widths),
+        _functions,
+        label="share of channels that are dead",
+        scale=_FRACTION,
+        family="silence",
         high=0.25,
+        rank=2,
+        advice=f"{_LOWER_RATE}, normalise before this layer, or use a function that does not end at 0 (nn.LeakyReLU).",
         chart="dead channels, share (worst layer, median)",
     ),
-    Statistic("saturated_fraction", "share of activations that are saturated", _FRACTION, high=0.5),
+    Statistic(
+        "died_channels",
+        "activation",
+        lambda found: found.of_finite(found.total(found.died)),
+        _functions,
+        label="number of channels that have died",
+        scale=_CHANNELS,
+        family="channel",
+        high=0,
+        rank=7,
+        mapped=False,
+        advice=f"A channel that was alive gives 0 for every input: {_LOWER_RATE.lower()}, or use nn.LeakyReLU.",
+    ),
+    Statistic(
+        "saturated_fraction",
+        "activation",
+        lambda found: found.of_finite(found.saturated / found.values),
+        lambda found: found.is_bounded,
+        judged=lambda found: ~found.is_output,
+        label="share of activations that are saturated",
+        scale=_FRACTION,
+        family="saturation",
+        high=0.5,
+        # A classifier's last sigmoid is to be near 0 or 1.
+        advice="No gradient passes a saturated function: normalise before it, initialise smaller, or take another one (nn.ReLU).",
+    ),
     Statistic(
         "nonfinite",
-        "number of NaN and infinite activations",
-        _COUNT,
+        "activation",
+        lambda found: found.values - found.n,
+        label="number of NaN and infinite activations",
+        scale=_COUNT,
+        family="numbers",
         high=0,
+        rank=0,
+        advice=(
+            "Find the operation before this layer that overflows or divides by zero (torch.autograd.set_detect_anomaly); "
+            f"{_LOWER_RATE.lower()}, or leave 16-bit precision."
+        ),
         chart="NaN and infinite activations (worst layer, median)",
     ),
     Statistic(
-        "drift_mean",
-        "shift of the mean, in running standard deviations (rms over channels)",
-        Scale(0, 2, "OrRd", "running standard deviations"),
+        "constant_channels",
+        "activation",
+        lambda found: found.total((found.m2 == 0) & (found.count > 1)),
+        lambda found: found.is_input & found.has_positions,
+        label="number of input channels that are constant",
+        scale=_CHANNELS,
+        family="input",
+        high=0,
+        rank=1,
+        mapped=False,
+        advice="The model is given a channel without information: look at the loader and its transforms.",
+    ),
+    Statistic(
+        "input_shift",
+        "given",
+        lambda found: found[:, 0],
+        label="shift of the input's mean from training, in training's standard deviations (rms over channels)",
+        scale=Scale(0, 2, "OrRd", "training's standard deviations"),
+        family="input",
         high=1.0,
+        rank=1,
+        mapped=False,
+        advice="Evaluation is given other inputs than training: normalise both alike.",
+    ),
+    Statistic(
+        "input_log_ratio",
+        "given",
+        lambda found: found[:, 2],
+        label="log ratio of the input's variance to training's (rms over channels)",
+        scale=Scale(0, 2, "OrRd", "|log(evaluation / training variance)|"),
+        family="input",
+        high=1.5,
+        rank=2,
+        mapped=False,
+        advice="Evaluation is given other inputs than training: normalise both alike.",
+    ),
+    Statistic(
+        "drift_mean",
+        "norm",
+        _drift(0),
+        _ran,
+        label="shift of the mean, in running standard deviations (rms over channels)",
+        scale=Scale(0, 2, "OrRd", "running standard deviations"),
+        family="drift",
+        high=1.0,
+        advice=f"The running statistics are not those of the batches: {_SLOW}.",
         chart="drift of the mean, in running standard deviations (worst layer, median)",
     ),
-    "drift_mean_max",
+    Entry("drift_mean_max", "norm", _drift(1), _ran),
     Statistic(
         "drift_var",
-        "log ratio of batch to running variance (rms over channels)",
-        Scale(0, 2, "OrRd", "|log(batch / running variance)|"),
+        "norm",
+        _drift(2),
+        _ran,
+        label="log ratio of batch to running variance (rms over channels)",
+        scale=Scale(0, 2, "OrRd", "|log(batch / running variance)|"),
+        family="drift",
         high=1.0,
+        advice=f"The running statistics are not those of the batches: {_SLOW}.",
         chart="drift of the variance, log ratio (worst layer, median)",
     ),
-    "drift_var_max",
-    "weight_min",
-    "weight_max",
-    "bias_min",
-    "bias_max",
-    Statistic("weight_near_zero", "share of affine weights near zero", _FRACTION, high=0.5, mapped=False),
+    Entry("drift_var_max", "norm", _drift(3), _ran),
+    Statistic(
+        "running_nonfinite",
+        "norm",
+        lambda found: found.nonfinite,
+        _tracks,
+        label="number of channels whose running statistics are NaN or infinite",
+        scale=_CHANNELS,
+        family="numbers",
+        high=0,
+        rank=1,
+        mapped=False,
+        advice=(
+            "Evaluation will give NaN: convert_batch_norm(model) skips batches that are not finite; "
+            "reset_running_stats() and recalibrate to mend what is there."
+        ),
+    ),
+    Entry("weight_min", "norm", lambda found: found.of_weight(np.minimum.reduceat), _weighted),
+    Entry("weight_max", "norm", lambda found: found.of_weight(np.maximum.reduceat), _weighted),
+    Entry("bias_min", "norm", lambda found: found.of_bias(np.minimum.reduceat), _biased),
+    Entry("bias_max", "norm", lambda found: found.of_bias(np.maximum.reduceat), _biased),
+    Statistic(
+        "weight_near_zero",
+        "norm",
+        lambda found: found.of_weight(_near_zero),
+        _weighted,
+        label="share of affine weights near zero",
+        scale=_FRACTION,
+        family="affine",
+        high=0.5,
+        rank=2,
+        mapped=False,
+        advice="Most channels of this norm reach nothing: leave its weight out of the weight decay, or prune them.",
+    ),
     # No scale of a gradient is healthy in itself: it goes with the loss. What vanishes or explodes is far from the
     # other layers.
     Statistic(
         "grad_std",
-        "standard deviation of the gradient at the output",
-        _GRADIENT,
+        "gradient",
+        lambda found: found.row_std,
+        lambda found: found.n != 1,
+        label="standard deviation of the gradient at the output",
+        scale=_GRADIENT,
+        family="gradient",
         low=1e-12,
         high=1e3,
         healthy=None,
         log=True,
+        advice=f"Gradients explode: {_LOWER_RATE.lower()}.",
+        advice_low="No gradient arrives here: look for what cuts it off above (detach, dead or saturated layers).",
     ),
-    Statistic("grad_nonfinite", "number of NaN and infinite gradients", _COUNT, high=0),
+    Statistic(
+        "grad_nonfinite",
+        "gradient",
+        lambda found: found.values - found.n,
+        label="number of NaN and infinite gradients",
+        scale=_COUNT,
+        family="numbers",
+        high=0,
+        rank=1,
+        advice=f"{_LOWER_RATE}, or let a GradScaler skip such steps.",
+    ),
 )
 
-COLUMNS: tuple[str, ...] = tuple(entry if isinstance(entry, str) else entry.name for entry in _ENTRIES)
+COLUMNS: tuple[str, ...] = tuple(entry.name for entry in ENTRIES)
 """All columns of the table, in their order."""
-STATISTICS: dict[str, Statistic] = {entry.name: entry for entry in _ENTRIES if isinstance(entry, Statistic)}
+STATISTICS: dict[str, Statistic] = {entry.name: entry for entry in ENTRIES if isinstance(entry, Statistic)}
 """By column, those that are summed up over the layers."""
 DRIFT_STATISTICS: tuple[str, ...] = tuple(name for name in COLUMNS if name.startswith("drift"))
 """What `activations.drift` measures of a batch norm, in the order of its columns."""

@@ -1,4 +1,4 @@
-"""From pooled moments to the numbers of each layer: on the host, flat for all layers at once."""
+"""From what was pooled to the rows of a sample: on the host, flat for all layers at once."""
 
 from __future__ import annotations
 
@@ -6,87 +6,194 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.activations.drift import Drift, distance, summarise_drift
+from lightning_bn.activations.layout import Layout, Names, lay_out
+from lightning_bn.activations.measured import Array, Channels, Flags, Mask, Memory, Norms, silent_numbers
+from lightning_bn.activations.places import Place
 from lightning_bn.activations.pooling import Key, Pool
+from lightning_bn.activations.registry import COLUMNS, DRIFT_STATISTICS, ENTRIES, STATISTICS, Statistic
+from lightning_bn.activations.sample import ABSENT, KNOWN, SHOWN, WARM_UP, Sample, States
+from lightning_bn.moments import Moments
 
-__all__ = ["Summary", "summarise", "weights_and_biases"]
+__all__ = ["Measured", "Summariser"]
 
-Array = NDArray[np.float64]
-
-# A batch norm's weight starts at 1; below a hundredth of that the channel hardly reaches the next layer.
-NEAR_ZERO = 0.01
+# A channel of the input that hardly varies in training is compared in units of a tenth of the whole input's deviation.
+INPUT_FLOOR = 0.01
 
 
 @dataclass(frozen=True)
-class Summary:
-    """The statistics of one layer, as `ActivationStats` defines them; NaN where there were too few values."""
+class Measured:
+    """What one sample brought to the host, of all ranks."""
 
-    mean: float
-    std: float
-    abs_max: float
-    zero_fraction: float
-    saturated_fraction: float
-    nonfinite: float
-    dead: NDArray[np.bool_]  # (C,)
-    channel_mean: Array  # (C,)
-    channel_std: Array  # (C,), unbiased
+    pool: Pool | None
+    order: Mapping[Place, str]  # places in forward order, and the module called at each
+    outputs: frozenset[Place]  # whose activation is what the model returns
+    images: frozenset[Key]  # inputs of which each channel has several values a sample
+    weights: Tensor  # of all batch norms that have one, one after the other
+    biases: Tensor
+    drift: Drift | None  # of the batch norms that keep running statistics
+    histograms: Mapping[Key, Tensor]
 
 
-def summarise(pool: Pool) -> dict[Key, Summary]:
-    """Return the statistics of each key of a pool that has come to the host."""
-    widths = np.array([key.width for key in pool.keys])
-    starts = np.cumsum(widths) - widths
-    count, mean, m2, zeros = pool.channels.double().numpy()
-    abs_max, saturated = pool.layers.double().numpy()
-    seen = np.array(pool.seen, dtype=np.float64)
+class Summariser:
+    """Makes a sample of what was measured, and remembers what tells warm-up and death apart.
 
-    def total(values: Array) -> Array:
-        return np.add.reduceat(values, starts)
+    Args:
+        layers: by name.
+        tracking: names of the batch norms that keep running statistics.
+    """
 
-    with np.errstate(divide="ignore", invalid="ignore"):
-        n, values = total(count), seen * widths
-        layer_mean = total(count * mean) / n
-        layer_m2 = total(m2 + count * (mean - np.repeat(layer_mean, widths)) ** 2)
-        columns = (
-            layer_mean,
-            np.where(n > 1, np.sqrt(layer_m2 / (n - 1)), np.nan),
-            np.where(n > 0, abs_max, np.nan),
-            total(zeros) / values,
-            saturated / values,
-            values - n,
+    def __init__(self, layers: Mapping[str, nn.Module], tracking: Mapping[str, _BatchNorm]) -> None:
+        self._layers = layers
+        self._norms = {name: layer for name, layer in layers.items() if isinstance(layer, _BatchNorm)}
+        self._tracks = np.array([name in tracking for name in self._norms], dtype=bool)
+        self._widths = np.array([layer.num_features for layer in self._norms.values()], dtype=np.int64)
+        self._names = Names()
+        self._layouts: dict[object, Layout] = {}  # the newest alone
+        self._zero_born: Mask | None = None  # norms whose weight has been 0 from the start
+        self.memory = Memory()
+        self.given: dict[int, Moments] = {}  # by width, of all inputs of the model
+
+    @silent_numbers()
+    def summarise(self, found: Measured, reference: Summariser | None = None) -> Sample:
+        """Return the sample.
+
+        Args:
+            found: what was measured.
+            reference: whose inputs, those of training, an evaluation's are compared with.
+        """
+        keys = () if found.pool is None else found.pool.keys
+        if not keys and not self._norms:
+            return Sample()
+        layout = self._layout(found, keys)
+        values = np.full((len(layout.labels), len(COLUMNS)), np.nan)
+        states = np.zeros(values.shape, dtype=np.int8)
+        channels: dict[str, tuple[Array, Array]] = {}
+        norms = self._of_norms(found)
+        if norms is not None:
+            _fill(values, states, "norm", norms, layout.norms)
+        if (pool := _part(found.pool, "activation", "given")) is not None:
+            activations = Channels.of(pool, layout.flags, self.memory)
+            _fill(values, states, "activation", activations, layout.activations)
+            channels = _by_row(activations, [layout.labels[row] for row in layout.activations])
+            self._compare_input(pool, layout, reference, values, states)
+        if (pool := _part(found.pool, "gradient")) is not None:
+            nothing = np.zeros(len(pool.keys), dtype=bool)
+            flags = Flags(*[nothing] * 6)
+            _fill(values, states, "gradient", Channels.of(pool, flags), layout.gradients)
+        if norms is not None:
+            self._mark_warm_up(values, states, norms, layout)
+        rows = dict(zip(layout.keys, layout.labels, strict=True))
+        histograms = {rows[key]: counts for key, counts in found.histograms.items()}
+        return Sample(layout.labels, layout.modules, values, states, channels, histograms)
+
+    def _layout(self, found: Measured, keys: tuple[Key, ...]) -> Layout:
+        # Hardly ever another from sample to sample.
+        what = (keys, tuple(found.order), found.outputs, found.images)
+        if what not in self._layouts:
+            layout = lay_out(self._names, found.order, keys, self._layers, outputs=found.outputs, images=found.images)
+            self._layouts = {what: layout}
+        return self._layouts[what]
+
+    def _of_norms(self, found: Measured) -> Norms | None:
+        if not self._norms:
+            return None
+        number = len(self._norms)
+        drift, settled, nonfinite = np.full((number, 4), np.nan), np.full((number, 4), np.nan), np.full(number, np.nan)
+        ran = np.zeros(number, dtype=bool)
+        if found.drift is not None:
+            drift[self._tracks], settled[self._tracks] = found.drift.values, found.drift.settled
+            nonfinite[self._tracks], ran[self._tracks] = found.drift.nonfinite, found.drift.ran
+        norms = self._norms.values()
+        return Norms(
+            self._widths,
+            found.weights.double().numpy(),
+            np.array([isinstance(norm.weight, Tensor) for norm in norms], dtype=bool),
+            found.biases.double().numpy(),
+            np.array([isinstance(norm.bias, Tensor) for norm in norms], dtype=bool),
+            *(drift, settled, ran, nonfinite, self._tracks),
         )
-        dead = zeros == np.repeat(seen, widths)
-        channel_mean = np.where(count > 0, mean, np.nan)
-        channel_std = np.where(count > 1, np.sqrt(m2 / (count - 1)), np.nan)
-    by_key = zip(*(column.tolist() for column in columns), strict=True)
-    vectors = (np.split(vector, starts[1:]) for vector in (dead, channel_mean, channel_std))
-    return {key: Summary(*numbers, *parts) for key, numbers, *parts in zip(pool.keys, by_key, *vectors, strict=True)}
+
+    def _compare_input(
+        self, pool: Pool, layout: Layout, reference: Summariser | None, values: Array, states: States
+    ) -> None:
+        for place, (key, part) in enumerate(zip(pool.keys, pool.split(), strict=True)):
+            if key.what != "given":
+                continue
+            moments = Moments(*part[:3].double().unbind())
+            known = self.given.get(key.width)
+            self.given[key.width] = moments if known is None else known.merge(moments)
+            if reference is not None and (before := reference.given.get(key.width)) is not None:
+                rows = layout.activations[place : place + 1]
+                _fill(values, states, "given", _input_drift(moments, before), rows)
+
+    def _mark_warm_up(self, values: Array, states: States, norms: Norms, layout: Layout) -> None:
+        """Mark what a known start explains: statistics that begin with 0/1, norms whose weight begins with 0."""
+
+        def mark(name: str, rows: Array | Mask, explained: Mask) -> None:
+            column = COLUMNS.index(name)
+            sick = STATISTICS[name].is_sick(values[rows, column])
+            states[rows, column] = np.where(sick & explained, WARM_UP, states[rows, column])
+
+        for place, name in enumerate(DRIFT_STATISTICS):
+            if name in STATISTICS:
+                mark(name, layout.norms, ~STATISTICS[name].is_sick(norms.settled[:, place]))
+        near = STATISTICS["weight_near_zero"]
+        small = near.is_sick(near.value(norms))
+        self._zero_born = norms.is_zero if self._zero_born is None else self._zero_born & small
+        born, silent = self._zero_born, self._zero_born & norms.is_zero
+        mark("weight_near_zero", layout.norms, born)
+        if silent.any():
+            for name in ("std", "zero_fraction", "dead_fraction", "died_channels"):
+                mark(name, layout.norms, silent)
+                mark(name, layout.follows, silent)
+            gradients = values[:, COLUMNS.index("grad_std")]
+            mark("grad_std", np.arange(len(gradients)), gradients == 0)
 
 
-def weights_and_biases(
-    norms: Mapping[str, _BatchNorm], weights: Tensor, biases: Tensor
-) -> dict[str, dict[str, float | None]]:
-    """Return the range of the affine parameters of each batch norm, from all of them one after the other."""
-    found: dict[str, dict[str, float | None]] = {name: {} for name in norms}
-    for kind, flat in (("weight", weights), ("bias", biases)):
-        names = [name for name, norm in norms.items() if getattr(norm, kind) is not None]
-        if not names:
-            continue
-        widths = np.array([norms[name].num_features for name in names])
-        starts = np.cumsum(widths) - widths
-        numbers = flat.float().numpy()
-        columns = {
-            f"{kind}_min": np.minimum.reduceat(numbers, starts),
-            f"{kind}_max": np.maximum.reduceat(numbers, starts),
-        }
-        if kind == "weight":
-            columns["weight_near_zero"] = (
-                np.add.reduceat((abs(numbers) < NEAR_ZERO).astype(np.float64), starts) / widths
-            )
-        for column, values in columns.items():
-            for name, value in zip(names, values.tolist(), strict=True):
-                found[name][column] = None if value != value else value
-    return found
+def _fill(values: Array, states: States, source: str, found: object, rows: Array) -> None:
+    """Write all columns that are measured of one source."""
+    for column, entry in enumerate(ENTRIES):
+        if entry.of == source:
+            numbers = entry.value(found)
+            applies = True if entry.applies is None else entry.applies(found)
+            judged = entry.judged(found) if isinstance(entry, Statistic) and entry.judged is not None else True
+            values[rows, column] = np.where(applies, numbers, np.nan)
+            states[rows, column] = np.where(applies, np.where(judged, KNOWN, SHOWN), ABSENT)
+
+
+def _part(pool: Pool | None, *kinds: str) -> Pool | None:
+    """The readings of some kinds alone, None where there are none."""
+    if pool is None:
+        return None
+    wanted = [key.what in kinds for key in pool.keys]
+    if all(wanted):
+        return pool
+    keys = tuple(key for key, is_wanted in zip(pool.keys, wanted, strict=True) if is_wanted)
+    if not keys:
+        return None
+    which = torch.tensor(wanted)
+    channels = which.repeat_interleave(torch.tensor([key.width for key in pool.keys]))
+    seen = tuple(number for number, is_wanted in zip(pool.seen, wanted, strict=True) if is_wanted)
+    return Pool(keys, seen, pool.channels[:, channels], pool.layers[:, which])
+
+
+def _by_row(found: Channels, labels: list[str]) -> dict[str, tuple[Array, Array]]:
+    parts = (np.split(vector, found.starts[1:]) for vector in (found.channel_mean, found.channel_std))
+    return dict(zip(labels, zip(*parts, strict=True), strict=True))
+
+
+def _input_drift(now: Moments, training: Moments) -> Array:
+    """How far what an evaluation is given lies from what training was given: (1, 4), as of a batch norm's input."""
+    pooled = Moments(
+        training.count.sum(), (training.count * training.mean).sum() / training.count.sum(), training.m2.sum()
+    )
+    between = (training.count * (training.mean - pooled.mean).square()).sum()
+    floor = INPUT_FLOOR * (pooled.m2 + between) / (pooled.count - 1)
+    width = len(now.mean)
+    batch, running = ((each.mean.numpy(), each.variance(unbiased=True).numpy()) for each in (now, training))
+    return summarise_drift(*distance(*batch, *running, np.full(width, floor.item())), np.array([width]))

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from lightning_bn.activations.collector import Sample
 from lightning_bn.activations.heatmap import draw_channels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable, worst_layers
 from lightning_bn.activations.reading import histogram_edges
 from lightning_bn.activations.registry import STATISTICS, Scale, Statistic
+from lightning_bn.activations.sample import Sample
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -76,7 +76,7 @@ class TensorBoardReport:
         self.heatmaps = heatmaps
         self._next_drawing = 4
         self._drawn = 0
-        self._told: set[tuple[str, str]] = set()
+        self._told = 0  # episodes
         writer.add_custom_scalars(layout(prefix))
 
     def update(self, table: LayerTable, sample: Sample, step: int) -> None:
@@ -84,10 +84,9 @@ class TensorBoardReport:
         drawing."""
         for layer, counts in sample.histograms.items():
             self._add_histogram(f"{self.prefix}_histogram/{layer}", counts, step)
-        ailments = {(ailment.layer, ailment.statistic.name) for ailment in table.ailments("train")}
         due = table.samples("train") >= self._next_drawing
-        if due or ailments - self._told:
-            self._told |= ailments
+        if due or table.episodes_begun > self._told:
+            self._told = table.episodes_begun
             add_markdown(self.writer, f"{self.prefix}/layers", tell(table, sample), step)
         if due:
             self.draw(table, sample, step)
@@ -104,12 +103,11 @@ class TensorBoardReport:
                 self._add_image(name, draw_grid(grid), step)
         if sample.channels:
             layers = list(sample.channels)
-            means, deviations = zip(
-                *((mean.numpy(), std.numpy()) for mean, std in sample.channels.values()), strict=True
-            )
+            means, deviations = zip(*sample.channels.values(), strict=True)
             title = f"Standard deviation of each channel, step {step:,}"
             self._add_image("channel_std", draw_channels(layers, deviations, _CHANNEL_STD, title), step)
-            scaled = [mean / (sample.rows[layer]["std"] or 1.0) for layer, mean in zip(layers, means, strict=True)]
+            rows = sample.rows
+            scaled = [mean / (rows[layer]["std"] or 1.0) for layer, mean in zip(layers, means, strict=True)]
             title = f"Mean of each channel, step {step:,}"
             self._add_image("channel_mean", draw_channels(layers, scaled, _CHANNEL_MEAN, title), step)
 
@@ -145,24 +143,21 @@ _CHANNEL_MEAN = Scale(-3, 3, "RdBu_r", "standard deviations of the layer")
 
 
 def tell(table: LayerTable, sample: Sample) -> str:
-    """Return, as Markdown, which layers are sick and since when, the newest illness first, and the worst layer of each
-    statistic."""
-    ailments = table.ailments("train")
+    """Return, as Markdown, the verdict so far, which layers were sick when, and the worst layer of each statistic."""
     step = table.last_step("train")
-    lines = [
-        f"**Step {step:,}.** "
-        + (f"{len(ailments)} findings, newest first:" if ailments else "No layer is beyond its limits.")
-    ]
-    if ailments:
-        lines += ["", "| since step | layer | what | now |", "|---:|---|---|---:|"]
+    lines = [f"**Step {step:,}.**", "", *(f"- {line.strip()}" for line in table.verdict())]
+    episodes = table.episodes()
+    if episodes:
+        lines += ["", "| layer | what | since step | until | peak | limit |", "|---|---|---:|---:|---:|---:|"]
         lines += [
-            f"| {each.since:,} | `{each.layer}` | {each.statistic.label} | {each.value:.4g} |"
-            for each in ailments[:_LISTED]
+            f"| `{each.layer}` | {each.label} | {each.first:,} | {f'{each.last:,}' if each.recovered else ''} | "
+            f"{each.peak:.4g} | {each.limit:g} |"
+            for each in episodes[:_LISTED]
         ]
-        if len(ailments) > _LISTED:
-            lines += ["", f"and {len(ailments) - _LISTED} more."]
+        if len(episodes) > _LISTED:
+            lines += ["", f"and {len(episodes) - _LISTED} more."]
     lines += ["", "Worst layer of each statistic:", "", "| statistic | layer | value | limits |", "|---|---|---:|---|"]
-    for statistic, layer, value in worst_layers(sample.rows):
+    for statistic, layer, value in worst_layers(sample):
         limits = f"{statistic.low:g} to {statistic.high:g}" if statistic.low else f"up to {statistic.high:g}"
         lines.append(f"| {statistic.label} | `{layer}` | {value:.4g} | {limits} |")
     return "\n".join(lines)

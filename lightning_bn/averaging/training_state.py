@@ -34,11 +34,11 @@ class TrainingState(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["tie"] = None
+        super().__setattr__("tie", None)  # not by __dict__, into which torch.compile before 2.12 can't write
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "training":  # what .train() and .eval() assign
-            self.__dict__["tie"] = None
+            super().__setattr__("tie", None)
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_bn.activations.collector import LayerCollector, Sample
+from lightning_bn.activations.collector import LayerCollector
+from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_grid
-from lightning_bn.activations.layer_table import Ailment, LayerTable, scalars
+from lightning_bn.activations.layer_table import LayerTable, scalars
 from lightning_bn.activations.layers import Choice, is_chosen, select_layers
 from lightning_bn.activations.registry import STATISTICS
+from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.tensorboard import TensorBoardReport
 from lightning_bn.callbacks.both_lightnings import (
     Callback,
@@ -126,10 +128,22 @@ class ActivationStatsMonitor(Callback):
         """
         return self._table.rows()
 
-    def ailments(self, stage: str = "train") -> list[Ailment]:
-        """Return what is sick at the newest sample of a stage: layer, statistic, since which step, value now; the
-        newest illness first."""
-        return self._table.ailments(stage)
+    def episodes(self, stage: str | None = None) -> list[Episode]:
+        """Return what was sick in the last run, of one stage or of all: layer, statistic, first and last step, peak, and
+        whether it has recovered. The earliest and most upstream comes first, since that is the cause."""
+        return self._table.episodes(stage)
+
+    def ailments(self, stage: str = "train") -> list[Episode]:
+        """Return the episodes of a stage that have not recovered."""
+        return [episode for episode in self._table.episodes(stage) if not episode.recovered]
+
+    def verdict(self) -> list[str]:
+        """Return what the last run was like, in lines: what was sick, where first, since when and what to do; or that
+        it was healthy."""
+        return self._table.verdict()
+
+    def __str__(self) -> str:
+        return "\n".join(self.verdict())
 
     def picture(self, statistic: str, stage: str = "train") -> Pixels:
         """Return the heat map of a statistic over the whole run, layer x step, as TensorBoard gets it: (height, width,
@@ -161,9 +175,6 @@ class ActivationStatsMonitor(Callback):
         writers = [logger.experiment for logger in _tensorboards(trainer)] if trainer.is_global_zero else []
         self._reports = [TensorBoardReport(writer, prefix=self.prefix, heatmaps=self.heatmaps) for writer in writers]
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._collector(trainer, pl_module, "train").begin_epoch()
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         every = self.every_n_steps or trainer.log_every_n_steps
         step = logging_step(trainer)
@@ -190,6 +201,18 @@ class ActivationStatsMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._end_evaluation(trainer, "val")
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self._collectors["val"].begin_batch()
+
+    def on_test_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._collectors["test"].begin_batch()
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        # The forward of a closure is over; an optimizer may call the closure again within the batch.
+        if self._sampled_step is not None:
+            self._collectors["train"].begin_batch()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module, "test")
@@ -234,6 +257,7 @@ class ActivationStatsMonitor(Callback):
                 gradients=self.gradients and stage == "train",
                 histograms=self._histogram_layers(layers) if stage == "train" else (),
                 channel_dim=self.channel_dim,
+                step_is_forward=trainer.strategy.model is not pl_module,
             )
         return self._collectors[stage]
 
@@ -251,7 +275,7 @@ class ActivationStatsMonitor(Callback):
 
     def _begin_evaluation(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         collector = self._collector(trainer, pl_module, stage)
-        collector.begin_epoch()
+        collector.forget_channels()
         collector.attach()
 
     def _end_evaluation(self, trainer: Trainer, stage: str) -> None:
@@ -260,15 +284,13 @@ class ActivationStatsMonitor(Callback):
 
     def _take(self, trainer: Trainer, stage: str, step: int) -> None:
         collector = self._collectors[stage]
-        sample = collector.collect()
-        if not sample.rows:
+        sample = collector.collect(None if stage == "train" else self._collectors.get("train"))
+        if not sample.layers:
             return
         self._tell_unseen(collector)
-        self._table.append(stage, step, trainer.current_epoch, sample.rows)
+        self._table.append(stage, step, trainer.current_epoch, sample)
         tags = f"{self.prefix}" if stage == "train" else f"{self.prefix}_{stage}"
-        numbers = {
-            f"{tags}/{name}": value for name, value in scalars(sample.rows, self._has_own_scalars(collector)).items()
-        }
+        numbers = {f"{tags}/{name}": value for name, value in scalars(sample, self._has_own_scalars(collector)).items()}
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
         if trainer.is_global_zero:
@@ -283,11 +305,11 @@ class ActivationStatsMonitor(Callback):
 
     def _has_own_scalars(self, collector: LayerCollector) -> Any:
         if self.scalars == "worst":
-            return lambda layer: False
+            return None
         if self.scalars == "all":
             return lambda layer: True
         modules = {name: module for name, module in collector.layers.items() if is_chosen(self.scalars, name, module)}
-        return lambda layer: layer.partition("[")[0] in modules
+        return lambda module: module in modules
 
     def _tell_unseen(self, collector: LayerCollector) -> None:
         unseen = collector.unseen()

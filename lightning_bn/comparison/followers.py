@@ -7,9 +7,8 @@ same run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.discovery import find_batch_norms, parts_called_by
+from lightning_bn.discovery import find_batch_norms
 from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging
 from lightning_bn.layers.calls import input_and_mask
 from lightning_bn.layers.group import Group, Rows
 from lightning_bn.layers.ledger import takes_loans
 from lightning_bn.layers.settlement import (
-    Loan,
     Settled,
     advance,
     batch_moments,
@@ -90,8 +88,7 @@ class Followers:
         self._model = model
         self._seen: set[_BatchNorm] = set()
         self._traced: set[str] = set()
-        self._pending: dict[_BatchNorm, Loan] = {}
-        self._kept: set[_BatchNorm] = set()
+        self._pending: dict[_BatchNorm, _Moments] = {}
         self._wide: list[_Wide] = []
         self._counts = {
             path: layer.num_batches_tracked.clone()
@@ -113,14 +110,11 @@ class Followers:
         with ExitStack() as stack:
             stack.callback(listening([layer for layer in layers if takes_loans(layer)], self._settled))
             for path, layer in self._layers.items():
-                if not takes_loans(layer):
-                    stack.callback(layer.register_forward_hook(self._see, with_kwargs=True).remove)
-                stack.callback(layer.register_forward_hook(self._compiled(path), with_kwargs=True).remove)
-            for module in dict.fromkeys([self._model, *parts_called_by(self._model)]):
-                # Also where a forward fails: the layers before have moved their own statistics.
-                stack.callback(module.register_forward_hook(self._flush, always_call=True).remove)
-            yield
-            self._flush()
+                stack.callback(layer.register_forward_hook(self._hook(path, layer), with_kwargs=True).remove)
+            try:
+                yield
+            finally:
+                self._flush()
 
     def _alike(self) -> list[list[str]]:
         """The layers' names, those together whose shadows have the same dtype and device."""
@@ -178,6 +172,7 @@ class Followers:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
         """Take over what `state_dict` returned; an average or a layer that is not in it keeps what it holds."""
+        self._flush()
         for name, row in self._shadows.items():
             for path, shadow in row.items():
                 if path in state.get(name, {}):
@@ -195,53 +190,59 @@ class Followers:
                 return
         sizes = [layer.num_features for layer in settled.layers]
         pieces = zip(settled.mean.split(sizes), settled.var.split(sizes), settled.count.unbind(), strict=True)
-        for layer, ran, piece in zip(settled.layers, settled.ran, pieces, strict=True):
+        for layer, ran, (mean, var, count) in zip(settled.layers, settled.ran, pieces, strict=True):
             if ran:
-                self._put_down(layer, *piece)
-        self._flush()
+                self._put_down(layer, _Moments(mean, var, count))
 
-    def _compiled(self, path: str) -> Any:
-        """Return a hook that `torch.compile` makes part of its code: there every layer settles by itself, and so do its
-        shadows."""
+    def _hook(self, path: str, layer: _BatchNorm) -> Any:
+        """Return what sees a layer of plain torch, and a compiled layer of any class: `torch.compile` makes it part of
+        its code, in which every layer settles by itself, and so do its shadows."""
         shadows = [row[path] for row in self._shadows.values()]
+        is_told = takes_loans(layer)
 
-        def take(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            if torch.compiler.is_compiling() and layer.training and layer.track_running_stats:
+        def hook(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            compiling = torch.compiler.is_compiling()
+            if (is_told and not compiling) or not (layer.training and layer.track_running_stats):
+                return
+            if compiling:
                 self._traced.add(path)
                 input, mask = input_and_mask(layer, args, kwargs)
                 _settle_each(shadows, Moments.of(input.detach(), mask))
+            elif not in_backward():
+                self._see(layer, args, kwargs, output)
 
-        return take
+        return hook
 
     def _see(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Note down the batch of a layer of plain torch."""
-        if torch.compiler.is_compiling() or not (layer.training and layer.track_running_stats) or in_backward():
-            return
         self._seen.add(layer)
-        input, mask = input_and_mask(layer, args, kwargs)
         kept = kept_statistics(layer, output) if synchronised_moments(layer) is None else None
-        if kept is None:
-            self._put_down(layer, *_moments(layer, input, mask, output))
+        if kept is not None:
+            moments = _Moments(*kept, output.numel() // layer.num_features, kept=True)
         else:
-            self._put_down(layer, *kept, input.numel() // layer.num_features)
-            self._kept.add(layer)  # whose variance is yet to be made of what the kernel kept, for all layers together
+            moments = _Moments(*_moments(layer, *input_and_mask(layer, args, kwargs), output))
+        self._put_down(layer, moments)
 
-    def _put_down(self, layer: _BatchNorm, mean: Tensor, var: Tensor, count: Tensor | int) -> None:
+    def _put_down(self, layer: _BatchNorm, moments: _Moments) -> None:
+        """Keep a batch until the layer has another one, or somebody reads: then those of all layers are taken in."""
         if layer in self._pending:
             self._flush()
-        dtype = torch.promote_types(mean.dtype, torch.float32)
-        self._pending[layer] = loan = Loan(None, mean.to(dtype), var.to(dtype), None)
-        loan.own_rows = True
-        loan.repay(count)
+        self._pending[layer] = moments
 
     @torch.no_grad()
-    def _flush(self, *_: Any) -> None:
-        if not self._pending or torch.compiler.is_compiling():
-            return
+    def _flush(self) -> None:
         pending, self._pending = self._pending, {}
-        kept, self._kept = self._kept, set()
         for wide in self._wide:
-            wide.take_each(pending, kept)
+            wide.take_each(pending)
+
+
+class _Moments(NamedTuple):
+    """A batch of one layer."""
+
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,), unbiased; or where `kept`, the kernel's 1 / sqrt(biased variance + eps)
+    values: Tensor | int  # per channel
+    kept: bool = False
 
 
 class _Wide:
@@ -249,37 +250,35 @@ class _Wide:
 
     def __init__(self, layers: list[_BatchNorm], shadows: list[list[BatchNorm1d]]) -> None:
         self.layers = layers
-        self._groups = [Group(row, [rule_of(shadow) for shadow in row], skip_nonfinite=True) for row in shadows]
+        self._groups = [
+            Group(row, [rule_of(shadow) for shadow in row], skip_nonfinite=True, private=True) for row in shadows
+        ]
         like = shadows[0][0].running_mean
-        self._which: dict[tuple[bool, ...], Tensor] = {}
         self._eps = torch.tensor([layer.eps for layer in layers], dtype=like.dtype, device="cpu").to(
             like.device, non_blocking=True
         )
-        self._absent = [torch.zeros(layer.num_features, dtype=like.dtype, device=like.device) for layer in layers]
+        nothing = [torch.zeros(layer.num_features, dtype=like.dtype, device=like.device) for layer in layers]
+        self._absent = [_Moments(none, none, 0) for none in nothing]
 
-    def take_each(self, pending: Mapping[_BatchNorm, Loan], kept: AbstractSet[_BatchNorm]) -> None:
-        """Take in the batches of those layers that ran; of those in `kept`, ``1 / sqrt(biased variance + eps)`` stands
-        for the variance."""
-        loans = [
-            pending.get(layer) or Loan(None, none, none, None)
-            for layer, none in zip(self.layers, self._absent, strict=True)
-        ]
-        if any(loan.ran for loan in loans):
-            for loan in loans:
-                loan.own_rows = True
-            rows = self._groups[0].collect(self._absent[0], loans)
-            self.take(rows.mean, self._variances(rows, kept), rows.count)
-
-    def _variances(self, rows: Rows, kept: AbstractSet[_BatchNorm]) -> Tensor:
-        which = tuple(layer in kept for layer in self.layers)
-        if not any(which):
-            return rows.var
-        if which not in self._which:
-            self._which[which] = torch.tensor(which, device="cpu").to(rows.var.device, non_blocking=True)
+    def take_each(self, pending: Mapping[_BatchNorm, _Moments]) -> None:
+        """Take in the batches of those layers that ran."""
+        if not any(layer in pending for layer in self.layers):
+            return
+        batches = [pending.get(layer, none) for layer, none in zip(self.layers, self._absent, strict=True)]
         first = self._groups[0]
-        count = first.widened(rows.count)
-        var = (rows.var.pow(-2) - first.widened(self._eps)).clamp(min=0) * (count / (count - 1))
-        return torch.where(first.widened(self._which[which]), var, rows.var)
+        both = torch.cat([*(batch.mean for batch in batches), *(batch.var for batch in batches)]).to(first.dtype)
+        mean, var = both.chunk(2)
+        count = first.numbers([batch.values for batch in batches])
+        self.take(mean, self._variances(var, count, tuple(batch.kept for batch in batches)), count)
+
+    def _variances(self, var: Tensor, count: Tensor, kept: tuple[bool, ...]) -> Tensor:
+        """Make variances of what the kernel has kept, for all layers together."""
+        if not any(kept):
+            return var
+        first = self._groups[0]
+        values = first.widened(count)
+        of_kept = (var.pow(-2) - first.widened(self._eps)).clamp(min=0) * (values / (values - 1))
+        return of_kept if all(kept) else torch.where(first.widened(first.flags(kept)), of_kept, var)
 
     @torch.no_grad()
     def take(self, mean: Tensor, var: Tensor, count: Tensor) -> None:

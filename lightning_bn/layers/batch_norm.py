@@ -113,17 +113,23 @@ class AveragedBatchNorm(_BatchNorm):
         )  # an exponential averaging's, for whoever reads the instance's __dict__, as torch's repr does
 
     # The value lives in the instance's __dict__, where torch's own layer keeps it: repr, pickle and a change of class
-    # find it there.
+    # find it there. A second copy is what the property reads: torch.compile before 2.12 takes __dict__["momentum"] for
+    # the property itself, and does not come to an end.
     @property
     def momentum(self) -> float | None:
         """Weight of the new batch, None for a cumulative average: the exponential averaging's own where the layer has
         one."""
         averaging = self.__dict__.get("_modules", {}).get("averaging")
-        return averaging.momentum if isinstance(averaging, Exponential) else self.__dict__["momentum"]
+        if isinstance(averaging, Exponential):
+            return averaging.momentum
+        momentum: float | None = (
+            self.__dict__["_momentum"] if "_momentum" in self.__dict__ else self.__dict__["momentum"]
+        )
+        return momentum
 
     @momentum.setter
     def momentum(self, value: float | None) -> None:
-        self.__dict__["momentum"] = value
+        self.__dict__["momentum"] = self.__dict__["_momentum"] = value
         averaging = self.__dict__.get("_modules", {}).get("averaging")
         if isinstance(averaging, Exponential):
             averaging.momentum = value

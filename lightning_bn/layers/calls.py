@@ -16,7 +16,8 @@ def input_and_mask(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, A
 
     The second argument of another package's forward may mean something else.
     """
-    given = dict(zip(("input", "mask"), args, strict=False)) | kwargs
+    # torch.compile of 2.6 and 2.7 knows no zip(strict=...).
+    given = dict(zip(("input", "mask"), args)) | kwargs  # noqa: B905
     mask = given.get("mask")
     if not (getattr(type(layer), "takes_mask", False) and isinstance(mask, Tensor) and mask.dtype == torch.bool):
         mask = None

@@ -135,7 +135,7 @@ def _revert(layer: _BatchNorm) -> None:
     torchs = _TORCHS.get(type(layer))
     if torchs is not None:
         momentum = layer.momentum
-        del layer.averaging, layer.skip_nonfinite
+        del layer.averaging, layer.skip_nonfinite, layer._momentum
         layer.__class__ = torchs
         layer.momentum = momentum
         if layer.weight is not None:

@@ -24,15 +24,16 @@ class OutermostForward:
     over. Under `torch.compile` the hooks do nothing."""
 
     def __init__(self) -> None:
-        self._open: dict[
-            str, int
-        ] = {}  # the thread whose forward is under way; taken by setdefault, which no other thread can interrupt
+        # The thread whose forward is under way; taken by setdefault, which no other thread can interrupt.
+        self._open: dict[str, int] = {}
         self._depth = 0
         self._frame: FrameType | None = None
         self._handles: list[RemovableHandle] = []
+        self.module: nn.Module | None = None
 
     def attach(self, module: nn.Module) -> None:
         """Place the hooks."""
+        self.module = module
         self._handles = [
             module.register_forward_pre_hook(self._enter, prepend=True),
             module.register_forward_hook(self._leave),

@@ -14,10 +14,30 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.layers.settlement import LISTENERS, Loan, Settled, kernel_momentum
+from lightning_bn.layers.settlement import LISTENERS, OBSERVED, SERVED, Loan, Settled, kernel_momentum
 from lightning_bn.torch_internals import add_each, buffers_of, copy_each
 
-__all__ = ["Group", "Rows"]
+__all__ = ["Group", "Lent", "Rows"]
+
+
+@dataclass(frozen=True)
+class Lent:
+    """What a group lends for a forward: the rows of all layers, cut up, and a loan of its part for each layer.
+
+    Autograd keeps the rows for backward, where training does not read them: it takes the moments that the kernel has
+    kept. So they serve again in the next forward, and whoever writes them does so behind autograd's back, as the
+    kernel does, through `writable`.
+    """
+
+    rows: Tensor  # (2 C,), the means and then the variances
+    writable: Tensor  # the same memory
+    pieces: Sequence[Tensor]  # the layers' parts: L of the means, L of the variances
+    loans: Sequence[Loan]
+
+    @property
+    def ran(self) -> bool:
+        """Whether any layer ran."""
+        return any(loan.ran for loan in self.loans)
 
 
 @dataclass(frozen=True)
@@ -29,8 +49,7 @@ class Rows:
     count: Tensor  # (L,), floating: values per channel, 0 for a layer that did not run
     valid: Tensor | None  # (L,), bool: which layers' batches count; None if all do
     ran: Sequence[bool] = ()  # which layers ran, for listeners
-    lent: Tensor | None = None  # (2 C,), the means and variances that were lent, if these are they
-    pieces: Sequence[Tensor] = ()  # the layers' parts of it
+    lent: Lent | None = None  # if these are the rows that were lent
 
 
 class Group:
@@ -40,9 +59,18 @@ class Group:
         layers: at least one.
         rules: the averaging of each, all of the same settings; empty if the kernel computes the averages itself.
         skip_nonfinite: whether a batch that is not finite leaves no trace.
+        private: whether nobody else holds the layers' buffers. Then these lie side by side too, and settling gathers
+            nothing.
     """
 
-    def __init__(self, layers: Sequence[_BatchNorm], rules: Sequence[Averaging], *, skip_nonfinite: bool) -> None:
+    def __init__(
+        self,
+        layers: Sequence[_BatchNorm],
+        rules: Sequence[Averaging],
+        *,
+        skip_nonfinite: bool,
+        private: bool = False,
+    ) -> None:
         self.layers = list(layers)
         self.rules = list(rules)
         self.skip_nonfinite = skip_nonfinite
@@ -61,28 +89,49 @@ class Group:
             if layer._modules.get("averaging") is rule
         ]
         self._rule = self._tied_rule() if self.rules and self.rules[0].elementwise else None
+        self._tied = self._tied_buffers() if private else None
+        # One for each layer whose batch counts, and views of them: cutting them up again each time costs more.
+        self._ticks = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
+        self._tick_of_each = list(self._ticks.unbind())
+        # The forward of another class may do anything with its rows, also behind which autograd does look.
+        self._reuses = not any(SERVED in layer.__dict__ or OBSERVED in layer.__dict__ for layer in self.layers)
+        self._lent: list[Lent] = []
 
-    def lend(self, ledger: Any) -> tuple[Tensor, list[Loan]]:
-        """Return the rows of all layers, (2 C,), and a loan of a part of them for each layer."""
-        # New ones for each forward: autograd keeps them for backward.
-        fresh = torch.zeros(2 * self._channels, dtype=self.dtype, device=self.device) if self.rules else None
-        rows = self._statistics() if fresh is None else fresh
+    def lend(self, ledger: Any, place: int) -> Lent:
+        """Return a loan for each layer; those of one `place` use the same rows."""
+        if place >= len(self._lent):
+            lent = self._new_rows(ledger)
+            if self._reuses:
+                self._lent.append(lent)
+        else:
+            lent = self._lent[place]
+            for loan in lent.loans:
+                loan.renew()
+            if self.rules:
+                lent.writable.zero_()
+            else:
+                torch.cat(self._running(), out=lent.writable)
+        if not self.rules:
+            for layer, loan in zip(self.layers, lent.loans, strict=False):
+                loan.momentum = kernel_momentum(layer)
+        return lent
+
+    def _new_rows(self, ledger: Any) -> Lent:
+        with torch.inference_mode(False):
+            fresh = torch.zeros(2 * self._channels, dtype=self.dtype, device=self.device) if self.rules else None
+            rows = self._statistics() if fresh is None else fresh
         pieces = rows.split(self._sizes * 2)
-        momenta = [None] * len(self.layers) if self.rules else [kernel_momentum(layer) for layer in self.layers]
-        loans = [
-            Loan(ledger, mean, var, momentum)
-            for mean, var, momentum in zip(pieces, pieces[len(self.layers) :], momenta, strict=False)
-        ]
-        return rows, loans
+        loans = [Loan(ledger, mean, var) for mean, var in zip(pieces, pieces[len(self.layers) :], strict=False)]
+        return Lent(rows, rows.data, pieces, loans)
 
-    def collect(self, rows: Tensor, loans: Sequence[Loan]) -> Rows:
-        """Put the reports of one forward side by side; `rows` and `loans` are those of `lend`."""
+    def collect(self, lent: Lent) -> Rows:
+        """Put the reports of one forward side by side."""
+        loans = lent.loans
         own = any(loan.own_rows for loan in loans)
-        pieces = [*(loan.mean for loan in loans), *(loan.var for loan in loans)]
-        both = torch.cat(pieces) if own else rows
-        mean, var = (both.to(self._moments_dtype()) if self.rules else both).split(self._channels)
-        count, valid, ran = self._counts(loans), self._valid(loans, var), [loan.ran for loan in loans]
-        return Rows(mean, var, count, valid, ran) if own else Rows(mean, var, count, valid, ran, rows, pieces)
+        both = torch.cat([*(loan.mean for loan in loans), *(loan.var for loan in loans)]) if own else lent.rows
+        mean, var = self._halves(both)
+        counts, ran = self.numbers([loan.count for loan in loans]), [loan.ran for loan in loans]
+        return Rows(mean, var, counts, self._valid(loans, var), ran, None if own else lent)
 
     def settle(self, rows: Rows, batch: tuple[Tensor, Tensor] | None = None) -> None:
         """Update the running statistics of all layers.
@@ -93,19 +142,19 @@ class Group:
                 them in `rows`; for listeners.
         """
         both = self._statistics()
-        mean, var = (both.to(self._moments_dtype()) if self.rules else both).split(self._channels)
-        self._tell(rows, batch, (mean, var))
-        if not self.rules:
-            new = rows.lent if rows.lent is not None else torch.cat((rows.mean, rows.var))
+        before = self._halves(both)
+        self._tell(rows, batch, before)
+        if self.rules:
+            new = torch.cat(self._updated(rows, before))
         else:
-            new = torch.cat(self._updated(rows, (mean, var)))
+            new = torch.cat((rows.mean, rows.var)) if rows.lent is None else rows.lent.rows
         if rows.valid is not None:
             new = torch.where(rows.valid[self._owner_twice], new.to(self.dtype), both)
-        self._write(new, rows)
-        add_each(self._buffers("num_batches_tracked"), rows.valid)
+        self._write(new, rows.lent)
+        self._count(rows.valid)
 
     def _updated(self, rows: Rows, before: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        steps = torch.stack(self._buffers("num_batches_tracked")) + 1
+        steps = self._steps() + 1
         if self._rule is None:
             return self._update_each(rows, before, steps)
         valid = None if rows.valid is None else rows.valid[self._owner]
@@ -114,24 +163,30 @@ class Group:
         self._check_state(self._rule)
         return updated
 
-    def _write(self, new: Tensor, rows: Rows) -> None:
-        pieces: Sequence[Tensor] = rows.pieces
-        if rows.lent is None:
-            pieces = new.split(self._sizes * 2)
-        elif new is not rows.lent:
-            # Into the rows that were lent, which are cut up already. Autograd has saved them and must not notice, as it
-            # does not when the kernel writes them: in training, backward takes the batch's moments and not these.
-            rows.lent.data.copy_(new)
-        copy_each([*self._buffers("running_mean"), *self._buffers("running_var")], list(pieces))
+    def _write(self, new: Tensor, lent: Lent | None) -> None:
+        if self._tied is not None:
+            self._tied[0].copy_(new)
+            return
+        if lent is None:
+            pieces: Sequence[Tensor] = new.split(self._sizes * 2)
+        else:
+            pieces = lent.pieces  # cut up already
+            if new is not lent.rows:
+                lent.writable.copy_(new)
+        copy_each(self._running(), list(pieces))
+
+    def _count(self, valid: Tensor | None) -> None:
+        if self._tied is not None:
+            self._tied[1].add_(1 if valid is None else valid)
+            return
+        if valid is not None:
+            self._ticks.copy_(valid)
+        add_each(self._buffers("num_batches_tracked"), None if valid is None else self._tick_of_each)
 
     def finite(self, var: Tensor) -> Tensor:
         """Whether the moments of a layer's batch are finite, told by its variances: (L,) bool."""
-        return (
-            torch.zeros(len(self.layers), dtype=torch.float32, device=self.device).index_add_(
-                0, self._owner, (~(var < math.inf)).float()
-            )
-            == 0
-        )
+        largest = torch.zeros(len(self.layers), dtype=var.dtype, device=self.device)
+        return largest.scatter_reduce_(0, self._owner, var, "amax") < math.inf  # the maximum of a NaN is NaN
 
     def split(self, wide: Tensor) -> tuple[Tensor, ...]:
         """Cut a tensor of all channels into the layers' parts."""
@@ -140,6 +195,24 @@ class Group:
     def widened(self, per_layer: Tensor) -> Tensor:
         """Repeat a number a layer, (L,), for each of its channels, (C,)."""
         return per_layer[self._owner]
+
+    def numbers(self, values: Sequence[int | Tensor]) -> Tensor:
+        """Return a number for each layer as a tensor, (L,), in the dtype of moments."""
+        dtype = self._moments_dtype()
+        if not any(isinstance(value, Tensor) for value in values):
+            return self._constant("number", tuple(values), dtype)
+        return torch.stack(
+            [
+                value.to(dtype).reshape(())
+                if isinstance(value, Tensor)
+                else torch.full((), value, dtype=dtype, device=self.device)
+                for value in values
+            ]
+        )
+
+    def flags(self, values: Sequence[bool]) -> Tensor:
+        """Return a truth for each layer as a tensor, (L,) bool."""
+        return self._constant("flag", tuple(values), torch.bool)
 
     def is_tied(self) -> bool:
         """Whether the layers' averagings still are what this group took them for."""
@@ -151,28 +224,30 @@ class Group:
     def _buffers(self, name: str) -> list[Tensor]:
         return [buffers_of(layer)[name] for layer in self.layers]  # type: ignore[misc]  # none of them is None
 
+    def _running(self) -> list[Tensor]:
+        return [*self._buffers("running_mean"), *self._buffers("running_var")]
+
     def _statistics(self) -> Tensor:
         """All running means and then all running variances: (2 C,)."""
-        return torch.cat([*self._buffers("running_mean"), *self._buffers("running_var")])
+        return torch.cat(self._running()) if self._tied is None else self._tied[0]
 
-    def _counts(self, loans: Sequence[Loan]) -> Tensor:
-        counts, dtype = [loan.count for loan in loans], self._moments_dtype()
-        if any(isinstance(count, Tensor) for count in counts):
-            tensors = [
-                c.to(dtype) if isinstance(c, Tensor) else torch.full((), c, dtype=dtype, device=self.device)
-                for c in counts
-            ]
-            return torch.stack([count.reshape(()) for count in tensors])
-        return self._constant("count", tuple(counts), dtype)
+    def _steps(self) -> Tensor:
+        """How many batches each layer has taken in: (L,)."""
+        return torch.stack(self._buffers("num_batches_tracked")) if self._tied is None else self._tied[1]
+
+    def _halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut means and variances apart; in the dtype in which they are averaged, where that is not the kernel's."""
+        mean, var = (both.to(self._moments_dtype()) if self.rules else both).split(self._channels)
+        return mean, var
 
     def _valid(self, loans: Sequence[Loan], var: Tensor) -> Tensor | None:
         """Which layers' batches count: those that ran, and were finite if anything else is to be skipped."""
         valid = self.finite(var) if self.skip_nonfinite else None
         if not all(loan.ran for loan in loans):
-            ran = self._constant("ran", tuple(loan.ran for loan in loans), torch.bool)
+            ran = self.flags([loan.ran for loan in loans])
             valid = ran if valid is None else valid & ran
         if any(loan.valid is not None for loan in loans):
-            yes = self._constant("ran", (True,), torch.bool)[0]
+            yes = self.flags([True])[0]
             own = torch.stack([yes if loan.valid is None else loan.valid for loan in loans])
             valid = own if valid is None else valid & own
         return valid
@@ -217,6 +292,16 @@ class Group:
             own.__dict__["tie"] = self
         return rule
 
+    @torch.no_grad()
+    def _tied_buffers(self) -> tuple[Tensor, Tensor]:
+        """Lay the layers' buffers side by side, each layer's own a view: all statistics, (2 C,), and all counts."""
+        both, steps = torch.cat(self._running()), torch.stack(self._buffers("num_batches_tracked"))
+        pieces = both.split(self._sizes * 2)
+        for place, layer in enumerate(self.layers):
+            layer.running_mean, layer.running_var = pieces[place], pieces[place + len(self.layers)]
+            layer.num_batches_tracked = steps[place]
+        return both, steps
+
     def _check_state(self, rule: Averaging) -> None:
         for name, tensor in self._state.items():
             if getattr(rule, name) is not tensor:
@@ -229,8 +314,10 @@ class Group:
         """The same for a rule that is not known to be elementwise: layer by layer, as it was written."""
         means, variances = [], []
         running = zip(*(self.split(each) for each in before), strict=True)
+        # Copies: a rule may keep what it is given.
+        means_of_batch, variances_of_batch = self.split(rows.mean.clone()), self.split(rows.var.clone())
         for place, (rule, (old_mean, old_var)) in enumerate(zip(self.rules, running, strict=True)):
-            mean, var = self.split(rows.mean)[place], self.split(rows.var)[place]
+            mean, var = means_of_batch[place], variances_of_batch[place]
             count = rows.count[place]
             valid = None if rows.valid is None else rows.valid[place]
             new_mean, new_var = rule.update(old_mean, old_var, Batch(mean, var, count, steps[place], valid))

@@ -3,6 +3,7 @@ ends."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,17 +14,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.forwards import OutermostForward
-from lightning_bn.layers.group import Group, Rows
+from lightning_bn.layers.group import Group, Lent, Rows
 from lightning_bn.layers.settlement import (
     LISTENERS,
     LOAN,
     MERGED,
     OBSERVED,
+    RESTING,
     SERVED,
     Loan,
+    Neighbours,
     advance,
-    kernel_momentum,
     rule_of,
+    rule_unless_kernel,
 )
 from lightning_bn.moments import Moments, wide_dtype
 from lightning_bn.torch_internals import buffers_of
@@ -78,6 +81,10 @@ def release(module: nn.Module) -> None:
         ledger = getattr(hook, "__self__", None)
         if type(ledger) is Ledger and ledger.gather is None:
             ledger.detach()
+    for layer in find_batch_norms(module):
+        for ledger in list(layer.module.__dict__.get(RESTING, [])):
+            if ledger.module is module:
+                ledger.end_rest()
 
 
 def takes_loans(layer: nn.Module) -> bool:
@@ -101,10 +108,12 @@ class Ledger(OutermostForward):
             layer for layer in layers if layer.running_mean is not None and layer.num_batches_tracked is not None
         ]
         self.gather = gather
+        self.thread = 0
+        self.has_rested = False
         self.later: list[tuple[_BatchNorm, Averaging, Batch]] = []
         """Batches that other threads have run through the layers meanwhile."""
         self._plans: dict[tuple[Any, ...], list[Group]] = {}
-        self._rounds: list[list[tuple[Group, Tensor, list[Loan]]]] = []
+        self._rounds: list[list[tuple[Group, Lent]]] = []
         self._groups: list[Group] = []
 
     def begin(self) -> bool:
@@ -112,6 +121,7 @@ class Ledger(OutermostForward):
             loan: Loan | None = layer.__dict__.get(LOAN)
             if loan is not None:
                 if loan.ledger.is_running():
+                    self.rest()
                     return False  # a model around this one has lent already
                 loan.ledger.abort()
         signature = self._signature()
@@ -121,6 +131,30 @@ class Ledger(OutermostForward):
         self._rounds = []
         self._lend()
         return True
+
+    def rest(self) -> None:
+        """Take the hooks away until a layer finds that nobody has lent it anything: most parts of a model never run but
+        inside of it, and a hook costs at every step."""
+        if not self.has_rested and self.gather is None:
+            self.has_rested = True
+            self.detach()
+            for layer in self.layers:
+                layer.__dict__.setdefault(RESTING, Neighbours()).append(self)
+
+    def wake(self) -> None:
+        """Lend again from the next forward of the module on, and never rest again."""
+        self.end_rest()
+        if self.module is not None:
+            self.attach(self.module)
+
+    def end_rest(self) -> None:
+        """Let the layers forget this ledger."""
+        for layer in self.layers:
+            at_rest = layer.__dict__.get(RESTING, [])
+            if self in at_rest:
+                at_rest.remove(self)
+            if not at_rest:
+                layer.__dict__.pop(RESTING, None)
 
     @torch.no_grad()
     def end(self) -> None:
@@ -153,26 +187,27 @@ class Ledger(OutermostForward):
 
     @torch.no_grad()
     def _lend(self) -> None:
-        lent = []
+        self.thread = threading.get_ident()
+        round_: list[tuple[Group, Lent]] = []
         for group in self._groups:
-            rows, loans = group.lend(self)
-            for layer, loan in zip(group.layers, loans, strict=True):
+            lent = group.lend(self, len(self._rounds))
+            for layer, loan in zip(group.layers, lent.loans, strict=True):
                 layer.__dict__[LOAN] = loan
-            lent.append((group, rows, loans))
-        self._rounds.append(lent)
+            round_.append((group, lent))
+        self._rounds.append(round_)
 
     def _signature(self) -> tuple[Any, ...]:
         """What decides which layers are settled together, for each of them; None for one whose statistics don't move."""
-        found: list[Any] = []
         merging = self.gather is not None
+        rule_told = rule_of if merging else rule_unless_kernel
+        found: list[Any] = []
         for layer in self.layers:
             attributes = layer.__dict__
             if not (attributes["training"] and layer.track_running_stats) or (not merging and MERGED in attributes):
                 found.append(None)
-                continue
-            mean = buffers_of(layer)["running_mean"]
-            rule = None if not merging and kernel_momentum(layer) is not None else rule_of(layer)
-            found.append((rule, mean.dtype, mean.device))
+            else:
+                mean = buffers_of(layer)["running_mean"]
+                found.append((rule_told(layer), mean.dtype, mean.device))
         return tuple(found)
 
     def _plan(self, signature: tuple[Any, ...]) -> list[Group]:
@@ -200,7 +235,7 @@ class Ledger(OutermostForward):
     def _merge(self, gather: Gather) -> None:
         """Settle every round with the batches of all ranks: the *unbiased* variance of their data together, by Chan's
         formula."""
-        collected = [(group, group.collect(rows, loans)) for lent in self._rounds for group, rows, loans in lent]
+        collected = [(group, group.collect(lent)) for round_ in self._rounds for group, lent in round_]
         self._rounds = []
         parts = [part for group, rows in collected for part in _own_part(group, rows)]
         ranks = [iter(flat.split([len(part) for part in parts])) for flat in gather(torch.cat(parts))]
@@ -227,14 +262,14 @@ def _kind(rule: Averaging | None) -> tuple[Any, ...]:
     return (type(rule), *settings.items()) if alike else (type(rule), id(rule) if rule.elementwise else None)
 
 
-def _settle(group: Group, rows: Tensor, loans: list[Loan]) -> None:
-    if not any(loan.ran for loan in loans):
+def _settle(group: Group, lent: Lent) -> None:
+    if not lent.ran:
         return
     batch = None
     if not group.rules and any(LISTENERS in layer.__dict__ for layer in group.layers):
-        moments = [loan.batch or (loan.mean, loan.var) for loan in loans]
+        moments = [loan.batch or (loan.mean, loan.var) for loan in lent.loans]
         batch = torch.cat([mean for mean, _ in moments]), torch.cat([var for _, var in moments])
-    group.settle(group.collect(rows, loans), batch)
+    group.settle(group.collect(lent), batch)
 
 
 def _own_part(group: Group, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,9 +28,11 @@ __all__ = [
     "LISTENERS",
     "LOAN",
     "Listener",
+    "Neighbours",
     "Loan",
     "MERGED",
     "OBSERVED",
+    "RESTING",
     "SERVED",
     "SYNCHRONISED",
     "Settled",
@@ -45,6 +47,7 @@ __all__ = [
     "kernel_momentum",
     "listening",
     "rule_of",
+    "rule_unless_kernel",
     "synchronised_moments",
     "tell",
     "torch_rule",
@@ -57,6 +60,7 @@ LOAN = "_loan"  # during a forward of its model
 SERVED = "_lightning_bn_service"  # of a subclass of another package, while it has an averaging
 MERGED = "_merged_over_ranks"  # while a ledger merges its statistics over ranks, to which all others yield
 OBSERVED = "_lightning_bn_observed"  # of a layer of plain torch, while a ledger serves it
+RESTING = "_ledgers_at_rest"  # the ledgers of parts of the model that have so far run inside of its forward alone
 LISTENERS = "_listeners"  # while somebody wants to know the moments of its batches
 
 _at_once = threading.Lock()  # two threads may run one layer
@@ -87,20 +91,24 @@ class Loan:
     The rows are zeros with momentum 1, in which the kernel leaves the batch's mean and *unbiased* variance, or copies
     of the running statistics with the layer's own momentum, of which the kernel makes the new running statistics."""
 
-    __slots__ = ("batch", "count", "ledger", "mean", "momentum", "own_rows", "ran", "thread", "valid", "var")
+    __slots__ = ("batch", "count", "ledger", "mean", "momentum", "own_rows", "ran", "rows", "valid", "var")
 
-    def __init__(self, ledger: Any, mean: Tensor, var: Tensor, momentum: float | None) -> None:
-        self.thread = threading.get_ident()
+    count: int | Tensor  # values per channel
+    valid: Tensor | None  # (), bool: whether the batch counts for other reasons than being finite
+    batch: tuple[Tensor, Tensor] | None  # mean and unbiased variance of the batch, where the rows are not these
+    own_rows: bool  # whether mean and var are other tensors than those that the ledger cut out of its one
+
+    def __init__(self, ledger: Any, mean: Tensor, var: Tensor) -> None:
         self.ledger = ledger
-        self.mean, self.var = mean, var
-        self.momentum = momentum  # None: rows of zeros
-        self.ran = False
-        self.own_rows = False  # whether mean and var are other tensors than those that the ledger cut out of its one
-        self.count: int | Tensor = 0  # values per channel
-        self.valid: Tensor | None = None  # (), bool: whether the batch counts for other reasons than being finite
-        self.batch: tuple[Tensor, Tensor] | None = (
-            None  # mean and unbiased variance of the batch, where the rows are not these
-        )
+        self.rows = mean, var
+        self.momentum: float | None = None  # None: rows of zeros
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget what was reported: the rows are lent once more."""
+        self.mean, self.var = self.rows
+        self.ran = self.own_rows = False
+        self.count, self.valid, self.batch = 0, None, None
 
     def take_own_rows(self) -> None:
         """Exchange the rows for copies, which may be written without changing what autograd has saved of the other
@@ -142,7 +150,13 @@ def is_lent(layer: _BatchNorm) -> bool:
 def borrowed(layer: _BatchNorm) -> Loan | None:
     """Return the loan that this call of the layer may use, or None where it must settle by itself."""
     loan: Loan | None = layer.__dict__.get(LOAN)
-    if loan is None or loan.thread != threading.get_ident() or in_backward():
+    if loan is not None and not loan.ledger.is_running():  # interrupted
+        loan.ledger.abort()
+        loan = None
+    if loan is None and RESTING in layer.__dict__ and not in_backward():
+        for ledger in list(layer.__dict__[RESTING]):
+            ledger.wake()
+    if loan is None or loan.ledger.thread != threading.get_ident() or in_backward():
         return None
     return loan.ledger.another(layer) if loan.ran else loan
 
@@ -164,12 +178,21 @@ def rule_of(layer: _BatchNorm) -> Averaging:
     return averaging
 
 
+def rule_unless_kernel(layer: _BatchNorm) -> Averaging | None:
+    """`rule_of` the layer, or None where torch's kernel computes the average in place."""
+    averaging: Any = layer._modules.get("averaging")
+    if averaging is None or (SERVED in layer.__dict__ and averaging.by_momentum):
+        return None if layer.__dict__["momentum"] is not None else rule_of(layer)
+    return None if averaging.kernel_momentum is not None else rule_of(layer)
+
+
 def kernel_momentum(layer: _BatchNorm) -> float | None:
     """The momentum with which torch's kernel computes the layer's average in place; None where it can't."""
     averaging: Any = layer._modules.get("averaging")
     if averaging is None or (SERVED in layer.__dict__ and averaging.by_momentum):
         # Third parties set a layer's momentum, and a subclass of another package has no property that would pass it on.
-        momentum: float | None = layer.__dict__["momentum"]
+        # A compiled layer is asked by name: torch.compile before 2.12 takes an entry of __dict__ for the property.
+        momentum: float | None = layer.momentum if torch.compiler.is_compiling() else layer.__dict__["momentum"]
     else:
         momentum = averaging.kernel_momentum
     return momentum
@@ -269,20 +292,21 @@ def tell(layer: _BatchNorm, batch: Batch, running: tuple[Tensor, Tensor]) -> Non
             listener(settled)
 
 
-class _Listeners(list[Listener]):
-    """A list of which a copy of the layer gets an empty one: nobody listens to a copy."""
+class Neighbours(list[Any]):
+    """A list that a layer holds of objects around it, of which a copy of the layer gets an empty one: they know the
+    original."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Listeners:
-        return _Listeners()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Neighbours:
+        return Neighbours()
 
-    def __reduce__(self) -> tuple[type[_Listeners], tuple[()]]:
-        return _Listeners, ()
+    def __reduce__(self) -> tuple[type[Neighbours], tuple[()]]:
+        return Neighbours, ()
 
 
 def listening(layers: Sequence[_BatchNorm], listener: Listener) -> Callable[[], None]:
     """Let `listener` be told of the batches of `layers`; return what ends that."""
     for layer in layers:
-        layer.__dict__.setdefault(LISTENERS, _Listeners()).append(listener)
+        layer.__dict__.setdefault(LISTENERS, Neighbours()).append(listener)
 
     def end() -> None:
         for layer in layers:

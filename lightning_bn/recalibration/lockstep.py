@@ -100,7 +100,8 @@ def _running_job() -> _Job:
 
 
 def _device_types() -> list[str]:
-    accelerator = torch.accelerator.current_accelerator()
+    # Without a device, torch 2.6 raises where later versions return None.
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 

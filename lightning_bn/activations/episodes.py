@@ -1,0 +1,244 @@
+"""Illnesses of layers: since when, until when, how bad at worst, which of them is the cause, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lightning_bn.activations.registry import STATISTICS, Statistic
+from lightning_bn.activations.sample import Sample
+
+__all__ = ["Cause", "Episode", "Episodes", "causes", "verdict"]
+
+STAGES = {"train": "training", "val": "validation", "test": "test"}
+
+# Causes that are told in full; the others are one line each.
+MAX_TOLD = 3
+MAX_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A layer's statistic that went beyond its limits at one sample and stayed there until another.
+
+    Args:
+        layer: name of the row: the layer, with ``#2`` for its second call in a forward; ``input``, what the model is
+            given.
+        statistic: name of the column, such as ``"dead_fraction"``.
+        first: step of the first sample at which it was beyond its limits.
+        last: step of the last one.
+        peak: the value that was farthest beyond the limit.
+        recovered: whether a later sample found it within its limits.
+        stage: ``"train"``, ``"val"`` or ``"test"``.
+        value: the value at `last`.
+        limit: the limit that it is beyond.
+        order: place of the layer in forward order, from 0.
+
+    Example:
+        >>> from lightning_bn import Episode
+        >>> episode = Episode("relu#2", "dead_fraction", first=20, last=80, peak=1.0, recovered=False, limit=0.25)
+        >>> print(episode)
+        relu#2: share of channels that are dead 1 (limit 0.25) since step 20
+    """
+
+    __module__ = "lightning_bn"
+
+    layer: str
+    statistic: str
+    first: int
+    last: int
+    peak: float
+    recovered: bool
+    stage: str = "train"
+    value: float = np.nan
+    limit: float = np.nan
+    order: int = 0
+
+    @property
+    def label(self) -> str:
+        """What the statistic is, in words."""
+        return STATISTICS[self.statistic].label
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return STATISTICS[self.statistic].remedy(self.peak)
+
+    def __str__(self) -> str:
+        when = f"from step {self.first} to {self.last}" if self.recovered else f"since step {self.first}"
+        where = "" if self.stage == "train" else f" in {STAGES.get(self.stage, self.stage)}"
+        return f"{self.layer}: {self.label} {self.peak:.4g} (limit {self.limit:g}) {when}{where}"
+
+
+class Episodes:
+    """All episodes of a run, as its samples come in."""
+
+    def __init__(self) -> None:
+        self._past: list[Episode] = []
+        self._open: dict[tuple[str, str, str], Episode] = {}  # by stage, layer and statistic
+        self.begun = 0
+        """How many there have been."""
+
+    def take(self, stage: str, step: int, sample: Sample) -> None:
+        """Take the newest sample of a stage in."""
+        sick = sample.sick()
+        statistics = list(STATISTICS.values())
+        now: set[tuple[str, str, str]] = set()
+        for row, place in np.argwhere(sick).tolist():
+            statistic, layer = statistics[place], sample.layers[row]
+            value = float(sample.column(statistic.name)[0][row])
+            key = (stage, layer, statistic.name)
+            now.add(key)
+            self._extend(key, statistic, step, value)
+        ended = [key for key in self._open if key[0] == stage and key not in now]
+        rows = {layer: row for row, layer in enumerate(sample.layers)} if ended else {}
+        for key in ended:
+            # A layer that was not called tells nothing, neither good nor bad.
+            if key[1] in rows and sample.column(key[2])[1][rows[key[1]]]:
+                self._past.append(replace(self._open.pop(key), recovered=True))
+
+    def _extend(self, key: tuple[str, str, str], statistic: Statistic, step: int, value: float) -> None:
+        known = self._open.get(key)
+        if known is None:
+            self.begun += 1
+            stage, layer, name = key
+            limit = statistic.limit(value)
+            self._open[key] = Episode(layer, name, step, step, value, False, stage, value, limit)
+        else:
+            is_below = known.limit == statistic.low and known.peak < statistic.low
+            peak = min(known.peak, value) if is_below else max(known.peak, value)
+            self._open[key] = replace(known, last=step, value=value, peak=peak)
+
+    def all(self, order: Mapping[str, int]) -> list[Episode]:
+        """Return all episodes, the earliest first, and of those that began together the most upstream.
+
+        Args:
+            order: by layer, its place in the forward.
+        """
+        found = [replace(each, order=order.get(each.layer, len(order))) for each in (*self._past, *self._open.values())]
+        return sorted(found, key=_urgency)
+
+
+def _urgency(episode: Episode) -> tuple[int, int, int, int]:
+    stages = list(STAGES)
+    stage = stages.index(episode.stage) if episode.stage in stages else len(stages)
+    return episode.first, stage, episode.order, STATISTICS[episode.statistic].rank
+
+
+@dataclass(frozen=True)
+class Cause:
+    """An illness that nothing before it explains, and those that it explains, in the order of `Episodes.all`."""
+
+    episode: Episode
+    followers: tuple[Episode, ...] = ()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all of it has recovered."""
+        return all(each.recovered for each in (self.episode, *self.followers))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The other layers that follow, in forward order, each once."""
+        others = sorted(
+            (each for each in self.followers if each.layer != self.episode.layer), key=lambda each: each.order
+        )
+        return tuple(dict.fromkeys(each.layer for each in others))
+
+
+# What goes wrong below a layer because of what goes wrong in it, by family.
+_BELOW: dict[str, set[str]] = {
+    "scale": {"scale"},
+    "silence": {"scale", "silence", "drift", "channel"},
+    "saturation": {"scale", "saturation", "silence", "drift", "channel"},
+    "drift": {"drift"},
+    "affine": {"scale", "silence", "affine", "channel"},
+    "channel": {"channel", "silence"},
+}
+# What goes wrong anywhere, since the gradient brings it up.
+_ANYWHERE: dict[str, set[str]] = {
+    "scale": {"numbers", "saturation", "drift", "silence", "gradient", "channel"},
+    "silence": {"gradient"},
+    "saturation": {"gradient"},
+    "affine": {"gradient"},
+}
+
+
+def causes(episodes: Iterable[Episode]) -> list[Cause]:
+    """Group episodes by their cause.
+
+    The earliest, and of those that began together the most upstream, is a cause. While it or what follows from it
+    lasts, what begins in the same layer follows from it; so does what begins downstream and is of a kind that it brings
+    about, as a dead layer does silence; and from NaN, or an input that is wrong, everything does.
+    """
+    groups: list[list[Episode]] = []
+    for episode in sorted(episodes, key=_urgency):
+        group = next((group for group in groups if _explains(group, episode)), None)
+        if group is None:
+            groups.append([episode])
+        else:
+            group.append(episode)
+    return [Cause(cause, tuple(followers)) for cause, *followers in groups]
+
+
+def _explains(group: Sequence[Episode], later: Episode) -> bool:
+    cause = group[0]
+    if all(each.recovered and each.last < later.first for each in group):
+        return False
+    if cause.stage not in (later.stage, "train"):
+        return False
+    of, family = (STATISTICS[each.statistic].family for each in (cause, later))
+    if cause.layer == later.layer or of in ("numbers", "input") or family in _ANYWHERE.get(of, ()):
+        return True
+    return family in _BELOW.get(of, ()) and later.order >= cause.order
+
+
+def verdict(
+    episodes: Sequence[Episode], *, layers: int, samples: Mapping[str, int], warm_up: int | None = None
+) -> list[str]:
+    """Return what to tell at the end of a run, as lines of text.
+
+    Args:
+        episodes: all of the run.
+        layers: how many rows there are.
+        samples: by stage, how many samples were taken.
+        warm_up: step of the last training sample with a cell in warm-up; None: there was none.
+    """
+    seen = " and ".join(
+        f"{number} {'sample' if number == 1 else 'samples'} of {STAGES.get(stage, stage)}"
+        for stage, number in samples.items()
+        if number
+    )
+    if not seen:
+        return ["Nothing was seen: no sample was taken."]
+    if not episodes:
+        warm = "" if warm_up is None else f" Running statistics or weights were still in warm-up until step {warm_up}."
+        return [f"Healthy: {layers} layers were within their limits at {seen}.{warm}"]
+    # What is sick still comes first.
+    groups = sorted(causes(episodes), key=lambda cause: cause.is_over)
+    lines = []
+    for number, cause in enumerate(groups):
+        if number < MAX_TOLD:
+            lines += [_headline(cause), f"  {_following(cause)}", f"  To do: {cause.episode.advice}"]
+        elif number < MAX_LISTED:
+            lines.append(_headline(cause))
+    if len(groups) > MAX_LISTED:
+        lines.append(f"And {len(groups) - MAX_LISTED} more: monitor.episodes() has them all.")
+    return lines
+
+
+def _headline(cause: Cause) -> str:
+    return f"{'Was sick' if cause.episode.recovered else 'Sick'}: {cause.episode}."
+
+
+def _following(cause: Cause) -> str:
+    layers = cause.layers
+    if not layers:
+        return "No other layer follows."
+    where = (
+        "below it " if all(each.order > cause.episode.order for each in cause.followers if each.layer in layers) else ""
+    )
+    names = ", ".join(layers) if len(layers) < 4 else f"{layers[0]}, {layers[1]}, ... {layers[-1]}"
+    return f"{len(layers)} {'layer' if len(layers) == 1 else 'layers'} {where}{'follows' if len(layers) == 1 else 'follow'}: {names}."

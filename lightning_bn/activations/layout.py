@@ -1,0 +1,128 @@
+"""Which rows a sample has, and which of what was measured goes into which of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.activations.layers import bounds_of
+from lightning_bn.activations.measured import Flags
+from lightning_bn.activations.places import Place, label_of
+from lightning_bn.activations.pooling import Key
+
+__all__ = ["Layout", "Names", "lay_out"]
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a sample, R in all, and by kind of measurement the row of each thing measured."""
+
+    labels: tuple[str, ...]
+    modules: tuple[str, ...]
+    activations: Indices  # of each activation, and of what the model is given
+    gradients: Indices  # of each gradient
+    norms: Indices  # of each batch norm, its first row
+    follows: Indices  # of each batch norm, the row after it, or its own where it is the last
+    flags: Flags  # of the activations
+    keys: tuple[Key, ...]  # of the rows; of a batch norm that did not run, one of width 0
+
+
+class Names:
+    """Names of rows, which a place keeps over all samples."""
+
+    def __init__(self) -> None:
+        self._is_alone: dict[str, bool] = {}
+        self._first_width: dict[Place, int] = {}
+
+    def label(self, key: Key, calls: int) -> str:
+        """Return the name of the row of a key whose path was called so many times."""
+        is_alone = self._is_alone.setdefault(key.place.path, calls == 1) and key.place.call == 1
+        label = label_of(key.place, is_alone)
+        first = self._first_width.setdefault(key.place, key.width) if key.width else key.width
+        return label if key.width == first else f"{label}[{key.width}]"
+
+
+def lay_out(
+    names: Names,
+    order: Mapping[Place, str],
+    keys: Sequence[Key],
+    layers: Mapping[str, nn.Module],
+    *,
+    outputs: Collection[Place],
+    images: Collection[Key],
+) -> Layout:
+    """Return the layout of what was measured.
+
+    Args:
+        names: of the rows so far.
+        order: places in forward order, and the module called at each.
+        keys: of what was measured.
+        layers: by name.
+        outputs: places whose activation is what the model returns.
+        images: inputs of which each channel has several values a sample.
+    """
+    by_place: dict[Place, list[Key]] = {place: [] for place in order}
+    for key in keys:
+        if key.what in ("activation", "given"):
+            by_place[key.place].append(key)
+    norms = [name for name, layer in layers.items() if isinstance(layer, _BatchNorm)]
+    modules = {*order.values()}
+    for name in norms:
+        if name not in modules:
+            by_place[Place(name, 1)] = []
+    calls: dict[str, int] = {}
+    for place in by_place:
+        calls[place.path] = max(calls.get(place.path, 0), place.call)
+    rows = [key for place, found in by_place.items() for key in found or [Key("activation", place, 0)]]
+    labels = tuple(names.label(key, calls[key.place.path]) for key in rows)
+    module_of = [order.get(key.place, key.place.path) for key in rows]
+    row_of = {key: row for row, key in reversed(list(enumerate(rows)))}
+    first_row: dict[str, int] = {}
+    for row, name in enumerate(module_of):
+        first_row.setdefault(name, row)
+    measured = [key for key in keys if key.what in ("activation", "given")]
+    own_rows = np.array([first_row[name] for name in norms], dtype=np.int64)
+    return Layout(
+        labels,
+        tuple(module_of),
+        np.array([row_of[key] for key in measured], dtype=np.int64),
+        np.array([row_of[key._replace(what="activation")] for key in keys if key.what == "gradient"], dtype=np.int64),
+        own_rows,
+        np.minimum(own_rows + 1, len(rows) - 1),
+        _flags(rows, [row_of[key] for key in measured], module_of, layers, outputs, images),
+        tuple(rows),
+    )
+
+
+def _flags(
+    rows: Sequence[Key],
+    places: Sequence[int],
+    module_of: Sequence[str],
+    layers: Mapping[str, nn.Module],
+    outputs: Collection[Place],
+    images: Collection[Key],
+) -> Flags:
+    def each(values: Sequence[bool]) -> NDArray[np.bool_]:
+        return np.array([values[row] for row in places], dtype=bool)
+
+    is_input = [key.what == "given" for key in rows]
+    is_norm = [isinstance(layers.get(name), _BatchNorm) for name in module_of]
+    bounded = [
+        not given and bounds_of(layers[name]) is not None for name, given in zip(module_of, is_input, strict=True)
+    ]
+    follows = [row > 0 and is_norm[row - 1] and rows[row - 1].width == key.width for row, key in enumerate(rows)]
+    return Flags(
+        is_function=each([not norm and not given for norm, given in zip(is_norm, is_input, strict=True)]),
+        is_bounded=each(bounded),
+        is_output=each([key.place in outputs for key in rows]),
+        is_input=each(is_input),
+        has_positions=each([key in images for key in rows]),
+        follows_norm=each(follows),
+    )

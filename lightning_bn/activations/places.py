@@ -1,0 +1,143 @@
+"""Where in a forward a layer is called: each call site is a place of its own, also of a module that is used many times."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lightning_bn.discovery import parts_called_by, user_name
+from lightning_bn.torch_internals import in_backward
+
+__all__ = ["MAX_CALLS", "Place", "Places", "label_of"]
+
+# A layer that is called more often in one forward stands in a loop; the last place holds all further calls.
+MAX_CALLS = 16
+
+
+class Place(NamedTuple):
+    """A call site: the path under which the layer was called, and which of its calls in a forward it is, from 1."""
+
+    path: str
+    call: int
+
+
+def label_of(place: Place, is_alone: bool) -> str:
+    """Return the name of a place's row: the path, with ``#1``, ``#2`` where a forward calls it several times."""
+    return place.path if is_alone else f"{place.path}#{place.call}"
+
+
+@dataclass
+class _Track:
+    """Which modules are running, innermost last, and how often each path was called since the outermost of them began."""
+
+    running: list[tuple[str, Counter[str]]] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+class Places:
+    """Finds the place of each call of a layer, with hooks on the modules around the layers.
+
+    Calls are counted anew for each call of the outermost module: the model, or the part of it that a training step
+    calls. So both views of a self-supervised step are one place, and the two uses of a block's ReLU are two. Of a
+    module that has several names the one under the running module counts; in an `nn.Sequential`, the one whose turn it
+    is.
+
+    Args:
+        model: which holds the layers.
+        layers: their names.
+        step_is_forward: whether the model's own forward stands for a whole training step, as under DDP.
+        given: called with the arguments of each outermost call.
+        gave: called with what it returned.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Collection[str],
+        *,
+        step_is_forward: bool = False,
+        given: Callable[[tuple[Any, ...], Mapping[str, Any]], None],
+        gave: Callable[[Any], None],
+    ) -> None:
+        self._given, self._gave = given, gave
+        self._step_is_forward = step_is_forward
+        named = {user_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
+        paths: dict[nn.Module, list[str]] = {}
+        for path, module in named.items():
+            paths.setdefault(module, []).append(path)
+        self._aliases = {name: paths[named[name]] for name in layers if len(paths[named[name]]) > 1}
+        known = sorted({path for name in layers for path in self._aliases.get(name, [name])})
+        parts = {model, *parts_called_by(model)}  # what a training step may call first
+        self._below: dict[str, list[str]] = {}
+        self._around: dict[str, nn.Module] = {}
+        for module, (name, *_) in paths.items():
+            below = [path for path in known if path != name and (not name or path.startswith(f"{name}."))]
+            # Code that torch.jit compiled takes no hook.
+            if (below or module in parts) and not isinstance(module, torch.jit.ScriptModule):
+                self._around[name], self._below[name] = module, below
+        self._sequences = {name for name, module in self._around.items() if isinstance(module, nn.Sequential)}
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from 1 again: a batch begins."""
+        self._forward, self._again = _Track(), _Track()
+
+    def attach(self, hooks: ExitStack) -> None:
+        """Place the hooks, until `hooks` is closed."""
+        self.restart()
+        for name, module in self._around.items():
+            enter, leave = partial(self._enter, name), partial(self._leave, name)
+            hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+    def of(self, name: str) -> Place:
+        """Return the place of the call of layer `name` that has just run."""
+        track = self._again if in_backward() else self._forward
+        path = self._path(name, track) if name in self._aliases else name
+        track.calls[path] += 1
+        return Place(path, min(track.calls[path], MAX_CALLS))
+
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # What activation checkpointing repeats is counted apart, and is given nothing new.
+        is_again = in_backward()
+        track = self._again if is_again else self._forward
+        is_step = self._step_is_forward and not name and not track.running
+        if self._is_outermost(name, track):
+            for path in self._below[name]:
+                del track.calls[path]
+            if not is_again and not is_step:
+                self._given(args, kwargs)
+        track.running.append((name, Counter()))
+
+    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        is_again = in_backward()
+        track = self._again if is_again else self._forward
+        while track.running and track.running.pop()[0] != name:
+            """A module that an interrupt left without calling its hook."""
+        if not is_again and self._below[name] and self._is_outermost(name, track):
+            self._gave(output)
+
+    def _is_outermost(self, name: str, track: _Track) -> bool:
+        if not self._step_is_forward:
+            return not track.running
+        return not track.running or (track.running[0][0] == "" and (len(track.running) == 1 or not name))
+
+    def _path(self, name: str, track: _Track) -> str:
+        aliases = self._aliases[name]
+        for holder, turns in reversed(track.running):
+            prefix = f"{holder}." if holder else ""
+            inside = [path for path in aliases if path.startswith(prefix) and path != holder]
+            own = [path for path in inside if "." not in path[len(prefix) :]]
+            if holder in self._sequences and own:
+                turns[name] += 1
+                return own[min(turns[name], len(own)) - 1]
+            if inside:
+                return (own or inside)[0]
+        return name

@@ -1,0 +1,85 @@
+"""One sample: a row for each place in the network, a column for each statistic, and a state for each cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_bn.activations.measured import Array, Mask
+from lightning_bn.activations.registry import COLUMNS, STATISTICS
+
+__all__ = ["ABSENT", "KNOWN", "SHOWN", "WARM_UP", "Sample", "States", "dicts", "is_judged", "warm_ups"]
+
+States = NDArray[np.int8]
+
+ABSENT, KNOWN, WARM_UP, SHOWN = range(4)
+"""States of a cell: the statistic does not apply to the row; it does; a known start explains its value; no limit holds for
+it."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was measured at one step, or in one evaluation, of R rows."""
+
+    layers: tuple[str, ...] = ()
+    """Names of the rows, in forward order."""
+    modules: tuple[str, ...] = ()
+    """By row, the name of the module in the model."""
+    values: Array = field(default_factory=lambda: np.empty((0, len(COLUMNS))))
+    """(R, len(COLUMNS)); NaN where there is none."""
+    states: States = field(default_factory=lambda: np.empty((0, len(COLUMNS)), dtype=np.int8))
+    """(R, len(COLUMNS)): `ABSENT`, `KNOWN`, `WARM_UP` or `SHOWN`."""
+    channels: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
+    """By row, mean and *unbiased* standard deviation of each channel, (C,) each."""
+    histograms: Mapping[str, Tensor] = field(default_factory=dict)
+    """By row, counts in the buckets of `activations.histogram_edges`."""
+
+    @classmethod
+    def of(cls, rows: Mapping[str, Mapping[str, float | None]]) -> Sample:
+        """Return a sample of rows by name, which have the statistics that they name and are not None."""
+        values = np.full((len(rows), len(COLUMNS)), np.nan)
+        states = np.full(values.shape, ABSENT, dtype=np.int8)
+        for place, row in enumerate(rows.values()):
+            for name, value in row.items():
+                if value is not None:
+                    values[place, COLUMNS.index(name)], states[place, COLUMNS.index(name)] = value, KNOWN
+        return cls(tuple(rows), tuple(rows), values, states)
+
+    @property
+    def rows(self) -> dict[str, dict[str, float | None]]:
+        """By layer, a value for each of `COLUMNS`; None where it does not apply, NaN where there is none."""
+        return dict(zip(self.layers, dicts(self.values, self.states), strict=True))
+
+    def column(self, name: str) -> tuple[Array, Mask]:
+        """Return the values of a statistic, (R,), and which of them its limits hold for or would, but for warm-up."""
+        place = COLUMNS.index(name)
+        return self.values[:, place], is_judged(self.states[:, place])
+
+    def sick(self) -> Mask:
+        """Return which cells are beyond their limits and not in warm-up: (R, len(STATISTICS))."""
+        found = np.zeros((len(self.layers), len(STATISTICS)), dtype=bool)
+        for place, (name, statistic) in enumerate(STATISTICS.items()):
+            column = COLUMNS.index(name)
+            found[:, place] = statistic.is_sick(self.values[:, column]) & (self.states[:, column] == KNOWN)
+        return found
+
+
+def is_judged(states: States) -> Mask:
+    """Return which cells have a value that stands for its layer: known ones, also in warm-up."""
+    found: Mask = (states == KNOWN) | (states == WARM_UP)
+    return found
+
+
+def dicts(values: Array, states: States) -> Iterator[dict[str, float | None]]:
+    """Yield a row of a table for each row of a sample."""
+    for numbers, applies in zip(values.tolist(), (states != ABSENT).tolist(), strict=True):
+        yield {name: value if has else None for name, value, has in zip(COLUMNS, numbers, applies, strict=True)}
+
+
+def warm_ups(states: Sequence[int] | States) -> str:
+    """Return the names of the statistics of a row that are in warm-up, with spaces between them."""
+    return " ".join(name for name, state in zip(COLUMNS, states, strict=True) if state == WARM_UP)
