@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 from fits import Small, fit, loader, parameters_equal, trainer, training_data
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -510,9 +509,9 @@ def test_a_model_without_a_matching_layer_is_told_once() -> None:
 
 def test_mistakes_are_told_at_once() -> None:
     """A wrong argument raises before anything is trained, with the call to make."""
-    with pytest.raises(MisconfigurationException, match="at least 1, as in every_n_steps=50"):
+    with pytest.raises(ValueError, match="at least 1, as in every_n_steps=50"):
         ActivationStatsMonitor(every_n_steps=0)
-    with pytest.raises(MisconfigurationException, match='"worst", "all"'):
+    with pytest.raises(ValueError, match='"worst", "all"'):
         ActivationStatsMonitor(scalars=True)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="nor a class"):
         fit(ActivationStatsMonitor(layers=3))  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def test_compiled_modules_go_by_their_own_names() -> None:
 def test_what_is_no_choice_is_told() -> None:
     """Neither a number nor a list with one is a choice."""
     for choices in (3, ["stem", 3]):
-        with pytest.raises(TypeError, match="3 is neither a name or a pattern"):
+        with pytest.raises(TypeError, match="3 is not a name or a pattern"):
             select_layers(Model(), choices)
 
 

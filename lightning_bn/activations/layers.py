@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
-from typing import TypeAlias
-
 from torch import nn
 from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging
+from lightning_bn.choices import Choices, check_choices
+from lightning_bn.choices import is_chosen as choices_mean
 from lightning_bn.discovery import user_name
 
-__all__ = ["ACTIVATION_FUNCTIONS", "Choice", "bounds_of", "is_chosen", "select_layers"]
+__all__ = ["ACTIVATION_FUNCTIONS", "bounds_of", "is_chosen", "select_layers"]
 
 # A softmax gives probabilities, and attention is no function of one value: neither has a zero, a scale or a saturation
 # worth a look.
@@ -22,11 +20,8 @@ ACTIVATION_FUNCTIONS: tuple[type[nn.Module], ...] = tuple(
     getattr(activation, name) for name in activation.__all__ if name not in _NO_ACTIVATIONS
 )
 
-Choice: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-"""A name or a pattern of names, a class, or a function of name and module."""
 
-
-def select_layers(model: nn.Module, choices: Choice | Iterable[Choice] | None = None) -> dict[str, nn.Module]:
+def select_layers(model: nn.Module, choices: Choices | None = None) -> dict[str, nn.Module]:
     """Return the chosen modules of `model` by name, in registration order, each once.
 
     Args:
@@ -46,36 +41,15 @@ def select_layers(model: nn.Module, choices: Choice | Iterable[Choice] | None = 
         (['0.1', '0.2'], ['0.0', '0.1', '0.2'], ['0.0', '1'])
     """
     choices = (_BatchNorm, *ACTIVATION_FUNCTIONS) if choices is None else choices
-    for choice in _each(choices):
-        if not isinstance(choice, str) and not callable(choice):
-            raise TypeError(
-                f'layers={choices!r}: {choice!r} is neither a name or a pattern ("layer4.*"), nor a class (nn.Conv2d), nor a function of '
-                "name and module."
-            )
+    check_choices(f"layers={choices!r}", choices)
     # torch.compile's own module stands before the one it compiles, under the same name: the later one is the user's.
     named = {user_name(path): module for path, module in model.named_modules()}
     return {name: module for name, module in named.items() if is_chosen(choices, name, module)}
 
 
-def is_chosen(choices: Choice | Iterable[Choice], name: str, module: nn.Module) -> bool:
-    """Tell whether one of `choices` means `module`, which the model has under `name`."""
-    # A batch norm's averaging is its own part, and gives no activations.
-    return not isinstance(module, Averaging) and any(_means(choice, name, module) for choice in _each(choices))
-
-
-def _means(choice: Choice, name: str, module: nn.Module) -> bool:
-    if isinstance(choice, str):
-        parts = [child for child in module.children() if not isinstance(child, Averaging)]
-        return choice == name or (not parts and fnmatchcase(name, choice))
-    if isinstance(choice, type):
-        return isinstance(module, choice)
-    return bool(choice(name, module))
-
-
-def _each(choices: Choice | Iterable[Choice]) -> list[Choice]:
-    if isinstance(choices, Iterable) and not isinstance(choices, (str, type)):
-        return list(choices)
-    return [choices]
+def is_chosen(choices: Choices, name: str, module: nn.Module) -> bool:
+    """Tell whether one of `choices` means `module`; a batch norm's averaging is its own part, and gives no activations."""
+    return not isinstance(module, Averaging) and choices_mean(choices, name, module)
 
 
 def bounds_of(module: nn.Module) -> tuple[float, float] | None:

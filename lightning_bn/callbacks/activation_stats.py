@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,25 +12,23 @@ from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable, scalars
-from lightning_bn.activations.layers import Choice, is_chosen, select_layers
+from lightning_bn.activations.layers import is_chosen, select_layers
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.tensorboard import TensorBoardReport
 from lightning_bn.callbacks.both_lightnings import (
     Callback,
     LightningModule,
-    MisconfigurationException,
     TensorBoardLogger,
     Trainer,
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.choices import Choices, check_choices
 from lightning_bn.layers.ledger import settle_together
 
 __all__ = ["ActivationStatsMonitor"]
 
 MAX_HISTOGRAMS = 32
-
-Patterns = Choice | Iterable[Choice]
 
 
 class ActivationStatsMonitor(Callback):
@@ -72,7 +69,8 @@ class ActivationStatsMonitor(Callback):
         prefix: of the tags.
 
     Raises:
-        MisconfigurationException: every_n_steps below 1; scalars neither "worst", "all" nor patterns.
+        ValueError: every_n_steps below 1; scalars neither "worst", "all" nor patterns.
+        TypeError: layers that are none of these.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -84,11 +82,11 @@ class ActivationStatsMonitor(Callback):
 
     def __init__(
         self,
-        layers: Patterns | None = None,
+        layers: Choices | None = None,
         *,
         every_n_steps: int | None = None,
-        scalars: Literal["worst", "all"] | Patterns = "worst",
-        histograms: bool | Patterns = False,
+        scalars: Literal["worst", "all"] | Choices = "worst",
+        histograms: bool | Choices = False,
         heatmaps: bool = True,
         gradients: bool = False,
         activations: bool = True,
@@ -96,14 +94,16 @@ class ActivationStatsMonitor(Callback):
         prefix: str = "activations",
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise MisconfigurationException(
+            raise ValueError(
                 f"ActivationStatsMonitor(every_n_steps={every_n_steps!r}): it is a number of optimizer steps, at least 1, as in "
                 "every_n_steps=50; None takes the Trainer's log_every_n_steps."
             )
         if isinstance(scalars, bool) or scalars is None:
-            raise MisconfigurationException(
+            raise ValueError(
                 f'ActivationStatsMonitor(scalars={scalars!r}): it is "worst", "all", or patterns of layer names such as "layer4.*".'
             )
+        if layers is not None:
+            check_choices(f"ActivationStatsMonitor(layers={layers!r})", layers)
         self.layers = layers
         self.every_n_steps = every_n_steps
         self.scalars = scalars

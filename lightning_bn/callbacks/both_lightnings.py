@@ -32,6 +32,8 @@ from pytorch_lightning import loggers as _loggers
 from pytorch_lightning.plugins import layer_sync as _layer_sync
 from pytorch_lightning.utilities import CombinedLoader as _OtherCombinedLoader
 
+from lightning_bn.callbacks.arguments import ShowsArguments
+
 __all__ = [
     "LIGHTNING_ADVICE",
     "LIGHTNING_ERRORS",
@@ -69,11 +71,11 @@ LIGHTNING_ADVICE = (_PossibleUserWarning, _OtherPossibleUserWarning)
 
 
 # The hooks of the two bases differ in the package of the Trainer that they are given, and in nothing else.
-class Callback(lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
+class Callback(ShowsArguments, lightning.pytorch.Callback, pytorch_lightning.Callback):  # type: ignore[misc]
     """A callback for a Trainer of either package."""
 
 
-class TorchSyncBatchNorm(_TorchSyncBatchNorm, _layer_sync.TorchSyncBatchNorm):
+class TorchSyncBatchNorm(ShowsArguments, _TorchSyncBatchNorm, _layer_sync.TorchSyncBatchNorm):
     """A plugin for ``Trainer(sync_batchnorm=True)`` of either package, which accepts its own `TorchSyncBatchNorm` alone."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -78,12 +78,13 @@ class CompareAverages(Callback):
         averages: Mapping[str, Averaging],
         *,
         monitor: str = "val_loss",
-        mode: str = "min",
+        mode: Literal["min", "max"] = "min",
         recalibrated: bool = True,
     ) -> None:
         _check_averages(averages)
         self.averages = dict(averages)
         self.monitor = monitor
+        self.mode = mode
         self.recalibrated = recalibrated
         self.scores = Scores(monitor, mode)
         self._followers: Followers | None = None

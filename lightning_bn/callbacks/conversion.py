@@ -99,6 +99,8 @@ class ConvertBatchNorm(Callback):
 
     def _convert(self, module: nn.Module) -> None:
         waiting = [layer.module for layer in find_batch_norms(module) if not self._has_averaging(layer.module)]
+        if not waiting:
+            return
         try:
             convert_batch_norm(nn.ModuleList(waiting), self.averaging)
         except TypeError:

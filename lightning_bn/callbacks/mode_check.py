@@ -20,10 +20,12 @@ from lightning_bn.callbacks.both_lightnings import (
     is_overridden,
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
 from lightning_bn.discovery import parts_called_by
 from lightning_bn.layers.ledger import settle_together
 from lightning_bn.rules import RULES, Finding, ModeCheckError
 from lightning_bn.rules.arguments import check_action, check_codes, mendable_codes
+from lightning_bn.rules.finding import Action
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import Modes
 from lightning_bn.rules.rule import Setting
@@ -48,8 +50,8 @@ class ModeCheck(Callback):
             share one. "raise": a `ModeCheckError` at the first of them. "log": neither. All findings are in `findings`
             and go to the loggers in any case.
         ignore: codes of rules that are not looked at.
-        allow_eval: names, or patterns of names (``backbone.*``), of modules kept in eval mode on purpose, with all
-            below them.
+        allow_eval: modules kept in eval mode on purpose, with all below them: a name, a pattern of names
+            (``backbone.*``), a class, a function of name and module, or several of these.
         fix: codes of rules whose findings are mended on the spot, by putting modules into the mode they were meant to
             be in: BN101, BN102, BN103, BN105, BN201. This changes what training computes, and a mended finding does not
             raise.
@@ -74,9 +76,9 @@ class ModeCheck(Callback):
     def __init__(
         self,
         *,
-        action: str = "warn",
+        action: Action = "warn",
         ignore: Sequence[str] = (),
-        allow_eval: Sequence[str] = (),
+        allow_eval: Choices = (),
         fix: Sequence[str] = (),
         every_n_steps: int | None = None,
     ) -> None:
@@ -87,13 +89,10 @@ class ModeCheck(Callback):
             raise ValueError(
                 f"ModeCheck(every_n_steps={every_n_steps!r}): a number of training batches, at least 1, or None."
             )
-        if isinstance(allow_eval, str):
-            raise ValueError(
-                f"ModeCheck(allow_eval={allow_eval!r}): give a list of names or patterns, as in [{allow_eval!r}]."
-            )
+        check_choices(f"ModeCheck(allow_eval={allow_eval!r})", allow_eval)
         self.action = action
         self.ignore = tuple(ignore)
-        self.allow_eval = tuple(allow_eval)
+        self.allow_eval = tuple(as_list(allow_eval))
         self.fix = tuple(fix)
         self.every_n_steps = every_n_steps
         self.findings: list[Finding] = []
@@ -260,7 +259,7 @@ class ModeCheck(Callback):
         setting = Setting(
             root="self",
             caller="ModeCheck",
-            allow_eval=self.allow_eval,
+            allow_eval=as_patterns(module, self.allow_eval),
             ranks=trainer.world_size,
             accumulated=trainer.accumulate_grad_batches,
             manual=not module.automatic_optimization,

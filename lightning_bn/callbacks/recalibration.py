@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -89,7 +89,7 @@ class BatchNormRecalibration(Callback):
     def __init__(
         self,
         *,
-        when: str = "fit_end",
+        when: Literal["fit_end", "validation"] = "fit_end",
         every_n_epochs: int = 1,
         num_batches: int | None = 200,
         tolerance: float | None = None,
@@ -97,8 +97,8 @@ class BatchNormRecalibration(Callback):
         dataloader: Any = None,
         forward: Callable[[LightningModule, Any], Any] | None = None,
         monitor: str | None = None,
-        mode: str = "min",
-        checkpoints: Sequence[str] = (),
+        mode: Literal["min", "max"] = "min",
+        checkpoints: Sequence[Literal["best", "last"]] = (),
     ) -> None:
         _check_arguments(when, every_n_epochs, num_batches, tolerance, exact, dataloader, checkpoints)
         self.when = when
@@ -109,6 +109,7 @@ class BatchNormRecalibration(Callback):
         self.dataloader = dataloader
         self.forward = forward
         self.monitor = monitor
+        self.mode = mode
         self.checkpoints = tuple(checkpoints)
         self.report: RecalibrationReport | None = None
         self.kept = True

@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -200,7 +199,7 @@ class _Recalibration(Callback):
                     pl_module,
                     self._input.learn_from(trainer, pl_module, batches),
                     forward=partial(self._input.run, trainer),
-                    layers=self._chosen() if self._layers else None,
+                    layers=self._layers or None,
                     device=pl_module.device,
                     **self._options,
                 )
@@ -209,10 +208,6 @@ class _Recalibration(Callback):
                     raise
                 raise RefusedError(str(error)) from error
         self.statistics = {key: value.detach().cpu().clone() for key, value in statistics_in(pl_module).items()}
-
-    def _chosen(self) -> Any:
-        patterns = self._layers or ()
-        return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class _BatchStatistics(Callback):

@@ -322,7 +322,9 @@ class AveragedBatchNorm(_BatchNorm):
             averaging.clear()
 
     def extra_repr(self) -> str:
-        return str(super().extra_repr()) + ", skip_nonfinite=False" * (not self.skip_nonfinite)
+        shown = str(super().extra_repr()) + ", skip_nonfinite=False" * (not self.skip_nonfinite)
+        # With an averaging, the momentum is that one's, or is not used.
+        return shown if self.averaging is None else shown.replace(f", momentum={self.__dict__['momentum']}", "")
 
 
 class BatchNorm1d(AveragedBatchNorm, nn.BatchNorm1d):

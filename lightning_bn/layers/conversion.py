@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import TypeVar
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,7 +26,10 @@ _OURS: dict[type[_BatchNorm], type[_BatchNorm]] = {
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
 
 
-def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
     """Give every batch-norm layer in `module` the averaging, in place.
 
     A `torch.nn.BatchNorm1d/2d/3d` becomes this package's; it stays the same object, so parameters, buffers, hooks,
@@ -37,7 +43,7 @@ def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) ->
             package's layers.
 
     Returns:
-        `module` itself.
+        `module` itself. A module without batch norm is warned of.
 
     Raises:
         TypeError: a layer can't be served; it is named, with the reason, and nothing was changed.
@@ -50,7 +56,7 @@ def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) ->
         >>> from lightning_bn import Window, convert_batch_norm
         >>> convert_batch_norm(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)), Window(20))[1]
         BatchNorm2d(
-          8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True
+          8, eps=1e-05, affine=True, bias=True, track_running_stats=True
           (averaging): Window(size=20)
         )
     """
@@ -62,12 +68,19 @@ def convert_batch_norm(module: nn.Module, averaging: Averaging | None = None) ->
         raise TypeError(
             f"convert_batch_norm(module, {averaging!r}) can't serve {_listing(refused)}. Nothing was changed."
         )
+    if not layers:
+        warnings.warn(
+            f"convert_batch_norm({type(module).__name__}(...), {averaging!r}) finds no batch-norm layer, and converts nothing. "
+            "Call it after the model is built; other normalisations, such as LayerNorm, have no running statistics.",
+            stacklevel=2,
+        )
     for layer in layers:
         _convert(layer.module, averaging)
-    return settle_together(module)
+    settle_together(module)
+    return module
 
 
-def to_torch(module: nn.Module) -> nn.Module:
+def to_torch(module: M) -> M:
     """Turn every layer of this package in `module` into plain ``torch.nn``, in place; the inverse of
     `convert_batch_norm`.
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_bn.notebook import html_table
 from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.transaction import StatisticsChange, undo
 
@@ -91,6 +92,10 @@ class RecalibrationReport:
 
     def __str__(self) -> str:
         return "\n".join([self._headline(), *_table(sorted(self.layers, key=lambda layer: -layer.shift))])
+
+    def _repr_html_(self) -> str:
+        worst_first = sorted(self.layers, key=lambda layer: -layer.shift)
+        return html_table(self._headline(), _HEADER, map(_cells, worst_first))
 
     def _headline(self) -> str:
         done = "Would recalibrate" if self.dry_run else "Recalibrated"

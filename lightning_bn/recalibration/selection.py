@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TypeAlias
 
 from torch import nn
 
+from lightning_bn.choices import Choices, check_choices, is_chosen
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 
 __all__ = ["Layers", "choose"]
 
-Layers = str | Callable[[str, nn.Module], bool] | None
-"""None, ``"all"``, or a predicate ``(name, module) -> bool``."""
+Layers: TypeAlias = Choices | None
+"""None, ``"all"``, or names, patterns, classes and functions of name and module."""
 
 
 def choose(model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
@@ -21,11 +22,8 @@ def choose(model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
         TypeError: `layers` is something else; a layer that is lazy and was not initialised.
         ValueError: there are none.
     """
-    if not (layers is None or layers == "all" or callable(layers)):
-        raise TypeError(
-            f"recalibrate(model, batches, layers={layers!r}): layers is None (those that are not frozen), 'all', or a predicate such as "
-            "lambda name, module: name.startswith('backbone')."
-        )
+    if layers is not None:
+        check_choices(f"recalibrate(model, batches, layers={layers!r})", layers)
     tracking = [layer for layer in find_batch_norms(model) if layer.tracks]
     if not tracking:
         raise ValueError(
@@ -39,9 +37,9 @@ def choose(model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
 
 
 def _wanted(layer: BatchNormLayer, model: nn.Module, layers: Layers) -> bool:
-    if callable(layers):
-        return any(layers(name, layer.module) for name in layer.names)
-    return layers == "all" or not _frozen(layer, model)
+    if layers is None:
+        return not _frozen(layer, model)
+    return layers == "all" or any(is_chosen(layers, name, layer.module) for name in layer.names)
 
 
 def _frozen(layer: BatchNormLayer, model: nn.Module) -> bool:
@@ -60,11 +58,9 @@ def _refuse_lazy(layers: list[BatchNormLayer]) -> None:
 
 def _nothing(layers: list[BatchNormLayer], wanted: Layers, model: nn.Module) -> str:
     number = f"{len(layers)} batch-norm layers ({_listed(layers)})"
-    if callable(wanted):
-        return f"recalibrate(model, batches, layers=<predicate>): it is true for none of the {number}."
-    choose_others = (
-        "Pass layers='all' to recalibrate them nevertheless, or a predicate layers=lambda name, module: ... to choose."
-    )
+    if wanted is not None:
+        return f"recalibrate(model, batches, layers={wanted!r}): it means none of the {number}."
+    choose_others = "Pass layers='all' to recalibrate them nevertheless, or choose by name, as in layers='backbone.*'."
     learning = [layer for layer in layers if not layer.frozen]
     if not learning:
         return (

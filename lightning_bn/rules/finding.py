@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Finding", "Fix", "Level", "ModeCheckError", "Place"]
+from lightning_bn.notebook import html_table
+
+__all__ = ["Action", "Finding", "Fix", "Level", "ModeCheckError", "Place"]
 
 Level = Literal["error", "warning", "info"]
+
+Action = Literal["warn", "raise", "log"]
+"""What is done with a finding above information."""
 
 Place = Literal[
     "before fit",
@@ -100,6 +105,11 @@ class Finding:
 
     def __str__(self) -> str:
         return self.message
+
+    def _repr_html_(self) -> str:
+        head, *lines = self.message.splitlines()
+        rows = [[name, text.strip()] for name, _, text in (line.strip().partition(":") for line in lines)]
+        return html_table(head, ["", ""], rows)
 
 
 class ModeCheckError(RuntimeError):

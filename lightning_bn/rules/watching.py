@@ -11,22 +11,25 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lightning_bn.choices import Choices, as_patterns
 from lightning_bn.rules import Finding, ModeCheckError
 from lightning_bn.rules.arguments import check_action
+from lightning_bn.rules.finding import Action
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.rule import Setting
 
 __all__ = ["check", "watch"]
 
 
-def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Sequence[str] = ()) -> list[Finding]:
+def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Choices = ()) -> list[Finding]:
     """Return what can be seen in `model` without running it; nothing in it is changed.
 
     Args:
         model: any module, for instance one that a checkpoint was loaded into. Rules about training look at the parts in
             train mode.
         ignore: codes of rules to leave out.
-        allow_eval: names, or patterns of names (``backbone.*``), of modules that are in eval mode on purpose.
+        allow_eval: modules that are in eval mode on purpose: a name, a pattern of names (``backbone.*``), a class, a
+            function of name and module, or several of these.
 
     Raises:
         ValueError: an unknown code, or a pattern that no module matches.
@@ -38,7 +41,7 @@ def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Sequence[
         >>> [(finding.code, finding.layers) for finding in check(model)]
         [('BN301', ('1',))]
     """
-    setting = Setting(caller="check", allow_eval=tuple(allow_eval))
+    setting = Setting(caller="check", allow_eval=as_patterns(model, allow_eval))
     inspection = Inspection(model, setting, ignore=ignore)
     inspection.at_rest()
     return inspection.findings
@@ -46,7 +49,7 @@ def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Sequence[
 
 @contextmanager
 def watch(
-    model: nn.Module, *, action: str = "warn", ignore: Sequence[str] = (), allow_eval: Sequence[str] = ()
+    model: nn.Module, *, action: Action = "warn", ignore: Sequence[str] = (), allow_eval: Choices = ()
 ) -> Iterator[list[Finding]]:
     """Observe the forwards of `model` in a loop of one's own, and report at exit.
 
@@ -58,7 +61,7 @@ def watch(
         action: at exit, "warn": one warning for each finding that is more than information. "raise": a `ModeCheckError`
             for them all. "log": nothing; look at the list.
         ignore: codes of rules to leave out.
-        allow_eval: names, or patterns of names, of modules that are in eval mode on purpose.
+        allow_eval: modules that are in eval mode on purpose, as for `check`.
 
     Yields:
         The list of findings, which grows as the loop runs and is complete at exit.
@@ -73,7 +76,7 @@ def watch(
         ['BN106']
     """
     check_action("watch", action)
-    inspection = Inspection(model, Setting(caller="watch", allow_eval=tuple(allow_eval)), ignore=ignore)
+    inspection = Inspection(model, Setting(caller="watch", allow_eval=as_patterns(model, allow_eval)), ignore=ignore)
     inspection.modes_from = "end"
     inspection.attach([model])
     own = {id(parameter) for parameter in model.parameters()}
