@@ -18,6 +18,7 @@ from fits import Small, matches_weights
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 
+import lightning_bn
 from lightning_bn import Window, convert_batch_norm, recalibrate
 from lightning_bn.cli import main
 from lightning_bn.rules import RULES
@@ -140,11 +141,11 @@ def test_recalibrate_writes_statistics_that_match_the_weights(run: Run, capsys: 
 
 
 def test_recalibrate_overwrites_only_when_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file that is there, the input above all, is refused with exit code 1 before any work; --overwrite replaces it."""
+    """A file that is there, the input above all, is refused with exit code 1 before any pass over data; --overwrite replaces it."""
     content = run.ckpt.read_bytes()
     code, out, err = call("recalibrate", *run.options, "--output", str(run.ckpt), capsys=capsys)
     assert (code, out) == (1, "")
-    assert "is there already" in err
+    assert "best.ckpt exists" in err
     assert run.ckpt.read_bytes() == content
     assert call("recalibrate", *run.options, "--output", str(run.ckpt), "--overwrite", capsys=capsys)[0] == 0
     assert matches_weights(run.load()["state_dict"])
@@ -238,7 +239,9 @@ MISTAKES = {
     "no checkpoint": (["recalibrate", "--config", "c.yaml"], 2, "ckpt_path"),
     "missing file": (["inspect", "nowhere.ckpt"], 2, "there is no file nowhere.ckpt"),
     "three files": (["inspect", "a", "b", "c"], 2, "here are 3"),
-    "unknown rule": (["rules", "BN999"], 2, "the rules are BN100"),
+    "nearly a command": (["recalibarte"], 2, "Did you mean recalibrate?"),
+    "nearly a rule": (["rules", "BN1O4"], 2, "Did you mean BN104?"),
+    "unknown rule": (["rules", "BN999"], 2, "The rules are BN100"),
     "needless overrides": (["rules", "--", "--x=1"], 2, "nothing goes after --"),
     "exact with tolerance": (
         ["recalibrate", "--config", "c", "--ckpt_path", "x", "--exact", "--tolerance", "0.1"],
@@ -270,7 +273,7 @@ def test_refusals_say_what_is_wrong(run: Run, tmp_path: Path, capsys: pytest.Cap
         (["--config", config, "--ckpt_path", str(plain)], 1, "is no Lightning checkpoint"),
         (["--config", config, "--ckpt_path", str(other)], 1, "the checkpoint is not of the config's model"),
         ([*run.options, "--model", "cli_models.Nothing"], 2, "--model cli_models.Nothing"),
-        ([*run.options, "--layers", "nothing.*"], 1, "it is true for none of the 2 batch-norm layers"),
+        ([*run.options, "--layers", "nothing.*"], 1, "it means none of the 2 batch-norm layers"),
         ([*run.options, "--output", str(tmp_path / "nowhere" / "x.ckpt")], 2, "there is no directory"),
         (["--config", str(tmp_path / "no.yaml"), "--ckpt_path", str(run.ckpt)], 2, "no.yaml"),
     ):
@@ -351,6 +354,53 @@ def test_callbacks_document_their_arguments(capsys: pytest.CaptureFixture[str]) 
         line = next(line for line in out.splitlines() if f".{argument} " in line)
         assert line
         assert "ERROR" not in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """--version names the package's version."""
+    code, out, _ = call("--version", capsys=capsys)
+    assert code == 0
+    assert lightning_bn.__version__ in out
+
+
+def test_what_needs_no_config_needs_no_extra(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without jsonargparse, rules and inspect work, and the others say what to install."""
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert call("rules", "BN104", capsys=capsys)[0] == 0
+    code, out, _ = call("inspect", str(run.ckpt), "--json", capsys=capsys)
+    assert (code, len(json.loads(out)["layers"])) == (0, 2)
+    code, _, err = call("recalibrate", *run.options, capsys=capsys)
+    assert (code, "pip install 'lightning-bn[cli]'" in err) == (1, True)
+    code, _, err = call("rules", "--yaml", capsys=capsys)
+    assert (code, "--yaml" in err) == (2, True)
+
+
+def test_inspect_tells_the_average_and_does_not_judge_what_it_cannot_read(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each layer's average and dead weights are shown; half of a layer's statistics make the file unsound."""
+    state = run.load()
+    state["state_dict"]["bn1.weight"][2] = 0.0
+    torch.save(state, run.ckpt)
+    layers = {
+        layer["name"]: layer
+        for layer in json.loads(call("inspect", str(run.ckpt), "--json", capsys=capsys)[1])["layers"]
+    }
+    assert (layers["bn1"]["averaging"], layers["bn1"]["dead_weights"]) == ("Window(size=4)", 1)
+    del state["state_dict"]["rest.3.running_var"]
+    torch.save(state, run.ckpt)
+    code, out, _ = call("inspect", str(run.ckpt), capsys=capsys)
+    assert code == 1
+    assert "warning: rest.3: it has a running_mean" in out
+
+
+def test_a_wrong_class_is_told_before_a_file_that_exists(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is wrong with the command comes first, and then what is in its way."""
+    output = ["--output", str(run.ckpt)]
+    code, _, err = call("recalibrate", *run.options, *output, "--model", "cli_models.Nothing", capsys=capsys)
+    assert (code, "cli_models.Nothing" in err) == (2, True)
 
 
 def test_as_a_process() -> None:

@@ -215,10 +215,11 @@ def test_sync_batch_norm_outside_a_group() -> None:
     ids=["own statistics", "lazy", "untracked"],
 )
 def test_refused_by_name(layer: nn.Module, reason: str) -> None:
-    """What can't be served is named with the reason, and nothing in the model is changed."""
+    """What is not supported is named with the reason, and nothing in the model is changed."""
     net = nn.Sequential(nn.BatchNorm2d(4), nn.Sequential(layer))
     with pytest.raises(
-        TypeError, match=rf"can't serve 1\.0 \({type(layer).__name__}\): .*{reason}.*Nothing was changed"
+        TypeError,
+        match=rf"can't attach the averaging to 1\.0 \({type(layer).__name__}\): .*{reason}.*Nothing was changed",
     ):
         convert_batch_norm(net, Window(3))
     assert type(net[0]) is nn.BatchNorm2d
@@ -226,7 +227,7 @@ def test_refused_by_name(layer: nn.Module, reason: str) -> None:
 
 
 def test_trying_out_leaves_the_rng_and_the_layer() -> None:
-    """Asking a subclass whether it can be served draws nothing from the global generator and runs none of its hooks."""
+    """Asking a subclass whether it is supported draws nothing from the global generator and runs none of its hooks."""
     layer = BatchNormAct2d(4, drop=0.5)
     layer.register_forward_hook(lambda *_: pytest.fail("the trial ran the user's hook"))
     state = torch.get_rng_state()

@@ -19,7 +19,7 @@ from test_conversion import BatchNormAct2d
 from torch import Tensor, nn
 
 from lightning_bn import Averaging, BatchNorm2d, Cumulative, Exponential, Window, convert_batch_norm, to_torch
-from lightning_bn.layers.subclasses import is_served
+from lightning_bn.layers.subclasses import has_attached_averaging
 from lightning_bn.ranks.synchronization import synchronise
 
 
@@ -204,7 +204,7 @@ def test_statistics_of_a_served_layer_stay_wide_in_a_16_bit_model(averaging: Ave
         _pickled(cast),
     ):
         layer = model[0]
-        assert is_served(layer)
+        assert has_attached_averaging(layer)
         for _ in range(250):
             assert model(batch).dtype == dtype
         assert layer.weight.dtype == dtype

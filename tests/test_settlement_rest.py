@@ -1,4 +1,4 @@
-"""Rows that serve in each forward anew, and hooks of a model's parts that rest while nobody needs them."""
+"""Rows that are used again in each forward, and hooks of a model's parts that rest while nobody needs them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from lightning_bn.callbacks.both_lightnings import (
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.recalibration.keeping import kept
 
-__all__ = ["BatchInput", "WayIn", "ways_in"]
+__all__ = ["BatchInput", "SizedBatches", "WayIn", "ways_in"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,23 @@ def ways_in(module: LightningModule, batch: Any) -> list[WayIn]:
     if module.automatic_optimization and (step := _way_through_training_step(module)):
         ways.append(step)
     return ways
+
+
+class SizedBatches(Iterator[Any]):
+    """Batches that know how many there are in all, if their source does: a progress bar asks."""
+
+    def __init__(self, batches: Iterator[Any], source: Any) -> None:
+        self._batches = batches
+        self._source = source
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def __len__(self) -> int:
+        try:
+            return len(self._source)
+        except RuntimeError as error:  # a combined loader that is not iterated yet
+            raise TypeError(str(error)) from error
 
 
 class BatchInput:
@@ -83,7 +100,7 @@ class BatchInput:
             first = list(islice(batches, 1))
         for batch in first:
             self._way = self._find(trainer, module, batch)
-        return chain(first, batches)
+        return SizedBatches(chain(first, batches), batches)
 
     def run(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Run the module on the batch, under the Trainer's precision."""

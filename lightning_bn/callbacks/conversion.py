@@ -16,10 +16,11 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
     is_overridden,
 )
+from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, check_averaging
 from lightning_bn.layers.conversion import convert_batch_norm
-from lightning_bn.layers.subclasses import is_served
+from lightning_bn.layers.subclasses import has_attached_averaging
 
 __all__ = ["ConvertBatchNorm"]
 
@@ -37,7 +38,7 @@ class ConvertBatchNorm(Callback):
         averaging: what `convert_batch_norm` takes; each layer keeps its own copy.
 
     Raises:
-        TypeError: averaging is not an `Averaging`; when a run starts, a layer can't be served.
+        TypeError: averaging is not an `Averaging`; when a run starts, a layer is not supported.
         MisconfigurationException: when a run starts, the model has no batch norm; or ``Trainer(sync_batchnorm=True)``
             has put torch's layers in the place of the converted ones.
 
@@ -79,6 +80,7 @@ class ConvertBatchNorm(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release()
+        check_plugin_is_applied(trainer, pl_module)
         layers = find_batch_norms(pl_module)
         if not layers:
             raise MisconfigurationException(_nothing_to_convert(pl_module))
@@ -110,7 +112,7 @@ class ConvertBatchNorm(Callback):
     def _has_averaging(self, layer: _BatchNorm) -> bool:
         # A SyncBatchNorm that torch has put in a converted layer's place holds its averaging too, as a child that
         # nothing calls.
-        works = isinstance(layer, AveragedBatchNorm) or is_served(layer)
+        works = isinstance(layer, AveragedBatchNorm) or has_attached_averaging(layer)
         present = getattr(layer, "averaging", None) if works else None
         return type(present) is type(self.averaging) and _settings(present) == _settings(self.averaging)
 

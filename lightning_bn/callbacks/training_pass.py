@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_bn.callbacks.batch_input import SizedBatches
 from lightning_bn.callbacks.both_lightnings import CombinedLoader, LightningModule, Trainer
 from lightning_bn.callbacks.isolation import in_stage, isolated, muted
 from lightning_bn.callbacks.lightning_internals import (
@@ -66,7 +67,8 @@ def training_pass(trainer: Trainer, module: LightningModule, dataloader: Any = N
         if isinstance(loader, CombinedLoader):
             stack.callback(loader.reset)  # ends the workers
         # No batch is fetched before the first is asked for.
-        yield (to_device(trainer, module, batch) for batch in _batches(loader))
+        batches = (to_device(trainer, module, batch) for batch in _batches(loader))
+        yield SizedBatches(batches, loader)
 
 
 def validate_once_more(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:

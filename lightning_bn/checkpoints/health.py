@@ -82,6 +82,12 @@ class LayerHealth:
     weight_max: float | None
     bias_min: float | None
     bias_max: float | None
+    dead_weights: int | None
+    """Channels whose affine weight is 0: what the layer gives there is its bias, whatever comes in. None without
+    one."""
+    averaging: str | None
+    """What its running statistics are, as saved; None where the file says nothing, as of torch's exponential average,
+    of which nothing is saved."""
     dtype: str
     """Of the running statistics."""
     untouched: bool
@@ -161,8 +167,13 @@ def inspect_checkpoint(path: Path | str) -> CheckpointHealth:
         >>> import os
         >>> os.remove("fresh.pt")
     """
-    layers = tuple(_layer_health(name, entries) for name, entries in _layers_in(Path(path)).items())
+    unjudged: list[str] = []
+    layers = tuple(_layer_health(name, entries) for name, entries in _layers_in(Path(path), unjudged).items())
     found = [*(finding for layer in layers for finding in _findings(layer)), *_uneven(layers)]
+    found += [
+        HealthFinding("warning", None, name, "it has a running_mean, and no running_var of the same shape: not judged.")
+        for name in unjudged
+    ]
     return CheckpointHealth(layers, tuple(sorted(found, key=lambda finding: _LEVELS.index(finding.level))))
 
 
@@ -205,24 +216,24 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> Any:
         raise CheckpointRefusedError(f"{path} is not a whole checkpoint: {error}") from error
 
 
-def _layers_in(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Return each layer's own entries by its name."""
+def _layers_in(path: Path, unjudged: list[str] | None = None) -> dict[str, dict[str, Tensor]]:
+    """Return each layer's own entries by its name; names of those that can't be read as a layer go to `unjudged`."""
     content = read_checkpoint(path)
     found: dict[str, dict[str, Tensor]] = {}
     for prefix, state in _states(content):
         for key, mean in state.items():
             name, _, last = key.rpartition("running_mean")
             var = state.get(f"{name}running_var")
-            if (
-                not last
-                and isinstance(mean, Tensor)
-                and isinstance(var, Tensor)
-                and mean.dim() == 1
-                and mean.shape == var.shape
-            ):
-                label = ".".join(part for part in (prefix, name.removesuffix(".")) if part)
+            if last:
+                continue
+            label = ".".join(part for part in (prefix, name.removesuffix(".")) if part)
+            if not _are_statistics(mean, var):
+                (unjudged if unjudged is not None else []).append(label)
+            else:
                 found[label] = {
-                    part: state[name + part] for part in _ENTRIES if isinstance(state.get(name + part), Tensor)
+                    part: state[name + part]
+                    for part in (*_ENTRIES, _MEANING)
+                    if isinstance(state.get(name + part), Tensor)
                 }
     if not found:
         raise CheckpointRefusedError(
@@ -231,7 +242,13 @@ def _layers_in(path: Path) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def _are_statistics(mean: Any, var: Any) -> bool:
+    tensors = isinstance(mean, Tensor) and isinstance(var, Tensor)
+    return tensors and mean.dim() == 1 and mean.numel() > 0 and mean.shape == var.shape and not mean.is_meta
+
+
 _ENTRIES = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
+_MEANING = "averaging.state_of"
 
 
 def _states(content: Any, prefix: str = "", depth: int = 3) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -265,10 +282,17 @@ def _layer_health(name: str, entries: Mapping[str, Tensor]) -> LayerHealth:
         dead=int(((var >= 0) & (var < EPS)).sum()),
         exploded=int((var > EXPLODED).sum()),
         nonfinite=sum(int((~value.isfinite()).sum()) for value in values) + int((var < 0).sum()),
+        dead_weights=int((entries["weight"] == 0).sum()) if "weight" in entries else None,
+        averaging=_meaning(entries.get(_MEANING)),
         dtype=str(entries["running_var"].dtype).removeprefix("torch."),
         untouched=bool((mean == 0).all() and (var == 1).all()),
         **ranges,
     )
+
+
+def _meaning(saved: Tensor | None) -> str | None:
+    """Return what a saved averaging says of itself, as ``Window(size=20)``."""
+    return None if saved is None else bytes(saved.tolist()).decode()
 
 
 def _range(values: Tensor | None) -> tuple[float | None, float | None]:
@@ -298,6 +322,11 @@ def _findings(layer: LayerHealth) -> Iterator[HealthFinding]:
         yield HealthFinding(
             level, None, layer.name, f"{layer.dead} of {layer.channels} channels are dead: a variance below {EPS:g}."
         )
+    if layer.dead_weights:
+        text = (
+            f"{layer.dead_weights} of {layer.channels} channels have an affine weight of 0: they give their bias alone."
+        )
+        yield HealthFinding("info", None, layer.name, text)
     if layer.dtype in (str(dtype).removeprefix("torch.") for dtype in _SIXTEEN_BITS):
         yield HealthFinding("info", "BN206", layer.name, f"statistics are kept in {layer.dtype}; {RULES['BN206'].why}")
 

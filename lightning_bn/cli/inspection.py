@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from lightning_bn.checkpoints.health import (
@@ -13,7 +14,7 @@ from lightning_bn.checkpoints.health import (
     compare_checkpoints,
     inspect_checkpoint,
 )
-from lightning_bn.cli.output import FINDINGS, OK, RefusedError, UsageError, print_json, print_table
+from lightning_bn.cli.output import FINDINGS, OK, RefusedError, UsageError, coloured, print_json, print_table
 from lightning_bn.rules import RULES
 from lightning_bn.rules.page import section
 
@@ -41,7 +42,9 @@ def inspect(checkpoints: Sequence[Path], *, json: bool = False) -> int:
 def rules(code: str | None = None, *, json: bool = False) -> int:
     """List the rules about batch norm, or explain one."""
     if code is not None and code.upper() not in RULES:
-        raise UsageError(f"there is no rule {code}; the rules are {', '.join(RULES)}.")
+        near = get_close_matches(code.upper(), RULES, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"there is no rule {code}.{hint} The rules are {', '.join(RULES)}.")
     chosen = list(RULES.values()) if code is None else [RULES[code.upper()]]
     if json:
         names = ("code", "level", "title", "why", "mendable")
@@ -61,7 +64,7 @@ def rules(code: str | None = None, *, json: bool = False) -> int:
 def _print_health(health: CheckpointHealth) -> None:
     for finding in health.findings:
         about = " ".join(part for part in (finding.rule, finding.layer) if part)
-        print(f"{finding.level}: {about + ': ' if about else ''}{finding.text}")
+        print(f"{coloured(finding.level, finding.level)}: {about + ': ' if about else ''}{finding.text}")
     print(f"{len(health.layers)} batch-norm layers, {len(health.findings)} findings." + "\n" * bool(health.layers))
     worst = {finding.layer: place for place, finding in reversed(list(enumerate(health.findings)))}
     layers = sorted(health.layers, key=lambda layer: worst.get(layer.name, len(worst) + len(health.findings)))
@@ -76,6 +79,8 @@ def _print_health(health: CheckpointHealth) -> None:
         "not finite",
         "weight",
         "bias",
+        "dead weights",
+        "averaging",
         "dtype",
     )
     print_table(header, [_cells(layer) for layer in layers])
@@ -93,6 +98,8 @@ def _cells(layer: LayerHealth) -> tuple[str, ...]:
         str(layer.nonfinite),
         _range(layer.weight_min, layer.weight_max),
         _range(layer.bias_min, layer.bias_max),
+        "-" if layer.dead_weights is None else str(layer.dead_weights),
+        layer.averaging or "torch's",
         layer.dtype,
     )
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["FINDINGS", "INTERRUPTED", "OK", "USAGE", "RefusedError", "UsageError", "print_json", "print_table"]
+__all__ = [
+    "FINDINGS",
+    "INTERRUPTED",
+    "OK",
+    "USAGE",
+    "RefusedError",
+    "UsageError",
+    "coloured",
+    "print_json",
+    "print_table",
+]
 
 OK, FINDINGS, USAGE = 0, 1, 2
 INTERRUPTED = 130  # as shells have it
+_COLOURS = {"error": "1;31", "warning": "1;33", "info": "36"}
 
 
 class RefusedError(Exception):
@@ -17,7 +30,14 @@ class RefusedError(Exception):
 
 
 class UsageError(Exception):
-    """The command line can't be meant."""
+    """Invalid command line."""
+
+
+def coloured(word: str, colour: str) -> str:
+    """Return the word in colour, where a person reads it on a terminal and has not set NO_COLOR."""
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return word
+    return f"\033[{_COLOURS[colour]}m{word}\033[0m"
 
 
 def print_json(value: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,7 @@ from lightning_bn.cli.output import FINDINGS, INTERRUPTED, USAGE, RefusedError, 
 __all__ = ["main"]
 
 _PATHS = ("checkpoints", "ckpt_path", "config", "output")
-_EXIT_CODES = (
-    "Exit codes: 0 all is well; 1 findings, or refused with nothing changed; 2 the command line can't be meant."
-)
+_EXIT_CODES = "Exit codes: 0 all is well; 1 findings, or refused with nothing changed; 2 invalid command line."
 _OVERRIDES = (
     "What stands after -- goes to the LightningCLI and overrides the config, as in: -- --trainer.accelerator=cpu --data.batch_size=64. "
     "Classes are imported from the current directory too. "
@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, overrides = _split(arguments)
     try:
         parser = _parser()
-        options = parser.parse_args(own).as_dict()
+        _check_command(own)
+        parsed = parser.parse_args(own)
+        options = parsed.as_dict() if hasattr(parsed, "as_dict") else _by_command(vars(parsed))
         command = options.pop("subcommand")
         if command is None:
             parser.print_help()
@@ -49,6 +51,21 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
         return arguments, []
     place = arguments.index("--")
     return arguments[:place], arguments[place + 1 :]
+
+
+def _check_command(arguments: list[str]) -> None:
+    """Raise where the first argument is a word that is no command, with the command that it may stand for."""
+    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if named is not None and named not in _COMMANDS:
+        near = get_close_matches(named, _COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"there is no command {named}.{hint} The commands are {', '.join(_COMMANDS)}.")
+
+
+def _by_command(options: dict[str, Any]) -> dict[str, Any]:
+    """Return argparse's options in the form of jsonargparse's, by command."""
+    command = options.pop("subcommand")
+    return {"subcommand": command, command: options}
 
 
 def _as_path(value: Any) -> Any:
@@ -84,23 +101,53 @@ def _run(command: str, options: dict[str, Any], overrides: list[str]) -> int:
 
 
 def _parser() -> Any:
+    description = "Recalibrate, look at and compare the batch-norm statistics in checkpoints."
+    shown = {"description": description, "epilog": _EXIT_CODES}
     try:
         from jsonargparse import ArgumentParser
-    except ImportError as error:
-        raise RefusedError("the command needs jsonargparse: pip install 'lightning-bn[cli]'.") from error
-    description = "Recalibrate, look at and compare the batch-norm statistics in checkpoints."
-    parser = ArgumentParser(prog="lightning-bn", description=description, epilog=_EXIT_CODES)
+    except ImportError:
+        return _parser_without_configs(shown)
+    parser = ArgumentParser(prog="lightning-bn", version=_version(), **shown)
     commands = parser.add_subcommands(required=False, metavar="COMMAND")
-    for name, build in (
-        ("recalibrate", _recalibrate),
-        ("validate", _validate),
-        ("inspect", _inspect),
-        ("rules", _rules),
-    ):
+    for name, build in _COMMANDS.items():
         command = ArgumentParser(description=build.__doc__, epilog=_EXIT_CODES)
         build(command)
         commands.add_subcommand(name, command, help=build.__doc__)
     return parser
+
+
+def _parser_without_configs(shown: dict[str, str]) -> argparse.ArgumentParser:
+    """Return a parser of what needs no config, and so no jsonargparse; the other commands say how to install it."""
+    parser = argparse.ArgumentParser(prog="lightning-bn", **shown)
+    parser.add_argument("--version", action="version", version=f"lightning-bn {_version()}")
+    commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND")
+    for name in _WITHOUT_CONFIG:
+        build = _COMMANDS[name]
+        build(commands.add_parser(name, help=build.__doc__, description=build.__doc__, epilog=_EXIT_CODES))
+    for name in _COMMANDS.keys() - set(_WITHOUT_CONFIG):
+        commands.add_parser(name, add_help=False, help="needs pip install 'lightning-bn[cli]'").set_defaults(
+            needs_configs=True
+        )
+    parser.parse_args = _refusing(parser.parse_known_args)  # type: ignore[method-assign]
+    return parser
+
+
+def _refusing(parse: Any) -> Any:
+    def parse_args(arguments: list[str]) -> argparse.Namespace:
+        options, unknown = parse(arguments)
+        if vars(options).pop("needs_configs", False):
+            raise RefusedError(f"{options.subcommand} reads a config: pip install 'lightning-bn[cli]'.")
+        if unknown:
+            raise UsageError(f"unknown arguments: {' '.join(unknown)}.")
+        return options  # type: ignore[no-any-return]
+
+    return parse_args
+
+
+def _version() -> str:
+    import lightning_bn
+
+    return lightning_bn.__version__
 
 
 def _recalibrate(parser: Any) -> None:
@@ -144,7 +191,7 @@ def _inspect(parser: Any) -> None:
 
 def _rules(parser: Any) -> None:
     """List the rules about batch norm, or explain one."""
-    parser.add_argument("code", type=str | None, nargs="?", metavar="CODE", help="the rule to explain, as BN104")
+    parser.add_argument("code", type=str, default=None, nargs="?", metavar="CODE", help="the rule to explain, as BN104")
     _add_json(parser)
 
 
@@ -195,3 +242,12 @@ def _add_recalibration(parser: Any) -> None:
 
 def _add_json(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+_COMMANDS: dict[str, Callable[[Any], None]] = {
+    "recalibrate": _recalibrate,
+    "validate": _validate,
+    "inspect": _inspect,
+    "rules": _rules,
+}
+_WITHOUT_CONFIG = ("inspect", "rules")

@@ -35,9 +35,12 @@ def recalibrate(
     """Write a checkpoint with running statistics that match its weights; all else in it is that of `ckpt_path`."""
     target = output or ckpt_path.with_name(f"{ckpt_path.stem}-recalibrated{ckpt_path.suffix}")
     checkpoint = load_checkpoint(ckpt_path, weights_only=weights_only)
-    if not dry_run:
-        _check_target(target, overwrite)
+    if not target.parent.is_dir():
+        raise UsageError(f"there is no directory {target.parent} to write {target.name} into.")
     session = Session(config, overrides, checkpoint, model=model, data=data, cli=cli)
+    # After the config, whose mistakes are of more interest than a file that is there.
+    if not dry_run and target.exists() and not overwrite:
+        raise RefusedError(f"{target} exists. Pass --output with another name, or --overwrite.")
     report, statistics = session.recalibrate(
         dataloader, layers, num_batches=num_batches, tolerance=tolerance, exact=exact, dry_run=dry_run
     )
@@ -47,13 +50,6 @@ def recalibrate(
             write_atomically(checkpoint, target)
         _tell(report, None if dry_run else target, json)
     return OK
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.parent.is_dir():
-        raise UsageError(f"there is no directory {target.parent} to write {target.name} into.")
-    if target.exists() and not overwrite:
-        raise RefusedError(f"{target} is there already. Pass --output with another name, or --overwrite.")
 
 
 def _tell(report: Any, target: Path | None, json: bool) -> None:

@@ -14,7 +14,8 @@ from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_averaging
 from lightning_bn.layers.ledger import release as release_ledger
 from lightning_bn.layers.ledger import settle_together
-from lightning_bn.layers.trial import obstacle
+from lightning_bn.layers.trial import why_unsupported
+from lightning_bn.sharding import check_not_distributed
 
 __all__ = ["convert_batch_norm", "to_torch"]
 
@@ -46,7 +47,7 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
         `module` itself. A module without batch norm is warned of.
 
     Raises:
-        TypeError: a layer can't be served; it is named, with the reason, and nothing was changed.
+        TypeError: a layer is not supported; it is named, with the reason, and nothing was changed.
 
     Lazy and quantization-aware layers are out of scope: initialise the former first, convert before preparing the
     latter.
@@ -63,10 +64,11 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
     if averaging is not None:
         check_averaging(averaging, f"convert_batch_norm(module, {averaging!r})")
     layers = find_batch_norms(module)
+    check_not_distributed(layers, f"convert_batch_norm(module, {averaging!r})")
     refused = [(layer, reason) for layer in layers if (reason := _refusal(layer.module, averaging))]
     if refused:
         raise TypeError(
-            f"convert_batch_norm(module, {averaging!r}) can't serve {_listing(refused)}. Nothing was changed."
+            f"convert_batch_norm(module, {averaging!r}) can't attach the averaging to {_listing(refused)}. Nothing was changed."
         )
     if not layers:
         warnings.warn(
@@ -117,7 +119,7 @@ def to_torch(module: M) -> M:
 def _refusal(layer: _BatchNorm, averaging: Averaging | None) -> str | None:
     if isinstance(layer, AveragedBatchNorm) or (type(layer) in _OURS and not _has_own_forward(layer)):
         return "it keeps no running statistics" if averaging is not None and layer.running_mean is None else None
-    return obstacle(layer) if averaging is not None else None
+    return why_unsupported(layer) if averaging is not None else None
 
 
 def _has_own_forward(layer: _BatchNorm) -> bool:
@@ -130,7 +132,7 @@ def _has_own_forward(layer: _BatchNorm) -> bool:
 def _convert(layer: _BatchNorm, averaging: Averaging | None) -> None:
     ours = None if _has_own_forward(layer) else _OURS.get(type(layer))
     if ours is not None:
-        subclasses.release(layer)
+        subclasses.detach_averaging(layer)
         # A change of class and not a new module: whoever holds the layer (optimizers, hooks, lists) holds the converted
         # one.
         layer.__class__ = ours
@@ -138,13 +140,13 @@ def _convert(layer: _BatchNorm, averaging: Averaging | None) -> None:
     if isinstance(layer, AveragedBatchNorm):
         layer.adopt(averaging)
     elif averaging is None:
-        subclasses.release(layer)
+        subclasses.detach_averaging(layer)
     else:
-        subclasses.serve(layer, averaging)
+        subclasses.attach_averaging(layer, averaging)
 
 
 def _revert(layer: _BatchNorm) -> None:
-    subclasses.release(layer)
+    subclasses.detach_averaging(layer)
     torchs = _TORCHS.get(type(layer))
     if torchs is not None:
         momentum = layer.momentum

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.layers.settlement import LISTENERS, OBSERVED, SERVED, Loan, Settled, kernel_momentum
+from lightning_bn.layers.settlement import ATTACHED, LISTENERS, OBSERVED, Loan, Settled, kernel_momentum
 from lightning_bn.torch_internals import add_each, buffers_of, copy_each
 
 __all__ = ["Group", "Lent", "Rows"]
@@ -25,7 +25,7 @@ class Lent:
     """What a group lends for a forward: the rows of all layers, cut up, and a loan of its part for each layer.
 
     Autograd keeps the rows for backward, where training does not read them: it takes the moments that the kernel has
-    kept. So they serve again in the next forward, and whoever writes them does so behind autograd's back, as the
+    kept. So they are used again in the next forward, and whoever writes them does so behind autograd's back, as the
     kernel does, through `writable`.
     """
 
@@ -94,7 +94,7 @@ class Group:
         self._ticks = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
         self._tick_of_each = list(self._ticks.unbind())
         # The forward of another class may do anything with its rows, also behind which autograd does look.
-        self._reuses = not any(SERVED in layer.__dict__ or OBSERVED in layer.__dict__ for layer in self.layers)
+        self._reuses = not any(ATTACHED in layer.__dict__ or OBSERVED in layer.__dict__ for layer in self.layers)
         self._lent: list[Lent] = []
 
     def lend(self, ledger: Any, place: int) -> Lent:

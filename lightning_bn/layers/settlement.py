@@ -33,7 +33,7 @@ __all__ = [
     "MERGED",
     "OBSERVED",
     "RESTING",
-    "SERVED",
+    "ATTACHED",
     "SYNCHRONISED",
     "Settled",
     "advance",
@@ -57,7 +57,7 @@ __all__ = [
 # Names of attributes that a layer, of whatever class, has for a while.
 SYNCHRONISED = "_moments_of_all_ranks"  # while it normalises with the batch of all ranks: the `Moments` of the last one
 LOAN = "_loan"  # during a forward of its model
-SERVED = "_lightning_bn_service"  # of a subclass of another package, while it has an averaging
+ATTACHED = "_lightning_bn_service"  # of a subclass of another package, while it has an averaging
 MERGED = "_merged_over_ranks"  # while a ledger merges its statistics over ranks, to which all others yield
 OBSERVED = "_lightning_bn_observed"  # of a layer of plain torch, while a ledger serves it
 RESTING = "_ledgers_at_rest"  # the ledgers of parts of the model that have so far run inside of its forward alone
@@ -172,7 +172,7 @@ _torch_rule = cache(torch_rule)  # a module made anew for each layer and step wo
 def rule_of(layer: _BatchNorm) -> Averaging:
     """The averaging that moves the layer's statistics; for one of torch's, the same rule in this package's words."""
     averaging = layer._modules.get("averaging")
-    if not isinstance(averaging, Averaging) or (SERVED in layer.__dict__ and averaging.by_momentum):
+    if not isinstance(averaging, Averaging) or (ATTACHED in layer.__dict__ and averaging.by_momentum):
         # torch.compile can't look into a cache of Python's.
         return torch_rule(layer.momentum) if torch.compiler.is_compiling() else _torch_rule(layer.momentum)
     return averaging
@@ -181,7 +181,7 @@ def rule_of(layer: _BatchNorm) -> Averaging:
 def rule_unless_kernel(layer: _BatchNorm) -> Averaging | None:
     """`rule_of` the layer, or None where torch's kernel computes the average in place."""
     averaging: Any = layer._modules.get("averaging")
-    if averaging is None or (SERVED in layer.__dict__ and averaging.by_momentum):
+    if averaging is None or (ATTACHED in layer.__dict__ and averaging.by_momentum):
         return None if layer.__dict__["momentum"] is not None else rule_of(layer)
     return None if averaging.kernel_momentum is not None else rule_of(layer)
 
@@ -189,7 +189,7 @@ def rule_unless_kernel(layer: _BatchNorm) -> Averaging | None:
 def kernel_momentum(layer: _BatchNorm) -> float | None:
     """The momentum with which torch's kernel computes the layer's average in place; None where it can't."""
     averaging: Any = layer._modules.get("averaging")
-    if averaging is None or (SERVED in layer.__dict__ and averaging.by_momentum):
+    if averaging is None or (ATTACHED in layer.__dict__ and averaging.by_momentum):
         # Third parties set a layer's momentum, and a subclass of another package has no property that would pass it on.
         # A compiled layer is asked by name: torch.compile before 2.12 takes an entry of __dict__ for the property.
         momentum: float | None = layer.momentum if torch.compiler.is_compiling() else layer.__dict__["momentum"]

@@ -15,10 +15,10 @@ from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.averaging.training_state import apply_to_statistics
 from lightning_bn.layers.calls import input_and_mask
 from lightning_bn.layers.settlement import (
+    ATTACHED,
     LISTENERS,
     LOAN,
     OBSERVED,
-    SERVED,
     Loan,
     advance,
     batch_moments,
@@ -33,7 +33,7 @@ from lightning_bn.layers.settlement import (
 )
 from lightning_bn.torch_internals import in_backward
 
-__all__ = ["Exchange", "is_served", "observe", "release", "serve"]
+__all__ = ["Exchange", "has_attached_averaging", "observe", "detach_averaging", "attach_averaging"]
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -204,14 +204,14 @@ def observe(layer: _BatchNorm) -> Callable[[], None]:
     return end
 
 
-def is_served(layer: _BatchNorm) -> bool:
-    """Whether `serve` gave the layer an averaging."""
-    return SERVED in layer.__dict__
+def has_attached_averaging(layer: _BatchNorm) -> bool:
+    """Whether `attach_averaging` gave the layer an averaging."""
+    return ATTACHED in layer.__dict__
 
 
-def serve(layer: _BatchNorm, averaging: Averaging) -> None:
+def attach_averaging(layer: _BatchNorm, averaging: Averaging) -> None:
     """Have `averaging` keep the running statistics of `layer` from now on."""
-    release(layer)
+    detach_averaging(layer)
     for name in ("running_mean", "running_var"):
         buffer = getattr(layer, name)
         layer._buffers[name] = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
@@ -219,12 +219,12 @@ def serve(layer: _BatchNorm, averaging: Averaging) -> None:
     if averaging.by_momentum:
         layer.momentum = averaging.kernel_momentum
     layer.__dict__["_apply"] = _WideStatistics(layer)
-    layer.__dict__[SERVED] = _Service(layer)
+    layer.__dict__[ATTACHED] = _Service(layer)
 
 
-def release(layer: _BatchNorm) -> None:
-    """Undo `serve`; a layer that is not served stays as it is."""
-    service = layer.__dict__.pop(SERVED, None)
+def detach_averaging(layer: _BatchNorm) -> None:
+    """Undo `attach_averaging`; a layer without one stays as it is."""
+    service = layer.__dict__.pop(ATTACHED, None)
     if service is not None:
         service.end()
         del layer.averaging

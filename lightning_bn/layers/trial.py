@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.layers.subclasses import Exchange
 from lightning_bn.modes import kept_attribute
 
-__all__ = ["obstacle"]
+__all__ = ["why_unsupported"]
 
 
-def obstacle(layer: _BatchNorm) -> str | None:
-    """Say why the subclass can't be served, or None where it can, after one forward of a copy with scratch buffers.
+def why_unsupported(layer: _BatchNorm) -> str | None:
+    """Say why the subclass is not supported, or None if it is, after one forward of a copy with scratch buffers.
 
     Whether a forward hands its buffers and its momentum to the kernel can't be seen from outside; whether they hold the
     batch's moments afterwards can. It is tried once for a class and its settings.

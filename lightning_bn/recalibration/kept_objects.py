@@ -136,7 +136,7 @@ class KeptObjects:
             self.tensors += module.buffers()
             return
         for key, value in attributes.items():
-            if type(value) in _ATOMS:
+            if _is_constant(value):
                 continue
             if key in _HOOKS:
                 if value:
@@ -224,12 +224,18 @@ class KeptObjects:
         self._exchange.append(partial(_put_in_place, holder, thing, twin))
 
     def _later(self, name: str, value: object, holder: Any) -> None:
-        if type(value) not in _ATOMS:
+        if not _is_constant(value):
             self._waiting.append((name, value, holder))
 
 
 _NOTHING = type("Nothing", (), {})  # stands for an attribute that is not there
 _HEAP_TYPE = 1 << 9  # of classes made by a class statement, whose instances hold what they have in attributes
+
+
+def _is_constant(value: object) -> bool:
+    """Whether nothing can change in `value`; of the attributes of a network's modules, most are so."""
+    kind = type(value)
+    return kind in _ATOMS or (kind is tuple and all(type(each) in _ATOMS for each in value))  # type: ignore[attr-defined]
 
 
 def _is_left_alone(kind: type) -> bool:

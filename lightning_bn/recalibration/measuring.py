@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.channel_moments import channel_moments
 from lightning_bn.layers.batch_norm import AveragedBatchNorm
 from lightning_bn.layers.calls import input_and_mask
-from lightning_bn.layers.trial import obstacle
+from lightning_bn.layers.trial import why_unsupported
 from lightning_bn.modes import kept_attribute
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import unsynchronised
@@ -76,7 +76,7 @@ def _normalises_its_input(layer: _BatchNorm) -> bool:
     if "forward" not in layer.__dict__ and type(layer).forward in _KNOWN_FORWARDS:
         return True
     try:
-        return obstacle(layer) is None
+        return why_unsupported(layer) is None
     except Exception:  # a layer that can't be copied for the trial can still be asked by its own forward
         return False
 

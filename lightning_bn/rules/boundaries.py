@@ -38,7 +38,7 @@ class Boundaries:
     """
 
     def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
-        self._buffers = [buffers_of(layer.module) for layer in layers]
+        self._modules = [layer.module for layer in layers]
         self._left: _State | None = None
         own = (
             index
@@ -66,7 +66,7 @@ class Boundaries:
         left, self._left = self._left, None
         if left is None:
             return []
-        counts = versions(self._buffers, "num_batches_tracked")
+        counts = versions(self._buffers(), "num_batches_tracked")
         if counts == left.counts:  # as between almost all batches
             return []
         now = self._state()
@@ -82,12 +82,17 @@ class Boundaries:
         return bool((count[place] > self._counts.to(count.device)[place]).item())
 
     def _state(self) -> _State:
-        tensors = [buffers.get("running_mean") for buffers in self._buffers]
-        counts = versions(self._buffers, "num_batches_tracked")
-        return _State(counts, versions(self._buffers, "running_mean"), tensors)
+        all_buffers = self._buffers()
+        tensors = [buffers.get("running_mean") for buffers in all_buffers]
+        counts = versions(all_buffers, "num_batches_tracked")
+        return _State(counts, versions(all_buffers, "running_mean"), tensors)
+
+    def _buffers(self) -> list[dict[str, Tensor | None]]:
+        # The dicts are asked for anew: of a layer whose statistics are on their way from other ranks it is another one.
+        return [buffers_of(module) for module in self._modules]
 
     def _count(self) -> Tensor:
         """The batches counted by the layers of this package: does not wait for the device."""
-        counts = [self._buffers[index]["num_batches_tracked"] for index in self._own]
+        counts = [buffers_of(self._modules[index])["num_batches_tracked"] for index in self._own]
         device = counts[0].device if counts[0] is not None else None
         return torch.stack([count.to(device) for count in counts if count is not None])
