@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as pl
 from digits import Classifier, ConvNet, digits
@@ -19,6 +20,7 @@ from lightning_bn import (
     convert_batch_norm,
     recalibrate,
 )
+from lightning_bn.dashboard.report import find_journal, report_html, run_name
 
 # Advertisements, and warnings about Lightning's own code and the size of the data.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -63,7 +65,11 @@ def main() -> None:
     print(
         f"the largest mean shift is now {max(layer.mean_shift_max for layer in again.layers):.2f} standard deviations."
     )
-    print(f"\nTo look at the run:\n\n    .venv/bin/tensorboard --logdir {trainer.logger.save_dir}\n")
+    # The page about the run; TensorBoard has the same as its tab "Batch norm".
+    journal = find_journal(Path(trainer.log_dir))
+    Path("report.html").write_text(report_html({run_name(journal): journal}), encoding="utf-8")
+    print("\nThe run at a glance is in report.html: open it in a browser. The same, live, in TensorBoard:")
+    print(f"\n    .venv/bin/tensorboard --logdir {trainer.logger.save_dir}  # the tab: Batch norm\n")
 
 
 if __name__ == "__main__":

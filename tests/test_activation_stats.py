@@ -460,13 +460,17 @@ def test_compiled_models_are_seen() -> None:
 
 
 def test_fast_dev_run_and_no_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fast_dev_run and a run without a logger work, have a table, and write no file."""
+    """A fast_dev_run and a run without a logger work and have a table; the one leaves no file, the other its journal in
+    default_root_dir."""
     monkeypatch.chdir(tmp_path)
-    for options in ({"fast_dev_run": True, "logger": None}, {"logger": False, "max_epochs": 1}):
+    for options, files in (
+        ({"fast_dev_run": True, "logger": None}, set()),
+        ({"logger": False, "max_epochs": 1}, {"lightning_bn.jsonl"}),
+    ):
         monitor = ActivationStatsMonitor()
         fit(monitor, **options)
         assert list(rows(monitor, "train", 0)) == ROWS
-    assert list(tmp_path.rglob("*")) == []
+        assert {path.name for path in tmp_path.rglob("*")} == files
 
 
 def test_validate_and_test_alone() -> None:

@@ -9,10 +9,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_bn.activations.collector import LayerCollector
+from lightning_bn.activations.description import describe_episodes, describe_statistics, unjudged, warming
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable, scalars
 from lightning_bn.activations.layers import is_chosen, select_layers
+from lightning_bn.activations.reading import histogram_edges
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.tensorboard import TensorBoardReport
@@ -23,6 +25,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.choices import Choices, check_choices
 from lightning_bn.layers.ledger import settle_together
@@ -176,6 +179,11 @@ class ActivationStatsMonitor(Callback):
         self._collector(trainer, pl_module, "train")
         writers = [logger.experiment for logger in _tensorboards(trainer)] if trainer.is_global_zero else []
         self._reports = [TensorBoardReport(writer, prefix=self.prefix, heatmaps=self.heatmaps) for writer in writers]
+        journal_of(trainer).begin(trainer, pl_module)
+        self._describe(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        journal_of(trainer).epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         every = self.every_n_steps or trainer.log_every_n_steps
@@ -191,6 +199,7 @@ class ActivationStatsMonitor(Callback):
         if self._sampled_step is None:
             return
         self._collectors["train"].detach()
+        journal_of(trainer).modes(trainer, pl_module)
         # The batches that one optimizer step accumulates are one sample.
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
             step, self._sampled_step = self._sampled_step, None
@@ -203,6 +212,7 @@ class ActivationStatsMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._end_evaluation(trainer, "val")
+            journal_of(trainer).validation(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if not trainer.sanity_checking:
@@ -229,10 +239,12 @@ class ActivationStatsMonitor(Callback):
         for collector in self._collectors.values():
             collector.close()
         self._draw()
+        journal_of(trainer).end(trainer, type(exception).__name__)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for collector in self._collectors.values():
             collector.close()
+        journal_of(trainer).end(trainer)
         # They hold the model and the writers; the table is what a user comes back for.
         self._collectors = {}
         self._reports = []
@@ -304,6 +316,20 @@ class ActivationStatsMonitor(Callback):
             self._newest = sample
             for report in self._reports:
                 report.update(self._table, sample, step)
+        self._write_journal(trainer, stage, step, sample)
+
+    def _describe(self, trainer: Trainer) -> None:
+        edges = histogram_edges().tolist() if self.histograms else []
+        journal_of(trainer).journal.write_once("statistics", statistics=describe_statistics(), histogram_edges=edges)
+
+    def _write_journal(self, trainer: Trainer, stage: str, step: int, sample: Sample) -> None:
+        run = journal_of(trainer)
+        if run.journal.path is None:
+            return
+        self._describe(trainer)
+        run.sample(trainer, stage, step, sample.rows, warming=warming(sample), unjudged=unjudged(sample))
+        run.channels(stage, step, self._table.samples(stage), sample.channels, sample.histograms)
+        run.episodes(describe_episodes(self._table.episodes()))
 
     def _has_own_scalars(self, collector: LayerCollector) -> Any:
         if self.scalars == "worst":
