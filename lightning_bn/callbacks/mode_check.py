@@ -10,25 +10,25 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_bn.activations.tensorboard import add_markdown
 from lightning_bn.callbacks.both_lightnings import (
     BaseFinetuning,
     Callback,
     Checkpoint,
     LightningModule,
-    TensorBoardLogger,
     Trainer,
     is_overridden,
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.loggers import log_markdown
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
 from lightning_bn.discovery import parts_called_by
 from lightning_bn.layers.ledger import settle_together
 from lightning_bn.rules import RULES, Finding, ModeCheckError
+from lightning_bn.rules.arguments import check_action, check_codes, mendable_codes
 from lightning_bn.rules.finding import Action
-from lightning_bn.rules.inspection import Inspection, check_action, check_codes, mendable_codes
+from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import Modes
 from lightning_bn.rules.rule import Setting
 from lightning_bn.rules.table import markdown
@@ -334,8 +334,7 @@ class ModeCheck(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics({f"{_TAG}/{level}s": float(count) for level, count in counts.items()}, step=step)
-            if isinstance(logger, TensorBoardLogger):
-                add_markdown(logger.experiment, f"{_TAG}/findings", markdown(self.findings), step)
+        log_markdown(trainer.loggers, f"{_TAG}/findings", markdown(self.findings), step)
 
 
 def _stage(trainer: Trainer) -> str:
