@@ -2,7 +2,8 @@
 carry them out.
 
 Two processes train a ResNet-18 for 3x32x32 images under DistributedDataParallel. Counts do not depend on the machine,
-nor on the number of ranks; the last column puts them into the alpha-beta model of `docs/distributed.md`.
+nor on the number of ranks; the last columns put them into the alpha-beta model of `docs/distributed.md`, with rings and
+with halving and doubling.
 """
 
 from __future__ import annotations
@@ -54,17 +55,19 @@ def sent(step: Callable[[], object]) -> Sent:
     return {name: (calls[name], volume[name]) for name in sorted(calls)}
 
 
-def seconds(measured: Sent, ranks: int, latency: float, bandwidth: float) -> float:
-    """Return the time of a step's collectives one after the other: rings for what all send, a tree for a broadcast (see
-    the page)."""
+def seconds(measured: Sent, ranks: int, latency: float, bandwidth: float, *, ring: bool) -> float:
+    """Return the time of a step's collectives one after the other: rings or halving and doubling for what all send, a
+    tree for a broadcast (see the page)."""
+    doublings = math.ceil(math.log2(ranks))
+    messages = ranks - 1 if ring else doublings
     total = 0.0
     for name, (calls, volume) in measured.items():
         if name == "all_reduce":
-            total += calls * 2 * (ranks - 1) * latency + 2 * (ranks - 1) / ranks * volume / bandwidth
+            total += calls * 2 * messages * latency + 2 * (ranks - 1) / ranks * volume / bandwidth
         elif name == "all_gather":
-            total += calls * (ranks - 1) * latency + (ranks - 1) * volume / bandwidth
+            total += calls * messages * latency + (ranks - 1) * volume / bandwidth
         else:
-            total += math.ceil(math.log2(ranks)) * (calls * latency + volume / bandwidth)
+            total += doublings * (calls * latency + volume / bandwidth)
     return total
 
 
@@ -89,6 +92,7 @@ def _measure(windowed: bool, sync: BatchNormSync | None) -> Sent:
 
     def step() -> None:
         parallel(torch.randn(4, 3, 32, 32)).sum().backward()
+        list(model.buffers())  # waits for what is under way
 
     step(), step()  # DDP forms its buckets anew after the first
     return sent(step)
@@ -105,12 +109,15 @@ def main() -> None:
         mp.spawn(_rank, (f"file://{folder}/meeting", str(results)), nprocs=2)
         measured = json.loads(results.read_text())
     names = ["broadcast", "all_reduce", "all_gather"]
-    print("| a step of | " + " | ".join(f"{name}s: calls, bytes" for name in names) + f" | {options.ranks} ranks, ms |")
-    print("|---|" + "---:|" * (len(names) + 1))
+    columns = [*(f"{name}s: calls, bytes" for name in names), f"{options.ranks} ranks, rings, ms", "doubling, ms"]
+    print("| a step of | " + " | ".join(columns) + " |")
+    print("|---|" + "---:|" * (len(names) + 2))
     for setting, collectives in measured.items():
         cells = ["{}, {:,}".format(*collectives.get(name, (0, 0))) for name in names]
-        time = 1e3 * seconds(collectives, options.ranks, options.latency, options.bandwidth)
-        print(f"| {setting} | " + " | ".join(cells) + f" | {time:.1f} |")
+        for ring in (True, False):
+            time = seconds(collectives, options.ranks, options.latency, options.bandwidth, ring=ring)
+            cells.append(f"{1e3 * time:.1f}")
+        print(f"| {setting} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

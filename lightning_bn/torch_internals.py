@@ -5,7 +5,8 @@ Each function says why nothing public will do, and what it answers where the pri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "add_each",
+    "await_buffers",
     "buffers_of",
     "copy_each",
     "image_moments",
@@ -195,3 +197,56 @@ def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([tensor.reshape(-1) for tensor in tensors])
     flat: Tensor = _flatten_dense_tensors(tensors)
     return flat
+
+
+class _AwaitedBuffers(dict[str, Any]):
+    """The buffers of a module whose values are still on their way: whoever looks waits for them first."""
+
+    def __init__(self, buffers: dict[str, Any], arrive: Callable[[], None]) -> None:
+        super().__init__(buffers)  # C code reads past the methods, and finds the same tensors
+        self.buffers = buffers
+        self.arrive = arrive
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        self.arrive()
+        return copy.deepcopy(self.buffers, memo)
+
+
+def _waiting(name: str) -> Callable[..., Any]:
+    def method(self: _AwaitedBuffers, *args: Any) -> Any:
+        self.arrive()
+        return getattr(self.buffers, name)(*args)
+
+    return method
+
+
+# All but `in` and `len`, which ask for names and not for values.
+for _name in (
+    *("__getitem__", "__iter__", "__reversed__", "get", "items", "keys", "values", "copy", "__or__", "__eq__"),
+    *("__setitem__", "__delitem__", "__ior__", "pop", "popitem", "update", "setdefault", "clear", "__reduce_ex__"),
+):
+    setattr(_AwaitedBuffers, _name, _waiting(_name))
+
+
+def await_buffers(modules: Iterable[nn.Module], finish: Callable[[], None]) -> None:
+    """Have `finish`, which waits for the values of the modules' buffers and writes them, called when somebody asks for
+    a buffer of any of them: an attribute, ``buffers()``, ``state_dict()``, a move, a copy or a pickle of the module.
+
+    A module finds its buffers in a dict of its own, ``_buffers``, and nothing public tells that one is read. Until then
+    another dict stands in the place of each. Where the dict is gone, `finish` is called at once.
+    """
+    waiting: dict[nn.Module, dict[str, Any]] = {
+        module: module.__dict__["_buffers"] for module in modules if "_buffers" in module.__dict__
+    }
+
+    def arrive() -> None:
+        if waiting:
+            for module, buffers in waiting.items():
+                module.__dict__["_buffers"] = buffers
+            waiting.clear()
+            finish()
+
+    if not waiting:
+        finish()
+    for module, buffers in waiting.items():
+        module.__dict__["_buffers"] = _AwaitedBuffers(buffers, arrive)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,19 +104,19 @@ def _statistics_only(rank: int, name: str) -> tuple[dict[str, Tensor], int]:
     sync = BatchNormSync(statistics_only=True)
     sync.apply(model)
     calls = 0
-    gather = dist.all_gather
+    add_up = dist.all_reduce
 
-    def counted(*args: Any, **kwargs: Any) -> None:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        gather(*args, **kwargs)
+        return add_up(*args, **kwargs)
 
-    dist.all_gather = counted
+    dist.all_reduce = counted
     try:
         for step in range(STEPS):
             model(own_batch(rank, step))
     finally:
-        dist.all_gather = gather
+        dist.all_reduce = add_up
         sync.revert(model)
     model(own_batch(rank, 99))  # reverted: this one is the rank's own
     return layer.state_dict(), calls
@@ -159,8 +160,8 @@ def test_ranks_are_one_batch(world: tuple[int, list[dict[Any, Any]]], case: tupl
 
 @pytest.mark.parametrize("index", range(len(LAYERS)), ids=list(LAYERS))
 def test_statistics_only(world: tuple[int, list[dict[Any, Any]]], index: int) -> None:
-    """Each rank normalises with its own batch; the average takes the moments of all; one collective a forward, for a
-    layer called twice."""
+    """Each rank normalises with its own batch; the average takes the moments of all; one collective a forward,
+    for a layer called twice, and one more in the first."""
     size, results = world
     name = list(LAYERS)[index]
     normalising = [build(name, torch.float64) for _ in range(size)]
@@ -170,7 +171,7 @@ def test_statistics_only(world: tuple[int, list[dict[Any, Any]]], index: int) ->
         second = [layer(batch).detach() for layer, batch in zip(normalising, first, strict=True)]
         averaging(torch.cat(first)), averaging(torch.cat(second))
     states = [result["statistics only"][index] for result in results]
-    assert [calls for _, calls in states] == [STEPS] * size
+    assert [calls for _, calls in states] == [STEPS + 1] * size
     for rank, (state, _) in enumerate(states):
         own = copy.deepcopy(averaging)
         own(own(own_batch(rank, 99)))
@@ -256,12 +257,12 @@ def group_of_one(tmp_path: Path) -> Iterator[None]:
 def test_statistics_only_meets_once_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward inside the model's forward makes no collective of its own, and one that failed leaves nothing for the
     next."""
-    calls, gather = [], dist.all_gather
-    monkeypatch.setattr(dist, "all_gather", lambda *args, **kwargs: (calls.append(1), gather(*args, **kwargs)))
+    calls, add_up = [], dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: (calls.append(1), add_up(*args, **kwargs))[1])
     model, batch = Twice(), torch.randn(8, 3)
     undo = merge_statistics(model)
     model(batch)
-    assert (len(calls), int(model.layer.num_batches_tracked)) == (1, 2)
+    assert (len(calls), int(model.layer.num_batches_tracked)) == (2, 2)
     with pytest.raises(KeyError):
         model(batch, fail=True)
     before = int(model.layer.num_batches_tracked)
@@ -286,6 +287,16 @@ def test_statistics_only_follows_an_assigned_momentum(build: Callable[[int], nn.
     undo()
     torch.testing.assert_close(merged.running_mean, alone.running_mean)
     torch.testing.assert_close(merged.running_var, alone.running_var)
+
+
+def test_a_copy_is_applied_to_nothing() -> None:
+    """`ddp_spawn` pickles the Trainer with its callbacks; the copy has the arguments, and no model of the original's."""
+    sync = BatchNormSync(group_size=4)
+    for own in (pickle.loads(pickle.dumps(sync)), copy.deepcopy(sync)):
+        assert (own.group_size, own.statistics_only) == (4, False)
+        layer = BatchNorm1d(3)
+        assert own.apply(layer) is layer
+        assert not own.is_applied_to(layer)
 
 
 def test_alone_it_does_nothing() -> None:

@@ -27,6 +27,7 @@ from lightning_bn.activations.transfer import joined, to_host
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager
 from lightning_bn.ranks.collective import share
+from lightning_bn.sharding import full_value
 from lightning_bn.torch_internals import in_backward, parameters_of
 
 __all__ = ["INPUT", "LayerCollector"]
@@ -208,9 +209,9 @@ class LayerCollector:
         """Return all that was measured, still on the device, for one transfer; waits for nothing."""
         self._put_together()
         self._hand_in()
-        parameters = [parameters_of(norm) for norm in self._norms.values()]
+        parameters = [(parameters_of(norm), norm.num_features) for norm in self._norms.values()]
         affine = [
-            joined([tensor for each in parameters if (tensor := each.get(name)) is not None])
+            joined([_whole(tensor, width) for each, width in parameters if (tensor := each.get(name)) is not None])
             for name in ("weight", "bias")
         ]
         statistics: list[Tensor] = []
@@ -373,3 +374,9 @@ def _tensors(output: Any, *, with_bytes: bool = False) -> Iterator[Tensor]:
             yield from _tensors(part, with_bytes=with_bytes)
     elif isinstance(output, Mapping):
         yield from _tensors(tuple(output.values()), with_bytes=with_bytes)
+
+
+def _whole(parameter: Tensor, width: int) -> Tensor:
+    """The whole parameter, also where ranks hold parts of it; NaN where it can't be told."""
+    whole = full_value(parameter, (width,))
+    return torch.full((width,), torch.nan, device=parameter.device) if whole is None else whole

@@ -166,9 +166,10 @@ class DriftMeter:
             raise RuntimeError(
                 "DriftMeter.measure() without start(): call start() before the batch, measure() after it."
             )
+        after = self._buffers()  # batches that are on their way from other ranks arrive, and are heard of
         self.close()
         handed = [joined([moments[part] for moments in each.values()]) for each in self._handed for part in (0, 1)]
-        return [*self._before, *self._buffers(), *handed]
+        return [*self._before, *after, *handed]
 
     def measure(self) -> Drift:
         """Return the drift since `start`: `readout`, a transfer, `evaluate`."""

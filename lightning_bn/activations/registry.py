@@ -142,7 +142,8 @@ def _biased(found: Norms) -> Mask:
 
 def _near_zero(weight: Array, starts: Any) -> Array:
     ends = np.append(starts[1:], len(weight))
-    share: Array = np.add.reduceat((np.abs(weight) < NEAR_ZERO).astype(np.float64), starts) / (ends - starts)
+    near = np.where(np.isnan(weight), np.nan, np.abs(weight) < NEAR_ZERO)
+    share: Array = np.add.reduceat(near, starts) / (ends - starts)
     return share
 
 

@@ -23,6 +23,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.choices import Choices, check_choices
 from lightning_bn.layers.ledger import settle_together
 
@@ -167,6 +168,7 @@ class ActivationStatsMonitor(Callback):
         self._sampled_step = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_plugin_is_applied(trainer, pl_module)
         last = self._table.last_step()
         if last is not None and logging_step(trainer) < last:
             self._table = LayerTable()  # another run

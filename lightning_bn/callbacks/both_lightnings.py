@@ -15,6 +15,7 @@ import lightning.pytorch
 import pytorch_lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException as _Misconfiguration
 from lightning.fabric.utilities.warnings import PossibleUserWarning as _PossibleUserWarning
+from lightning.pytorch import strategies as _strategies
 from lightning.pytorch.callbacks import BaseFinetuning as _BaseFinetuning
 from lightning.pytorch.callbacks import Checkpoint as _Checkpoint
 from lightning.pytorch.callbacks import ModelCheckpoint as _ModelCheckpoint
@@ -29,6 +30,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException as _
 from lightning_fabric.utilities.warnings import PossibleUserWarning as _OtherPossibleUserWarning
 from pytorch_lightning import callbacks as _callbacks
 from pytorch_lightning import loggers as _loggers
+from pytorch_lightning import strategies as _other_strategies
 from pytorch_lightning.plugins import layer_sync as _layer_sync
 from pytorch_lightning.utilities import CombinedLoader as _OtherCombinedLoader
 
@@ -45,6 +47,8 @@ __all__ = [
     "Logger",
     "MisconfigurationException",
     "ModelCheckpoint",
+    "ModelParallelStrategy",
+    "ShardingStrategy",
     "StochasticWeightAveraging",
     "TensorBoardLogger",
     "TorchSyncBatchNorm",
@@ -62,6 +66,14 @@ CombinedLoader: TypeAlias = _CombinedLoader | _OtherCombinedLoader
 BaseFinetuning: TypeAlias = _BaseFinetuning | _callbacks.BaseFinetuning
 Checkpoint: TypeAlias = _Checkpoint | _callbacks.Checkpoint
 ModelCheckpoint: TypeAlias = _ModelCheckpoint | _callbacks.ModelCheckpoint
+ModelParallelStrategy: TypeAlias = _strategies.ModelParallelStrategy | _other_strategies.ModelParallelStrategy
+ShardingStrategy: TypeAlias = (
+    ModelParallelStrategy
+    | _strategies.FSDPStrategy
+    | _other_strategies.FSDPStrategy
+    | _strategies.DeepSpeedStrategy
+    | _other_strategies.DeepSpeedStrategy
+)
 StochasticWeightAveraging: TypeAlias = _StochasticWeightAveraging | _callbacks.StochasticWeightAveraging
 WeightAveraging: TypeAlias = _WeightAveraging | _callbacks.WeightAveraging
 

@@ -12,7 +12,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.callbacks.both_lightnings import LightningModule, MisconfigurationException, ModelCheckpoint, Trainer
+from lightning_bn.callbacks.both_lightnings import (
+    LightningModule,
+    MisconfigurationException,
+    ModelCheckpoint,
+    ShardingStrategy,
+    Trainer,
+)
 from lightning_bn.checkpoints.atomic_file import write_atomically
 
 __all__ = ["KINDS", "check_kinds", "files_of", "statistics_in", "write_recalibrated_copy"]
@@ -29,6 +35,12 @@ def check_kinds(trainer: Trainer, kinds: Sequence[str]) -> None:
     if getattr(trainer, "fast_dev_run", False):
         return  # no file is written then
     writers = _writers(trainer)
+    if kinds and isinstance(trainer.strategy, ShardingStrategy):
+        raise MisconfigurationException(
+            f"BatchNormRecalibration(checkpoints={tuple(kinds)!r}): {type(trainer.strategy).__name__} spreads the parameters over ranks, "
+            "and no copy of such a checkpoint can be recalibrated here. Leave out checkpoints=, and recalibrate before each is saved, "
+            "BatchNormRecalibration(when='validation'), or after it is loaded: recalibrate(module, batches)."
+        )
     call = f"BatchNormRecalibration(checkpoints={tuple(kinds)!r})"
     if kinds and not writers:
         raise MisconfigurationException(

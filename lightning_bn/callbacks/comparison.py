@@ -14,8 +14,9 @@ from lightning_bn import recalibration
 from lightning_bn.averaging import Averaging
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
-from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
+from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.callbacks.training_pass import learning, quiet, training_pass, validate_once_more
 from lightning_bn.comparison.followers import Followers
 from lightning_bn.comparison.scores import Scores
@@ -101,6 +102,7 @@ class CompareAverages(Callback):
             take_turn_after_weight_averaging(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_plugin_is_applied(trainer, pl_module)
         if not trainer.enable_validation:
             raise MisconfigurationException(
                 "CompareAverages: the fit has no validation to compare by. Give trainer.fit a validation loader, and the module a "
@@ -218,6 +220,7 @@ class CompareAverages(Callback):
                         num_batches=_NUM_BATCHES,
                         layers=lambda name, layer: name in self._learning,
                         device=module.device,
+                        process_group=data_parallel_group(trainer),
                         progress=False,
                     )
                 )

@@ -16,6 +16,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
     is_overridden,
 )
+from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, check_averaging
 from lightning_bn.layers.conversion import convert_batch_norm
@@ -79,6 +80,7 @@ class ConvertBatchNorm(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release()
+        check_plugin_is_applied(trainer, pl_module)
         layers = find_batch_norms(pl_module)
         if not layers:
             raise MisconfigurationException(_nothing_to_convert(pl_module))

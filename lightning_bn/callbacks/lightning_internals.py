@@ -15,11 +15,20 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_bn.callbacks.both_lightnings import Callback, CombinedLoader, LightningModule, Trainer, package_of
+from lightning_bn.callbacks.both_lightnings import (
+    Callback,
+    CombinedLoader,
+    LightningModule,
+    ModelParallelStrategy,
+    Trainer,
+    package_of,
+)
 
 __all__ = [
     "afresh",
+    "data_parallel_group",
     "iterates_itself",
+    "layer_sync_of",
     "logging_step",
     "to_device",
     "training_loader",
@@ -108,6 +117,27 @@ def validation_metrics(trainer: Trainer, loader: CombinedLoader) -> dict[str, Te
         stack.callback(again.teardown)
         again.run()
         return {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
+
+
+def layer_sync_of(trainer: Trainer) -> Any:
+    """Return the plugin of `Trainer(plugins=...)` that is to synchronise layers, None if there is none.
+
+    Nothing public says which plugins a Trainer was given. Where this is gone, a plugin that no strategy applies goes
+    unnoticed.
+    """
+    return getattr(getattr(trainer, "_accelerator_connector", None), "_layer_sync", None)
+
+
+def data_parallel_group(trainer: Trainer) -> Any:
+    """Return the process group of the ranks that see different data, of which this is one; None for that of all ranks.
+
+    They are not all ranks where the strategy divides a layer between some of them, which then see the same batch. The
+    name of the mesh's dimension stands in the documentation of `ModelParallelStrategy`.
+    """
+    mesh = (
+        getattr(trainer.strategy, "device_mesh", None) if isinstance(trainer.strategy, ModelParallelStrategy) else None
+    )
+    return None if mesh is None else mesh["data_parallel"].get_group()
 
 
 def _deaf_progress_bar(trainer: Trainer) -> list[Callback]:

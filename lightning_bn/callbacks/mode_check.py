@@ -20,6 +20,7 @@ from lightning_bn.callbacks.both_lightnings import (
     is_overridden,
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
 from lightning_bn.discovery import parts_called_by
 from lightning_bn.layers.ledger import settle_together
@@ -107,6 +108,7 @@ class ModeCheck(Callback):
         trainer.callbacks = [*others, self, *savers]  # a new list: Lightning iterates over the old one
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_plugin_is_applied(trainer, pl_module)
         settle_together(pl_module)
         self._start(trainer, pl_module)
         # The module's own hook comes after all callbacks'.

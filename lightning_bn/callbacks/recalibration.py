@@ -19,9 +19,10 @@ from lightning_bn.callbacks.both_lightnings import (
     is_overridden,
 )
 from lightning_bn.callbacks.checkpoint_files import KINDS, check_kinds, files_of, statistics_in, write_recalibrated_copy
-from lightning_bn.callbacks.lightning_internals import iterates_itself, logging_step
+from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.report_logging import log_report
+from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.callbacks.training_pass import learning, on_training_device, quiet, training_pass, validate_once_more
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
@@ -59,7 +60,9 @@ class BatchNormRecalibration(Callback):
             statistics are kept only where it has become better.
         mode: "min" where a small `monitor` is good, "max" where a large one is.
         checkpoints: "best", "last" or both: after the fit, each such file gets a recalibrated copy beside it,
-            ``<name>-recalibrated.ckpt``.
+            ``<name>-recalibrated.ckpt``. Not under strategies that spread the parameters over ranks.
+        process_group: the ranks whose data is taken together. None: all, or under tensor parallelism those that see
+            different data.
 
     Attributes:
         report: the `RecalibrationReport` of the last recalibration, None before the first.
@@ -97,6 +100,7 @@ class BatchNormRecalibration(Callback):
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
         checkpoints: Sequence[Literal["best", "last"]] = (),
+        process_group: Any = None,
     ) -> None:
         _check_arguments(when, every_n_epochs, num_batches, tolerance, exact, dataloader, checkpoints)
         self.when = when
@@ -109,6 +113,7 @@ class BatchNormRecalibration(Callback):
         self.monitor = monitor
         self.mode = mode
         self.checkpoints = tuple(checkpoints)
+        self.process_group = process_group
         self.report: RecalibrationReport | None = None
         self.kept = True
         self._scores = Scores(monitor or "monitor", mode)
@@ -129,6 +134,7 @@ class BatchNormRecalibration(Callback):
             take_turn_after_weight_averaging(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_plugin_is_applied(trainer, pl_module)
         self._final, self._learning = False, set()
         self._input = self._new_input()
         # One that is frozen may not track for now (`BaseFinetuning` tells its layers so), and will when it is unfrozen.
@@ -258,6 +264,7 @@ class BatchNormRecalibration(Callback):
                 exact=self.exact,
                 layers=lambda name, layer: name in self._learning,
                 device=module.device,
+                process_group=self.process_group or data_parallel_group(trainer),
                 progress=trainer.progress_bar_callback is not None,
             )
 

@@ -15,6 +15,7 @@ from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, Batch
 from lightning_bn.layers.ledger import release as release_ledger
 from lightning_bn.layers.ledger import settle_together
 from lightning_bn.layers.trial import why_unsupported
+from lightning_bn.sharding import check_not_distributed
 
 __all__ = ["convert_batch_norm", "to_torch"]
 
@@ -63,6 +64,7 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
     if averaging is not None:
         check_averaging(averaging, f"convert_batch_norm(module, {averaging!r})")
     layers = find_batch_norms(module)
+    check_not_distributed(layers, f"convert_batch_norm(module, {averaging!r})")
     refused = [(layer, reason) for layer in layers if (reason := _refusal(layer.module, averaging))]
     if refused:
         raise TypeError(

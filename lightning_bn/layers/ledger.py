@@ -4,17 +4,17 @@ ends."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.forwards import OutermostForward
-from lightning_bn.layers.group import Group, Lent, Rows
+from lightning_bn.layers.group import Group, Lent
 from lightning_bn.layers.settlement import (
     ATTACHED,
     LISTENERS,
@@ -28,13 +28,9 @@ from lightning_bn.layers.settlement import (
     rule_of,
     rule_unless_kernel,
 )
-from lightning_bn.moments import Moments, wide_dtype
 from lightning_bn.torch_internals import buffers_of
 
 __all__ = ["Ledger", "release", "settle_together", "takes_loans"]
-
-Gather = Callable[[Tensor], list[Tensor]]
-"""Returns the tensor of every rank, in the order of ranks."""
 
 _PLANS = 16  # how many choices of layers, of those that train and those that don't, are kept ready
 
@@ -79,7 +75,7 @@ def release(module: nn.Module) -> None:
     """Take away the ledger that `settle_together` gave to this very module."""
     for hook in list(module._forward_pre_hooks.values()):
         ledger = getattr(hook, "__self__", None)
-        if type(ledger) is Ledger and ledger.gather is None:
+        if type(ledger) is Ledger:
             ledger.detach()
     for layer in find_batch_norms(module):
         for ledger in list(layer.module.__dict__.get(RESTING, [])):
@@ -98,22 +94,23 @@ class Ledger(OutermostForward):
 
     Args:
         layers: which are below that module.
-        gather: where the statistics are to be those of several ranks: what fetches a tensor of all of them. One call a
-            forward.
     """
 
-    def __init__(self, layers: Iterable[_BatchNorm], gather: Gather | None = None) -> None:
+    merges = False
+    """Whether the statistics are those of several ranks. To a ledger that merges all others yield."""
+
+    def __init__(self, layers: Iterable[_BatchNorm]) -> None:
         super().__init__()
         self.layers = [
             layer for layer in layers if layer.running_mean is not None and layer.num_batches_tracked is not None
         ]
-        self.gather = gather
         self.thread = 0
         self.has_rested = False
         self.later: list[tuple[_BatchNorm, Averaging, Batch]] = []
         """Batches that other threads have run through the layers meanwhile."""
         self._plans: dict[tuple[Any, ...], list[Group]] = {}
-        self._rounds: list[list[tuple[Group, Lent]]] = []
+        self.rounds: list[list[tuple[Group, Lent]]] = []
+        """What was lent in this forward and is not settled yet: of a layer that is called again, a round for each call."""
         self._groups: list[Group] = []
 
     def begin(self) -> bool:
@@ -128,14 +125,14 @@ class Ledger(OutermostForward):
         if not any(signature):
             return False
         self._groups = self._plan(signature)
-        self._rounds = []
+        self.rounds = []
         self._lend()
         return True
 
     def rest(self) -> None:
         """Take the hooks away until a layer finds that nobody has lent it anything: most parts of a model never run but
         inside of it, and a hook costs at every step."""
-        if not self.has_rested and self.gather is None:
+        if not self.has_rested and not self.merges:
             self.has_rested = True
             self.detach()
             for layer in self.layers:
@@ -158,14 +155,11 @@ class Ledger(OutermostForward):
 
     @torch.no_grad()
     def end(self) -> None:
-        if self.gather is None:
-            for lent in self._rounds.pop():
-                _settle(*lent)
-        else:
-            self._merge(self.gather)
+        for lent in self.rounds.pop():
+            _settle(*lent)
 
     def close(self) -> None:
-        self._rounds = []
+        self.rounds = []
         for group in self._groups:
             for layer in group.layers:
                 layer.__dict__.pop(LOAN, None)
@@ -176,11 +170,13 @@ class Ledger(OutermostForward):
                 layer, averaging, Batch(batch.mean, batch.var, batch.count, layer.num_batches_tracked + 1, batch.valid)
             )
 
-    @torch.no_grad()
     def another(self, layer: _BatchNorm) -> Loan:
-        """Begin a second round, for a layer that is called again; where ranks don't meet, the first is settled now."""
-        if self.gather is None:
-            self.end()
+        """Begin a second round, for a layer that is called again; the first is settled now."""
+        self.end()
+        return self.lend_again(layer)
+
+    def lend_again(self, layer: _BatchNorm) -> Loan:
+        """Begin a second round, and return the loan of `layer`."""
         self._lend()
         loan: Loan = layer.__dict__[LOAN]
         return loan
@@ -190,15 +186,15 @@ class Ledger(OutermostForward):
         self.thread = threading.get_ident()
         round_: list[tuple[Group, Lent]] = []
         for group in self._groups:
-            lent = group.lend(self, len(self._rounds))
+            lent = group.lend(self, len(self.rounds))
             for layer, loan in zip(group.layers, lent.loans, strict=True):
                 layer.__dict__[LOAN] = loan
             round_.append((group, lent))
-        self._rounds.append(round_)
+        self.rounds.append(round_)
 
     def _signature(self) -> tuple[Any, ...]:
         """What decides which layers are settled together, for each of them; None for one whose statistics don't move."""
-        merging = self.gather is not None
+        merging = self.merges
         rule_told = rule_of if merging else rule_unless_kernel
         found: list[Any] = []
         for layer in self.layers:
@@ -232,22 +228,8 @@ class Ledger(OutermostForward):
             for key, pairs in members.items()
         ]
 
-    def _merge(self, gather: Gather) -> None:
-        """Settle every round with the batches of all ranks: the *unbiased* variance of their data together, by Chan's
-        formula."""
-        collected = [(group, group.collect(lent)) for round_ in self._rounds for group, lent in round_]
-        self._rounds = []
-        parts = [part for group, rows in collected for part in _own_part(group, rows)]
-        ranks = [iter(flat.split([len(part) for part in parts])) for flat in gather(torch.cat(parts))]
-        for group, rows in collected:
-            first, *others = [(next(rank), next(rank), next(rank)) for rank in ranks]
-            count, merged = first[0], Moments(group.widened(first[0]), *first[1:])
-            for each in others:
-                count, merged = count + each[0], merged.merge(Moments(group.widened(each[0]), *each[1:]))
-            group.settle(_of_all_ranks(group, count, merged, rows))
-
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"later": [], "_plans": {}, "_rounds": [], "_groups": []}
+        return super().__getstate__() | {"later": [], "_plans": {}, "rounds": [], "_groups": []}
 
 
 def _kind(rule: Averaging | None) -> tuple[Any, ...]:
@@ -270,18 +252,3 @@ def _settle(group: Group, lent: Lent) -> None:
         moments = [loan.batch or (loan.mean, loan.var) for loan in lent.loans]
         batch = torch.cat([mean for mean, _ in moments]), torch.cat([var for _, var in moments])
     group.settle(group.collect(lent), batch)
-
-
-def _own_part(group: Group, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts (L,), means and m2 (C,) of this rank's batches, in the widest dtype; no data where a layer did not run."""
-    dtype = wide_dtype(group.device)
-    count, mean, var = rows.count.to(dtype), rows.mean.to(dtype), rows.var.to(dtype)
-    values = group.widened(count)
-    return count, mean, torch.where(values > 1, var * (values - 1), 0.0)
-
-
-def _of_all_ranks(group: Group, count: Tensor, moments: Moments, own: Rows) -> Rows:
-    dtype = own.mean.dtype
-    mean, var = moments.mean.to(dtype), moments.variance(unbiased=True).to(dtype)
-    valid = count > 1
-    return Rows(mean, var, count.to(dtype), valid & group.finite(var) if group.skip_nonfinite else valid, own.ran)

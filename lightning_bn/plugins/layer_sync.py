@@ -1,22 +1,26 @@
-"""Synchronised batch norm as a Lightning plugin."""
+"""Synchronised batch norm as a callback and as a plugin of Lightning's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import nn
 
-from lightning_bn.callbacks.both_lightnings import TorchSyncBatchNorm
+from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, TorchSyncBatchNorm, Trainer
+from lightning_bn.callbacks.lightning_internals import data_parallel_group
 from lightning_bn.discovery import find_batch_norms
+from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.ranks.synchronization import merge_statistics, synchronise
+from lightning_bn.sharding import check_not_distributed
 
 __all__ = ["BatchNormSync"]
 
 
 # Trainer(sync_batchnorm=True) takes no other LayerSync beside it than a TorchSyncBatchNorm.
-class BatchNormSync(TorchSyncBatchNorm):
+class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see Callback
     """Batch norm over the batches of all ranks, on any backend, without replacing a module.
 
     Torch's conversion makes new layers and drops subclasses, buffers, hooks and the ``training`` flag, and Lightning's
@@ -25,16 +29,25 @@ class BatchNormSync(TorchSyncBatchNorm):
     batches included, and its average takes their mean and *unbiased* variance. Cost per layer and step: one all_gather
     of ``2 C + 1`` numbers forward, one all_reduce of ``2 C`` backward.
 
+    As a callback it acts under every strategy. As a plugin it acts where Lightning applies plugins of this kind, which
+    is in DDP and in FSDP 1; elsewhere this package's callbacks stop the fit and say so. Outside a Trainer, `apply` it.
+
     Args:
         statistics_only: each rank normalises with its own batch, as plain DDP does, but the running statistics are the
             moments of all ranks' batches, the spread between ranks included, so that every rank evaluates with the
-            same. Cost: one all_gather for all layers together, per forward of the model.
-        process_group: the ranks to synchronise, None for all.
+            same. Cost: one all_reduce for all layers together, per forward of the model, which runs while backward does.
+        group_size: normalise in groups of that many neighbouring ranks, which must divide the number of ranks. The
+            running statistics are those of all ranks; each group's batch is counted once.
+        process_group: the ranks to synchronise. None: all, or under tensor parallelism those that see different data.
+
+    Raises:
+        ValueError: group_size below 2, or with statistics_only; in `apply`, a group_size that does not divide the number
+            of ranks, a process group without this rank, or ranks whose models differ.
 
     Example:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_bn import BatchNormSync
-        >>> trainer = Trainer(plugins=[BatchNormSync()], sync_batchnorm=True, accelerator="cpu", logger=False)
+        >>> trainer = Trainer(callbacks=[BatchNormSync()], accelerator="cpu", logger=False, enable_checkpointing=False)
 
     References:
         Peng et al. 2018, "MegDet: a large mini-batch object detector", section 3.3 (cross-GPU batch normalization).
@@ -42,25 +55,91 @@ class BatchNormSync(TorchSyncBatchNorm):
 
     __module__ = "lightning_bn"
 
-    def __init__(self, *, statistics_only: bool = False, process_group: Any = None) -> None:
+    def __init__(
+        self, *, statistics_only: bool = False, group_size: int | None = None, process_group: Any = None
+    ) -> None:
+        if group_size is not None and (not isinstance(group_size, int) or group_size < 2 or statistics_only):
+            raise ValueError(
+                f"BatchNormSync(statistics_only={statistics_only!r}, group_size={group_size!r}): group_size is a number of ranks, at least "
+                "2, that normalise with one batch, as in BatchNormSync(group_size=8); with statistics_only=True none do."
+            )
         self.statistics_only = statistics_only
+        self.group_size = group_size
         self.process_group = process_group
-        self._undo: list[Callable[[], None]] = []
+        self._undo: WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = WeakKeyDictionary()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Every strategy has wrapped and sharded the module by now, and no layer is replaced afterwards.
+        if not self.is_applied_to(pl_module):
+            self._apply(pl_module, self.process_group or data_parallel_group(trainer))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.revert(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.revert(pl_module)
+
+    def is_applied_to(self, model: nn.Module) -> bool:
+        """Tell whether `apply` has synchronised the layers of `model`."""
+        return model in self._undo
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Synchronise every batch-norm layer of `model`, which is returned; without a process group, or alone in it, do
-        nothing."""
-        self.revert(model)
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1):
-            return model
-        if self.statistics_only:
-            self._undo = [merge_statistics(model, self.process_group)]
-        else:
-            self._undo = [synchronise(layer.module, self.process_group) for layer in find_batch_norms(model)]
+        nothing. One object may be applied to several models. Every rank of the group must call it."""
+        self._apply(model, self.process_group)
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
         """Leave every layer of `model`, which is returned, exactly as it was before `apply`."""
-        while self._undo:
-            self._undo.pop()()
+        undo = self._undo.pop(model, [])
+        while undo:
+            undo.pop()()
         return model
+
+    def _apply(self, model: nn.Module, group: Group) -> None:
+        self.revert(model)
+        ranks = Ranks(group, task="BatchNormSync.apply(model)", afterwards="No layer was changed.")
+        if not ranks.are_several:
+            return
+        layers = find_batch_norms(model)
+        with ranks.told():
+            check_not_distributed(layers, ranks.task)
+            self._check_group_size(ranks.size)
+        ranks.agree(
+            {
+                "the number of batch-norm layers": len(layers),
+                "the batch-norm layers": [(layer.name, layer.module.num_features) for layer in layers],
+                "statistics_only": self.statistics_only,
+                "group_size": self.group_size,
+            }
+        )
+        undo = self._undo[model] = []
+        part = self._part(ranks)
+        if not self.statistics_only:
+            undo += [synchronise(layer.module, group if part is None else part) for layer in layers]
+        if self.statistics_only or part is not None:
+            undo.append(merge_statistics(model, group, counted=part is None or dist.get_rank(part) == 0))
+
+    def _check_group_size(self, world: int) -> None:
+        if self.group_size is not None and world % self.group_size:
+            fitting = [size for size in range(2, world + 1) if world % size == 0]
+            raise ValueError(
+                f"BatchNormSync(group_size={self.group_size}): {world} ranks can't be divided into groups of {self.group_size}; one of "
+                f"{', '.join(map(str, fitting))} can be used."
+            )
+
+    def _part(self, ranks: Ranks) -> Group:
+        """Return the group of neighbours that this rank normalises with, None where it is that of all `ranks`."""
+        if self.group_size is None or self.group_size == ranks.size:
+            return None
+        members = dist.get_process_group_ranks(ranks.group or dist.group.WORLD)
+        first = ranks.rank // self.group_size * self.group_size
+        # Made by its members alone: the ranks of another group, as there are under tensor parallelism, make their own.
+        return dist.new_group(members[first : first + self.group_size], use_local_synchronization=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is applied to nothing, and weak references can't be pickled.
+        return {name: value for name, value in vars(self).items() if name != "_undo"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _undo=WeakKeyDictionary())

@@ -2,52 +2,142 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["RankError", "in_group", "is_first_rank", "share", "tell_failure"]
+__all__ = ["Group", "RankError", "Ranks", "share"]
 
 T = TypeVar("T")
+
+Group = Any  # torch's ProcessGroup, which a torch built without distributed does not have; None is the default group
 
 
 class RankError(RuntimeError):
     """Another rank failed, and with it what all ranks were to do together."""
 
 
-def in_group() -> bool:
-    """Tell whether there are other ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+class Ranks:
+    """The processes that carry out one task together; outside a process group, this one alone.
 
+    Args:
+        group: their process group, None for the default one.
+        task: the call, as an error is to show it.
+        afterwards: what an error says of the state that a failure leaves.
 
-def is_first_rank() -> bool:
-    """Tell whether this process speaks for all: rank 0, or the only one."""
-    return not in_group() or dist.get_rank() == 0
+    Raises:
+        ValueError: this process is not in `group`.
+    """
+
+    def __init__(self, group: Group = None, *, task: str = "a meeting of all ranks", afterwards: str = "") -> None:
+        self.group = group
+        self.task = task
+        self.afterwards = afterwards
+        self.size, self.rank = 1, 0
+        if dist.is_available() and dist.is_initialized():
+            self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+            if self.rank < 0:
+                raise ValueError(
+                    f"{task}: process_group does not contain this process, rank {dist.get_rank()} of {dist.get_world_size()}. "
+                    "Call it on the ranks of the group alone, or pass each rank the group that it is in."
+                )
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there are others."""
+        return self.size > 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all: the first rank, or the only one."""
+        return self.rank == 0
+
+    def share(self, value: T) -> list[T]:
+        """Return the `value` of every rank, in the order of ranks; every rank must call it as often. Alone: ``[value]``.
+
+        Raises:
+            RankError: a rank called `fail` instead, or is gone.
+        """
+        answers = self._gather((value, None)) if self.are_several else [(value, None)]
+        failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure is not None]
+        if failures:
+            raise RankError(
+                f"{self.task} failed on " + "; ".join(failures) + f".{self.afterwards and ' '}{self.afterwards}"
+            )
+        return [value for value, _ in answers]
+
+    def agree(self, values: Mapping[str, object]) -> None:
+        """Compare `values` with those of the other ranks, before anything is done that needs them to be the same.
+
+        Raises:
+            ValueError: on every rank, with the first name under which they differ.
+        """
+        everyone = self.share(dict(values))
+        for name, own in everyone[0].items():
+            for rank, theirs in enumerate(everyone):
+                if theirs.get(name) != own:
+                    raise ValueError(
+                        f"{self.task}: {name} is {own!r} on rank 0 and {theirs.get(name)!r} on rank {rank}. Every rank must call it "
+                        "with the same model and the same arguments."
+                    )
+
+    def fail(self, error: BaseException) -> None:
+        """Take this rank's turn in the next `share`, so that the others learn of the failure and do not wait."""
+        if self.are_several and not isinstance(error, RankError):
+            self._gather((None, f"{type(error).__name__}: {error}"))
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tell the others of an error that the block raises; they are in a `share` meanwhile."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def broadcast(self, value: T, source: int) -> T:
+        """Return the `value` of the rank `source`, by its place in the group."""
+        if not self.are_several:
+            return value
+        box = [value]
+        with self.named("while one rank told the others something"):
+            dist.broadcast_object_list(box, group=self.group, group_src=source)
+        return box[0]
+
+    def add_up(self, sums: Tensor) -> Callable[[], None]:
+        """Begin to replace `sums` by its sum over all ranks, in place; return what waits for that."""
+        with self.named("while the ranks were adding up"):
+            work = dist.all_reduce(sums, group=self.group, async_op=True)
+
+        def wait() -> None:
+            with self.named("while the ranks were adding up"):
+                work.wait()
+
+        return wait
+
+    @contextmanager
+    def named(self, when: str) -> Iterator[None]:
+        """Let an error of the process group say what was going on: a rank may have died, or never have come."""
+        try:
+            yield
+        except RankError:
+            raise
+        except RuntimeError as error:  # what torch raises for a lost connection, a timeout, a message of another size
+            raise RankError(
+                f"{self.task}: the process group failed {when}: {error} "
+                f"A rank has died, hangs, or did something else meanwhile.{self.afterwards and ' '}{self.afterwards}"
+            ) from error
+
+    def _gather(self, message: object) -> list[tuple[T, str | None]]:
+        answers: list[tuple[T, str | None]] = [None] * self.size  # type: ignore[list-item]
+        with self.named("while the ranks were telling each other what they have"):
+            dist.all_gather_object(answers, message, group=self.group)
+        return answers
 
 
 def share(value: T) -> list[T]:
-    """Return the `value` of every rank, in the order of ranks; every rank must call it as often. Outside a group:
-    ``[value]``.
-
-    Raises:
-        RankError: a rank called `tell_failure` instead.
-    """
-    answers = _gather((value, None)) if in_group() else [(value, None)]
-    failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure is not None]
-    if failures:
-        raise RankError(
-            "recalibrate() failed on " + "; ".join(failures) + ". The statistics of all ranks are as before."
-        )
-    return [value for value, _ in answers]
-
-
-def tell_failure(error: BaseException) -> None:
-    """Take this rank's turn in the next `share`, so that the others learn of the failure in place of waiting for ever."""
-    if in_group() and not isinstance(error, RankError):
-        _gather((None, f"{type(error).__name__}: {error}"))
-
-
-def _gather(message: object) -> list[tuple[T, str | None]]:
-    answers: list[tuple[T, str | None]] = [None] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(answers, message)
-    return answers
+    """Return the `value` of every rank of the default group, see `Ranks.share`."""
+    return Ranks().share(value)

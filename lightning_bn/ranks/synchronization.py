@@ -20,16 +20,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from lightning_bn.discovery import find_batch_norms
+from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.batch_norm import masked_batch_norm
-from lightning_bn.layers.ledger import Ledger, takes_loans
+from lightning_bn.layers.ledger import takes_loans
 from lightning_bn.layers.settlement import MERGED, SYNCHRONISED
 from lightning_bn.layers.subclasses import observe
 from lightning_bn.moments import Moments
+from lightning_bn.ranks.collective import Group, Ranks
+from lightning_bn.ranks.merging import MergingLedger
 
 __all__ = ["merge_over_ranks", "merge_statistics", "synchronise", "unsynchronised"]
-
-Group = Any  # torch's ProcessGroup, which a torch built without distributed does not have; None is the default group
 
 
 def merge_over_ranks(parts: Sequence[Moments], group: Group = None) -> list[Moments]:
@@ -209,29 +209,37 @@ def synchronise(layer: _BatchNorm, group: Group = None) -> Callable[[], None]:
     return partial(_exchange, layer, during, before)
 
 
-def merge_statistics(model: nn.Module, group: Group = None) -> Callable[[], None]:
+def merge_statistics(model: nn.Module, group: Group = None, *, counted: bool = True) -> Callable[[], None]:
     """Let each rank normalise with its own batch, and every rank's running statistics be those of the batches of all.
 
-    A step's batches are merged at the end of the forward of `model`, by count, with Chan's formula: the running
-    variance has the *unbiased* variance of the ranks' batches taken together, the spread between the ranks included.
-    One collective per forward.
+    A step's batches are merged at the end of the forward of `model`, by count: the running variance has the *unbiased*
+    variance of the ranks' batches taken together, the spread between the ranks included. One all_reduce a forward, and
+    one more in the first.
 
     Args:
-        model: its forward is the unit after which ranks meet, so it must be what every rank calls equally often.
+        model: its forward is the unit after which ranks meet; where a step calls its parts and not the model, as a
+            LightningModule may, that of each part. Every rank must call them equally often.
         group: the process group, None for the default one.
+        counted: whether this rank's batches count.
 
     Returns:
         A function that leaves the model as it was.
     """
+    ranks = Ranks(group, task="BatchNormSync", afterwards="The running statistics are those before this batch.")
     layers = [layer.module for layer in find_batch_norms(model) if layer.module.running_mean is not None]
     ends = [observe(layer) for layer in layers if not takes_loans(layer)]
     for layer in layers:
         layer.__dict__[MERGED] = True
-    ledger = Ledger(layers, partial(_of_every_rank, group=group))
-    ledger.attach(model)
+    ledgers = []
+    for part in dict.fromkeys([model, *parts_called_by(model)]):
+        inside = [layer.module for layer in find_batch_norms(part) if layer.module.running_mean is not None]
+        if inside:
+            ledgers.append(MergingLedger(inside, ranks.add_up, counted=counted))
+            ledgers[-1].attach(part)
 
     def undo() -> None:
-        ledger.detach()
+        for ledger in ledgers:
+            ledger.detach()
         for layer in layers:
             layer.__dict__.pop(MERGED, None)
         for end in ends:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import reduce
 from itertools import islice
 from typing import Any, NamedTuple
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from lightning_bn.ranks.collective import in_group, is_first_rank, share
+from lightning_bn.ranks.collective import Ranks
+from lightning_bn.recalibration.pace import in_step
 from lightning_bn.recalibration.tally import Row, Summary, Tally
 
 __all__ = ["Estimate", "OnePass", "Seen", "Tallies", "merged", "merged_summary", "progress_bar"]
@@ -107,12 +108,32 @@ class _Part:
 
 
 class OnePass:
-    """A pass in which each layer normalises a batch with the batch's own mean and biased variance, as in training."""
+    """A pass in which each layer normalises a batch with the batch's own mean and biased variance, as in training.
+
+    Args:
+        layers: which are looked at.
+        ranks: whose batches are taken together.
+        in_step: whether a forward is something that the ranks do together, so that all must run as many.
+        num_batches: see `recalibrate`, as of what follows.
+        tolerance: likewise.
+        progress: likewise.
+    """
 
     def __init__(
-        self, layers: Sequence[_BatchNorm], *, num_batches: int | None, tolerance: float | None, progress: bool
+        self,
+        layers: Sequence[_BatchNorm],
+        ranks: Ranks,
+        *,
+        in_step: bool,
+        num_batches: int | None,
+        tolerance: float | None,
+        progress: bool,
     ) -> None:
         self._layers = layers
+        self._ranks = ranks
+        self._in_step = in_step
+        self._counts = True  # whether the batch that is run is one of this rank's own
+        self._met = False
         self._num_batches = num_batches
         self._tolerance = tolerance
         self._progress = progress
@@ -120,21 +141,30 @@ class OnePass:
 
     def station(self, place: int, row: Row) -> tuple[Tensor, Tensor]:
         """What a layer does with its input; see `measured`, inside which `collect` is to be called."""
-        self._tallies.add(self._tallies.batches, place, row)
+        if self._counts:
+            self._tallies.add(self._tallies.batches, place, row)
         return row.mean, row.var
 
     def collect(self, batches: Iterable[Any], run: Callable[[Any], object]) -> Seen:
         """Run every batch, until the tolerance is met."""
-        met = False
-        with progress_bar(batches, self._num_batches, self._layers, self._progress) as bar:
-            for batch in islice(batches, self._num_batches):
+        with progress_bar(batches, self._num_batches, self._layers, self._progress and self._ranks.is_first) as bar:
+            for batch, counts in self._taken(islice(batches, self._num_batches)):
+                self._counts = counts
                 run(batch)
-                self._tallies.batches += 1
-                bar.update()
-                met = self._tolerance is not None and self._meets(self._tolerance, bar)
-                if met:
-                    break
-        return self._tallies.seen(self._num_batches, tolerance_met=met)
+                if counts:
+                    self._tallies.batches += 1
+                    bar.update()
+                    self._met = self._tolerance is not None and self._meets(self._tolerance, bar)
+        return self._tallies.seen(self._num_batches, tolerance_met=self._met)
+
+    def _taken(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        if self._in_step:
+            yield from in_step(batches, self._ranks, lambda: self._met)
+            return
+        for batch in batches:
+            yield batch, True
+            if self._met:
+                return
 
     def _meets(self, tolerance: float, bar: tqdm[Any]) -> bool:
         if self._tallies.batches < _MIN_BATCHES and bar.disable:
@@ -147,7 +177,7 @@ class OnePass:
 def progress_bar(
     batches: Iterable[Any], num_batches: int | None, layers: Sequence[_BatchNorm], progress: bool
 ) -> tqdm[Any]:
-    """Return the bar, on the first rank; a silent one otherwise."""
+    """Return the bar, or where `progress` is False a silent one."""
     try:
         length = len(batches) if isinstance(batches, Sized) else None
     except TypeError:  # a loader over an iterable dataset has a __len__ that raises
@@ -159,16 +189,16 @@ def progress_bar(
         desc=description,
         unit="batch",
         leave=False,
-        disable=not (progress and is_first_rank()),
+        disable=not progress,
     )
 
 
-def merged(seen: Seen) -> Seen:
+def merged(seen: Seen, ranks: Ranks) -> Seen:
     """Return what all ranks have seen; every rank must call it."""
-    if not in_group():
+    if not ranks.are_several:
         return seen
     # Each is a view of all layers' numbers, and would be sent with the whole of them.
-    everyone = share(
+    everyone = ranks.share(
         seen._replace(summaries=[None if summary is None else summary.clone() for summary in seen.summaries])
     )
     total = everyone[0]
@@ -183,11 +213,11 @@ def merged(seen: Seen) -> Seen:
     return total._replace(stopped_by=seen.stopped_by)
 
 
-def merged_summary(summary: Summary | None) -> Summary | None:
+def merged_summary(summary: Summary | None, ranks: Ranks) -> Summary | None:
     """Return what all ranks have seen at one layer; every rank must call it."""
-    if not in_group():
+    if not ranks.are_several:
         return summary
-    return reduce(_merge, share(None if summary is None else summary.to(torch.device("cpu"))))
+    return reduce(_merge, ranks.share(None if summary is None else summary.to(torch.device("cpu"))))
 
 
 def _merge(one: Summary | None, other: Summary | None) -> Summary | None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.ranks.collective import share
+from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.collection import Estimate, Seen, Tallies, merged_summary, progress_bar
 from lightning_bn.recalibration.lockstep import Lockstep, Stop
 from lightning_bn.recalibration.tally import Row
@@ -27,15 +27,16 @@ class ExactPass:
     """
 
     def __init__(
-        self, layers: Sequence[_BatchNorm], estimate: Estimate, *, num_batches: int | None, progress: bool
+        self, layers: Sequence[_BatchNorm], ranks: Ranks, estimate: Estimate, *, num_batches: int | None, progress: bool
     ) -> None:
         self._layers = layers
+        self._ranks = ranks
         self._estimate = estimate
         self._num_batches = num_batches
         self._progress = progress
         self._tallies = Tallies(layers, pending=None)
         self._new: dict[int, tuple[Tensor, Tensor]] = {}
-        self._lockstep = Lockstep(_first_of_all_ranks, self._arrived)
+        self._lockstep = Lockstep(self._first_of_all_ranks, self._arrived)
 
     def station(self, place: int, row: Row) -> tuple[Tensor, Tensor]:
         """What a layer does with its input; see `measured`, inside which `collect` is to be called."""
@@ -44,14 +45,16 @@ class ExactPass:
         return self._new[place]
 
     def _arrived(self, place: int) -> None:
-        summary = merged_summary(self._tallies.summary(place))
+        summary = merged_summary(self._tallies.summary(place), self._ranks)
         if summary is not None:
             self._new[place] = self._estimate(place, summary)
         self._bar.set_postfix_str(f"layer {len(self._new)} of {len(self._layers)}")
 
     def collect(self, batches: Iterable[Any], run: Callable[[Any], object]) -> Seen:
         """Run all batches."""
-        with progress_bar(batches, self._num_batches, self._layers, self._progress) as self._bar:
+        with progress_bar(
+            batches, self._num_batches, self._layers, self._progress and self._ranks.is_first
+        ) as self._bar:
             self._lockstep.run(self._jobs(batches, run))
         return self._tallies.seen(self._num_batches)
 
@@ -61,6 +64,5 @@ class ExactPass:
             self._tallies.batches += 1
             self._bar.update()
 
-
-def _first_of_all_ranks(stop: Stop | None) -> Stop | None:
-    return min((theirs for theirs in share(stop) if theirs is not None), default=None)
+    def _first_of_all_ranks(self, stop: Stop | None) -> Stop | None:
+        return min((theirs for theirs in self._ranks.share(stop) if theirs is not None), default=None)

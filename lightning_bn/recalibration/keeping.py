@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import nn
+
 from lightning_bn.recalibration.kept_objects import KeptObjects
 from lightning_bn.recalibration.kept_tensors import KeptTensors
 
@@ -42,6 +44,11 @@ def kept(**roots: object) -> Iterator[Weights]:
     Raises:
         TypeError: something that can't be put back, by name; before anything is done.
     """
+    for root in roots.values():
+        if isinstance(root, nn.Module):
+            list(
+                root.buffers()
+            )  # those that are on their way from other ranks arrive, and the module has its own again
     objects = KeptObjects(roots)
     parameters, tensors = KeptTensors(objects.parameters), KeptTensors(objects.tensors)
     try:

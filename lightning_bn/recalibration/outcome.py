@@ -10,8 +10,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.moments import drift
-from lightning_bn.ranks.collective import in_group, share
+from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.collection import Seen
+from lightning_bn.recalibration.histories import with_one_history
 from lightning_bn.recalibration.report import LayerReport
 from lightning_bn.recalibration.tally import Summary
 from lightning_bn.recalibration.transaction import StatisticsChange
@@ -28,15 +29,15 @@ class Estimator:
     count.
     """
 
-    def __init__(self, layers: list[BatchNormLayer], *, pooled: bool, prior: float) -> None:
+    def __init__(self, layers: list[BatchNormLayer], ranks: Ranks, *, pooled: bool, prior: float) -> None:
         self.old: list[Statistics] = [
             (layer.module.running_mean.clone(), layer.module.running_var.clone()) for layer in layers
         ]
         self._pooled = pooled
         self._prior = prior
         self._before = self.old
-        if prior and in_group():
-            first = share([(mean.cpu(), var.cpu()) for mean, var in self.old])[0]
+        if prior and ranks.are_several:
+            first = ranks.share([(mean.cpu(), var.cpu()) for mean, var in self.old])[0]
             self._before = [(mean.to(own), var.to(own)) for (mean, var), (own, _) in zip(first, self.old, strict=True)]
 
     def __call__(self, place: int, summary: Summary) -> Statistics:
@@ -56,9 +57,14 @@ class Estimator:
         return new.to(old)
 
 
-def agreed_changes(layers: list[BatchNormLayer], estimate: Estimator, seen: Seen) -> list[StatisticsChange | None]:
+def agreed_changes(
+    layers: list[BatchNormLayer], ranks: Ranks, estimate: Estimator, seen: Seen
+) -> list[StatisticsChange | None]:
     """Return the change of each layer, None for one that saw no data; the same on all ranks, to the bit. Every rank
     must call it.
+
+    Where ranks have kept averages of different batches, the histories of these become those of the first rank: a
+    distributed checkpoint takes each tensor from another rank, and would mix them.
 
     Raises:
         ValueError: no layer saw any data; or one saw a single value per channel.
@@ -71,9 +77,10 @@ def agreed_changes(layers: list[BatchNormLayer], estimate: Estimator, seen: Seen
         for place, (summary, data) in enumerate(zip(seen.summaries, ran, strict=True))
     ]
     # The same sums on other hardware may differ in the last bit: the first rank's decide.
-    first = share([None if pair is None else (pair[0].cpu(), pair[1].cpu()) for pair in new])[0]
+    first = ranks.share([None if pair is None else (pair[0].cpu(), pair[1].cpu()) for pair in new])[0]
     rows = zip(layers, estimate.old, first, strict=True)
-    return [None if pair is None else _change(layer, old, pair) for layer, old, pair in rows]
+    changes = [None if pair is None else _change(layer, old, pair) for layer, old, pair in rows]
+    return changes if not ranks.are_several else with_one_history(changes, ranks)
 
 
 def _change(layer: BatchNormLayer, old: Statistics, new: Statistics) -> StatisticsChange:

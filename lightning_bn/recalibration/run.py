@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager
-from lightning_bn.ranks.collective import tell_failure
+from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.recalibration.collection import OnePass, Seen, merged
 from lightning_bn.recalibration.feeding import Forward, feed, to_device
 from lightning_bn.recalibration.interrupts import HeldInterrupts
@@ -25,11 +25,14 @@ from lightning_bn.recalibration.random_states import kept_random_states
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.selection import Layers, choose
 from lightning_bn.recalibration.transaction import StatisticsChange, commit
+from lightning_bn.sharding import check_not_distributed, is_sharded
 
 if TYPE_CHECKING:
     from lightning_bn.recalibration.exact import ExactPass
 
 __all__ = ["recalibrate", "recalibrated"]
+
+_CALL = "recalibrate(model, batches)"
 
 
 def recalibrate(
@@ -46,6 +49,7 @@ def recalibrate(
     device: torch.device | str | None = None,
     dry_run: bool = False,
     progress: bool = True,
+    process_group: Group = None,
 ) -> RecalibrationReport:
     r"""Estimate the running statistics of the batch-norm layers of `model` anew from data, with the weights as they
     are.
@@ -92,6 +96,8 @@ def recalibrate(
         device: where the batches are moved. None: where the model's first parameter is.
         dry_run: report what would change, and change nothing.
         progress: show a progress bar.
+        process_group: the ranks that recalibrate the model together, None for all. Of ranks that see the same data, as
+            under tensor parallelism, one each belongs into it.
 
     Returns:
         A `RecalibrationReport`: prints as a table, has ``as_dict()``, and ``rollback()`` undoes the change to the bit.
@@ -110,7 +116,10 @@ def recalibrate(
     the new statistics.
 
     In a process group every rank calls it, with its own batches, of which some may have none; their data is merged, and
-    all ranks end with the same statistics to the bit. What fails on one rank is raised on all.
+    all ranks end with the same statistics to the bit. Model, layers and arguments are compared first, and what fails on
+    one rank is raised on all. Where the ranks have averaged different batches, the averages' histories and
+    ``num_batches_tracked`` become the first rank's. A rank of a sharded model that has no batch left runs along with
+    its last one, which does not count; a forward that raises there ends the other ranks by the group's timeout.
 
     Example:
         >>> import torch
@@ -127,21 +136,27 @@ def recalibrate(
         both estimators.
     """
     options = _Options(num_batches, tolerance, prior, exact, dry_run, progress)
-    options.check()
-    _check_batches(batches)
     core = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else model
-    chosen = choose(core, layers)
-    run = _runner(core, forward, device)
+    ranks = Ranks(process_group, task=_CALL, afterwards="The statistics of all ranks are as before.")
+    with ranks.told():
+        options.check()
+        _check_batches(batches)
+        chosen = choose(core, layers)
+        check_not_distributed(chosen, _CALL)
+        sharded = is_sharded(core)
+        _check_exact(exact, sharded)
+        run = _runner(core, forward, device)
+    ranks.agree(_common(core, chosen, options, pooled=pooled, sharded=sharded))
     with HeldInterrupts() as interrupts:
-        estimator = Estimator(chosen, pooled=pooled, prior=prior)
-        way = _pass(chosen, estimator, options)
+        estimator = Estimator(chosen, ranks, pooled=pooled, prior=prior)
+        way = _pass(chosen, ranks, estimator, options, sharded=sharded)
         with (
             _all_else_kept(core, batches) as weights,
             measured([layer.module for layer in chosen], way.station),
             interrupts.allowed(),
         ):
-            seen = _collected(way, batches, run, weights)
-            changes = agreed_changes(chosen, estimator, seen)
+            seen = _collected(way, ranks, batches, run, weights, sharded=sharded)
+            changes = agreed_changes(chosen, ranks, estimator, seen)
         report = _report(chosen, changes, seen, options)
         if not dry_run:
             interrupts.undo = report.rollback
@@ -209,6 +224,29 @@ class _Options:
             )
 
 
+def _check_exact(exact: bool, sharded: bool) -> None:
+    if exact and sharded:
+        raise ValueError(
+            "recalibrate(exact=True): the model's parameters are spread over the ranks (fully_shard, FSDP, tensor parallelism or "
+            "DeepSpeed) and are there during one forward at a time, while exact has all batches in their forwards at once. Leave out "
+            "exact=True, and take larger batches."
+        )
+
+
+def _common(
+    model: nn.Module, chosen: list[BatchNormLayer], options: _Options, *, pooled: bool, sharded: bool
+) -> dict[str, object]:
+    """What must be the same on all ranks, by the name that an error gives it."""
+    return {
+        "the model": type(model).__name__,
+        "the number of layers": len(chosen),
+        "the layers": [(layer.name, layer.module.num_features) for layer in chosen],
+        "whether the model is sharded": sharded,
+        "pooled": pooled,
+        **{name: value for name, value in vars(options).items() if name != "progress"},
+    }
+
+
 def _check_batches(batches: object) -> None:
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(
@@ -238,17 +276,32 @@ def _all_else_kept(model: nn.Module, batches: object) -> Iterator[Weights]:
         yield weights
 
 
-def _pass(chosen: list[BatchNormLayer], estimator: Estimator, options: _Options) -> OnePass | ExactPass:
+def _pass(
+    chosen: list[BatchNormLayer], ranks: Ranks, estimator: Estimator, options: _Options, *, sharded: bool
+) -> OnePass | ExactPass:
     modules = [layer.module for layer in chosen]
     if not options.exact:
-        return OnePass(modules, num_batches=options.num_batches, tolerance=options.tolerance, progress=options.progress)
+        return OnePass(
+            modules,
+            ranks,
+            in_step=sharded and ranks.are_several,
+            num_batches=options.num_batches,
+            tolerance=options.tolerance,
+            progress=options.progress,
+        )
     from lightning_bn.recalibration.exact import ExactPass  # it alone needs greenlet
 
-    return ExactPass(modules, estimator, num_batches=options.num_batches, progress=options.progress)
+    return ExactPass(modules, ranks, estimator, num_batches=options.num_batches, progress=options.progress)
 
 
 def _collected(
-    way: OnePass | ExactPass, batches: Iterable[Any], run: Callable[[Any], object], weights: Weights
+    way: OnePass | ExactPass,
+    ranks: Ranks,
+    batches: Iterable[Any],
+    run: Callable[[Any], object],
+    weights: Weights,
+    *,
+    sharded: bool,
 ) -> Seen:
     """Let the data through, and return what all ranks have seen together."""
 
@@ -260,9 +313,11 @@ def _collected(
         # In lockstep all batches are on their way at once: what they write into weights is undone when all are through.
         seen = way.collect(batches, run_with_the_weights_as_they_are if isinstance(way, OnePass) else run)
     except BaseException as error:
-        tell_failure(error)
+        # Other ranks of a sharded model wait in a forward, for parameters, and would take a word for these.
+        if not sharded:
+            ranks.fail(error)
         raise
-    return merged(seen)
+    return merged(seen, ranks)
 
 
 def _report(

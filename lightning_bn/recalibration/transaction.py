@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,25 +19,32 @@ class StatisticsChange:
     layer: _BatchNorm
     old: tuple[Tensor, Tensor]  # copies of running_mean and running_var, (C,)
     new: tuple[Tensor, Tensor]  # in the buffers' dtype and on their device
+    tensors: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # the layer's own, of its average's history, if that changes
+    old_history: Mapping[str, Tensor] = field(default_factory=dict)  # copies of them
+    new_history: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def write(self, statistics: tuple[Tensor, Tensor]) -> None:
-        """Write mean and variance into the layer's buffers, in place."""
+    def write(self, statistics: tuple[Tensor, Tensor], history: Mapping[str, Tensor]) -> None:
+        """Write mean and variance into the layer's buffers, and the history where it is, in place."""
         with torch.no_grad():
             self.layer.running_mean.copy_(statistics[0])
             self.layer.running_var.copy_(statistics[1])
+            for name, tensor in self.tensors.items():
+                tensor.copy_(history[name])
 
 
 def undo(changes: Iterable[StatisticsChange]) -> None:
     """Write the old statistics of every change back."""
     for change in changes:
-        change.write(change.old)
+        change.write(change.old, change.old_history)
 
 
 def commit(changes: list[StatisticsChange]) -> None:
     """Write the new statistics of every change, or, whatever is raised on the way, of none."""
     try:
         for change in changes:
-            change.write(change.new)
+            change.write(change.new, change.new_history)
     except BaseException:
         undo(changes)
         raise

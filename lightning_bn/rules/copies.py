@@ -13,6 +13,7 @@ from lightning_bn.rules.fixes import modules_of
 from lightning_bn.rules.learning import Learning
 from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.readings import Reading
+from lightning_bn.sharding import local_value
 
 __all__ = ["Copies", "twin"]
 
@@ -141,11 +142,11 @@ def _shape(layer: BatchNormLayer) -> tuple[type, int]:
 
 
 def _sample(layer: BatchNormLayer) -> Tensor | None:
-    """A copy of the first values of the layer's weight."""
+    """A copy of the first values of the layer's weight, of those that this rank has."""
     weight = layer.module.weight
     if weight is None or weight.is_meta or isinstance(weight, nn.UninitializedParameter):
         return None
-    return weight.detach().reshape(-1)[:_SAMPLE].float().clone()
+    return local_value(weight).reshape(-1)[:_SAMPLE].float().clone()
 
 
 def _version(layer: BatchNormLayer) -> int:

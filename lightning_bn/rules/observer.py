@@ -59,7 +59,6 @@ class Observer:
         self.routine = Routine()
         self._calls: list[Hashable] = []
         self._versions: list[int] = []
-        self._buffers = [buffers_of(layer.module) for layer in self.layers]
         self._parameters = [parameters_of(layer.module) for layer in self.layers]
         self._sources: list[weakref.ref[Tensor]] = []
         self._depth = 0
@@ -116,7 +115,7 @@ class Observer:
         self._sources, self._calls = [], []
         # Of a layer that is not watched now, the first forward of the batch will have been missed.
         self.first_weights = dict(enumerate(_versions(self._parameters, "weight"))) if self.resting else {}
-        self._versions = _versions(self._buffers, "num_batches_tracked")
+        self._versions = self._counts()
         self._broken = False
         self.recording = True
 
@@ -125,11 +124,15 @@ class Observer:
         self.recording = False
         self._sources = []
 
+    def _counts(self) -> list[int]:
+        # The dicts are asked for anew: of a layer whose statistics are on their way from other ranks it is another one.
+        return _versions([buffers_of(layer.module) for layer in self.layers], "num_batches_tracked")
+
     def end_training_batch(self) -> None:
         """Like `end`; where the layers were not watched, the record is that of the usual batch, and what more was
         moved."""
         self.end()
-        rises = list(map(sub, _versions(self._buffers, "num_batches_tracked"), self._versions))
+        rises = list(map(sub, self._counts(), self._versions))
         usual = self.routine.usual
         if not self.resting:
             alike = self.routine.seen(Sketch(self._calls, rises, self.trace, self.entered_backward))

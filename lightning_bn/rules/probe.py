@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.sharding import local_value
 
 __all__ = ["EvaluationProbe", "Look", "far", "vanishing"]
 
@@ -70,11 +71,11 @@ class EvaluationProbe:
         self.layers = layers
         self.looks: dict[int, Look] = {}
         self.weights = {
-            index: each.module.weight.detach().clone()
+            index: local_value(each.module.weight).clone()
             for index, each in enumerate(layers)
             if each.module.weight is not None
         }
-        """The weights when the batch began."""
+        """The weights when the batch began, or of one that is spread over ranks the part that is here."""
         self._handles: list[RemovableHandle] = [
             layer.module.register_forward_pre_hook(self._look(index)) for index, layer in enumerate(layers)
         ]
@@ -88,7 +89,10 @@ class EvaluationProbe:
     def exchanged(self) -> list[int]:
         """Return the layers that ran with other weights than they had when the batch began; waits for the device."""
         pairs = {
-            index: (self.weights[index], look.weight) for index, look in self.looks.items() if look.weight is not None
+            index: (self.weights[index], look.weight)
+            for index, look in self.looks.items()
+            # In a forward the whole of a weight is here, of which there was only a part before.
+            if look.weight is not None and look.weight.shape == self.weights[index].shape
         }
         return [index for index, (before, then) in pairs.items() if not torch.equal(before, then)]
 

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.layers.settlement import rule_of
 from lightning_bn.moments import drift
+from lightning_bn.sharding import local_value
 
 __all__ = ["Gap", "LayerValues", "Reading", "Values", "gaps", "learned", "ranks_apart", "weight_samples"]
 
@@ -164,19 +165,18 @@ def ranks_apart(of_ranks: Sequence[dict[int, tuple[Tensor, Tensor]]], eps: float
 def weight_samples(model: nn.Module) -> Tensor:
     """Return a few values of each parameter, which differ after an exchange of the weights. Does not wait for the
     device."""
-    parameters = [
-        parameter.to_local() if hasattr(parameter, "to_local") else parameter for parameter in model.parameters()
-    ]
-    parameters = [p for p in parameters if p.is_floating_point() and not p.is_meta and not is_lazy(p)]
-    samples = [parameter.detach().reshape(-1)[:8].float() for parameter in parameters]
+    parameters = [p for p in model.parameters() if p.is_floating_point() and not p.is_meta and not is_lazy(p)]
+    samples = [local_value(parameter).reshape(-1)[:8].float() for parameter in parameters]
     return torch.cat([each.to(samples[0].device) for each in samples]) if samples else torch.zeros(0)
 
 
 def learned(layer: BatchNormLayer) -> bool:
     """Whether the affine parameters differ from channel to channel, both of them: no initialisation does that. Waits
     for the device."""
-    weight, bias = layer.module.weight, layer.module.bias
-    if weight is None or bias is None or weight.is_meta or is_lazy(weight) or weight.numel() < 2:
+    if any(p is None or p.is_meta or is_lazy(p) for p in (layer.module.weight, layer.module.bias)):
+        return False
+    weight, bias = local_value(layer.module.weight), local_value(layer.module.bias)
+    if weight.numel() < 2 or bias.numel() < 2:
         return False
     return bool(((weight != weight[0]).any() & (bias != bias[0]).any()).item())
 

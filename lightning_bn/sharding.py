@@ -1,0 +1,64 @@
+"""Parameters and models that are spread over ranks: what can be read of them, and what can't be done with them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_bn.discovery import BatchNormLayer
+
+__all__ = ["check_not_distributed", "full_value", "is_sharded", "local_value"]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether a forward of `model` fetches parameters from other ranks, so that all ranks must run it together:
+    ``fully_shard``, ``FullyShardedDataParallel``, tensor parallelism, DeepSpeed's stage 3."""
+    wrapper = _known("torch.distributed.fsdp", "FullyShardedDataParallel")
+    return any(isinstance(module, wrapper) for module in model.modules()) or any(
+        _is_dtensor(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )
+
+
+def full_value(parameter: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """Return the whole of `parameter`, of that shape; every rank must ask for it together.
+
+    None where it can't be told: ``FullyShardedDataParallel`` and DeepSpeed leave an empty tensor, or a piece, between
+    two forwards.
+    """
+    whole: Tensor = parameter.detach()
+    if _is_dtensor(whole):
+        whole = whole.full_tensor()  # type: ignore[attr-defined]
+    return whole if tuple(whole.shape) == shape and whole.untyped_storage().size() else None
+
+
+def local_value(parameter: Tensor) -> Tensor:
+    """Return the part of `parameter` that this rank has, which may be empty; no rank waits for another."""
+    part: Tensor = parameter.detach()
+    return part.to_local() if _is_dtensor(part) else part  # type: ignore[attr-defined]
+
+
+def check_not_distributed(layers: Iterable[BatchNormLayer], call: str) -> None:
+    """Raise where running statistics are DTensors, as ``distribute_module`` makes of all buffers.
+
+    Raises:
+        TypeError: with the layer's name.
+    """
+    for layer in layers:
+        if isinstance(layer.module.running_mean, Tensor) and _is_dtensor(layer.module.running_mean):
+            raise TypeError(
+                f"{call}: the running statistics of {layer.name or 'the model'} ({layer.kind}) are DTensors, which this package does not "
+                "write. Leave the layer out of distribute_module; fully_shard and parallelize_module leave buffers as they are."
+            )
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    return isinstance(tensor, _known("torch.distributed.tensor", "DTensor"))
+
+
+def _known(module: str, name: str) -> Any:
+    """Return a class of torch's if anybody has imported it, else nothing that could be an instance of it: it costs a
+    second."""
+    return getattr(sys.modules.get(module), name, ())

@@ -1,0 +1,315 @@
+"""Four real processes: in groups, all together, with other arguments on one of them, and in other numbers than before."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from recalibration_models import largest_errors, mlp, statistics
+from torch import Tensor, nn
+
+from lightning_bn import Averaging, BatchNormSync, Cumulative, Exponential, Window, convert_batch_norm, recalibrate
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from communication import sent
+
+WORLD = 4
+AVERAGES: dict[str, Averaging | None] = {
+    "torch": None,
+    "Exponential": Exponential(0.3),
+    "debiased": Exponential(0.3, debias=True),
+    "pooled Exponential": Exponential(0.3, pooled=True),
+    "Window": Window(3),
+    "pooled Window": Window(3, pooled=True),
+    "Cumulative": Cumulative(),
+    "pooled Cumulative": Cumulative(pooled=True),
+}
+NAMES = [[0, 1], [2, 3]]  # the groups, by their ranks
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return mlp(2)
+
+
+def data(rank: int, step: int = 0, size: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(size + rank, 10, generator=generator) * (1 + rank) + rank
+
+
+def error_of(call: Callable[[], object]) -> tuple[str, float]:
+    start = time.monotonic()
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - start
+    return "none", time.monotonic() - start
+
+
+def recalibrated(rank: int, group: Any, exact: bool) -> dict[str, Any]:
+    model = network()
+    recalibrate(model, [data(rank), data(rank, 1)], exact=exact, progress=False, process_group=group)
+    return statistics(model)
+
+
+def wrong_on_one(rank: int) -> dict[str, tuple[str, float]]:
+    """Each argument is another, or wrong, on rank 2 alone."""
+    odd, batches = rank == 2, [data(rank)]
+    small = nn.Sequential(nn.BatchNorm1d(10))
+    calls: dict[str, Callable[[], object]] = {
+        "prior": lambda: recalibrate(network(), batches, prior=-1.0 if odd else 0.0, progress=False),
+        "num_batches": lambda: recalibrate(network(), batches, num_batches=2 if odd else 3, progress=False),
+        "exact": lambda: recalibrate(network(), batches, exact=odd, progress=False),
+        "model": lambda: recalibrate(small if odd else network(), batches, progress=False),
+        "no layers": lambda: recalibrate(nn.Linear(1, 1) if odd else network(), batches, progress=False),
+        "sync": lambda: BatchNormSync(statistics_only=odd).apply(network()),
+        "sync, model": lambda: BatchNormSync().apply(small if odd else network()),
+        "group size": lambda: BatchNormSync(group_size=3).apply(network()),
+    }
+    return {name: error_of(call) for name, call in calls.items()}
+
+
+def in_pairs(rank: int) -> dict[str, Any]:
+    """Train one layer in groups of two, by one object that also serves another."""
+    layer, other = convert_batch_norm(nn.BatchNorm1d(10), Window(2)), nn.BatchNorm1d(10)
+    sync = BatchNormSync(group_size=2)
+    sync.apply(layer), sync.apply(other)
+    outputs = [layer(data(rank, step)).detach() for step in range(3)]
+    sync.revert(other)
+    assert sync.is_applied_to(layer)
+    assert not sync.is_applied_to(other)
+    outputs.append(layer(data(rank, 3)).detach())
+    sync.revert(layer)
+    alone = other(data(rank)).detach()
+    return {"outputs": outputs, "state": layer.state_dict(), "alone": alone}
+
+
+def far_away(rank: int) -> dict[str, Tensor]:
+    """Data a hundred thousand standard deviations from zero, whose mean also jumps, in float64."""
+    layer = nn.BatchNorm1d(2, momentum=1.0, dtype=torch.float64)
+    BatchNormSync(statistics_only=True).apply(layer)
+    found = []
+    for step in range(3):
+        layer(distant(rank, step))
+        found.append(torch.stack((layer.running_mean, layer.running_var)))
+    return {"found": torch.stack(found)}
+
+
+def distant(rank: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + 10 * step + rank)
+    return torch.randn(5, 2, generator=generator, dtype=torch.float64) + 1e5 + 100 * step
+
+
+def awaited(rank: int) -> dict[str, Any]:
+    """Look at a layer after each forward in another way, on one rank before the others do, or alone."""
+    layer = convert_batch_norm(nn.BatchNorm1d(10), Window(2))
+    model = nn.Sequential(layer)
+    BatchNormSync(statistics_only=True).apply(model)
+    own = layer.__dict__["_buffers"]
+    found: dict[str, Any] = {}
+    looks: dict[str, Callable[[], Any]] = {
+        "attribute": lambda: layer.running_mean,
+        "count": lambda: layer.num_batches_tracked,
+        "state_dict": lambda: model.state_dict()["0.running_mean"],
+        "buffers": lambda: dict(model.named_buffers())["0.running_mean"],
+        "deepcopy": lambda: copy.deepcopy(layer).running_mean,
+        "pickle": lambda: pickle.loads(pickle.dumps(layer.state_dict()))["running_mean"],
+        "move": lambda: layer.double().float().running_mean,
+        "evaluation": lambda: (model.eval()(data(0)), model.train())[0].detach(),
+    }
+    for step, (name, look) in enumerate(looks.items()):
+        model(data(rank, step)).square().sum().backward()
+        waited = layer.__dict__["_buffers"] is own
+        if rank == 0:  # does not wait for the others to look too
+            look()
+            dist.barrier()
+        else:
+            dist.barrier()
+        found[name] = waited, look().clone(), layer.__dict__["_buffers"] is own
+        own = layer.__dict__["_buffers"]  # `.double()` keeps it, a load may not
+    model(data(rank, 99))
+    if rank == 0:
+        layer.running_mean  # noqa: B018  # alone; the others never look
+    dist.barrier()
+    return found
+
+
+def one_step(rank: int) -> dict[str, Any]:
+    """What a step sends, after the first."""
+    model = convert_batch_norm(network(), Window(3))
+    BatchNormSync(statistics_only=True).apply(model)
+
+    def step() -> None:
+        model(data(rank)).square().sum().backward()
+        model[0][1].running_mean  # noqa: B018  # waits
+
+    step()
+    return {"sent": sent(step), "channels": [m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm1d)]}
+
+
+def resumed(rank: int, pair: Any) -> dict[str, dict[str, Tensor]]:
+    """Train three steps on two ranks, save, and go on with four."""
+    found = {}
+    for name, averaging in AVERAGES.items():
+        for only in (False, True):
+            first = convert_batch_norm(nn.BatchNorm1d(10), averaging)
+            if rank < 2:
+                BatchNormSync(statistics_only=only, process_group=pair).apply(first)
+                for step in range(3):
+                    first(whole(step).chunk(2)[rank])
+            box = [first.state_dict()]
+            dist.broadcast_object_list(box, src=0)
+            second = convert_batch_norm(nn.BatchNorm1d(10), averaging)
+            second.load_state_dict(box[0])
+            BatchNormSync(statistics_only=only).apply(second)
+            for step in range(3, 6):
+                second(whole(step).chunk(4)[rank])
+            found[f"{name}, {only}"] = second.state_dict()
+    return found
+
+
+def whole(step: int) -> Tensor:
+    return torch.cat([data(rank, step, 8 - rank) for rank in range(4)])
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    ranks.join_group(rank, world, f"{folder}/store")
+    groups = [dist.new_group(members) for members in NAMES]
+    own, other = groups[rank // 2], groups[1 - rank // 2]
+    results: dict[str, Any] = {f"recalibrated, {exact}": recalibrated(rank, own, exact) for exact in (False, True)}
+    if rank < 2:
+        results["one group alone"] = recalibrated(rank, own, False)
+    results["outside"] = [
+        error_of(lambda: recalibrate(network(), [data(rank)], process_group=other, progress=False)),
+        error_of(lambda: BatchNormSync(process_group=other).apply(network())),
+    ]
+    results["wrong on one"] = wrong_on_one(rank)
+    results["pairs"] = in_pairs(rank)
+    results["far away"] = far_away(rank)
+    results["awaited"] = awaited(rank)
+    results["one step"] = one_step(rank)
+    results["resumed"] = resumed(rank, own)
+    torch.save(results, f"{folder}/{rank}.pt")
+    ranks.leave_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks.spawn(_rank, WORLD, str(folder))
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("name", ["recalibrated, False", "recalibrated, True", "one group alone"])
+def test_groups_recalibrate_apart(results: list[dict[str, Any]], name: str) -> None:
+    """Each group's statistics are of its own data, not a blend, and one group needs no other."""
+    for rank, result in enumerate(results):
+        if name in result:
+            model = network()
+            batches = [data(other, step) for other in NAMES[rank // 2] for step in range(2)]
+            recalibrate(model, batches, exact="True" in name, progress=False)
+            assert max(largest_errors(result[name], statistics(model))) < 1e-5
+    assert sum(name in result for result in results) == (2 if name == "one group alone" else 4)
+
+
+def test_a_rank_outside_of_the_group_is_an_error(results: list[dict[str, Any]]) -> None:
+    """At once, and nobody waits."""
+    for result in results:
+        for error, seconds in result["outside"]:
+            assert error.startswith("ValueError")
+            assert "process_group does not contain this process" in error
+            assert seconds < 5
+
+
+SAID = {
+    "prior": "prior=-1.0",
+    "num_batches": "num_batches is 3 on rank 0 and 2 on rank 2",
+    "exact": "exact is False on rank 0 and True on rank 2",
+    "model": "the number of layers is 2 on rank 0 and 1 on rank 2",  # both are a Sequential
+    "no layers": "no batch-norm layer",
+    "sync": "statistics_only is False on rank 0 and True on rank 2",
+    "sync, model": "the number of batch-norm layers is 2 on rank 0 and 1 on rank 2",
+    "group size": "4 ranks can't be divided into groups of 3; one of 2, 4 can be used",
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_wrong_on_one_rank_is_raised_on_all(results: list[dict[str, Any]], name: str) -> None:
+    """Within seconds, and says which rank and what."""
+    for result in results:
+        error, seconds = result["wrong on one"][name]
+        assert SAID[name] in error
+        assert seconds < 10
+
+
+def test_normalised_in_groups_with_statistics_of_all(results: list[dict[str, Any]]) -> None:
+    """Outputs are those of the pair's batch; the window takes the moments of all four ranks, each batch once."""
+    averaged = convert_batch_norm(nn.BatchNorm1d(10), Window(2))
+    for step in range(4):
+        averaged(torch.cat([data(rank, step) for rank in range(4)]))
+        for members in NAMES:
+            expected = nn.BatchNorm1d(10)(torch.cat([data(rank, step) for rank in members])).detach()
+            found = torch.cat([results[rank]["pairs"]["outputs"][step] for rank in members])
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for rank, result in enumerate(results):
+        for key, value in averaged.state_dict().items():
+            torch.testing.assert_close(result["pairs"]["state"][key], value, rtol=1e-5, atol=1e-5)
+        expected = nn.BatchNorm1d(10)(data(rank)).detach()
+        torch.testing.assert_close(result["pairs"]["alone"], expected)
+
+
+def test_statistics_far_from_zero(results: list[dict[str, Any]]) -> None:
+    """In the first step, in which no shift is known, and in later ones, in which the mean has jumped by a hundred
+    deviations; the same on all ranks to the bit."""
+    for step in range(3):
+        rows = torch.cat([distant(rank, step) for rank in range(4)])
+        mean, var = rows.mean(0), (rows - rows.mean(0)).square().sum(0) / (len(rows) - 1)
+        for result in results:
+            found = result["far away"]["found"]
+            assert torch.equal(found, results[0]["far away"]["found"])
+            # What each rank hands in, by torch's own kernel, is good to 1e-11 at this distance from zero.
+            torch.testing.assert_close(found[step], torch.stack((mean, var)), rtol=1e-9, atol=0)
+
+
+def test_whoever_looks_waits(results: list[dict[str, Any]]) -> None:
+    """After a forward and its backward the sum is still awaited; a look of any kind shows the batch of all ranks, and
+    gives the module its own buffers back."""
+    averaged = convert_batch_norm(nn.BatchNorm1d(10), Window(2))
+    for step, name in enumerate(results[0]["awaited"]):
+        averaged(torch.cat([data(rank, step) for rank in range(4)]))
+        expected = {"count": averaged.num_batches_tracked, "evaluation": averaged.eval()(data(0)).detach()}
+        averaged.train()
+        for result in results:
+            waited, found, restored = result["awaited"][name]
+            assert not waited
+            assert restored
+            torch.testing.assert_close(found, expected.get(name, averaged.running_mean), rtol=1e-5, atol=1e-5)
+
+
+def test_the_message(results: list[dict[str, Any]]) -> None:
+    """One all_reduce a step, of ``8 (2 C + L)`` bytes, and nothing else."""
+    for result in results:
+        channels = result["one step"]["channels"]
+        assert result["one step"]["sent"] == {"all_reduce": (1, 8 * (2 * sum(channels) + len(channels)))}
+
+
+@pytest.mark.parametrize("only", [False, True])
+@pytest.mark.parametrize("name", AVERAGES)
+def test_resumed_with_another_number_of_ranks(results: list[dict[str, Any]], name: str, only: bool) -> None:
+    """Three steps on two ranks and three on four are six steps of one process on the whole batches."""
+    alone = convert_batch_norm(nn.BatchNorm1d(10), AVERAGES[name])
+    for step in range(6):
+        alone(whole(step))
+    for result in results:
+        for key, value in alone.state_dict().items():
+            torch.testing.assert_close(result["resumed"][f"{name}, {only}"][key], value, rtol=1e-4, atol=1e-5)

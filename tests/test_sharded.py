@@ -1,0 +1,352 @@
+"""Sharded models in real Trainers over two real processes: what `docs/distributed.md` says of each part of the package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import ranks
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from recalibration_models import largest_errors, statistics
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_module
+from torch.utils.data import DataLoader
+
+from lightning_bn import (
+    ActivationStatsMonitor,
+    BatchNormRecalibration,
+    BatchNormSync,
+    CompareAverages,
+    ConvertBatchNorm,
+    ModeCheck,
+    Window,
+    convert_batch_norm,
+    recalibrate,
+)
+
+STEPS = 6
+DATA = torch.randn(64, 4, generator=torch.Generator().manual_seed(3)).sort(0).values
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    hidden = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU())
+    return nn.Sequential(hidden, nn.Linear(6, 3), nn.BatchNorm1d(3), nn.Tanh())
+
+
+def sharded(model: nn.Module, mesh: Any = None) -> nn.Module:
+    """A block for itself and the rest around it."""
+    fully_shard(model[0], mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+class Module(pl.LightningModule):
+    """Calls its network from training_step; batches are those of the rank and the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        if mesh is not None:
+            self.replica = mesh["data_parallel"].get_local_rank()
+            if not hasattr(self.net, "unshard"):
+                sharded(self.net, mesh["data_parallel"])
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.net(batch)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(own_batch(self.replica, batch_idx)).square().mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.net(DATA).square().mean(), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def own_batch(rank: int, step: int) -> Tensor:
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * step + rank)) * (1 + rank) + rank
+
+
+def fit(folder: str, *callbacks: pl.Callback, tensor_parallel: int = 1, **options: Any) -> dict[str, Any]:
+    strategy = ModelParallelStrategy(data_parallel_size=2 // tensor_parallel, tensor_parallel_size=tensor_parallel)
+    defaults: dict[str, Any] = {"enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in callbacks)}
+    trainer = pl.Trainer(
+        devices=2, accelerator="cpu", strategy=strategy, max_epochs=1, logger=False, enable_progress_bar=False,
+        default_root_dir=folder, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
+        callbacks=list(callbacks), **(defaults | options),
+    )  # fmt: skip
+    module = Module()
+    loader = DataLoader(torch.zeros(STEPS), batch_size=None)
+    trainer.fit(module, loader, DataLoader(torch.zeros(1), batch_size=None))
+    return {"state": whole(module.net)}
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v.clone() for k, v in model.state_dict().items()}
+
+
+def error_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+CALLBACKS: dict[str, Callable[[], list[pl.Callback]]] = {
+    "monitor": lambda: [ActivationStatsMonitor(every_n_steps=2)],
+    "check": lambda: [ModeCheck(action="raise"), BatchNormSync(statistics_only=True)],
+    "recalibration": lambda: [BatchNormRecalibration(forward=on_own_batch)],
+    "before validation": lambda: [BatchNormRecalibration(when="validation", forward=on_own_batch)],
+    "comparison": lambda: [CompareAverages({"window": Window(3)})],
+    "conversion": lambda: [ConvertBatchNorm(Window(3)), BatchNormSync(statistics_only=True)],
+}
+
+
+def on_own_batch(module: Module, batch: Tensor) -> None:
+    on_own_batch.step = getattr(on_own_batch, "step", -1) + 1
+    module.net(own_batch(module.replica, on_own_batch.step % STEPS))
+
+
+def parts(rank: int, sizes: tuple[int, int]) -> list[Tensor]:
+    """The first sizes[0] batches of the data for rank 0, the next sizes[1] for rank 1."""
+    return list(DATA[: 8 * sum(sizes)].split(8))[sizes[0] * rank : sizes[0] + sizes[1] * rank]
+
+
+def recalibrated(rank: int, sizes: tuple[int, int], **options: Any) -> dict[str, Any]:
+    model = sharded(network())
+    report = recalibrate(model, parts(rank, sizes), progress=False, **options)
+    return {"statistics": statistics(model), "report": report.as_dict()}
+
+
+def fails_to_load(rank: int) -> str:
+    def batches() -> Iterator[Tensor]:
+        yield DATA[:8]
+        if rank == 1:
+            raise OSError("disk full")
+        yield DATA[8:16]
+
+    return error_of(lambda: recalibrate(sharded(network()), batches(), progress=False))
+
+
+def saved_and_loaded(rank: int, folder: str) -> dict[str, Any]:
+    """Train apart, recalibrate, save and load a distributed checkpoint; the layers' whole state."""
+    model = convert_batch_norm(network(), Window(3))
+    sharded(model)
+    for step in range(4):
+        model(own_batch(rank, step))
+    report = recalibrate(model, [DATA], progress=False)
+    before = whole(model)
+    dcp.save(model.state_dict(), checkpoint_id=f"{folder}/dcp")
+    loaded = convert_batch_norm(network(), Window(3))
+    state = sharded(loaded).state_dict()
+    dcp.load(state, checkpoint_id=f"{folder}/dcp")
+    loaded.load_state_dict(state)
+    report.rollback()
+    return {"before": before, "loaded": whole(loaded), "undone": whole(model)}
+
+
+def _rank(rank: int, world: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    ranks.environment(rank, world, port)
+    results: dict[str, Any] = {"plain": fit(folder)}
+    results["sync"] = fit(folder, BatchNormSync())
+    results["statistics only"] = fit(folder, BatchNormSync(statistics_only=True))
+    results["replicas"] = fit(folder, BatchNormSync(), BatchNormRecalibration(forward=on_own_batch), tensor_parallel=2)
+    for name, make in CALLBACKS.items():
+        callbacks = make()
+        results[name] = fit(folder, *callbacks)
+        results[name, "refused"] = error_of(lambda c=make: fit(folder, c()[0], plugins=[BatchNormSync()]))
+        results[name, "table"] = callbacks[0].table() if name == "monitor" else None
+    results["checkpoints"] = error_of(
+        lambda: fit(folder, BatchNormRecalibration(checkpoints=["best"]), ModelCheckpoint(folder))
+    )
+    for sizes in ((5, 3), (4, 0)):
+        results["recalibrated", sizes] = recalibrated(rank, sizes)
+    results["tolerance"] = recalibrated(rank, (8, 0), tolerance=100.0)
+    results["exact"] = error_of(lambda: recalibrate(sharded(network()), [DATA], exact=True, progress=False))
+    results["fails to load"] = fails_to_load(rank)
+    results["dcp"] = saved_and_loaded(rank, folder)
+    everywhere = distribute_module(network(), init_device_mesh("cpu", (world,)))
+    results["DTensor"] = [
+        error_of(lambda: recalibrate(everywhere, [DATA], progress=False)),
+        error_of(lambda: BatchNormSync().apply(everywhere)),
+        error_of(lambda: convert_batch_norm(everywhere, Window(3))),
+    ]
+    torch.save(results, f"{folder}/{rank}.pt")
+    ranks.leave_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks.spawn(_rank, 2, str(folder), ranks.free_port())
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def alone(batches: list[list[Tensor]], merge: bool) -> dict[str, Tensor]:
+    """Train one process on the batches of all ranks: as one batch, or each by itself, gradients averaged."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in batches:
+        optimizer.zero_grad()
+        for batch in [torch.cat(step)] if merge else step:
+            (model(batch).square().mean() / (1 if merge else len(step))).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
+BATCHES = [[own_batch(rank, step) for rank in range(2)] for step in range(STEPS)]
+
+
+def test_synchronised_is_one_process_on_the_whole_batch(results: list[dict[Any, Any]]) -> None:
+    """Trainer(strategy=ModelParallelStrategy(), callbacks=[BatchNormSync()]): weights and statistics, to 1e-5."""
+    for result in results:
+        for key, value in alone(BATCHES, True).items():
+            torch.testing.assert_close(result["sync"]["state"][key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_only_changes_no_weight(results: list[dict[Any, Any]]) -> None:
+    """Weights are those without the callback and of one process that averages gradients; the first layer's statistics
+    are of the batches of both, which without it they are not, and both ranks have the same."""
+    expected, first = alone(BATCHES, False), network()
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.1)
+    mean = torch.zeros(6, dtype=torch.float64)
+    for step in BATCHES:
+        mean = 0.9 * mean + 0.1 * first[0][0](torch.cat(step)).detach().double().mean(0)
+        optimizer.zero_grad()
+        for batch in step:
+            (first(batch).square().mean() / 2).backward()
+        optimizer.step()
+    for result in results:
+        for key in ("0.0.weight", "1.weight", "2.bias"):
+            assert torch.equal(result["statistics only"]["state"][key], result["plain"]["state"][key])
+            torch.testing.assert_close(result["plain"]["state"][key], expected[key], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            result["statistics only"]["state"]["0.1.running_mean"].double(), mean, rtol=1e-5, atol=1e-5
+        )
+    one, two = (result["statistics only"]["state"] for result in results)
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    one, two = (result["plain"]["state"] for result in results)
+    assert not torch.equal(one["0.1.running_mean"], two["0.1.running_mean"])
+
+
+def test_tensor_parallel_replicas_are_counted_once(results: list[dict[Any, Any]]) -> None:
+    """Two ranks that see the same batch are one process: with their batch twice, the unbiased variance would be
+    smaller."""
+    expected = network()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    for step in BATCHES:
+        optimizer.zero_grad()
+        expected(step[0]).square().mean().backward()
+        optimizer.step()
+    recalibrate(expected, [step[0] for step in BATCHES], progress=False)
+    for result in results:
+        for key, value in expected.state_dict().items():
+            torch.testing.assert_close(result["replicas"]["state"][key], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_each_callback_in_a_sharded_fit(results: list[dict[Any, Any]], name: str) -> None:
+    """It runs, and the weights are those without it to the bit."""
+    for result in results:
+        for key, value in result["plain"]["state"].items():
+            if key.endswith(("weight", "bias")):
+                assert torch.equal(result[name]["state"][key], value)
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_each_callback_tells_of_a_plugin_that_nobody_applies(results: list[dict[Any, Any]], name: str) -> None:
+    """The fit stops before the first step, and the error shows the form that works."""
+    for result in results:
+        assert result[name, "refused"].startswith("MisconfigurationException")
+        assert "Trainer(callbacks=[BatchNormSync(...)])" in result[name, "refused"]
+
+
+def test_the_monitor_sees_whole_parameters(results: list[dict[Any, Any]]) -> None:
+    """The range of the affine weights is that of all ranks' parts, as in the model at the end of the fit."""
+    table = results[0]["monitor", "table"]
+    assert table == results[1]["monitor", "table"]
+    last = [row for row in table if row["layer"] == "net.0.1"][-1]
+    weight = results[0]["monitor"]["state"]["0.1.weight"]
+    assert last["stage"] == "val"
+    assert (last["weight_min"], last["weight_max"]) == (weight.min().item(), weight.max().item())
+
+
+@pytest.mark.parametrize("name", ["recalibration", "before validation"])
+def test_recalibration_of_a_sharded_model(results: list[dict[Any, Any]], name: str) -> None:
+    """All ranks end with the same statistics, of the batches of both under the weights at the end."""
+    one, two = (result[name]["state"] for result in results)
+    assert all(torch.equal(one[key], two[key]) for key in one if "running" in key)
+    rows = torch.cat([batch for step in BATCHES for batch in step]).double()
+    seen = rows @ one["0.0.weight"].double().T + one["0.0.bias"].double()
+    torch.testing.assert_close(one["0.1.running_mean"].double(), seen.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(one["0.1.running_var"].double(), seen.var(0), rtol=1e-5, atol=1e-5)
+
+
+def test_recalibrated_copies_of_checkpoints_are_refused_at_the_start(results: list[dict[Any, Any]]) -> None:
+    """Not after the whole fit."""
+    for result in results:
+        assert "MisconfigurationException" in result["checkpoints"]
+        assert "checkpoints=" in result["checkpoints"]
+        assert "ModelParallelStrategy" in result["checkpoints"]
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (4, 0)])
+def test_unequal_numbers_of_batches(results: list[dict[Any, Any]], sizes: tuple[int, int]) -> None:
+    """A rank that has run out, or never had any, runs along uncounted: figures are those of one process with all
+    batches."""
+    model = network()
+    report = recalibrate(model, parts(0, sizes) + parts(1, sizes), progress=False).as_dict()
+    for result in results:
+        found = result["recalibrated", sizes]
+        assert max(largest_errors(found["statistics"], statistics(model))) < 1e-5
+        assert [found["report"][key] for key in ("batches", "samples")] == [report["batches"], report["samples"]]
+
+
+def test_ranks_that_stop_apart(results: list[dict[Any, Any]]) -> None:
+    """Rank 0 stops at once by its tolerance, rank 1 has nothing; neither waits for the other."""
+    for result in results:
+        assert result["tolerance"]["report"]["batches"] == 8
+        assert all(math.isfinite(layer["standard_error"]) for layer in result["tolerance"]["report"]["layers"])
+
+
+def test_what_is_refused_by_name(results: list[dict[Any, Any]]) -> None:
+    """exact, with the reason; batch norms made of DTensors, with the layer; batches that fail, on both ranks."""
+    for result in results:
+        assert result["exact"].startswith("ValueError: recalibrate(exact=True)")
+        for error in result["DTensor"]:
+            assert error.startswith("TypeError")
+            assert "0.1 (BatchNorm1d)" in error
+            assert "DTensor" in error
+    assert "rank 1: OSError: disk full" in results[0]["fails to load"]
+    assert results[1]["fails to load"] == "OSError: disk full"
+
+
+def test_a_distributed_checkpoint_has_one_history(results: list[dict[Any, Any]]) -> None:
+    """After a recalibration the ranks agree on the history too, the first rank's, so that it matters not which rank
+    each tensor is saved from; rollback gives each rank its own again."""
+    one, two = (result["dcp"] for result in results)
+    assert any("averaging" in key for key in one["before"])
+    for key, value in one["before"].items():
+        assert torch.equal(two["before"][key], value), key
+        assert torch.equal(one["loaded"][key], value), key
+    model = convert_batch_norm(network(), Window(3))
+    for step in range(4):
+        model(own_batch(0, step))
+    own = model.state_dict()["0.1.averaging.rows"]
+    torch.testing.assert_close(one["before"]["0.1.averaging.rows"], own, rtol=1e-5, atol=1e-6)
+    assert torch.equal(one["undone"]["0.1.averaging.rows"], one["before"]["0.1.averaging.rows"])
+    assert not torch.allclose(two["undone"]["0.1.averaging.rows"], own, rtol=0.01)
