@@ -47,6 +47,7 @@ bench: .venv/dev.installed
 	$(BIN)/python benchmarks/activation_stats.py
 	$(BIN)/python benchmarks/mode_check.py
 	$(BIN)/python benchmarks/communication.py
+	$(BIN)/python benchmarks/page.py
 
 docs: .venv/docs.installed
 	$(BIN)/mkdocs build --strict --quiet

@@ -81,7 +81,7 @@ def main() -> None:
         cells = [f"{sum(each) / SEEDS:.1f} ({min(each):.1f} to {max(each):.1f})" for each in zip(*rows, strict=True)]
         print(f"   {decay:<8}" + "".join(f"{cell:>22}" for cell in cells))
     print("\n   A decay of 0.98 forgets fast enough, and gains little; 0.995 still holds statistics of the start.")
-    print(f"\nThe run in pictures: .venv/bin/tensorboard --logdir {folder}")
+    print(f"\nThe run as a page: .venv/bin/lightning-bn report {folder}, then open report.html.")
 
 
 if __name__ == "__main__":

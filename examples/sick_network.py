@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -61,11 +62,12 @@ def main() -> None:
     torch.set_num_threads(1)
     for name, build, lr, statistic in CASES:
         pl.seed_everything(0, verbose=False)
-        monitor = ActivationStatsMonitor(every_n_steps=2)
+        monitor = ActivationStatsMonitor(every_n_steps=2, verbose=False)
         trainer = pl.Trainer(
             max_epochs=options.epochs,
             accelerator="cpu",
             logger=TensorBoardLogger(options.logs, name=name, version="") if options.logs else False,
+            default_root_dir=tempfile.gettempdir(),
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

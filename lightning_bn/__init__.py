@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential, Window, window
-from lightning_bn.layers import batch_norm, subclasses
-from lightning_bn.layers.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from lightning_bn.layers.conversion import convert_batch_norm, to_torch
-from lightning_bn.layers.ledger import settle_together
-from lightning_bn.modes import paused_statistics
-from lightning_bn.recalibration import recalibrate, recalibrated
-from lightning_bn.recalibration.report import LayerReport, RecalibrationReport
-from lightning_bn.rules import Finding, Fix, ModeCheckError
-from lightning_bn.rules.watching import check, watch
 
 if TYPE_CHECKING:
     from lightning_bn.activations.episodes import Episode as Episode
     from lightning_bn.activations.stats import ActivationStats as ActivationStats
+    from lightning_bn.averaging import Averaging as Averaging
+    from lightning_bn.averaging import Batch as Batch
+    from lightning_bn.averaging import Cumulative as Cumulative
+    from lightning_bn.averaging import Exponential as Exponential
+    from lightning_bn.averaging import Window as Window
     from lightning_bn.callbacks.activation_stats import ActivationStatsMonitor as ActivationStatsMonitor
     from lightning_bn.callbacks.comparison import CompareAverages as CompareAverages
     from lightning_bn.callbacks.conversion import ConvertBatchNorm as ConvertBatchNorm
-    from lightning_bn.callbacks.mode_check import ModeCheck
+    from lightning_bn.callbacks.mode_check import ModeCheck as ModeCheck
     from lightning_bn.callbacks.recalibration import BatchNormRecalibration as BatchNormRecalibration
+    from lightning_bn.layers.batch_norm import BatchNorm1d as BatchNorm1d
+    from lightning_bn.layers.batch_norm import BatchNorm2d as BatchNorm2d
+    from lightning_bn.layers.batch_norm import BatchNorm3d as BatchNorm3d
+    from lightning_bn.layers.conversion import convert_batch_norm as convert_batch_norm
+    from lightning_bn.layers.conversion import to_torch as to_torch
+    from lightning_bn.layers.ledger import settle_together as settle_together
+    from lightning_bn.modes import paused_statistics as paused_statistics
     from lightning_bn.plugins.layer_sync import BatchNormSync as BatchNormSync
+    from lightning_bn.recalibration import recalibrate as recalibrate
+    from lightning_bn.recalibration import recalibrated as recalibrated
+    from lightning_bn.recalibration.report import LayerReport as LayerReport
+    from lightning_bn.recalibration.report import RecalibrationReport as RecalibrationReport
+    from lightning_bn.rules import Finding as Finding
+    from lightning_bn.rules import Fix as Fix
+    from lightning_bn.rules import ModeCheckError as ModeCheckError
+    from lightning_bn.rules.watching import check as check
+    from lightning_bn.rules.watching import watch as watch
 
 __version__ = "0.1.0"
 
@@ -61,28 +72,61 @@ __all__ = [
     "watch",
 ]
 
-# A whole model that 0.1.0 pickled names the modules that these classes were in then.
-for _name, _module in {"batch_norm": batch_norm, "subclasses": subclasses, "window": window}.items():
-    sys.modules[f"{__name__}.{_name}"] = _module
-
-# Names that need lightning or torchmetrics, and the module of each: imported when first asked for, since those take
-# seconds.
+# Every name, and the module it is in: imported when first asked for. TensorBoard imports this package for its tab's sake,
+# and must not wait for torch; who uses the layers must not wait for Lightning.
 _LAZY: dict[str, str] = {
-    "ActivationStats": "lightning_bn.activations.stats",
-    "Episode": "lightning_bn.activations.episodes",
-    "ActivationStatsMonitor": "lightning_bn.callbacks.activation_stats",
-    "ModeCheck": "lightning_bn.callbacks.mode_check",
-    "BatchNormRecalibration": "lightning_bn.callbacks.recalibration",
-    "CompareAverages": "lightning_bn.callbacks.comparison",
-    "ConvertBatchNorm": "lightning_bn.callbacks.conversion",
-    "BatchNormSync": "lightning_bn.plugins.layer_sync",
+    "ActivationStats": "activations.stats",
+    "ActivationStatsMonitor": "callbacks.activation_stats",
+    "Averaging": "averaging",
+    "Batch": "averaging",
+    "BatchNorm1d": "layers.batch_norm",
+    "BatchNorm2d": "layers.batch_norm",
+    "BatchNorm3d": "layers.batch_norm",
+    "BatchNormRecalibration": "callbacks.recalibration",
+    "BatchNormSync": "plugins.layer_sync",
+    "CompareAverages": "callbacks.comparison",
+    "ConvertBatchNorm": "callbacks.conversion",
+    "Cumulative": "averaging",
+    "Episode": "activations.episodes",
+    "Exponential": "averaging",
+    "Finding": "rules",
+    "Fix": "rules",
+    "LayerReport": "recalibration.report",
+    "ModeCheck": "callbacks.mode_check",
+    "ModeCheckError": "rules",
+    "RecalibrationReport": "recalibration.report",
+    "Window": "averaging",
+    "check": "rules.watching",
+    "convert_batch_norm": "layers.conversion",
+    "paused_statistics": "modes",
+    "recalibrate": "recalibration",
+    "recalibrated": "recalibration",
+    "settle_together": "layers.ledger",
+    "to_torch": "layers.conversion",
+    "watch": "rules.watching",
 }
+
+# A whole model that 0.1.0 pickled names the modules that these classes were in then.
+_MOVED = {"batch_norm": "layers.batch_norm", "subclasses": "layers.subclasses", "window": "averaging.window"}
+
+
+class _Moved(ModuleType):
+    """Stands where a module was, and has what the one has that it became."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(import_module(f"lightning_bn.{_MOVED[self.__name__.rpartition('.')[2]]}"), name)
+
+
+for _name in _MOVED:
+    sys.modules[f"{__name__}.{_name}"] = _Moved(f"{__name__}.{_name}")
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    found = globals()[name] = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     return found
 
 

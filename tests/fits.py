@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -62,12 +63,17 @@ class Small(Steps, pl.LightningModule):
     """`Steps` of ``lightning.pytorch``."""
 
 
+# Where a run without a logger leaves its table.
+_ROOT = tempfile.TemporaryDirectory()
+
+
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 2,
         "logger": False,
+        "default_root_dir": _ROOT.name,
         "enable_checkpointing": any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks),
         "enable_progress_bar": False,
         "enable_model_summary": False,

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import torch
-from fits import Small, fit, loader, parameters_equal, trainer, training_data
+from fits import Small, fit, parameters_equal, trainer, training_data
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -326,7 +326,7 @@ def test_reused_layers_widths_and_tuples() -> None:
     named."""
     monitor = ActivationStatsMonitor(layers=[nn.ReLU, nn.LSTM, "spare"], every_n_steps=100)
     module = Shapes()
-    with pytest.warns(UserWarning, match="sees nothing of rest.0, rest.4, spare: no forward"):
+    with pytest.warns(UserWarning, match="sees nothing of rest.0, rest.4, spare in training: no forward"):
         fit(monitor, module=module, val=None, max_epochs=1)
     found = rows(monitor, "train", 0)
     assert list(found) == ["input", "relu#1", "relu#2", "relu#3", "lstm"]
@@ -459,14 +459,22 @@ def test_compiled_models_are_seen() -> None:
     assert len(compiled_runs) == 4
 
 
-def test_fast_dev_run_and_no_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fast_dev_run and a run without a logger work, have a table, and write no file."""
-    monkeypatch.chdir(tmp_path)
-    for options in ({"fast_dev_run": True, "logger": None}, {"logger": False, "max_epochs": 1}):
-        monitor = ActivationStatsMonitor()
-        fit(monitor, **options)
-        assert list(rows(monitor, "train", 0)) == ROWS
-    assert list(tmp_path.rglob("*")) == []
+def test_the_table_lies_where_the_loggers_are(tmp_path: Path) -> None:
+    """Beside each logger's files, without one in default_root_dir, of the last run alone; a fast_dev_run leaves none."""
+    runs: dict[str, Any] = {
+        "fast": {"fast_dev_run": True, "logger": None},
+        "none": {"logger": False},
+        "csv": {"logger": [CSVLogger(tmp_path / "logs", version=0), Memory()]},
+    }
+    for name, options in runs.items():
+        for _ in range(2):
+            monitor = ActivationStatsMonitor(verbose=False)
+            fit(monitor, **{"max_epochs": 1, "default_root_dir": tmp_path / name} | options)
+            assert list(rows(monitor, "train", 0)) == ROWS
+    found = {path.relative_to(tmp_path): path for path in tmp_path.rglob("activation_stats.csv")}
+    assert set(map(str, found)) == {"none/activation_stats.csv", "logs/lightning_logs/version_0/activation_stats.csv"}
+    for path in found.values():
+        assert len(pd.read_csv(path)) == len(monitor.table())
 
 
 def test_validate_and_test_alone() -> None:
@@ -513,7 +521,7 @@ def test_mistakes_are_told_at_once() -> None:
         ActivationStatsMonitor(every_n_steps=0)
     with pytest.raises(ValueError, match='"worst", "all"'):
         ActivationStatsMonitor(scalars=True)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="nor a class"):
+    with pytest.raises(TypeError, match="a class"):
         fit(ActivationStatsMonitor(layers=3))  # type: ignore[arg-type]
 
 
@@ -549,7 +557,7 @@ def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:
     assert metrics["activations/std/median"] == pytest.approx(sorted(stds)[1] / 2 + sorted(stds)[2] / 2)
     assert metrics["activations/std/worst"] == max(stds, key=lambda std: abs(math.log(std)))
     assert metrics["activations/drift_mean/worst"] == max(found[name]["drift_mean"] for name in ("bn1", "rest.3"))
-    assert metrics["activations/dead_fraction/rest.0"] == found["rest.0"]["dead_fraction"]
+    assert metrics["activations/zero_fraction/rest.0"] == found["rest.0"]["zero_fraction"]
     assert ours[2][1]["activations_val/std/bn1"] == rows(monitor, "val")["bn1"]["std"]
     assert "activations/std/median" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]
 
@@ -602,15 +610,15 @@ def test_memory_does_not_grow_with_the_steps() -> None:
     assert alive[1] <= alive[0]
 
 
-def test_sampling_follows_the_trainers_interval() -> None:
-    """Without every_n_steps the Trainer's log_every_n_steps holds; 0 there means never."""
-    monitor = ActivationStatsMonitor()
-    fit(monitor, log_every_n_steps=5, val=None)
-    assert sorted({row["step"] for row in monitor.table()}) == [0, 5, 10]
+def test_sampling_is_dense_at_first() -> None:
+    """Without every_n_steps the interval doubles after every 16 samples, until it is the Trainer's; 0 there is never."""
+    monitor = ActivationStatsMonitor(verbose=False)
+    fit(monitor, log_every_n_steps=4, max_epochs=12, val=None)
+    steps = [*range(16), *range(16, 48, 2), *range(48, 72, 4)]
+    assert sorted({row["step"] for row in monitor.table()}) == steps
     monitor = ActivationStatsMonitor()
     fit(monitor, log_every_n_steps=0, val=None)
     assert monitor.table() == []
-    assert loader().batch_size == 8
 
 
 def test_ailments_and_pictures_without_tensorboard() -> None:
@@ -627,8 +635,8 @@ def test_ailments_and_pictures_without_tensorboard() -> None:
     monitor = ActivationStatsMonitor(every_n_steps=2)
     fit(monitor, module=Dies(lr=0.0), val=None)
     found = {(each.layer, each.statistic): (each.first, each.value) for each in monitor.ailments()}
-    assert found["rest.0", "dead_fraction"] == found["bn1", "weight_near_zero"] == (6, 1.0)
-    assert monitor.picture("dead_fraction").shape[1:] == (640, 3)
+    assert found["rest.0", "zero_fraction"] == found["bn1", "weight_near_zero"] == (6, 1.0)
+    assert monitor.picture("zero_fraction").shape[1:] == (640, 3)
     with pytest.raises(ValueError, match=r"picture\('nonsense', 'train'\).*there are std, abs_max"):
         monitor.picture("nonsense")
     with pytest.raises(ValueError, match="there are none"):

@@ -45,7 +45,9 @@ def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
             if not name.startswith(f"lightning_bn-{lightning_bn.__version__}.dist-info/")
         }
     files = {
-        str(path.relative_to(ROOT)) for path in (ROOT / "lightning_bn").rglob("*") if path.suffix in (".py", ".typed")
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "lightning_bn").rglob("*")
+        if path.suffix in (".py", ".typed", ".js", ".css")
     }
     assert inside == files | {"lightning_bn/rules/rules.md"}  # the page that messages send their reader to
     assert wheel.name == f"lightning_bn-{lightning_bn.__version__}-py3-none-any.whl"
@@ -82,3 +84,13 @@ def test_wheel_installs_and_its_entry_points_work(wheel: Path, tmp_path: Path) -
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("BN203 (error)")
         assert "### BN203" in done.stdout
+    # TensorBoard's own way to the tab.
+    code = (
+        "from importlib.metadata import distribution; "
+        "(point,) = (each for each in distribution('lightning-bn').entry_points if each.group == 'tensorboard_plugins'); "
+        "print(point.load().__name__, point.value)"
+    )
+    assert run(binaries / "python", "-c", code, cwd=tmp_path).stdout.split() == [
+        "Loader",
+        "lightning_bn.dashboard.loader:Loader",
+    ]

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.activations.drift import Drift, DriftMeter
 from lightning_bn.activations.layers import bounds_of
 from lightning_bn.activations.measured import Array, silent_numbers
-from lightning_bn.activations.places import Place, Places
+from lightning_bn.activations.places import INPUT, Place, Places
 from lightning_bn.activations.pooling import Key, Pool, flatten, merge
 from lightning_bn.activations.reading import Reading, bucket_counts, read
 from lightning_bn.activations.sample import Sample
@@ -30,7 +30,7 @@ from lightning_bn.ranks.collective import share
 from lightning_bn.sharding import full_value
 from lightning_bn.torch_internals import in_backward, parameters_of
 
-__all__ = ["INPUT", "LayerCollector"]
+__all__ = ["LayerCollector"]
 
 # A place may be called with activations of several widths. More than these are no widths but lengths: the channels are
 # in another dimension.
@@ -38,9 +38,6 @@ MAX_WIDTHS = 8
 
 # Channels whose readings wait to be put together: a validation has many batches, a training step is below this.
 MAX_WAITING = 2**20
-
-INPUT = "input"
-"""The row of what the model is given."""
 
 
 class LayerCollector:

@@ -21,8 +21,8 @@ from lightning_bn.torch_internals import buffers_of
 
 __all__ = ["Drift", "DriftMeter", "distance", "summarise_drift"]
 
-# What torch's default momentum leaves of the 0/1 start after this many batches is a twentieth.
-YOUNG = 30
+# Five times the memory of torch's own average, in which weights move fastest.
+YOUNG = 50
 DEFAULT_MEMORY = 0.9
 
 
@@ -59,7 +59,9 @@ class Drift:
     values: Array  # (L, 4), in the order of `registry.DRIFT_STATISTICS`; NaN where nothing tells
     settled: Array  # (L, 4), what of it the 0/1 start leaves unexplained: against the statistics less that start; 0 in a young layer
     ran: Mask  # (L,): whether there were batches
-    nonfinite: Array  # (L,), channels whose running statistics are NaN or infinite now
+    nonfinite: (
+        Array  # (L,), channels whose running statistics were NaN or infinite before the batches, or the evaluation
+    )
 
 
 class DriftMeter:
@@ -196,7 +198,7 @@ class DriftMeter:
             for each in (before, self._less_start(before, tracked))
         )
         settled[self._is_young(tracked) & ran] = 0
-        return Drift(values, settled, ran, self._nonfinite(after))
+        return Drift(values, settled, ran, self._nonfinite(before))
 
     @torch.no_grad()
     def statistics(self) -> list[Tensor]:
@@ -207,8 +209,8 @@ class DriftMeter:
     def against(self, host: Sequence[Tensor], inputs: Mapping[int, tuple[Array, Array]]) -> Drift:
         """Return the drift of what an evaluation gives the layers, against the running statistics that it uses.
 
-        Only a young model explains it, in which torch's own average would be in its start too: a slower average is read
-        while it has not arrived.
+        The 0/1 start explains it only as far as torch's own average would hold it too: a slower average is read while it
+        has not arrived.
 
         Args:
             host: what `statistics` returned.
@@ -223,19 +225,23 @@ class DriftMeter:
             for part in (0, 1)
         )
         values = self._compare(batch, running)
-        self._look_at_start(running, counts)
+        settled = self._compare(batch, self._less_start(running, counts))
         steps = counts.numpy()
         young = self._is_young(counts) & ((steps > 0) | (steps == 0).all())
-        settled = np.where(young[:, None], 0.0, values)
+        settled = np.where(young[:, None], 0.0, np.where(self._is_quick(counts)[:, None], settled, values))
         ran = np.isin(np.arange(len(self.layers)), list(inputs))
         return Drift(values, settled, ran, self._nonfinite(running))
 
     def _is_young(self, counts: Tensor) -> Mask:
         """Which layers began with 0/1 and have seen so few batches that torch's own average would be in its start too;
         their weights move fast."""
-        steps = counts.numpy()
-        young: Mask = self._from_zero_one & (steps < YOUNG)
-        return young & (self._start_weight(counts) <= DEFAULT_MEMORY**steps + 1e-6)
+        young: Mask = self._from_zero_one & (counts.numpy() < YOUNG) & self._is_quick(counts)
+        return young
+
+    def _is_quick(self, counts: Tensor) -> Mask:
+        """Which layers have forgotten their start as well as torch's own average would have."""
+        quick: Mask = self._start_weight(counts) <= DEFAULT_MEMORY ** counts.numpy() + 1e-6
+        return quick
 
     def _compare(self, batch: tuple[Array, ...], running: tuple[Array, ...]) -> Array:
         return summarise_drift(*distance(batch[0], batch[1], running[0], running[1], self._eps), self._widths)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lightning_bn.activations.places import INPUT
 from lightning_bn.activations.registry import STATISTICS, Statistic
 from lightning_bn.activations.sample import Sample
 
@@ -17,6 +18,9 @@ STAGES = {"train": "training", "val": "validation", "test": "test"}
 # Causes that are told in full; the others are one line each.
 MAX_TOLD = 3
 MAX_LISTED = 10
+
+# A run in which everything is sick all the time has more episodes than anybody reads; the earliest tell what happened.
+MAX_GROUPED = 1000
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,14 @@ class Episodes:
         return sorted(found, key=_urgency)
 
 
-def _urgency(episode: Episode) -> tuple[int, int, int, int]:
+def _urgency(episode: Episode) -> tuple[int, int, int, int, int]:
     stages = list(STAGES)
     stage = stages.index(episode.stage) if episode.stage in stages else len(stages)
-    return episode.first, stage, episode.order, STATISTICS[episode.statistic].rank
+    statistic = STATISTICS[episode.statistic]
+    # Of one sample: running statistics are looked at before its forward, gradients come after it, from below.
+    is_before = episode.statistic == "running_nonfinite" or episode.layer == INPUT
+    moment = 0 if is_before else 2 if statistic.of == "gradient" else 1
+    return episode.first, stage, moment, episode.order, statistic.rank
 
 
 @dataclass(frozen=True)
@@ -174,19 +182,21 @@ def causes(episodes: Iterable[Episode]) -> list[Cause]:
     about, as a dead layer does silence; and from NaN, or an input that is wrong, everything does.
     """
     groups: list[list[Episode]] = []
+    until: list[float] = []  # by group, the last step at which something of it was sick
     for episode in sorted(episodes, key=_urgency):
-        group = next((group for group in groups if _explains(group, episode)), None)
-        if group is None:
+        end = float(episode.last) if episode.recovered else np.inf
+        active = (place for place, last in enumerate(until) if last >= episode.first)
+        place = next((place for place in active if _explains(groups[place][0], episode)), None)
+        if place is None:
             groups.append([episode])
+            until.append(end)
         else:
-            group.append(episode)
+            groups[place].append(episode)
+            until[place] = max(until[place], end)
     return [Cause(cause, tuple(followers)) for cause, *followers in groups]
 
 
-def _explains(group: Sequence[Episode], later: Episode) -> bool:
-    cause = group[0]
-    if all(each.recovered and each.last < later.first for each in group):
-        return False
+def _explains(cause: Episode, later: Episode) -> bool:
     if cause.stage not in (later.stage, "train"):
         return False
     of, family = (STATISTICS[each.statistic].family for each in (cause, later))
@@ -217,7 +227,7 @@ def verdict(
         warm = "" if warm_up is None else f" Running statistics or weights were still in warm-up until step {warm_up}."
         return [f"Healthy: {layers} layers were within their limits at {seen}.{warm}"]
     # What is sick still comes first.
-    groups = sorted(causes(episodes), key=lambda cause: cause.is_over)
+    groups = sorted(causes(episodes[:MAX_GROUPED]), key=lambda cause: cause.is_over)
     lines = []
     for number, cause in enumerate(groups):
         if number < MAX_TOLD:

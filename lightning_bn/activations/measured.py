@@ -176,12 +176,6 @@ class Norms:
     nonfinite: Array  # (N,), channels whose running statistics are not finite
     tracks: Mask  # (N,): has running statistics
 
-    @cached_property
-    def is_zero(self) -> Mask:
-        """Which norms have a weight that is 0 in each channel: (N,)."""
-        largest = self.of_weight(lambda weight, starts: np.maximum.reduceat(np.abs(weight), starts))
-        return np.asarray(largest == 0)
-
     def of_weight(self, reduce: Callable[[Array, NDArray[np.int64]], Array]) -> Array:
         """Return a number of the weights of each norm: (N,), NaN where it has none."""
         return self._reduced(self.weight, self.has_weight, reduce)

@@ -15,10 +15,13 @@ from torch import nn
 from lightning_bn.discovery import parts_called_by, user_name
 from lightning_bn.torch_internals import in_backward
 
-__all__ = ["MAX_CALLS", "Place", "Places", "label_of"]
+__all__ = ["INPUT", "MAX_CALLS", "Place", "Places", "label_of"]
 
 # A layer that is called more often in one forward stands in a loop; the last place holds all further calls.
 MAX_CALLS = 16
+
+INPUT = "input"
+"""The path of what the model is given."""
 
 
 class Place(NamedTuple):

@@ -17,6 +17,9 @@ __all__ = ["COLUMNS", "DRIFT_STATISTICS", "ENTRIES", "STATISTICS", "Entry", "Sca
 # A batch norm's weight starts at 1; below a hundredth of that the channel hardly reaches the next layer.
 NEAR_ZERO = 0.01
 
+# Channels of which a share tells nothing.
+FEW = 8
+
 Source = Literal["activation", "gradient", "norm", "given"]
 Family = Literal["numbers", "scale", "silence", "channel", "saturation", "drift", "affine", "gradient", "input"]
 
@@ -235,6 +238,8 @@ ENTRIES: tuple[Entry, ...] = (
         scale=_FRACTION,
         family="silence",
         high=0.25,
+        # Of a handful of channels, as in squeeze and excitation, some are dead by chance.
+        judged=lambda found: found.widths >= FEW,
         rank=2,
         advice=f"{_LOWER_RATE}, normalise before this layer, or use a function that does not end at 0 (nn.LeakyReLU).",
         chart="dead channels, share (worst layer, median)",
@@ -248,6 +253,7 @@ ENTRIES: tuple[Entry, ...] = (
         scale=_CHANNELS,
         family="channel",
         high=0,
+        judged=lambda found: found.widths >= FEW,
         rank=7,
         mapped=False,
         advice=f"A channel that was alive gives 0 for every input: {_LOWER_RATE.lower()}, or use nn.LeakyReLU.",
@@ -262,6 +268,7 @@ ENTRIES: tuple[Entry, ...] = (
         scale=_FRACTION,
         family="saturation",
         high=0.5,
+        rank=3,
         # A classifier's last sigmoid is to be near 0 or 1.
         advice="No gradient passes a saturated function: normalise before it, initialise smaller, or take another one (nn.ReLU).",
     ),
@@ -390,6 +397,7 @@ ENTRIES: tuple[Entry, ...] = (
         high=1e3,
         healthy=None,
         log=True,
+        rank=7,
         advice=f"Gradients explode: {_LOWER_RATE.lower()}.",
         advice_low="No gradient arrives here: look for what cuts it off above (detach, dead or saturated layers).",
     ),
@@ -401,7 +409,7 @@ ENTRIES: tuple[Entry, ...] = (
         scale=_COUNT,
         family="numbers",
         high=0,
-        rank=1,
+        rank=8,
         advice=f"{_LOWER_RATE}, or let a GradScaler skip such steps.",
     ),
 )

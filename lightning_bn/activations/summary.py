@@ -144,13 +144,13 @@ class Summariser:
                 mark(name, layout.norms, ~STATISTICS[name].is_sick(norms.settled[:, place]))
         near = STATISTICS["weight_near_zero"]
         small = near.is_sick(near.value(norms))
-        self._zero_born = norms.is_zero if self._zero_born is None else self._zero_born & small
-        born, silent = self._zero_born, self._zero_born & norms.is_zero
-        mark("weight_near_zero", layout.norms, born)
-        if silent.any():
+        # Small from the first sample on, which an optimizer may have moved away from 0 by one step.
+        self._zero_born = small if self._zero_born is None else self._zero_born & small
+        mark("weight_near_zero", layout.norms, self._zero_born)
+        if self._zero_born.any():
             for name in ("std", "zero_fraction", "dead_fraction", "died_channels"):
-                mark(name, layout.norms, silent)
-                mark(name, layout.follows, silent)
+                mark(name, layout.norms, self._zero_born)
+                mark(name, layout.follows, self._zero_born)
             gradients = values[:, COLUMNS.index("grad_std")]
             mark("grad_std", np.arange(len(gradients)), gradients == 0)
 

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import html
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_bn.activations.collector import LayerCollector
+from lightning_bn.activations.description import describe_episodes, describe_statistics, unjudged, warming
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable, scalars
 from lightning_bn.activations.layers import is_chosen, select_layers
+from lightning_bn.activations.reading import histogram_edges
 from lightning_bn.activations.registry import STATISTICS
+from lightning_bn.activations.report import Report
 from lightning_bn.activations.sample import Sample
-from lightning_bn.activations.tensorboard import TensorBoardReport
+from lightning_bn.activations.sampling import interval_at
 from lightning_bn.callbacks.both_lightnings import (
     Callback,
     LightningModule,
-    TensorBoardLogger,
     Trainer,
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.loggers import directories, sinks
+from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronised import check_plugin_is_applied
+from lightning_bn.callbacks.terminal import say
 from lightning_bn.choices import Choices, check_choices
 from lightning_bn.layers.ledger import settle_together
 
@@ -31,22 +37,30 @@ __all__ = ["ActivationStatsMonitor"]
 
 MAX_HISTOGRAMS = 32
 
+# Names in one warning.
+MAX_NAMED = 6
+
+FILE = "activation_stats.csv"
+
 
 class ActivationStatsMonitor(Callback):
-    """Log what the activations of every layer are like and how far batch-norm statistics lag behind: which layer is
-    sick, and since when.
+    """Name the layer that is sick, since when, and what to do: from the activations of every layer, what the model is
+    given, and how far batch-norm statistics lag behind.
 
-    Training is looked at on every n-th optimizer step (all batches of that step together), validation and test over the
-    whole epoch. Of each layer: mean, standard deviation (*unbiased, pooled* over batches, channels and ranks), greatest
-    absolute value, share of zeros, dead channels, saturation, NaN and infinite values. Of each batch norm besides:
-    drift, which is the distance between the batch and the running statistics before it, and the range of its affine
+    Training is looked at on some optimizer steps (all batches of such a step together), validation and test over the
+    whole epoch. Of each call site of a layer: mean, standard deviation (*unbiased, pooled* over batches, channels and
+    ranks), range, share of zeros, dead channels, saturation, NaN and infinite values. Of each batch norm besides: drift,
+    which is the distance between the batch and the running statistics before it, and the range of its affine
     parameters. Formulas: `ActivationStats`, `lightning_bn.activations.drift`.
 
-    TensorBoard gets a few scalars over all layers, one heat map a statistic (layer x step), a text that names the sick
-    layers, and a layout for the Custom Scalars tab; `lightning_bn.activations.tensorboard` lists the tags. Other
-    loggers get the scalars. A CSV file of the whole table, ``activation_stats.csv``, lies beside the event files, and
-    `table` gives the same rows. Training computes the same to the bit with and without this callback; steps at which a
-    compiled model is looked at run without `torch.compile`.
+    A value beyond its limits is an illness, and its time is an `Episode`; at the end the verdict names the cause of
+    each, the earliest and most upstream. What a known start explains is no illness: running statistics that began with
+    0/1, and batch norms whose weight began with 0. TensorBoard gets a few scalars over all layers, one heat map a
+    statistic (layer x step), the verdict, and a layout for the Custom Scalars tab; `lightning_bn.activations.tensorboard`
+    lists the tags. Other loggers get the scalars, and W&B, MLflow, Comet and Neptune the heat maps. A CSV file of the
+    whole table, ``activation_stats.csv``, lies beside each logger's files, else in ``default_root_dir``, and `table`
+    gives the same rows. Training computes the same to the bit with and without this callback; steps at which a compiled
+    model is looked at run without `torch.compile`.
 
     Functional activations (``F.relu(x)``) are no modules and can't be seen: use ``nn.ReLU()``, or name the module whose
     output they make. On several ranks activations are exact over all of them; drift is rank 0's, whose statistics DDP
@@ -55,7 +69,8 @@ class ActivationStatsMonitor(Callback):
     Args:
         layers: None: batch-norm layers and activation functions. Else a name or pattern (``"layer4.*"``), a class, a
             function of name and module, or several of these.
-        every_n_steps: how often training is looked at, in optimizer steps. None: the Trainer's ``log_every_n_steps``.
+        every_n_steps: how often training is looked at, in optimizer steps. None: at every step at first, and half as
+            often after every 16 samples, until it is the Trainer's ``log_every_n_steps``.
         scalars: ``"worst"``, a few numbers over all layers. ``"all"``, or patterns as for `layers`: those layers' own
             too.
         histograms: whether TensorBoard gets histograms of the activations of training, or of which layers; of at most
@@ -68,6 +83,7 @@ class ActivationStatsMonitor(Callback):
         channel_dim: which dimension of an activation holds its channels: 1 as in (N, C, H, W), -1 as in (N, L, C). A
             batch norm's is 1.
         prefix: of the tags.
+        verbose: whether to print the verdict at the end of a fit, a validation and a test.
 
     Raises:
         ValueError: every_n_steps below 1; scalars neither "worst", "all" nor patterns.
@@ -93,6 +109,7 @@ class ActivationStatsMonitor(Callback):
         activations: bool = True,
         channel_dim: int = 1,
         prefix: str = "activations",
+        verbose: bool = True,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(
@@ -114,12 +131,14 @@ class ActivationStatsMonitor(Callback):
         self.activations = activations
         self.channel_dim = channel_dim
         self.prefix = prefix
+        self.verbose = verbose
         self._table = LayerTable()
         self._collectors: dict[str, LayerCollector] = {}
-        self._reports: list[TensorBoardReport] = []
+        self._report = Report([])
         self._newest = Sample()
         self._sampled_step: int | None = None
-        self._told = False
+        self._told: set[str] = set()  # stages, of which blindness has been told
+        self._is_fresh = True  # whether the table is that of a new run
 
     def table(self) -> list[dict[str, Any]]:
         """Return the table of the last run: a dict for each layer, stage and step.
@@ -146,6 +165,9 @@ class ActivationStatsMonitor(Callback):
     def __str__(self) -> str:
         return "\n".join(self.verdict())
 
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
     def picture(self, statistic: str, stage: str = "train") -> Pixels:
         """Return the heat map of a statistic over the whole run, layer x step, as TensorBoard gets it: (height, width,
         3) uint8.
@@ -164,26 +186,37 @@ class ActivationStatsMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         select_layers(nn.Identity(), self.layers)  # a choice that is none is told before anything runs
         self._collectors = {}
-        self._reports = []
+        self._report = Report([])
         self._sampled_step = None
+        self._told = set()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
         last = self._table.last_step()
         if last is not None and logging_step(trainer) < last:
-            self._table = LayerTable()  # another run
+            self._table, self._is_fresh = LayerTable(), True  # another run
         settle_together(pl_module)
         self._collector(trainer, pl_module, "train")
-        writers = [logger.experiment for logger in _tensorboards(trainer)] if trainer.is_global_zero else []
-        self._reports = [TensorBoardReport(writer, prefix=self.prefix, heatmaps=self.heatmaps) for writer in writers]
+        where = sinks(trainer.loggers, self.prefix) if trainer.is_global_zero else []
+        self._report = Report(where, prefix=self.prefix, heatmaps=self.heatmaps)
+        journal_of(trainer).begin(trainer, pl_module)
+        self._describe(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        journal_of(trainer).epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        every = self.every_n_steps or trainer.log_every_n_steps
         step = logging_step(trainer)
-        if self._sampled_step is None and every and step % every == 0:
+        if self._sampled_step is None and self._is_due(trainer, step):
             self._sampled_step = step
         if self._sampled_step is not None:
             self._collectors["train"].attach()
+
+    def _is_due(self, trainer: Trainer, step: int) -> bool:
+        longest = trainer.log_every_n_steps
+        if self.every_n_steps is not None:
+            return step % self.every_n_steps == 0
+        return bool(longest) and step % interval_at(step, longest) == 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -191,6 +224,7 @@ class ActivationStatsMonitor(Callback):
         if self._sampled_step is None:
             return
         self._collectors["train"].detach()
+        journal_of(trainer).modes(trainer, pl_module)
         # The batches that one optimizer step accumulates are one sample.
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
             step, self._sampled_step = self._sampled_step, None
@@ -203,6 +237,7 @@ class ActivationStatsMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._end_evaluation(trainer, "val")
+            journal_of(trainer).validation(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if not trainer.sanity_checking:
@@ -222,26 +257,37 @@ class ActivationStatsMonitor(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_evaluation(trainer, "test")
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not at the first sample: a part may be used later in the epoch.
+        self._tell_blindness("train")
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._speak(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         for collector in self._collectors.values():
             collector.close()
         self._draw()
+        journal_of(trainer).end(trainer, type(exception).__name__)
+        if "train" in self._collectors:
+            self._speak(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for collector in self._collectors.values():
             collector.close()
+        journal_of(trainer).end(trainer)
         # They hold the model and the writers; the table is what a user comes back for.
         self._collectors = {}
-        self._reports = []
+        self._report = Report([])
 
     def _collector(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> LayerCollector:
         if stage not in self._collectors:
             layers = select_layers(pl_module, self.layers)
             if not layers and not self._told:
-                self._told = True
+                self._told.add(stage)
                 wanted = (
                     "batch-norm layer or activation function among its modules"
                     if self.layers is None
@@ -283,27 +329,49 @@ class ActivationStatsMonitor(Callback):
     def _end_evaluation(self, trainer: Trainer, stage: str) -> None:
         self._collectors[stage].detach()
         self._take(trainer, stage, logging_step(trainer))
+        self._tell_blindness(stage)
+        if "train" not in self._collectors:
+            self._speak(trainer)
 
     def _take(self, trainer: Trainer, stage: str, step: int) -> None:
         collector = self._collectors[stage]
         sample = collector.collect(None if stage == "train" else self._collectors.get("train"))
         if not sample.layers:
             return
-        self._tell_unseen(collector)
         self._table.append(stage, step, trainer.current_epoch, sample)
-        tags = f"{self.prefix}" if stage == "train" else f"{self.prefix}_{stage}"
-        numbers = {f"{tags}/{name}": value for name, value in scalars(sample, self._has_own_scalars(collector)).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=step)
+        if trainer.loggers:
+            tags = self.prefix if stage == "train" else f"{self.prefix}_{stage}"
+            found = scalars(sample, self._has_own_scalars(collector))
+            numbers = {f"{tags}/{name}": value for name, value in found.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=step)
         if trainer.is_global_zero:
-            for tensorboard in _tensorboards(trainer):
-                directory = Path(tensorboard.log_dir)
-                directory.mkdir(parents=True, exist_ok=True)
-                self._table.append_csv(directory / "activation_stats.csv")
+            self._write(trainer, stage)
         if stage == "train":
             self._newest = sample
-            for report in self._reports:
-                report.update(self._table, sample, step)
+            self._report.update(self._table, sample, step)
+        self._write_journal(trainer, stage, step, sample)
+
+    def _write(self, trainer: Trainer, stage: str) -> None:
+        for directory in directories(trainer):
+            directory.mkdir(parents=True, exist_ok=True)
+            if self._is_fresh and stage == "train" and logging_step(trainer) == 0:
+                (directory / FILE).unlink(missing_ok=True)  # an earlier run's
+            self._table.append_csv(directory / FILE)
+        self._is_fresh = False
+
+    def _describe(self, trainer: Trainer) -> None:
+        edges = histogram_edges().tolist() if self.histograms else []
+        journal_of(trainer).journal.write_once("statistics", statistics=describe_statistics(), histogram_edges=edges)
+
+    def _write_journal(self, trainer: Trainer, stage: str, step: int, sample: Sample) -> None:
+        run = journal_of(trainer)
+        if run.journal.path is None:
+            return
+        self._describe(trainer)
+        run.sample(trainer, stage, step, sample.rows, warming=warming(sample), unjudged=unjudged(sample))
+        run.channels(stage, step, self._table.samples(stage), sample.channels, sample.histograms)
+        run.episodes(describe_episodes(self._table.episodes()))
 
     def _has_own_scalars(self, collector: LayerCollector) -> Any:
         if self.scalars == "worst":
@@ -313,21 +381,41 @@ class ActivationStatsMonitor(Callback):
         modules = {name: module for name, module in collector.layers.items() if is_chosen(self.scalars, name, module)}
         return lambda module: module in modules
 
-    def _tell_unseen(self, collector: LayerCollector) -> None:
-        unseen = collector.unseen()
-        if unseen and not self._told:
-            self._told = True
+    def _tell_blindness(self, stage: str) -> None:
+        """Warn once a stage of the layers of which nothing is seen."""
+        collector = self._collectors.get(stage)
+        if collector is None or stage in self._told:
+            return
+        # Without a sample nothing could be seen.
+        unseen = collector.unseen() if self._table.samples(stage) else []
+        left_out = collector.left_out()
+        if not unseen and not left_out:
+            return
+        self._told.add(stage)
+        if unseen:
             rank_zero_warn(
-                f"ActivationStatsMonitor sees nothing of {', '.join(unseen)}: no forward called them as modules. They are not part of this "
-                "forward, or run inside compiled or scripted code that is not a module of the model's."
+                f"ActivationStatsMonitor sees nothing of {_names(unseen)} in {_STAGES[stage]}: no forward called them as modules. They "
+                "are not part of this forward, or run inside compiled or scripted code that is not a module of the model's."
             )
+        if left_out:
+            found = [f"{name} ({reason})" for name, reason in left_out.items()]
+            rank_zero_warn(
+                f"ActivationStatsMonitor leaves out what it can't read in {_STAGES[stage]}: {_names(found)}."
+            )
+
+    def _speak(self, trainer: Trainer) -> None:
+        if self.verbose and trainer.is_global_zero and self._table.last_step() is not None:
+            say(self.verdict())
 
     def _draw(self) -> None:
         step = self._table.last_step("train")
-        for report in self._reports:
-            if step is not None:
-                report.draw(self._table, self._newest, step)
+        if step is not None:
+            self._report.finish(self._table, self._newest, step)
 
 
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+_STAGES = {"train": "training", "val": "validation", "test": "test"}
+
+
+def _names(names: Sequence[str]) -> str:
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -16,6 +16,7 @@ from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
+from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.callbacks.training_pass import learning, quiet, training_pass, validate_once_more
 from lightning_bn.comparison.followers import Followers
@@ -125,6 +126,7 @@ class CompareAverages(Callback):
         self._hooks.enter_context(self._followers.following())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        journal_of(trainer).begin(trainer, pl_module)
         self._layers = find_batch_norms(pl_module)
         self._learning = learning(self._layers)
         self._looked = False
@@ -181,6 +183,16 @@ class CompareAverages(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(tags, step=logging_step(trainer))
+        journal_of(trainer).write(
+            trainer,
+            "averages",
+            step=logging_step(trainer),
+            monitor=self.monitor,
+            mode=self.scores.mode,
+            metrics=self.metrics,
+            recommended=self.recommended,
+            advice=self._advice(),
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.recommended is not None:
@@ -188,9 +200,11 @@ class CompareAverages(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._hooks.close()
+        journal_of(trainer).end(trainer, type(exception).__name__)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._hooks.close()
+        journal_of(trainer).end(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         followers = self._saved if self._followers is None else self._followers.state_dict()

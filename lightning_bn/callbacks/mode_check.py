@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_bn.activations.tensorboard import add_markdown
 from lightning_bn.callbacks.both_lightnings import (
     BaseFinetuning,
     Callback,
     Checkpoint,
     LightningModule,
-    TensorBoardLogger,
     Trainer,
     is_overridden,
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.loggers import log_markdown
+from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
 from lightning_bn.discovery import parts_called_by
@@ -122,6 +123,7 @@ class ModeCheck(Callback):
         self._report(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        journal_of(trainer).begin(trainer, pl_module)
         inspection = self._look()
         inspection.returned()
         inspection.configuration()
@@ -130,6 +132,7 @@ class ModeCheck(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look().begin_epoch()
+        journal_of(trainer).epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         inspection = self._look()
@@ -235,6 +238,7 @@ class ModeCheck(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_evaluation(trainer)
+        journal_of(trainer).validation(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_evaluation(trainer)
@@ -245,15 +249,15 @@ class ModeCheck(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._inspection is not None:
             self._inspection.close()
+        journal_of(trainer).end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._inspection is None:
-            return
-        if isinstance(exception, ModeCheckError):
+        if self._inspection is not None and isinstance(exception, ModeCheckError):
             self._inspection.close()
-            return
-        self._inspection.interrupt()
-        self._report(trainer, may_raise=False)
+        elif self._inspection is not None:
+            self._inspection.interrupt()
+            self._report(trainer, may_raise=False)
+        journal_of(trainer).end(trainer, type(exception).__name__)
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         """Set the hooks; the findings of earlier runs of the same module are not told again."""
@@ -315,6 +319,7 @@ class ModeCheck(Callback):
         self.findings += new
         self._log(trainer)
         for finding in new:
+            journal_of(trainer).write(trainer, "finding", **asdict(finding))
             if self.action == "warn" and finding.level != "info":
                 rank_zero_warn(str(finding), stacklevel=6)
         unmended = [finding for finding in new if finding.level != "info" and not finding.mended]
@@ -328,8 +333,7 @@ class ModeCheck(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics({f"{_TAG}/{level}s": float(count) for level, count in counts.items()}, step=step)
-            if isinstance(logger, TensorBoardLogger):
-                add_markdown(logger.experiment, f"{_TAG}/findings", markdown(self.findings), step)
+        log_markdown(trainer.loggers, f"{_TAG}/findings", markdown(self.findings), step)
 
 
 def _stage(trainer: Trainer) -> str:

@@ -22,6 +22,7 @@ from lightning_bn.callbacks.checkpoint_files import KINDS, check_kinds, files_of
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.report_logging import log_report
+from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronised import check_plugin_is_applied
 from lightning_bn.callbacks.training_pass import learning, on_training_device, quiet, training_pass, validate_once_more
 from lightning_bn.comparison.scores import Scores
@@ -156,6 +157,7 @@ class BatchNormRecalibration(Callback):
         check_kinds(trainer, self.checkpoints)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        journal_of(trainer).begin(trainer, pl_module)
         KeptObjects({"module": pl_module})  # raises where something could not be put back after a pass
         self._look_again(pl_module)
         if self.dataloader is not None:
@@ -203,6 +205,12 @@ class BatchNormRecalibration(Callback):
                 self._act(trainer, pl_module)
             for path in files_of(trainer, self.checkpoints if self._learning else ()):
                 write_recalibrated_copy(trainer, pl_module, path, lambda: self._recalibrate(trainer, pl_module))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        journal_of(trainer).end(trainer, type(exception).__name__)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        journal_of(trainer).end(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._final:
@@ -252,6 +260,17 @@ class BatchNormRecalibration(Callback):
         self._count, self._last_step = self._count + 1, trainer.global_step
         values = {f"{self.monitor}_before": before, f"{self.monitor}_after": after, "kept": float(self.kept)}
         log_report(trainer.loggers, self.report, logging_step(trainer), values if self.monitor else {})
+        journal_of(trainer).write(
+            trainer,
+            "recalibration",
+            step=logging_step(trainer),
+            when=self.when,
+            metric=self.monitor,
+            before=before,
+            after=after,
+            kept=self.kept,
+            report=self.report.as_dict(),
+        )
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> RecalibrationReport:
         with training_pass(trainer, module, self.dataloader) as batches:

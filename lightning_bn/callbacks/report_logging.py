@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from lightning_bn.callbacks.both_lightnings import Logger, TensorBoardLogger
+from lightning_bn.callbacks.both_lightnings import Logger
+from lightning_bn.callbacks.loggers import log_markdown
 from lightning_bn.recalibration.report import RecalibrationReport
 
 __all__ = ["log_report", "markdown"]
@@ -27,10 +28,10 @@ def log_report(
         "standard_error": max(layer.standard_error for layer in report.layers),
         **{name: value for name, value in values.items() if value is not None},
     }
+    loggers = list(loggers)
     for logger in loggers:
         logger.log_metrics({f"{_PREFIX}/{name}": value for name, value in scalars.items()}, step=step)
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_text(f"{_PREFIX}/report", markdown(report), global_step=step)
+    log_markdown(loggers, f"{_PREFIX}/report", markdown(report), step)
 
 
 def markdown(report: RecalibrationReport) -> str:

@@ -13,7 +13,7 @@ from lightning_bn.cli.output import FINDINGS, INTERRUPTED, USAGE, RefusedError, 
 
 __all__ = ["main"]
 
-_PATHS = ("checkpoints", "ckpt_path", "config", "output")
+_PATHS = ("checkpoints", "runs", "ckpt_path", "config", "output")
 _EXIT_CODES = "Exit codes: 0 all is well; 1 findings, or refused with nothing changed; 2 invalid command line."
 _OVERRIDES = (
     "What stands after -- goes to the LightningCLI and overrides the config, as in: -- --trainer.accelerator=cpu --data.batch_size=64. "
@@ -80,9 +80,13 @@ def _complain(error: object, code: int) -> int:
 
 
 def _run(command: str, options: dict[str, Any], overrides: list[str]) -> int:
-    if command in ("inspect", "rules"):
+    if command in ("inspect", "rules", "report"):
         if overrides:
             raise UsageError(f"{command} reads no config, so nothing goes after --.")
+        if command == "report":
+            from lightning_bn.cli.report import report  # which needs no torch
+
+            return report(**options)
         from lightning_bn.cli import inspection
 
         return int(getattr(inspection, command)(**options))
@@ -101,7 +105,7 @@ def _run(command: str, options: dict[str, Any], overrides: list[str]) -> int:
 
 
 def _parser() -> Any:
-    description = "Recalibrate, look at and compare the batch-norm statistics in checkpoints."
+    description = "Recalibrate, look at and compare batch-norm statistics in checkpoints; show a run on one page."
     shown = {"description": description, "epilog": _EXIT_CODES}
     try:
         from jsonargparse import ArgumentParser
@@ -195,6 +199,18 @@ def _rules(parser: Any) -> None:
     _add_json(parser)
 
 
+def _report(parser: Any) -> None:
+    """Write the page about a run, or about two to compare, as one HTML file."""
+    parser.add_argument(
+        "runs",
+        type=str,
+        nargs="+",
+        metavar="RUN",
+        help="the folder of a run, in which its lightning_bn.jsonl lies, or one with a single run below",
+    )
+    parser.add_argument("--output", type=str, default="report.html", help="the file to write")
+
+
 def _add_run(parser: Any) -> None:
     parser.add_argument(
         "--config", type=str, required=True, nargs="+", help="the config of a LightningCLI; later ones override"
@@ -249,5 +265,6 @@ _COMMANDS: dict[str, Callable[[Any], None]] = {
     "validate": _validate,
     "inspect": _inspect,
     "rules": _rules,
+    "report": _report,
 }
-_WITHOUT_CONFIG = ("inspect", "rules")
+_WITHOUT_CONFIG = ("inspect", "rules", "report")

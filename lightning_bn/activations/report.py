@@ -1,0 +1,128 @@
+"""What a run's loggers are given besides scalars: pictures, text and histograms, drawn once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from lightning_bn.activations.heatmap import Pixels, draw_channels, draw_grid
+from lightning_bn.activations.layer_table import LayerTable, worst_layers
+from lightning_bn.activations.registry import STATISTICS, Scale
+from lightning_bn.activations.sample import Sample
+
+__all__ = ["Report", "Sink", "image_names", "tell"]
+
+# Pictures are drawn again when the run is so many times as long: TensorBoard shows the last ten, and each takes a tenth
+# of a second.
+_GROWTH = 2
+
+_LISTED = 30
+
+_CHANNEL_STD = Scale(-3, 3, "RdBu_r", "standard deviation", log=True)
+_CHANNEL_MEAN = Scale(-3, 3, "RdBu_r", "standard deviations of the layer")
+
+
+class Sink(Protocol):
+    """Where a report goes; what a logger can't take it passes over."""
+
+    def image(self, tag: str, pixels: Pixels, step: int) -> None: ...
+
+    def text(self, tag: str, markdown: str, step: int) -> None: ...
+
+    def histogram(self, tag: str, counts: Tensor, step: int) -> None: ...
+
+
+def image_names() -> dict[str, str]:
+    """Return, by statistic, the last part of its picture's tag: numbered, since tags are sorted and not in reading order."""
+    drawn = [each.name for each in sorted(STATISTICS.values(), key=lambda each: each.rank) if each.mapped]
+    return {name: f"{place:02d}_{name}" for place, name in enumerate((*drawn, "channel_std", "channel_mean"), start=1)}
+
+
+class Report:
+    """The pictures, the text and the histograms of one run.
+
+    Args:
+        sinks: where they go.
+        prefix: of all tags.
+        heatmaps: whether to draw.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], *, prefix: str = "activations", heatmaps: bool = True) -> None:
+        self.sinks = list(sinks)
+        self.prefix = prefix
+        self.heatmaps = heatmaps
+        self._next_drawing = 4
+        self._drawn = 0
+        self._told = self._told_at = 0  # episodes, and the samples at that time
+
+    def update(self, table: LayerTable, sample: Sample, step: int) -> None:
+        """Take note of a training sample, the newest in `table`; draw when the run is twice as long as at the last
+        drawing."""
+        for layer, counts in sample.histograms.items():
+            for sink in self.sinks:
+                sink.histogram(f"{self.prefix}_histogram/{layer}", counts, step)
+        due = table.samples("train") >= self._next_drawing
+        # Where something new is sick at every sample, not at every sample.
+        is_new = table.episodes_begun > self._told and table.samples("train") >= 1.1 * self._told_at
+        if due or is_new:
+            self._tell(table, sample, step)
+        if due:
+            self.draw(table, sample, step)
+
+    def finish(self, table: LayerTable, sample: Sample, step: int) -> None:
+        """Draw and tell what has come since the last time: the run is over."""
+        if self.sinks and table.episodes_begun > self._told:
+            self._tell(table, sample, step)
+        self.draw(table, sample, step)
+
+    def _tell(self, table: LayerTable, sample: Sample, step: int) -> None:
+        self._told, self._told_at = table.episodes_begun, table.samples("train")
+        for sink in self.sinks:
+            sink.text(f"{self.prefix}/layers", tell(table, sample), step)
+
+    def draw(self, table: LayerTable, sample: Sample, step: int) -> None:
+        """Draw everything, unless nothing has come since the last time."""
+        samples = table.samples("train")
+        if samples == self._drawn or not self.heatmaps or not self.sinks:
+            return
+        self._drawn, self._next_drawing = samples, samples * _GROWTH
+        for name in (each.name for each in STATISTICS.values() if each.mapped):
+            grid = table.grid("train", name)
+            if grid.layers:
+                self._add(name, draw_grid(grid), step)
+        if sample.channels:
+            layers = list(sample.channels)
+            means, deviations = zip(*sample.channels.values(), strict=True)
+            title = f"Standard deviation of each channel, step {step:,}"
+            self._add("channel_std", draw_channels(layers, deviations, _CHANNEL_STD, title), step)
+            rows = sample.rows
+            scaled = [mean / (rows[layer]["std"] or 1.0) for layer, mean in zip(layers, means, strict=True)]
+            title = f"Mean of each channel, step {step:,}"
+            self._add("channel_mean", draw_channels(layers, scaled, _CHANNEL_MEAN, title), step)
+
+    def _add(self, name: str, pixels: Pixels, step: int) -> None:
+        for sink in self.sinks:
+            sink.image(f"{self.prefix}_map/{image_names()[name]}", pixels, step)
+
+
+def tell(table: LayerTable, sample: Sample) -> str:
+    """Return, as Markdown, the verdict so far, which layers were sick when, and the worst layer of each statistic."""
+    step = table.last_step("train")
+    lines = [f"**Step {step:,}.**", "", *(f"- {line.strip()}" for line in table.verdict())]
+    episodes = table.episodes()
+    if episodes:
+        lines += ["", "| layer | what | since step | until | peak | limit |", "|---|---|---:|---:|---:|---:|"]
+        lines += [
+            f"| `{each.layer}` | {each.label} | {each.first:,} | {f'{each.last:,}' if each.recovered else ''} | "
+            f"{each.peak:.4g} | {each.limit:g} |"
+            for each in episodes[:_LISTED]
+        ]
+        if len(episodes) > _LISTED:
+            lines += ["", f"and {len(episodes) - _LISTED} more."]
+    lines += ["", "Worst layer of each statistic:", "", "| statistic | layer | value | limits |", "|---|---|---:|---|"]
+    for statistic, layer, value in worst_layers(sample):
+        limits = f"{statistic.low:g} to {statistic.high:g}" if statistic.low else f"up to {statistic.high:g}"
+        lines.append(f"| {statistic.label} | `{layer}` | {value:.4g} | {limits} |")
+    return "\n".join(lines)

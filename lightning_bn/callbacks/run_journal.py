@@ -1,0 +1,174 @@
+"""The journal of a run, which the callbacks of one Trainer share; here Trainers become plain numbers and strings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import NDArray
+
+from lightning_bn.activations.layers import select_layers
+from lightning_bn.callbacks.both_lightnings import LightningModule, TensorBoardLogger, Trainer
+from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms
+from lightning_bn.journal.writer import Journal
+from lightning_bn.layers.settlement import rule_of
+
+__all__ = ["RunJournal", "journal_of", "run_directory"]
+
+Rows: TypeAlias = Mapping[str, Mapping[str, float | None]]
+Vectors: TypeAlias = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
+
+_JOURNALS: WeakKeyDictionary[Any, RunJournal] = WeakKeyDictionary()
+
+
+class RunJournal:
+    """What a Trainer does, line by line. Every callback tells the hooks it has; what two of them tell is written once.
+
+    Args:
+        journal: where the lines go.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self._begun = False
+        self._waiting: list[tuple[str, dict[str, Any]]] = []
+        self._episodes: dict[tuple[Any, ...], tuple[str, ...]] = {}
+
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        """Begin a fit, when the step at which it begins is known; what came before waited for this."""
+        if self._begun:
+            return
+        self._begun = True
+        self._episodes = {}
+        self.journal.forget()
+        step, epoch = logging_step(trainer), trainer.current_epoch
+        resumed = step > 0 or trainer.ckpt_path is not None
+        self.journal.write("start", time=round(time.time(), 3), step=step, epoch=epoch, resumed=resumed)
+        self.journal.write("layers", layers=_describe_layers(module))
+        waiting, self._waiting = self._waiting, []
+        for kind, fields in waiting:
+            self.journal.write(kind, **fields)
+
+    def epoch(self, trainer: Trainer) -> None:
+        """Tell that an epoch of training begins."""
+        self.journal.write_once("epoch", step=logging_step(trainer), epoch=trainer.current_epoch)
+
+    def validation(self, trainer: Trainer) -> None:
+        """Tell that a validation within a fit has ended."""
+        if self._begun and not trainer.sanity_checking:
+            self.journal.write_once("validation", step=logging_step(trainer), epoch=trainer.current_epoch)
+
+    def modes(self, trainer: Trainer, module: LightningModule) -> None:
+        """Tell which batch-norm layers are in eval mode in a training step, where that has changed."""
+        if self.journal.path is not None:
+            asleep = [layer.name for layer in find_batch_norms(module) if not layer.module.training]
+            self.journal.write_changed("modes", "eval", asleep, step=logging_step(trainer))
+
+    def write(self, trainer: Trainer, kind: str, **fields: Any) -> None:
+        """Write a line; within a fit that has not begun yet, when it does."""
+        if self._begun or trainer.state.fn != TrainerFn.FITTING:
+            self.journal.write(kind, **fields)
+        elif self.journal.path is not None:
+            self._waiting.append((kind, fields))
+
+    def sample(self, trainer: Trainer, stage: str, step: int, rows: Rows, **places: Any) -> None:
+        """Write what was measured of all layers."""
+        rates = rates_of(trainer) if stage == "train" else {}
+        self.journal.write_sample(stage, step, trainer.current_epoch, rows, rates=rates, **places)
+
+    def channels(self, stage: str, step: int, samples: int, vectors: Vectors, histograms: Mapping[str, Any]) -> None:
+        """Write the means and deviations of all channels, and the histograms, at the samples that are kept."""
+        if not vectors or not self.journal.wants_channels(stage, samples):
+            return
+        layers = {
+            layer: {
+                "mean": mean.tolist(),
+                "std": std.tolist(),
+                "dead": np.flatnonzero((mean == 0) & (std == 0)).tolist(),
+            }
+            for layer, (mean, std) in vectors.items()
+        }
+        self.journal.write_channels(stage, step, samples, layers)
+        if histograms:
+            self.journal.write(
+                "histograms", stage=stage, step=step, layers={n: each.tolist() for n, each in histograms.items()}
+            )
+
+    def episodes(self, described: Iterable[dict[str, Any]]) -> None:
+        """Write the episodes that are new or have changed in more than how long they last."""
+        for each in described:
+            key = (each["stage"], each["layer"], each["statistic"], each["first"])
+            told = tuple(map(str, (each["recovered"], each["peak"], each["cause"])))
+            if self._episodes.get(key) != told:
+                self._episodes[key] = told
+                self.journal.write("episode", **each)
+
+    def end(self, trainer: Trainer, status: str = "finished") -> None:
+        """Tell how a fit ended."""
+        if self._begun or self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for kind, fields in waiting:
+                self.journal.write(kind, **fields)
+            self.journal.write("end", time=round(time.time(), 3), step=logging_step(trainer), status=status)
+            self._begun = False
+
+
+def journal_of(trainer: Trainer) -> RunJournal:
+    """Return the journal of a Trainer, which writes on rank 0 alone, and nothing where the Trainer is to leave no trace."""
+    if trainer not in _JOURNALS:
+        writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
+        _JOURNALS[trainer] = RunJournal(Journal(run_directory(trainer) if writes else None))
+    return _JOURNALS[trainer]
+
+
+def run_directory(trainer: Trainer) -> Path | None:
+    """Return where the files of a run lie: TensorBoard's directory, another logger's, or ``default_root_dir``; None for
+    one that is not on a disk of this machine."""
+    loggers = sorted(trainer.loggers, key=lambda each: not isinstance(each, TensorBoardLogger))
+    found = next((str(place) for each in loggers if (place := _directory(each))), str(trainer.default_root_dir))
+    return None if "://" in found else Path(found)
+
+
+def _directory(logger: Any) -> Any:
+    if getattr(logger, "log_dir", None):
+        return logger.log_dir
+    if not logger.save_dir:
+        return None
+    return Path(logger.save_dir) / str(logger.name or "") / str(logger.version or "")
+
+
+def rates_of(trainer: Trainer) -> dict[str, float]:
+    """Return the learning rates by optimizer and group; one that lies on a device is left there."""
+    found = {}
+    for place, optimizer in enumerate(trainer.optimizers):
+        name = type(optimizer).__name__ + (f" {place}" if len(trainer.optimizers) > 1 else "")
+        groups = optimizer.param_groups
+        for number, group in enumerate(groups[:8]):
+            rate = group.get("lr")
+            if isinstance(rate, (int, float)):
+                found[f"{name}/{number}" if len(groups) > 1 else name] = float(f"{rate:.6g}")
+    return found
+
+
+def _describe_layers(module: LightningModule) -> list[dict[str, Any]]:
+    norms = {name: layer for layer in find_batch_norms(module) for name in layer.names}
+    chosen = select_layers(module)
+    return [{"name": name, "class": type(each).__name__, **_norm(norms.get(name))} for name, each in chosen.items()]
+
+
+def _norm(layer: BatchNormLayer | None) -> dict[str, Any]:
+    if layer is None:
+        return {}
+    return {
+        "channels": layer.module.num_features,
+        "averaging": str(rule_of(layer.module)) if layer.tracks else None,
+        "momentum": layer.module.momentum,
+        "affine": layer.module.affine,
+        "frozen": layer.frozen,
+    }

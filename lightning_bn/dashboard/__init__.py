@@ -1,0 +1,1 @@
+"""The page that shows a journal: a tab in TensorBoard, and one HTML file."""

@@ -1,0 +1,134 @@
+"""Episodes of illness and findings of ModeCheck as one list, the earliest and most upstream first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_bn.journal.reader import JournalReader
+
+__all__ = ["findings_of", "layer_places"]
+
+_LEVELS = {"error": 0, "warning": 1, "info": 2}
+
+
+def findings_of(journal: JournalReader) -> list[dict[str, Any]]:
+    """Return what was found: each with ``source``, ``level``, ``title``, ``layers``, ``first``, ``last``, ``past``,
+    ``text``, ``why``, ``fix``, ``link``, and ``follows``, the place in the list of the one that it follows from."""
+    places = layer_places(journal)
+    found = [*_episodes(journal), *_guard(journal)]
+    found.sort(
+        key=lambda each: (
+            each["first"],
+            min((places.get(n, 1 << 30) for n in each["layers"]), default=1 << 30),
+            _LEVELS.get(each["level"], 3),
+        )
+    )
+    _group(found)
+    return found
+
+
+def layer_places(journal: JournalReader) -> dict[str, int]:
+    """Return the place of each layer in forward order."""
+    rows = [samples[-1].rows for samples in journal.samples.values() if samples]
+    described = [each["name"] for each in journal.whole("layers").get("layers", [])]
+    return {name: place for place, name in enumerate(dict.fromkeys([*(n for r in rows for n in r), *described]))}
+
+
+def _episodes(journal: JournalReader) -> list[dict[str, Any]]:
+    labels = {each["name"]: each for each in journal.whole("statistics").get("statistics", [])}
+    newest = {
+        (event.get("stage", "train"), event["layer"], event["statistic"], event["first"]): event
+        for event in journal.events["episode"]
+        if {"layer", "statistic", "first"} <= set(event)
+    }
+    end = journal.last_step()
+    return [_episode(event, labels.get(event["statistic"], {}), end) for event in newest.values()]
+
+
+def _episode(event: dict[str, Any], statistic: dict[str, Any], end: int) -> dict[str, Any]:
+    past = bool(event.get("recovered"))
+    label = statistic.get("label", event["statistic"])
+    return {
+        "source": "monitor",
+        "code": event["statistic"],
+        "statistic": event["statistic"],
+        "stage": event.get("stage", "train"),
+        "level": event.get("level", "warning"),
+        "title": event.get("title") or label,
+        "layers": [event["layer"]],
+        "first": int(event["first"]),
+        "last": int(event.get("last", event["first"])) if past else end,
+        "past": past,
+        "peak": event.get("peak"),
+        "text": _against_limit(event, statistic),
+        "why": event.get("why") or statistic.get("why", ""),
+        "fix": event.get("fix") or statistic.get("fix", ""),
+        "link": event.get("link") or statistic.get("link", ""),
+        "cause": event.get("cause"),
+    }
+
+
+def _against_limit(event: dict[str, Any], statistic: dict[str, Any]) -> str:
+    """Return the peak against the limit it went beyond, in plain words."""
+    peak, low, high = event.get("peak"), statistic.get("low"), statistic.get("high")
+    if not isinstance(peak, (int, float)):
+        return "there is no finite value" if peak is not None else ""
+    if low is not None and peak < low:
+        return f"down to {peak:.3g}, where {low:.3g} is the least"
+    if high is not None:
+        return (
+            f"up to {peak:.3g}, where {high:.3g} is the most"
+            if high
+            else f"up to {peak:.3g}, where there should be none"
+        )
+    return f"{peak:.3g}"
+
+
+def _guard(journal: JournalReader) -> list[dict[str, Any]]:
+    return [
+        {
+            "source": "guard",
+            "code": event.get("code", ""),
+            "statistic": None,
+            "stage": event.get("stage", ""),
+            "level": event.get("level", "warning"),
+            "title": event.get("title", ""),
+            "layers": [str(name) for name in event.get("layers", [])],
+            "where": event.get("where", ""),
+            "first": event["step"],
+            "last": event["step"],
+            "past": bool(event.get("mended")),
+            "text": event.get("seen", ""),
+            "why": event.get("why", ""),
+            "fix": event.get("fix", ""),
+            "link": event.get("link", ""),
+            "cause": event.get("follows"),
+        }
+        for event in journal.events["finding"]
+        if "step" in event
+    ]
+
+
+def _group(found: list[dict[str, Any]]) -> None:
+    """Say of each finding which earlier one it follows from; one that nothing is known of stands by itself."""
+    for place, each in enumerate(found):
+        cause = each.pop("cause")
+        each["follows"] = next(
+            (
+                other
+                for other, earlier in enumerate(found[:place])
+                if cause is not None and earlier["follows"] is None and _is(earlier, cause)
+            ),
+            None,
+        )
+
+
+def _is(finding: dict[str, Any], cause: Any) -> bool:
+    """A finding's cause is a rule's code; an episode's is the layer, statistic and first step of another."""
+    if isinstance(cause, str):
+        return bool(finding["code"] == cause)
+    return (
+        bool([finding["layers"][0], finding["statistic"], finding["first"]] == list(cause))
+        if finding["layers"]
+        else False
+    )

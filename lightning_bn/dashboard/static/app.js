@@ -1,0 +1,157 @@
+// The page: loads what is selected, draws it, and looks for what is new.
+import { h, replace } from "./dom.js";
+import { header } from "./header.js";
+import { findings } from "./findings.js";
+import { Centre } from "./centre.js";
+import { LayerPanel } from "./layer.js";
+import { empty, failed, loading } from "./states.js";
+
+const EVERY = 4000; // milliseconds between two looks at a live run
+
+export class Page {
+  // `plotly` tells, when it has been loaded, whether it could be; meanwhile the run is being read.
+  constructor(root, source, state, plotly = Promise.resolve(true)) {
+    Object.assign(this, { root, source, state, plotly, run: null, grid: null, statistic: null, runs: [], turn: 0 });
+    this.top = h("div", {});
+    this.left = h("div", { class: "side" });
+    this.centre = new Centre(this);
+    this.panel = new LayerPanel(this);
+    this.body = h("main", { class: "page" }, this.top, h("div", { class: "columns" }, this.left, this.centre.element, this.panel.element));
+    this.message = h("div", {});
+    root.append(this.message, this.body);
+    state.listen((changed) => this.changed(changed));
+    document.addEventListener("keydown", (event) => this.key(event));
+    let width = 0;
+    new ResizeObserver(() => {
+      if (Math.abs(root.clientWidth - width) < 2) return;
+      width = root.clientWidth;
+      this.drawSoon();
+    }).observe(root);
+  }
+
+  get map() {
+    return this.centre.map;
+  }
+
+  async start() {
+    this.say(loading());
+    await this.guarded(() => this.look());
+    if (!(await this.plotly)) return false;
+    if (this.source.live) setInterval(() => document.visibilityState === "visible" && this.refresh(), EVERY);
+    return true;
+  }
+
+  // Finds the runs, and shows the one of the address, or the first.
+  async look() {
+    const { runs, searched, file } = await this.source.runs();
+    this.runs = runs;
+    if (!runs.length) return this.say(empty(searched, file));
+    const wanted = this.state.get("run");
+    await this.load(runs.includes(wanted) ? wanted : runs[0]);
+  }
+
+  async load(name) {
+    const turn = ++this.turn;
+    const run = await this.source.run(name);
+    if (turn !== this.turn) return;
+    if (!run) throw new Error(`There is no run ${name}.`);
+    this.run = run;
+    await this.loadGrid(turn);
+  }
+
+  async loadGrid(turn = ++this.turn) {
+    this.statistic = this.centre.choose();
+    const [first, last] = [this.state.get("from"), this.state.get("to")];
+    const stage = this.stage();
+    const grid = this.statistic ? await this.source.grid(this.run.name, this.statistic.name, stage, first, last) : null;
+    if (!(await this.plotly) || turn !== this.turn) return;
+    this.grid = grid;
+    this.isReady = true; // plotly is there, and what it is to draw
+    this.say(null);
+    this.draw();
+  }
+
+  // The layer that is shown: the chosen one, else the one to look at first.
+  layer() {
+    if (this.state.get("layer")) return this.state.get("layer");
+    const { findings, verdict, layers } = this.run;
+    const sick = findings.filter((each) => each.layers.length);
+    return (sick.find((each) => !each.past && each.source === "monitor") ?? sick[0])?.layers[0] ?? verdict.nearest?.layer ?? layers[0]?.name ?? "";
+  }
+
+  stage() {
+    const of = this.statistic?.stages ?? [];
+    return of.includes(this.state.get("stage")) ? this.state.get("stage") : of[0];
+  }
+
+  // What has to be loaded or drawn anew when something else is selected.
+  changed(changed) {
+    if (!this.isReady) return;
+    const any = (...names) => names.some((name) => changed.has(name));
+    if (any("run") && this.state.get("run") !== this.run.name) this.guarded(() => this.load(this.state.get("run") || this.runs[0]));
+    else if (any("statistic", "stage", "from", "to")) this.guarded(() => this.loadGrid());
+    else if (any("sort", "filter", "sick", "open", "fold", "view", "other", "by")) this.draw();
+    else this.drawSelection();
+  }
+
+  async refresh() {
+    if (this.refreshing) return;
+    this.refreshing = true;
+    try {
+      if (!this.run) return await this.look();
+      const run = await this.source.run(this.run.name, this.run.revision);
+      if (run.same) {
+        this.run.changed = run.changed;
+        replace(this.top, header(this));
+      } else if (run.name === this.run.name) {
+        this.run = run;
+        await this.loadGrid();
+      }
+    } catch {
+      // The next look may find what this one did not: a server that is gone is no reason to take the page away.
+    } finally {
+      this.refreshing = false;
+    }
+  }
+
+  draw() {
+    this.body.hidden = false;
+    replace(this.top, header(this));
+    replace(this.left, findings(this));
+    this.centre.draw();
+    this.guarded(() => this.panel.draw());
+  }
+
+  drawSelection() {
+    replace(this.left, findings(this));
+    this.centre.select();
+    this.guarded(() => this.panel.draw());
+  }
+
+  drawSoon() {
+    clearTimeout(this.soon);
+    this.soon = setTimeout(() => this.isReady && this.draw(), 60);
+  }
+
+  say(content) {
+    replace(this.message, content);
+    this.body.hidden = Boolean(content) || !this.run;
+  }
+
+  async guarded(work) {
+    try {
+      await work();
+    } catch (error) {
+      console.error(error);
+      this.say(failed(error, () => { this.say(loading()); this.guarded(() => this.look()); }));
+    }
+  }
+
+  key(event) {
+    const isTyping = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
+    if (event.key === "/" && !isTyping) {
+      this.root.querySelector('[data-key="filter"]')?.focus();
+      event.preventDefault();
+    }
+  }
+}

@@ -1,0 +1,38 @@
+// The validation metric under each average, and which is recommended.
+import { h, replace } from "./dom.js";
+import { isNumber, plain } from "./format.js";
+import { CONFIG, axis, colours, layout } from "./theme.js";
+import { sortable } from "./table.js";
+import { copyButton } from "./findings.js";
+
+export function averages(page, holder, width) {
+  const { averages } = page.run;
+  const plot = h("div", { class: "plot" });
+  const names = Object.keys(averages.values);
+  const rows = names.map((name) => row(name, averages));
+  replace(holder, h("section", { class: "block" },
+    h("h3", {}, `${averages.monitor} under each average`),
+    averages.recommended ? h("p", {}, "Recommended: ", h("strong", {}, averages.recommended), ", the best mean over the validations. ", averages.advice && h("span", { class: "code" }, h("code", {}, averages.advice), copyButton(averages.advice))) : null,
+    plot,
+    sortable([
+      { key: "name", label: "average", left: true }, { key: "mean", label: "mean" }, { key: "worst", label: "worst" }, { key: "last", label: "last" },
+    ], rows, { by: "mean", descending: averages.mode === "max", chosen: (each) => each.name === averages.recommended })));
+  const colour = colours();
+  const traces = names.map((name, index) => ({
+    type: "scatter", mode: averages.steps.length > 1 ? "lines+markers" : "markers", name: plain(name), x: averages.steps, y: averages.values[name].map((value) => (isNumber(value) ? value : null)),
+    line: { color: colour.series[index % colour.series.length], width: name === averages.recommended ? 3 : 1.5 }, marker: { size: 4 }, hovertemplate: `${plain(name).replaceAll("%", "&#37;")}: %{y:.4g}<extra></extra>`,
+  }));
+  window.Plotly.react(plot, traces, layout({
+    width, height: 260, margin: { l: 52, r: 6, t: 8, b: 46 }, showlegend: true, legend: { orientation: "h", y: -0.2 },
+    xaxis: axis({ fixedrange: true, nticks: 6 }), yaxis: axis({ fixedrange: true, nticks: 5 }),
+  }), CONFIG);
+}
+
+function row(name, { values, mode }) {
+  const known = values[name].filter(isNumber);
+  const worst = mode === "min" ? Math.max(...known) : Math.min(...known);
+  const mean = known.reduce((sum, each) => sum + each, 0) / (known.length || 1);
+  return { name, mean: known.length ? mean : null, worst: known.length ? worst : null, last: known.length ? known[known.length - 1] : null };
+}
+
+

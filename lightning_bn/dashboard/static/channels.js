@@ -1,0 +1,63 @@
+// The channels of a layer: sorted, the dead and the drifting ones marked; its histogram over time.
+import { h, replace } from "./dom.js";
+import { count, isNumber, plural } from "./format.js";
+import { CONFIG, axis, colours, layout } from "./theme.js";
+
+const DRIFT = 1; // running standard deviations, or log ratio: the monitor's limits
+
+export function drawChannels(holder, { channels, histograms, edges }, width, step) {
+  const sample = nearest(channels.filter((each) => each.stage === "train").length ? channels.filter((each) => each.stage === "train") : channels, step);
+  const plot = h("div", { class: "plot" });
+  const over = h("div", { class: "plot" });
+  const isEmpty = !sample || !(sample.std || sample.mean);
+  replace(holder,
+    isEmpty ? null : h("h3", {}, `Channels, step ${count(sample.step)}`), isEmpty ? null : h("p", { class: "muted" }, words(sample)), isEmpty ? null : plot,
+    histograms.length ? h("h3", {}, "Histogram over time") : null, histograms.length ? over : null);
+  if (!isEmpty) drawSorted(plot, sample, width);
+  if (histograms.length) drawHistogram(over, histograms, edges, width);
+}
+
+function nearest(samples, step) {
+  if (!samples.length) return null;
+  if (step === "") return samples[samples.length - 1];
+  return samples.reduce((best, each) => (Math.abs(each.step - step) < Math.abs(best.step - step) ? each : best));
+}
+
+const deadOf = (sample) => new Set(sample.dead || []);
+const driftingOf = (sample) => new Set((sample.std || sample.mean).map((_, index) => index).filter((index) => ["drift_mean", "drift_var"].some((name) => Math.abs(sample[name]?.[index] ?? 0) > DRIFT)));
+
+function words(sample) {
+  const amount = (sample.std || sample.mean).length;
+  return `${plural(amount, "channel")}, ${deadOf(sample).size} dead${sample.drift_mean || sample.drift_var ? `, ${driftingOf(sample).size} drifting` : ""}; sorted by standard deviation`;
+}
+
+function drawSorted(plot, sample, width) {
+  const colour = colours();
+  const [dead, drifting] = [deadOf(sample), driftingOf(sample)];
+  const size = (sample.std || sample.mean).length;
+  const order = Array.from({ length: size }, (_, index) => index).sort((a, b) => (sample.std?.[a] ?? 0) - (sample.std?.[b] ?? 0));
+  const shade = order.map((channel) => (dead.has(channel) ? colour.nan : drifting.has(channel) ? colour.sick : colour.series[0]));
+  const symbol = order.map((channel) => (dead.has(channel) ? "x" : drifting.has(channel) ? "diamond" : "circle"));
+  const border = order.map((channel) => (dead.has(channel) ? colour.text : shade[0]));
+  const trace = (name, axis, fields) => ({
+    type: "scatter", mode: "markers", x: order.map((_, index) => index), y: order.map((channel) => (isNumber(fields?.[channel]) ? fields[channel] : null)), yaxis: axis, name,
+    text: order.map((channel) => `channel ${channel}${dead.has(channel) ? ", dead" : ""}${drifting.has(channel) ? ", drifting" : ""}`), hovertemplate: "%{text}: %{y:.4g}<extra></extra>",
+    marker: { size: size > 200 ? 3 : 6, color: shade, symbol, line: { width: 1, color: border } },
+  });
+  window.Plotly.react(plot, [trace("standard deviation", "y", sample.std), trace("mean", "y2", sample.mean)], layout({
+    width, height: 190, margin: { l: 48, r: 6, t: 4, b: 22 }, xaxis: axis({ fixedrange: true, anchor: "y2" }),
+    yaxis: axis({ domain: [0.54, 1], fixedrange: true, nticks: 4, title: { text: "std", font: { size: 11 } } }), yaxis2: axis({ domain: [0, 0.46], fixedrange: true, nticks: 4, title: { text: "mean", font: { size: 11 } } }),
+  }), CONFIG);
+}
+
+function drawHistogram(plot, histograms, edges, width) {
+  const shares = histograms.map(({ counts }) => {
+    const total = counts.reduce((sum, each) => sum + each, 0) || 1;
+    return counts.map((each) => each / total);
+  });
+  const labels = shares[0].map((_, index) => (index === 0 ? `< ${edges[0] ?? ""}` : index === shares[0].length - 1 ? `> ${edges[index - 1] ?? ""}` : String(edges[index] ?? index)));
+  const z = labels.map((_, bucket) => shares.map((share) => Math.sqrt(share[bucket] ?? 0)));
+  window.Plotly.react(plot, [{ type: "heatmap", z, x: histograms.map((each) => count(each.step)), y: labels, showscale: false, colorscale: colours().rising, hovertemplate: "step %{x}, %{y}<extra></extra>" }], layout({
+    width, height: 200, margin: { l: 56, r: 6, t: 4, b: 24 }, xaxis: axis({ type: "category", fixedrange: true, nticks: 5 }), yaxis: axis({ type: "category", fixedrange: true, nticks: 6 }),
+  }), CONFIG);
+}

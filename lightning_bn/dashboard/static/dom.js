@@ -1,0 +1,71 @@
+// Builds elements. Names of layers and runs are other people's text: they only ever become text nodes and attributes.
+
+export function h(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "value" || name === "checked" || name === "disabled" || name === "selected") element[name] = value;
+    else if (name === "style") Object.assign(element.style, value);
+    else element.setAttribute(name, value === true ? "" : String(value));
+  }
+  append(element, children);
+  return element;
+}
+
+function append(element, children) {
+  for (const child of children.flat(3)) {
+    if (child === null || child === undefined || child === false || child === true) continue;
+    element.append(child instanceof Node ? child : document.createTextNode(String(child)));
+  }
+}
+
+// Puts new children in the place of the old ones; the keyboard's place, and where a list was scrolled to, stay.
+export function replace(element, ...children) {
+  const root = element.getRootNode();
+  const active = root.activeElement;
+  const key = active && element.contains(active) ? active.getAttribute("data-key") : null;
+  const caret = key && active.selectionStart !== undefined ? active.selectionStart : null;
+  const scrolled = [...element.querySelectorAll("[data-scroll]")].map((each) => [each.dataset.scroll, each.scrollTop]);
+  element.replaceChildren();
+  append(element, children);
+  for (const [name, top] of scrolled) {
+    const again = element.querySelector(`[data-scroll="${name}"]`);
+    if (again) again.scrollTop = top;
+  }
+  if (key) focus(element, key, caret);
+}
+
+function focus(element, key, caret) {
+  const again = [...element.querySelectorAll("[data-key]")].find((each) => each.getAttribute("data-key") === key);
+  if (!again) return;
+  again.focus({ preventScroll: true });
+  if (caret !== null && again.setSelectionRange) again.setSelectionRange(caret, caret);
+}
+
+export function button(label, onclick, properties = {}) {
+  return h("button", { type: "button", onclick, ...properties }, label);
+}
+
+export function select(key, label, options, value, onchange) {
+  return h(
+    "label", { class: "field" }, h("span", {}, label),
+    h("select", { "data-key": key, onchange: (event) => onchange(event.target.value) },
+      options.map(([name, text]) => h("option", { value: name, selected: name === value }, text))),
+  );
+}
+
+export function download(name, blob) {
+  const address = URL.createObjectURL(blob);
+  const link = h("a", { href: address, download: name });
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(address), 1000);
+}
+
+// A link only where it leads to a page: what a journal holds may say "javascript:".
+export function link(address, text) {
+  if (!/^https?:\/\//.test(address || "")) return address ? h("span", { class: "muted" }, address) : null;
+  return h("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, text);
+}

@@ -1,0 +1,90 @@
+// What was found, in one list: the cause first, and what follows from it below.
+import { h, button, link, select } from "./dom.js";
+import { code, count, plural } from "./format.js";
+import { matches } from "./rows.js";
+
+export function shown(run, state) {
+  const [level, rule, layer, time] = ["level", "rule", "where", "time"].map((name) => state.get(name));
+  return run.findings.map((finding, place) => ({ ...finding, place })).filter((each) =>
+    (!level || each.level === level) && (!rule || each.code === rule) && (!time || (time === "past") === each.past) &&
+    (!layer || each.layers.some((name) => matches(name, layer))));
+}
+
+export function findings(page) {
+  const { run, state } = page;
+  const list = shown(run, state);
+  const known = new Set(list.map((each) => each.place));
+  const heads = list.filter((each) => each.follows === null || !known.has(each.follows));
+  return h("section", { class: "findings", "aria-label": "Findings" },
+    h("h2", {}, "Findings ", h("span", { class: "muted" }, list.length === run.findings.length ? list.length : `${list.length} of ${run.findings.length}`)),
+    run.findings.length ? filters(page) : null,
+    h("div", { class: "list", "data-scroll": "findings" },
+      heads.map((head) => group(page, head, list.filter((each) => each.follows === head.place))),
+      !run.findings.length && nothing(run),
+      run.findings.length > 0 && !list.length && h("p", { class: "muted" }, "None for these filters."),
+    ),
+  );
+}
+
+function nothing(run) {
+  const { nearest } = run.verdict;
+  return h("p", { class: "muted" }, run.verdict.level === "unknown" ? "Nothing was sampled yet." : "No episode of illness, and no mistake of train and eval mode.", nearest && ` The layer nearest to a limit is ${nearest.layer}.`);
+}
+
+function filters({ run, state }) {
+  const option = (values, all) => [["", all], ...[...new Set(values)].sort().map((value) => [value, value])];
+  return h("div", { class: "filters" },
+    select("level", "Level", option(run.findings.map((each) => each.level), "all"), state.get("level"), (level) => state.set({ level })),
+    select("rule", "Rule", option(run.findings.map((each) => each.code), "all"), state.get("rule"), (rule) => state.set({ rule })),
+    select("time", "When", [["", "now and past"], ["now", "now"], ["past", "past"]], state.get("time"), (time) => state.set({ time })),
+    h("label", { class: "field" }, h("span", {}, "Layer"), h("input", { type: "search", value: state.get("where"), placeholder: "layer4.*", "data-key": "where", oninput: (event) => state.set({ where: event.target.value }) })),
+  );
+}
+
+function group(page, head, followers) {
+  const below = followers.length > 0 && h("details", {}, h("summary", { "data-key": `follow:${head.place}` }, `${plural(followers.length, "finding")} below it ${followers.length === 1 ? "follows" : "follow"}`), followers.map((each) => item(page, each)));
+  return h("div", { class: "group" }, item(page, head), below);
+}
+
+function item({ state }, finding) {
+  const layer = finding.layers[0] ?? "";
+  const isChosen = state.get("layer") === layer && state.get("step") === String(finding.first) && layer !== "";
+  const span = finding.last > finding.first ? `steps ${count(finding.first)} to ${finding.past ? count(finding.last) : "now"}` : `step ${count(finding.first)}`;
+  const choose = () => state.set({ layer, step: finding.first, ...(finding.statistic ? { statistic: finding.statistic, stage: finding.stage, view: "map", from: "", to: "" } : {}) });
+  return h("article", { class: `finding is-${finding.level}${finding.past ? " is-past" : ""}${isChosen ? " is-chosen" : ""}` },
+    h("button", { type: "button", class: "head", onclick: choose, "data-key": `finding:${finding.place}`, title: "Show the layer at this step" },
+      h("span", { class: "level" }, finding.past && finding.source === "monitor" ? "recovered" : finding.past ? "mended" : finding.level),
+      h("span", { class: "title" }, finding.title),
+      h("span", { class: "layer" }, layer || finding.where || "(the model)", finding.layers.length > 1 ? ` and ${finding.layers.length - 1} more` : ""),
+      h("span", { class: "muted" }, [span, finding.stage && finding.stage !== "train" ? finding.stage : "", finding.text].filter(Boolean).join(": "))),
+    advice(finding));
+}
+
+// What to do: why it matters, code to copy, and where to read on.
+export function advice(finding) {
+  const fix = code(finding.fix);
+  if (!fix.code && !fix.note && !finding.why && !finding.link) return null;
+  return h("div", { class: "advice" },
+    finding.why && h("p", {}, finding.why),
+    fix.code && h("div", { class: "code" }, h("code", {}, fix.code), copyButton(fix.code)),
+    fix.note && h("p", { class: "muted" }, fix.note),
+    link(finding.link, finding.source === "guard" ? `Rule ${finding.code}` : "Read on"));
+}
+
+export function copyButton(text) {
+  const copy = async (event) => {
+    const target = event.currentTarget;
+    target.textContent = (await written(text)) ? "copied" : "select it and copy";
+    setTimeout(() => (target.textContent = "copy"), 1500);
+  };
+  return button("copy", copy, { class: "copy", "aria-label": "Copy the code" });
+}
+
+async function written(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return false; // no clipboard in this frame or without https
+  }
+}

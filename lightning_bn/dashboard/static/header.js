@@ -1,0 +1,43 @@
+// Who the run is, how it is, and how large the gap between training and evaluation is.
+import { h, select } from "./dom.js";
+import { count, number, plural, when } from "./format.js";
+
+const SILENT = 600; // seconds without a line after which a run is not called live
+
+export function stateOf(run, now = Date.now() / 1000) {
+  if (run.status === "finished") return ["ended", "ended"];
+  if (run.status) return ["stopped", `stopped: ${run.status}`];
+  if (run.changed && now - run.changed < SILENT) return ["live", "live"];
+  return ["stopped", run.changed ? `no line since ${when(run.changed)}` : "not ended"];
+}
+
+export function header(page) {
+  const { state, run, runs } = page;
+  const others = [["", "–"], ...runs.filter((name) => name !== run.name).map((name) => [name, name])];
+  const [kind, words] = stateOf(run);
+  return h("header", {},
+    h("div", { class: "bar" },
+      runs.length > 1 || !run.name ? select("run", "Run", runs.map((name) => [name, name]), run.name, (value) => state.set({ run: value, layer: "", step: "", from: "", to: "" })) : h("span", { class: "name", title: run.directory }, run.name),
+      runs.length > 1 && select("other", "Compare with", others, state.get("other"), (value) => state.set({ other: value, view: value ? "compare" : "map" })),
+      h("span", { class: `state is-${kind}` }, words),
+      h("span", { class: "muted" }, `step ${count(run.step)} · ${plural(run.samples.train || 0, "sample")} of training${run.samples.val ? `, ${run.samples.val} of validation` : ""}`),
+    ),
+    h("div", { class: "bar" }, verdict(run), gap(run)),
+    run.notes.map((note) => h("div", { class: "note" }, note)),
+  );
+}
+
+function verdict(run) {
+  const { level, text, nearest } = run.verdict;
+  return h("div", { class: `verdict is-${level}`, role: "status" },
+    h("strong", {}, text), ".",
+    nearest && h("span", {}, ` Nearest to a limit: ${nearest.layer}, ${nearest.label} ${number(nearest.value)}, ${Math.round(nearest.used * 100)} % of the way.`));
+}
+
+function gap(run) {
+  const { metric, rows, how, source } = run.gap;
+  if (!metric) return h("div", { class: "gap muted" }, "Train/eval gap: not measured. Measure it: ", h("code", {}, how));
+  const names = { own: "own", recalibrated: "recalibrated", batch: "batch" };
+  return h("div", { class: "gap", title: `measured by ${source}` }, h("span", { class: "muted" }, `Train/eval gap, ${metric} under statistics: `),
+    Object.entries(rows).map(([name, value], index) => [index ? " · " : "", `${names[name] || name} `, value === null || value === undefined ? h("span", { class: "muted", title: how }, "not measured") : h("strong", {}, number(value))]));
+}

@@ -1,0 +1,108 @@
+"""A run in one sentence, and the gap between training and evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lightning_bn.journal.grid import Limits
+from lightning_bn.journal.reader import JournalReader
+
+__all__ = ["gap_of", "nearest_limit", "verdict_of"]
+
+MEASURE = "lightning-bn validate --config config.yaml --ckpt_path last.ckpt --compare"
+"""The command that measures the gap where no callback did."""
+
+
+def verdict_of(journal: JournalReader, findings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the verdict as ``level`` (``"error"``, ``"warning"``, ``"past"``, ``"healthy"``, ``"unknown"``) and ``text``."""
+    episodes = [each for each in findings if each["source"] == "monitor"]
+    guard = [each for each in findings if each["source"] == "guard" and each["level"] != "info" and not each["past"]]
+    now = [each for each in episodes if not each["past"]]
+    sick = {layer for each in now for layer in each["layers"]}
+    recovered = {layer for each in episodes if each["past"] for layer in each["layers"]} - sick
+    parts = []
+    if sick:
+        parts.append(f"{_count(len(sick), 'layer')} sick since step {min(each['first'] for each in now):,}")
+    if recovered:
+        parts.append(f"{_count(len(recovered), 'layer')} recovered" if not sick else f"{len(recovered)} recovered")
+    if guard:
+        parts.append(f"{_count(len(guard), 'mistake')} of train and eval mode")
+    if parts:
+        level = "error" if sick or any(each["level"] == "error" for each in guard) else "warning" if guard else "past"
+        return {"level": level, "text": "; ".join(parts), "nearest": None}
+    if not any(journal.samples.values()):
+        return {"level": "unknown", "text": "No sample has come yet", "nearest": None}
+    nearest = nearest_limit(journal)
+    return {"level": "healthy", "text": "Healthy: no layer was beyond its limits", "nearest": nearest}
+
+
+def nearest_limit(journal: JournalReader) -> dict[str, Any] | None:
+    """Return the layer that is nearest to a limit at the newest sample, and how much of the limit it has used."""
+    best: dict[str, Any] | None = None
+    statistics = {each["name"]: each for each in journal.whole("statistics").get("statistics", [])}
+    for stage, samples in journal.samples.items():
+        for name in samples[-1].statistics() if samples else ():
+            column = samples[-1].column(name)
+            if column is None:
+                continue
+            values = column.values
+            used = _used(values, Limits.of(statistics.get(name, {})))
+            used[[*samples[-1].warming.get(name, ()), *samples[-1].layout.unjudged.get(name, ())]] = -1
+            place = int(used.argmax()) if used.size else 0
+            if used.size and used[place] > (best["used"] if best else 0):
+                best = {
+                    "layer": samples[-1].rows[place],
+                    "statistic": name,
+                    "label": statistics.get(name, {}).get("label", name),
+                    "stage": stage,
+                    "value": float(f"{values[place]:.4g}"),
+                    "used": float(f"{used[place]:.3g}"),
+                }
+    return best
+
+
+def _used(values: Any, limits: Limits) -> Any:
+    """Return each value's share of the limit that it is nearest to; on a logarithmic scale, of the way there."""
+    shares = [np.full(values.shape, -1.0)]
+    finite = np.where(np.isfinite(values), values, np.nan).astype(np.float64)
+    healthy = limits.healthy or 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for limit in (limits.low, limits.high):
+            if limits.log and healthy > 0 and limit > 0 and np.isfinite(limit):
+                shares.append(np.log(finite / healthy) / np.log(limit / healthy))
+            elif not limits.log and np.isfinite(limit) and limit > healthy:
+                shares.append((finite - healthy) / (limit - healthy))
+    return np.nan_to_num(np.max(np.nan_to_num(shares, nan=-1.0), axis=0), nan=-1.0)
+
+
+def gap_of(journal: JournalReader) -> dict[str, Any]:
+    """Return the metric under the layers' own, recalibrated and batch statistics, as far as it was measured."""
+    averages, recalibrations = journal.events["averages"], journal.events["recalibration"]
+    if averages:
+        metrics, monitor = averages[-1].get("metrics", {}), averages[-1].get("monitor")
+        rows = {name: metrics.get(name, {}).get(monitor) for name in ("own", "recalibrated")}
+        return _gap(monitor, rows, "CompareAverages", averages[-1]["step"])
+    for event in reversed(recalibrations):
+        if event.get("before") is not None:
+            rows = {"own": event["before"], "recalibrated": event.get("after")}
+            return _gap(event.get("metric"), rows, "BatchNormRecalibration", event["step"])
+    return {"metric": None, "rows": {}, "gap": None, "how": MEASURE}
+
+
+def _gap(metric: Any, rows: dict[str, Any], source: str, step: int) -> dict[str, Any]:
+    known = [value for value in rows.values() if isinstance(value, (int, float))]
+    gap = known[0] - known[1] if len(known) == 2 else None
+    return {
+        "metric": metric,
+        "rows": {**rows, "batch": None},
+        "gap": gap,
+        "source": source,
+        "step": step,
+        "how": MEASURE,
+    }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,56 @@
+"""What the monitor says at a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fits import Small, fit, trainer, training_data
+from torch.utils.data import DataLoader
+
+from lightning_bn import ActivationStatsMonitor
+
+
+class Dies(Small):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 5:
+            with torch.no_grad():
+                self.bn1.bias.fill_(-100.0)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_three_lines_at_the_end(
+    rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What, where first, since when; what follows; what to do. `str` and a notebook show the same."""
+    if not rich:
+        monkeypatch.setattr("lightning_bn.callbacks.terminal.find_spec", lambda name: None)
+    monitor = ActivationStatsMonitor(every_n_steps=1)
+    fit(monitor, module=Dies(lr=0.0), max_epochs=7)
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line]
+    start = next(place for place, line in enumerate(lines) if line.startswith("Sick: "))
+    assert lines[start].startswith("Sick: rest.0: share of activations that are zero 1 (limit 0.95) since step 5.")
+    assert "rest.3" in lines[start + 1]
+    assert lines[start + 2].startswith("  To do: Lower the learning rate")
+    assert str(monitor) in out
+    assert monitor._repr_html_().startswith("<pre>Sick: rest.0")
+
+
+def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    """verbose=False prints nothing, of a fit or of a validation; a fit speaks once, and so does a validation alone."""
+    data = DataLoader(training_data(), 16)
+    fit(ActivationStatsMonitor(verbose=False), module=Dies(), max_epochs=2)
+    assert "Sick" not in capsys.readouterr().out
+    monitor = ActivationStatsMonitor()
+    fit(monitor, max_epochs=2)
+    assert capsys.readouterr().out.count(str(monitor)) == 1
+    trainer(monitor := ActivationStatsMonitor()).validate(Small(), data, verbose=False)
+    assert capsys.readouterr().out.count(str(monitor)) == 1
+
+
+def test_nothing_to_say_of_nothing() -> None:
+    """Before a run the monitor says that nothing was seen."""
+    assert str(ActivationStatsMonitor()) == "Nothing was seen: no sample was taken."

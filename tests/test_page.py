@@ -1,0 +1,446 @@
+"""The page in a real browser: what is drawn is what the journal says, and what is clicked is what is shown."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browsers import NEEDS_BROWSER, open_browser, resize, tensorboard, wait
+from journals import HOSTILE, layer_names, write_run
+
+from lightning_bn.dashboard.report import report_html
+from lightning_bn.journal.lines import FILE_NAME
+
+pytestmark = [NEEDS_BROWSER, pytest.mark.timeout(300)]
+
+RUNS: dict[str, dict[str, Any]] = {
+    "sick": {},
+    "healthy": {"sick": None, "events": False},
+    "nan": {"sick": "nan", "events": False},
+    "large": {"layers": 160, "samples": 300},
+    "one": {"layers": 1, "sick": None, "events": False, "samples": 5},
+    HOSTILE[0].replace("/", ""): {"layers": [*HOSTILE, *layer_names(9)], "samples": 30},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for name, options in RUNS.items():
+        write_run(folder / name, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with open_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
+class Page:
+    """The page, as one who looks at it and clicks."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def texts(self, selector: str) -> list[str]:
+        return self.js(
+            "return [...document.querySelectorAll(arguments[0])].filter(e => e.offsetParent).map(e => e.textContent)",
+            selector,
+        )
+
+    def text(self, selector: str) -> str:
+        return " ".join(self.texts(selector))
+
+    def click(self, selector: str, containing: str = "") -> None:
+        """Click the first that is seen, in one go: the page may be drawn anew meanwhile."""
+        found = self.js(
+            "const found = [...document.querySelectorAll(arguments[0])]"
+            ".find(e => e.offsetParent && e.textContent.includes(arguments[1])); found?.click(); return !!found",
+            selector,
+            containing,
+        )
+        assert found, (selector, containing)
+
+    def type(self, selector: str, keys: str) -> None:
+        """Type into a field; the first drawing may just be taking its place."""
+        self.js("document.querySelector(arguments[0]).focus()", selector)
+        for key in keys:
+            self.driver.switch_to.active_element.send_keys(key)
+
+    def until(self, condition: Callable[[], Any], what: str) -> Any:
+        return wait(condition, what, 30)
+
+    def drawn(self) -> list[list[Any]]:
+        """The numbers that plotly drew in the map, on their scale."""
+        return self.js("return document.querySelector('.area .plot').data[0].z")
+
+    def rows(self) -> list[str]:
+        return self.js("return [...document.querySelectorAll('.heatmap .labels .row[title]')].map(e => e.title)")
+
+    def ready(self) -> Page:
+        self.until(
+            lambda: self.js("return !!document.querySelector('.columns') && !document.querySelector('main').hidden"),
+            "the page",
+        )
+        self.driver.execute_async_script("setTimeout(arguments[0], 300)")  # not being drawn anew for the window's size
+        return self
+
+    def hash(self) -> str:
+        return self.js("return window.parent.location.hash")
+
+    def complaints(self) -> list[str]:
+        """What the console says, but for TensorBoard's own fonts and advice."""
+        own = ("font-roboto", "Three.js", "WebGL", "willReadFrequently")
+        return [
+            each["message"]
+            for each in self.driver.get_log("browser")
+            if not any(word in each["message"] for word in own)
+        ]
+
+
+@pytest.fixture
+def show(runs: Path, browser: Any, tmp_path: Path) -> Callable[..., Page]:
+    """Open the report on runs: ``show("sick")``."""
+
+    def opened(*names: str, address: str = "", folder: Path = runs) -> Page:
+        file = tmp_path / "report.html"
+        file.write_text(report_html({name: folder / name / FILE_NAME for name in names}), encoding="utf-8")
+        resize(browser, 1280, 1000)
+        browser.get("about:blank")
+        browser.get(f"file://{file}{address}")
+        return Page(browser).ready()
+
+    return opened
+
+
+def table(folder: Path, statistic: str) -> tuple[list[str], list[list[Any]]]:
+    """Layers and values of training, by json alone."""
+    lines = [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()]
+    names = next(line["rows"] for line in lines if line["kind"] == "rows")
+    samples = [line["values"][statistic] for line in lines if line["kind"] == "sample" and line["stage"] == "train"]
+    return names, [list(row) for row in zip(*samples, strict=True)]
+
+
+def test_what_is_drawn_is_what_the_journal_says(show: Callable[..., Page], runs: Path) -> None:
+    """Cell by cell the map has the journal's numbers, in forward order; a folded row has its worst child's."""
+    page = show("sick")
+    names, values = table(runs / "sick", "dead_fraction")
+    rows, drawn = page.rows(), page.drawn()
+    for name, expected in zip(names, values, strict=True):
+        np.testing.assert_allclose(drawn[rows.index(name)], expected, rtol=1e-3)
+    assert [row for row in rows if row in names] == names
+    np.testing.assert_allclose(drawn[rows.index("model.layer1")], np.max(values, axis=0), rtol=1e-3)
+    page.click(".row.group", "1 3 of 4")
+    page.until(lambda: len(page.rows()) == len(rows) - 4, "the fold")
+    assert page.complaints() == []
+
+
+def test_the_header_and_the_findings(show: Callable[..., Page]) -> None:
+    """The verdict and the gap in words; the cause stands first, and what follows from it below."""
+    page = show("sick")
+    assert "3 layers sick since step 200; 1 recovered; 1 mistake of train and eval mode" in page.text(".verdict")
+    assert "own 0.3" in page.text(".gap")
+    assert "recalibrated 0.1333" in page.text(".gap")
+    assert page.texts(".findings .group > article .head .layer") == [
+        "model.layer1.0.relu#1",
+        "model.layer1.1.relu#1",
+        "model.layer1.0.bn1",
+    ]
+    assert page.texts(".findings summary") == ["2 findings below it follow"]
+    assert page.texts(".tabs:not(.views) button")[:2] == ["dead fraction3", "drift var1"]
+    assert page.texts(".lane-label") == [
+        "learning rate",
+        "epochs",
+        "validations",
+        "guard findings",
+        "in eval mode",
+        "recalibrations",
+    ]
+
+
+def test_a_click_selects_and_the_address_keeps_it(show: Callable[..., Page]) -> None:
+    """A finding selects its layer, step and statistic; the address opens the same again."""
+    page = show("sick")
+    page.click(".findings .head", "log ratio")
+    page.until(lambda: page.text(".layer h2") == "model.layer1.0.relu#1", "the layer")
+    assert page.text(".tabs:not(.views) .is-chosen").startswith("drift var")
+    assert "steps 300 to 400" not in page.text(".layer dl")
+    address = page.hash()
+    assert "step=60" in address
+    again = show("sick", address=address)
+    assert again.text(".layer h2") == "model.layer1.0.relu#1"
+    assert again.texts(".finding.is-chosen .title") == ["log ratio of batch to running variance (rms over channels)"]
+    again.click(".layer .neighbours button", "before")
+    again.until(lambda: again.text(".layer h2") == "model.layer1.0.bn1", "its neighbour")
+    assert "300 to 400" in again.text(".layer dl")  # it was in eval mode
+
+
+def test_filters_sorting_and_folds(show: Callable[..., Page]) -> None:
+    """A pattern, "sick only" and the order choose the rows; filters choose the findings."""
+    page = show("large", address="#filter=*layer1.1.*")
+    names = layer_names(160)
+    assert [row for row in page.rows() if row in names] == names[4:8]
+    page = show("large", address="#sick=1")
+    assert [row for row in page.rows() if row in names] == names[5:8]
+    page = show("large", address="#sort=worst")
+    assert page.rows()[:3] == names[5:8]
+    assert len(page.rows()) == 160
+    page = show("large")
+    assert len(page.rows()) < 45  # folded
+    page = show("sick", address="#level=error")
+    assert page.texts(".findings .head .level") == ["error"]
+    page = show("sick", address="#time=past")
+    assert page.texts(".findings .head .level") == ["recovered"]
+    page.type("[data-key=filter]", "bn2")
+    names = set(layer_names(16))
+    page.until(lambda: all("bn2" in row for row in page.rows() if row in names), "the filter")
+    assert page.js("return document.activeElement.value") == "bn2"  # typing is not interrupted
+
+
+def test_zoom_and_hover(show: Callable[..., Page]) -> None:
+    """A brush shows its steps alone, a double click all; a hover tells layer, step, value, limit and learning rate."""
+    page = show("sick")
+    page.js("Plotly.relayout(document.querySelector('.area .plot'), {'xaxis.range': [9.5, 19.5]})")
+    page.until(lambda: len(page.drawn()[0]) == 10, "the zoom")
+    assert "from=100" in page.hash()
+    page.click(".tools button", "Whole run")
+    page.until(lambda: len(page.drawn()[0]) == 60, "the whole run")
+    row = page.rows().index("model.layer1.1.relu#1")
+    page.js(
+        """const box = document.querySelector('.area .plot').getBoundingClientRect();
+        const rows = arguments[1]; const target = document.querySelector('.area .plot .nsewdrag');
+        const [x, y] = [box.left + box.width * 40.5 / 60, box.top + box.height * (arguments[0] + 0.5) / rows];
+        target.dispatchEvent(new MouseEvent('mousemove', {bubbles: true, clientX: x, clientY: y}));""",
+        row,
+        len(page.rows()),
+    )
+    page.until(lambda: page.text(".tip"), "the words")
+    for word in (
+        "model.layer1.1.relu#1",
+        "step 400",
+        "share of channels that are dead: 1",
+        "above the limit of 0.25",
+        "learning rate 0.01",
+    ):
+        assert word in page.text(".tip")
+
+
+def test_marks_besides_the_colour(show: Callable[..., Page]) -> None:
+    """Beyond a limit, in warm-up and NaN, the map has a picture over its colours; a map of healthy cells has none."""
+    picture = "return (document.querySelector('.area .plot').layout.images || []).length"
+    assert show("sick").js(picture) == 1
+    assert show("sick", address="#statistic=drift_var").js(picture) == 1
+    assert show("healthy", address="#statistic=std").js(picture) == 0
+    page = show("nan", address="#statistic=std")
+    assert page.js(picture) == 1
+    seen = page.js(
+        """const image = new Image(); image.src = document.querySelector('.area .plot').layout.images[0].source;
+        return image.decode().then(() => { const canvas = document.createElement('canvas');
+        canvas.width = image.width; canvas.height = image.height;
+        const context = canvas.getContext('2d'); context.drawImage(image, 0, 0);
+        const at = (x, y) => [...context.getImageData(x, y, 1, 1).data];
+        return [at(2, image.height - 4), at(image.width - 3, image.height - 4)]; })"""
+    )
+    assert seen[0][3] == 0  # nothing over the first sample
+    assert seen[1] == [0, 0, 0, 255]  # the last is NaN: black
+
+
+def test_keyboard(show: Callable[..., Page]) -> None:
+    """Arrows move over layers and steps, and over the tabs; / goes to the filter."""
+    from selenium.webdriver.common.keys import Keys
+
+    page = show("sick", address="#layer=model.layer1.0.bn1&step=100")
+    heatmap = page.driver.find_element("css selector", ".heatmap")
+    heatmap.send_keys(Keys.ARROW_DOWN)
+    page.until(lambda: page.text(".layer h2") == "model.layer1.0.relu#1", "the next layer")
+    heatmap.send_keys(Keys.ARROW_RIGHT)
+    page.until(lambda: "step=110" in page.hash(), "the next step")
+    heatmap.send_keys("/")
+    assert page.js("return document.activeElement.dataset.key") == "filter"
+    page.driver.find_element("css selector", ".tabs:not(.views) .is-chosen").send_keys(Keys.ARROW_RIGHT)
+    page.until(lambda: "statistic=drift_var" in page.hash(), "the next statistic")
+
+
+def test_recalibration_averages_and_comparison(show: Callable[..., Page], runs: Path) -> None:
+    """Each view tells what its callback reported; the difference map is the difference of the two journals."""
+    page = show("sick", "healthy", address="#view=recalibration")
+    assert "val_loss: 0.9 before, 0.4 after" in page.text(".other")
+    assert "kept" in page.text(".other h3")
+    assert len(page.texts(".other tbody tr")) == 8
+    page.click(".views button", "Averages")
+    page.until(lambda: "Recommended: recalibrated" in page.text(".other"), "the averages")
+    assert page.texts(".other tbody tr td:first-child") == ["recalibrated", "window 20", "own"]
+    assert page.js("return document.querySelector('.other .plot').data[0].y") == pytest.approx([0.9, 0.45, 0.3])
+    page = show("sick", "healthy", address="#view=compare&other=healthy")
+    page.until(lambda: page.js("return !!document.querySelector('.difference .plot')?.data"), "the difference")
+    expected = np.subtract(*(table(runs / name, "dead_fraction")[1] for name in ("sick", "healthy")))
+    np.testing.assert_allclose(
+        page.js("return document.querySelector('.difference .plot').data[0].z"), expected, atol=2e-3
+    )
+    assert page.texts(".table tbody tr td:first-child") == ["sick", "healthy"]
+
+
+def test_a_healthy_run_and_one_layer(show: Callable[..., Page]) -> None:
+    """The verdict names the layer that is nearest to its limit; one layer is a map too."""
+    page = show("healthy")
+    assert "Healthy: no layer was beyond its limits" in page.text(".verdict")
+    assert "Nearest to a limit: model.layer1." in page.text(".verdict")
+    assert "No episode of illness" in page.text(".findings")
+    page = show("one")
+    assert page.rows() == ["model.layer1.0.bn1"]
+    assert page.text(".layer h2") == "model.layer1.0.bn1"
+    assert page.complaints() == []
+
+
+def test_names_are_text(show: Callable[..., Page]) -> None:
+    """A run and layers that are called like elements are shown as they are called; nothing of them runs."""
+    name = HOSTILE[0].replace("/", "")
+    page = show(name)
+    assert page.text(".bar .name") == name
+    assert set(HOSTILE) <= set(page.rows())
+    for layer in HOSTILE:
+        page.click(f".row[data-row='{page.rows().index(layer)}']")
+        page.until(
+            lambda layer=layer: page.js("return document.querySelector('section.layer h2').title") == layer, "the layer"
+        )
+    for view in ("recalibration", "averages", "map"):
+        page.click(f"[data-key='view:{view}']")
+    assert page.js("return window.hacked") is None
+    assert page.js("return document.querySelectorAll('img[src=x]').length") == 0
+    assert page.complaints() == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_legible_wide_and_narrow_light_and_dark(show: Callable[..., Page], width: int, dark: bool) -> None:
+    """Nothing hangs over the edge, no text is smaller than 11 points, and text stands out from what is behind it."""
+    page = show("sick")
+    theme = {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]}
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", theme)
+    resize(page.driver, width, 1000)
+    page.until(
+        lambda: page.js("return document.documentElement.dataset.theme") == ("dark" if dark else "light"), "the theme"
+    )
+    page.until(
+        lambda: page.js("return document.documentElement.scrollWidth <= innerWidth"), "a layout within the window"
+    )
+    small = page.js(
+        """return [...document.querySelectorAll('#page *')].filter(e => e.offsetParent && !e.children.length && e.textContent.trim())
+        .filter(e => parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.textContent)"""
+    )
+    assert small == []
+    contrast = page.js(
+        """const linear = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+        const light = c => { const [r, g, b] = c.match(/[0-9.]+/g).map(Number).map(linear); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+        const back = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+          if (!/, 0\\)$/.test(c)) return c; } return 'rgb(255,255,255)'; };
+        const read = ['h2', 'p', 'button', 'dd', 'dt', '.muted', '.level', '.verdict'].map(each => `#page ${each}`).join();
+        return Math.min(...[...document.querySelectorAll(read)].filter(e => e.offsetParent && !e.disabled).map(e => {
+          const [a, b] = [light(getComputedStyle(e).color), light(back(e))].sort((x, y) => y - x); return (a + 0.05) / (b + 0.05); }))"""
+    )
+    assert contrast >= 4.5  # WCAG 2.1, AA
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_exports(show: Callable[..., Page], tmp_path: Path) -> None:
+    """The CSV is the map's numbers, and the picture is one."""
+    page = show("sick")
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    page.click(".tools button", "CSV")
+    page.click(".tools button", "PNG")
+    csv = page.until(lambda: next(tmp_path.glob("*.csv"), None), "the table")
+    lines = csv.read_text().splitlines()
+    assert lines[0].split(",")[:3] == ["layer", "0", "10"]
+    assert [line.split(",")[0] for line in lines[1:]] == layer_names(16)
+    png = page.until(lambda: next(tmp_path.glob("*.png"), None), "the picture")
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert page.complaints() == []
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> Path:
+    folder = tmp_path_factory.mktemp("tensorboard") / "logs"
+    shutil.copytree(runs, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(logs: Path) -> Iterator[str]:
+    with tensorboard(logs.parent, "--logdir", str(logs), prefix="/some/prefix") as found:
+        yield found
+
+
+class TestTensorBoard:
+    """The tab."""
+
+    def enter(self, browser: Any, address: str, hash_: str) -> Page:
+        resize(browser, 1280, 1000)
+        browser.switch_to.default_content()
+        browser.get("about:blank")
+        browser.get(f"{address}/#{hash_}")
+        frame = wait(lambda: browser.find_elements("tag name", "iframe"), "the tab")
+        browser.switch_to.frame(frame[0])
+        return Page(browser)
+
+    def test_the_tab(self, browser: Any, address: str) -> None:
+        """Below a path prefix, under TensorBoard's policy: drawn, clicked, kept in the address."""
+        page = self.enter(browser, address, "lightning_bn&p.lightning_bn.run=sick").ready()
+        assert "3 layers sick" in page.text(".verdict")
+        page.click(".findings .head", "dead")
+        page.until(lambda: "p.lightning_bn.step=200" in page.hash(), "the address")
+        assert page.hash().startswith("#lightning_bn&")
+        again = self.enter(browser, address, page.hash()[1:]).ready()
+        again.until(lambda: again.text(".layer h2") == "model.layer1.1.relu#1", "the layer")
+        assert [each for each in again.complaints() if "lightning_bn" in each] == []
+
+    def test_dark_as_tensorboard_is(self, browser: Any, address: str) -> None:
+        """The page follows TensorBoard's own switch."""
+        page = self.enter(browser, address, "lightning_bn&p.lightning_bn.run=healthy").ready()
+        for theme, has in (("dark", "add"), ("light", "remove")):
+            page.js(f"window.parent.document.body.classList.{has}('dark-mode')")
+            page.until(
+                lambda theme=theme: page.js("return document.documentElement.dataset.theme") == theme, "the theme"
+            )
+
+    def test_a_live_run_keeps_the_selection(self, browser: Any, address: str, logs: Path) -> None:
+        """New samples appear by themselves, and what was selected stays."""
+        whole = write_run(logs / "live", samples=40, end=None, events=False)
+        lines = whole.read_bytes().splitlines(keepends=True)
+        whole.write_bytes(b"".join(lines[: len(lines) // 2]))
+        wait(lambda: "live" in browser_runs(address), "the run in the list")
+        page = self.enter(
+            browser, address, "lightning_bn&p.lightning_bn.run=live&p.lightning_bn.layer=model.layer1.0.bn2"
+        ).ready()
+        before = len(page.drawn()[0])
+        with whole.open("ab") as file:
+            file.write(b"".join(lines[len(lines) // 2 :]))
+        page.until(lambda: len(page.drawn()[0]) > before, "the new samples")
+        assert page.text(".layer h2") == "model.layer1.0.bn2"
+        assert page.text(".state") == "live"
+
+    def test_nothing_there(self, browser: Any, tmp_path: Path) -> None:
+        """Where no run is, the page says which lines make one, and where it looked."""
+        (tmp_path / "empty").mkdir()
+        with tensorboard(tmp_path, "--logdir", str(tmp_path / "empty")) as address:
+            page = self.enter(browser, address, "lightning_bn")
+            page.until(lambda: "No run to show yet" in page.text(".message"), "the message")
+            assert "ActivationStatsMonitor(), ModeCheck()" in page.text(".message pre")
+            assert str(tmp_path / "empty") in page.text(".message")
+            write_run(tmp_path / "empty" / "first", samples=6)
+            wait(lambda: "step" in page.text("header"), "the run that has begun", 30)
+
+
+def browser_runs(address: str) -> list[str]:
+    from urllib.request import urlopen
+
+    with urlopen(f"{address}/data/plugin/lightning_bn/data/runs") as answer:
+        return list(json.loads(answer.read())["runs"])

@@ -1,0 +1,137 @@
+"""What the callbacks of a real fit write into its journal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from fits import Small, loader
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_bn import ActivationStatsMonitor, BatchNormRecalibration, CompareAverages, ModeCheck, Window
+from lightning_bn.journal.lines import FILE_NAME
+from lightning_bn.journal.reader import JournalReader
+
+
+def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    defaults = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(callbacks=list(callbacks), default_root_dir=folder, **{**defaults, **quiet, **options})
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()]
+
+
+def kinds(folder: Path) -> list[str]:
+    return [line["kind"] for line in lines(folder)]
+
+
+def test_a_fit_with_all_callbacks(tmp_path: Path) -> None:
+    """Each thing that happened has one line, however many callbacks saw it; the numbers are the monitor's table."""
+    monitor = ActivationStatsMonitor(every_n_steps=2)
+    repair = BatchNormRecalibration(monitor="val_loss", num_batches=2)
+    compare = CompareAverages({"window 2": Window(2)})
+    fit = trainer(tmp_path, monitor, ModeCheck(), compare, repair)
+    fit.fit(Small(), loader(), loader(shuffle=False))
+    found = kinds(tmp_path)
+    assert found[:3] == ["journal", "start", "layers"]
+    assert found[-1] == "end"
+    counts = {kind: found.count(kind) for kind in ("start", "epoch", "validation", "averages", "recalibration", "end")}
+    assert counts == {"start": 1, "epoch": 2, "validation": 2, "averages": 2, "recalibration": 1, "end": 1}
+    reader = JournalReader.of_file(tmp_path / FILE_NAME)
+    rows = {(row["stage"], row["step"], row["layer"]): row for row in monitor.table()}
+    assert len(rows) == sum(len(each.rows) for samples in reader.samples.values() for each in samples)
+    for stage, samples in reader.samples.items():
+        for sample in samples:
+            for place, layer in enumerate(sample.rows):
+                expected = rows[stage, sample.step, layer]
+                for statistic in sample.statistics():
+                    value = sample.value(statistic, place)
+                    assert value == (
+                        None
+                        if expected[statistic] is None
+                        else pytest.approx(expected[statistic], rel=1e-4, nan_ok=True)
+                    )
+    recalibration = reader.events["recalibration"][0]
+    assert (recalibration["kept"], recalibration["metric"]) == (repair.kept, "val_loss")
+    assert reader.events["averages"][-1]["metrics"] == compare.metrics
+    assert reader.samples["train"][0].rates == {"SGD": 0.3}
+    described = {each["name"]: each for each in reader.whole("layers")["layers"]}
+    assert described["bn1"] == {
+        "name": "bn1",
+        "class": "BatchNorm1d",
+        "channels": 5,
+        "averaging": "Exponential(momentum=0.1)",
+        "momentum": 0.1,
+        "affine": True,
+        "frozen": False,
+    }
+
+
+def test_findings_and_modes(tmp_path: Path) -> None:
+    """What ModeCheck found is there as fields; a layer in eval mode is, from the step on."""
+
+    class Frozen(Small):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.bn1.train(self.global_step < 4)
+
+    check = ModeCheck(action="log")
+    trainer(tmp_path, check, ActivationStatsMonitor(every_n_steps=1)).fit(Frozen(), loader(), loader(shuffle=False))
+    written = [line for line in lines(tmp_path) if line["kind"] == "finding"]
+    assert [(line["code"], line["step"], line["fix"]["code"]) for line in written] == [
+        (finding.code, finding.step, finding.fix.code) for finding in check.findings
+    ]
+    assert written
+    modes = [(line["step"], line["eval"]) for line in lines(tmp_path) if line["kind"] == "modes"]
+    assert modes[0][1] == ["bn1"]
+    assert modes[0][0] in (4, 5)
+
+
+def test_where_it_lies(tmp_path: Path) -> None:
+    """Beside TensorBoard's files where there are any, else beside another logger's, else in default_root_dir."""
+    both = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="board")]
+    for loggers, place in ((both, "board/version_0"), ([both[0]], "csv/version_0"), (False, ".")):
+        trainer(tmp_path, ActivationStatsMonitor(), logger=loggers, max_epochs=1).fit(
+            Small(), loader(), loader(shuffle=False)
+        )
+        assert (tmp_path / place / FILE_NAME).is_file(), place
+
+
+def test_no_trace_of_a_fast_dev_run(tmp_path: Path) -> None:
+    """A fast_dev_run leaves no file."""
+    trainer(tmp_path, ActivationStatsMonitor(), ModeCheck(), fast_dev_run=True).fit(
+        Small(), loader(), loader(shuffle=False)
+    )
+    assert not list(tmp_path.rglob(FILE_NAME))
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_resumed_fit_continues(tmp_path: Path) -> None:
+    """The second fit's lines take the place of what the first wrote behind the checkpoint."""
+    callbacks = [ActivationStatsMonitor(every_n_steps=1)]
+    first = trainer(tmp_path, *callbacks, max_epochs=1)
+    first.fit(Small(), loader(), loader(shuffle=False))
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    second = trainer(tmp_path, ActivationStatsMonitor(every_n_steps=1), max_epochs=2)
+    second.fit(Small(), loader(), loader(shuffle=False), ckpt_path=tmp_path / "first.ckpt")
+    reader = JournalReader.of_file(tmp_path / FILE_NAME)
+    assert [sample.step for sample in reader.samples["train"]] == list(range(12))
+    assert [(event["step"], event["resumed"]) for event in reader.events["start"]] == [(0, False), (6, True)]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_how_it_ended(tmp_path: Path, error: type[BaseException]) -> None:
+    """A fit that is stopped says by what."""
+
+    class Stopping(Small):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 3:
+                raise error
+
+    with pytest.raises((ValueError, SystemExit, KeyboardInterrupt)):
+        trainer(tmp_path, ActivationStatsMonitor(), ModeCheck()).fit(Stopping(), loader(), loader(shuffle=False))
+    assert [line["status"] for line in lines(tmp_path) if line["kind"] == "end"] == [error.__name__]
