@@ -46,10 +46,7 @@ def channel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
     """
     data = data.detach()
     if data.device.type != "cpu":
-        # To ask whether it is far would wait for the device; 16-bit data has too few digits to be far.
-        return (
-            _moments_around(data[:1].flatten(2)[:, :, 0], data) if data.dtype == torch.float32 else kernel_moments(data)
-        )
+        return _device_moments(data)
     samples, channels = data.shape[:2]
     positions = data.numel() // (samples * channels)
     if positions > 1 and data.is_contiguous():
@@ -58,6 +55,13 @@ def channel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
     if rows.is_contiguous():
         return _row_moments(rows.reshape(-1, channels))
     return channel_moments(data.contiguous())
+
+
+def _device_moments(data: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the moments without waiting for the device, as asking whether the data is far from zero would."""
+    if data.dtype != torch.float32:  # 16-bit data has too few digits to be far
+        return kernel_moments(data)
+    return _moments_around(data[:1].flatten(2)[:, :, 0], data)
 
 
 def _image_moments(data: Tensor, positions: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.torch_internals import is_compiled
 
-__all__ = ["eager", "evaluating", "kept_attribute", "kept_modes", "paused_statistics"]
+__all__ = ["eager", "evaluating", "kept_attribute", "kept_modes", "out_of_inference_mode", "paused_statistics"]
 
 
 @contextmanager
@@ -81,3 +81,12 @@ def eager(model: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which a compiled model runs as it was written: the code that was compiled knows nothing of
     later hooks."""
     return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
+
+
+def out_of_inference_mode() -> AbstractContextManager[Any]:
+    """Return a context without inference mode, for tensors that are written later; nothing where it is off already.
+
+    torch's own context restores the grad mode when its guard is freed. After a Ctrl-C at the wrong moment the traceback
+    holds that guard, and frees it when everybody else has restored the grad mode already.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()

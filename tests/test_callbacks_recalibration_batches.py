@@ -15,7 +15,7 @@ import torchmetrics
 from fits import Small, fit, loader, matches_weights, parameters_equal, same, training_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_bn import BatchNormRecalibration
@@ -370,3 +370,65 @@ def test_the_users_dataloader_is_tried_before_training() -> None:
     state = data.sampler.data_source
     fit(BatchNormRecalibration(dataloader=data), module=First(), val=None)
     assert data.sampler.data_source is state
+
+
+class Adversaries(Manual):
+    """A GAN: the generator makes images of noise, so no batch goes into ``forward``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return self.generator(noise)
+
+
+def test_the_error_of_a_gan_suggests_a_call_that_was_not_tried_and_that_works() -> None:
+    """What each way raised, and a call of the parts that hold batch norms; filled in, it works."""
+    with pytest.raises(MisconfigurationException) as raised:
+        fit(BatchNormRecalibration(), module=Adversaries(), val=None)
+    message = str(raised.value)
+    assert "forward(batch[0]) raised RuntimeError" in message
+    assert "training_step was not tried, since it optimises by hand" in message
+    suggested = "forward=lambda module, batch: (module.rest(batch[0]), module.generator(...))"
+    assert suggested in message
+    callback = BatchNormRecalibration(forward=lambda module, batch: module.generator(batch[0][:, :3]))
+    with pytest.warns(UserWarning, match="did not run"):
+        fit(callback, module=Adversaries(), val=None)
+    assert [layer.name for layer in callback.report.layers] == ["generator.1"]
+
+
+def test_layers_that_go_while_the_fit_runs_are_named() -> None:
+    """One layer is taken out, one is replaced: the report names the first and recalibrates the second."""
+
+    class Loses(Small):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.rest[3] = nn.Identity()
+                self.bn1 = nn.BatchNorm1d(5)
+
+    callback = BatchNormRecalibration()
+    fit(callback, module=Loses(), val=None, max_epochs=2)
+    assert callback.report.gone == ("rest.3",)
+    assert "No longer in the model: rest.3." in str(callback.report)
+    assert callback.report.as_dict()["gone"] == ["rest.3"]
+    assert [layer.name for layer in callback.report.layers] == ["bn1"]
+
+
+def test_every_layer_frozen_is_not_said_of_layers_left_in_eval_mode() -> None:
+    """The two are told apart, and the mend of the second is named."""
+    frozen = Small()
+    for layer in (frozen.bn1, frozen.rest[3]):
+        layer.requires_grad_(False)
+    with pytest.warns(UserWarning, match="every batch-norm layer is frozen"):
+        fit(BatchNormRecalibration(), module=frozen, val=None)
+
+    class LeftInEval(Small):
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.eval()
+
+    with pytest.warns(
+        UserWarning, match=r"bn1, rest\.3 can learn, but no batch-norm layer was in training mode.*train\(\)"
+    ) as caught:
+        fit(BatchNormRecalibration(), module=LeftInEval(), val=None)
+    assert not any("every batch-norm layer is frozen" in str(each.message) for each in caught)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import oracles
 import pytest
 import torch
+from torch import nn
 
-from lightning_bn import torch_internals
-from lightning_bn.channel_moments import _moments_around, channel_moments
+from lightning_bn import recalibrate, torch_internals
+from lightning_bn.channel_moments import _device_moments, channel_moments
+from lightning_bn.recalibration import measuring
 
 SHAPES = [
     (1, 3),
@@ -102,5 +105,18 @@ def test_images_very_far_from_zero(shape: tuple[int, ...]) -> None:
     values = data.double().transpose(0, 1).flatten(1).numpy()
     truth = torch.tensor([[sum((x - sum(row) / len(row)) ** 2 for x in row) / len(row)] for row in values]).flatten()
     found = [channel_moments(layout)[1] for layout in layouts(data)]
-    for var in [*found, _moments_around(data[:1, :, 0, 0], data)[1]]:
+    for var in [*found, _device_moments(data)[1]]:
         assert (var.double() / truth - 1).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_recalibration_of_images_very_far_from_zero_by_the_way_of_other_devices(
+    monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    """Mean 10000, standard deviation 0.01: the running variance to 1e-4, from batches whose means differ."""
+    monkeypatch.setattr(measuring, "channel_moments", _device_moments)
+    data = 1e4 + 0.01 * torch.randn(64, 3, 8, 8)
+    layer = nn.BatchNorm2d(3)
+    recalibrate(layer, data.split(16), exact=exact, progress=False)
+    truth = data.double().transpose(0, 1).flatten(1).numpy().var(1, ddof=1)
+    assert np.abs(layer.running_var.double().numpy() / truth - 1).max() < 1e-4

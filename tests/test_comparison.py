@@ -347,3 +347,32 @@ def test_a_rich_progress_bar_lives_on() -> None:
     fit(CompareAverages(AVERAGES), bar, module=Looking(), enable_progress_bar=True)
     assert all(there for there, _ in seen)
     assert not all(own for _, own in seen)  # the stand-in, which hears of no hook
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+@pytest.mark.parametrize("training", [True, False])
+def test_an_averaged_copy_with_buffers_is_left_as_it_is(training: bool) -> None:
+    """A copy whose buffers somebody else writes was not missed, and no average of batches is put into it."""
+    seen: list[torch.Tensor] = []  # outside of the module, whose own lists are put back after a further validation
+
+    class Averaged(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.copy = Small().train(training).requires_grad_(False)
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            own = dict(self.named_buffers())
+            for name, buffer in self.copy.named_buffers():
+                buffer.copy_(own[name])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            seen.append(self.copy.bn1.running_mean.clone())
+
+    module = Averaged()
+    compare = CompareAverages({"window": Window(2)}, recalibrated=False)
+    fit(compare, module=module, num_sanity_val_steps=0, max_epochs=1)
+    half = len(seen) // 2
+    assert half > 0
+    assert same(seen[:half], seen[half:]), "under the window and under its own"
+    assert same([module.copy.bn1.running_mean], [seen[-1]])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextvars
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -346,3 +347,42 @@ def test_a_compiled_model_is_measured() -> None:
     )
     torch.testing.assert_close(compiled(data), model.eval()(data))
     assert len(norms(compiled)) == 2
+
+
+class InAThread(nn.Module):
+    """Calls its layer from a thread of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.norm, x).result()
+
+
+def test_a_layer_called_from_a_thread_of_the_model_is_named_as_the_reason() -> None:
+    """What happened and what to do; nothing is changed, and without exact it works."""
+    model, batches = InAThread(), [torch.randn(8, 2) for _ in range(2)]
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        RuntimeError, match=r"called from a thread.*Let the forward call its layers itself, or leave exact"
+    ):
+        recalibrate(model, batches, exact=True, progress=False)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert recalibrate(model, batches, progress=False).layers[0].samples == 16
+
+
+def test_a_pass_that_begins_another_is_told_so() -> None:
+    """The forward of an exact pass begins an exact pass over the same layers: a message, and nothing is changed."""
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    batches = [torch.randn(8, 2) for _ in range(2)]
+    before = copy.deepcopy(model.state_dict())
+
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        recalibrate(model, batches, exact=True, progress=False)
+
+    with pytest.raises(RuntimeError, match=r"began another over the same layers\. Run the inner one before, or after"):
+        recalibrate(model, batches, exact=True, forward=forward, progress=False)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    recalibrate(model, batches, exact=True, progress=False)

@@ -6,9 +6,12 @@ from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, field
 from typing import Any
 
+import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_bn import recalibrate
 from lightning_bn.recalibration.feeding import to_device
 
 Pair = namedtuple("Pair", "image label")
@@ -56,3 +59,21 @@ def test_every_tensor_in_a_batch_is_moved_and_all_else_kept() -> None:
     assert not any(leaf.is_meta for leaf in leaves(batch))
     assert (type(moved[2]), type(moved[5]), moved[5].label, moved[5].seen, moved[7]) == (Pair, Sample, "d", 3, 2.5)
     assert to_device(packed, torch.device("cpu")).data.shape == packed.data.shape
+
+
+def test_a_lightning_module_without_a_forward_is_told_of_forward() -> None:
+    """The message says what is missing and what to pass, and the call it names works."""
+
+    class Steps(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+    module, batches = Steps(), [torch.randn(4, 2)]
+    with pytest.raises(
+        TypeError, match=r"Steps has no forward.*recalibrate\(model, batches, forward=lambda model, batch: model"
+    ):
+        recalibrate(module, batches, progress=False)
+    assert module.norm.running_mean.tolist() == [0, 0]
+    recalibrate(module, batches, forward=lambda model, batch: model.norm(batch), progress=False)
+    assert module.norm.running_mean.tolist() != [0, 0]

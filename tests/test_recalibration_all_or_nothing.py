@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,12 @@ import numpy as np
 import pytest
 import torch
 from recalibration_models import as_bytes, everything, statistics
+from tiny_runs import quiet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, WeightedRandomSampler
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from interrupts import WAYS, stress
 
 import lightning_bn
 from lightning_bn import Window, recalibrate, recalibrated
@@ -232,9 +233,9 @@ def test_an_interrupt_in_the_last_lines_changes_nothing(exact: bool) -> None:
 PACKAGE = str(Path(lightning_bn.__file__).parent)
 
 
-def traced(each_line: Callable[[], None], call: Callable[[], Any]) -> None:
+def traced(each_line: Callable[[], None], call: Callable[[], Any], within: tuple[str, ...] = (PACKAGE,)) -> None:
     def trace(frame: Any, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(PACKAGE):
+        if not frame.f_code.co_filename.startswith(within):
             return None
         if event == "line":
             each_line()
@@ -253,7 +254,7 @@ def count_lines(call: Callable[[], Any]) -> int:
     return len(lines)
 
 
-def interrupt_at(line: int, call: Callable[[], Any]) -> bool:
+def interrupt_at(line: int, call: Callable[[], Any], within: tuple[str, ...] = (PACKAGE,)) -> bool:
     """Send this process a SIGINT when the package reaches its line number `line`, counted as it runs; tell whether that
     ended the call."""
     lines = iter(range(10**9))
@@ -263,7 +264,7 @@ def interrupt_at(line: int, call: Callable[[], Any]) -> bool:
             signal.raise_signal(signal.SIGINT)
 
     try:
-        traced(each_line, call)
+        traced(each_line, call, within)
     except KeyboardInterrupt:
         return True
     return False
@@ -298,31 +299,26 @@ def test_recalibrated_undoes_under_an_interrupt() -> None:
     assert before == everything(model)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_interrupts_at_random_moments_change_nothing_or_the_report_is_returned(way: str) -> None:
+    """A SIGINT from another thread, at any instruction, grad mode included; also in what the callback does within a fit.
+    `benchmarks/interrupts.py` has more calls."""
+    with quiet():
+        call = WAYS[way]()
+    ended, wrong = stress(call, 60)
+    assert wrong == []
+    assert ended > 5
+
+
 @pytest.mark.parametrize("exact", [False, True])
-def test_interrupts_at_random_moments_change_nothing_or_the_report_is_returned(exact: bool) -> None:
-    """A SIGINT from another thread, at any instruction: 150 calls for each kind of pass, of which some end before it
-    comes."""
-    model, batches = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(), nn.BatchNorm1d(3)), list(torch.randn(2, 4, 3))
-    before = everything(model)
-    recalibrate(model, batches, exact=exact, progress=False).rollback()
-    start = time.perf_counter()
-    recalibrate(model, batches, exact=exact, progress=False).rollback()
-    length = time.perf_counter() - start
-    delays = random.Random(0)
-    interrupted = 0
-    for _ in range(150):
-        report, arrived = None, False
-        timer = threading.Timer(delays.uniform(0, 1.3 * length), os.kill, (os.getpid(), signal.SIGINT))
-        try:
-            timer.start()
-            report = recalibrate(model, batches, exact=exact, progress=False)
-            timer.join()
-            _ = [None for _ in range(100)]  # where it is heard, if it came after the call
-        except KeyboardInterrupt:
-            arrived = True
-            interrupted += report is None
-        timer.join()
-        if report is not None:
-            report.rollback()
-        assert before == everything(model), f"interrupted: {arrived}, report: {report is not None}"
-    assert interrupted > 20
+def test_an_interrupt_at_any_line_of_torchs_modes_leaves_the_grad_mode(exact: bool) -> None:
+    """A guard of inference mode that an interrupt leaves in a traceback restores the grad mode when it is freed: too
+    late."""
+    batches, model = list(torch.randn(40, 4, 3)), nn.Sequential(nn.BatchNorm1d(3))
+    line = 0
+    modes = (PACKAGE, str(Path(torch.autograd.grad_mode.__file__)))
+    while interrupt_at(line, lambda: recalibrate(model, batches, exact=exact, progress=False), within=modes):
+        assert torch.is_grad_enabled(), f"after line {line}"
+        assert not torch.is_inference_mode_enabled()
+        line += 1 + line // 60
+    assert line > 100

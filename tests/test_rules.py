@@ -273,7 +273,8 @@ def naive_gap(batches: Tensor, momentum: float, updates: int) -> tuple[list[floa
 def test_gap_against_loops(momentum: float) -> None:
     """The gap that is read from two states of the buffers is that between the average and the batches themselves."""
     from lightning_bn.discovery import find_batch_norms
-    from lightning_bn.rules.readings import Reading, gaps
+    from lightning_bn.rules.gaps import gaps
+    from lightning_bn.rules.readings import Reading
 
     layer = nn.BatchNorm1d(1, momentum=momentum, dtype=torch.float64)
     batches = torch.randn(30, 8, 1, dtype=torch.float64) * torch.linspace(1, 4, 30).reshape(-1, 1, 1) + 2

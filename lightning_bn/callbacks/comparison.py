@@ -24,6 +24,7 @@ from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.layers.batch_norm import check_averaging
 from lightning_bn.layers.ledger import settle_together
+from lightning_bn.recalibration.interrupts import HeldInterrupts
 
 __all__ = ["CompareAverages"]
 
@@ -152,12 +153,13 @@ class CompareAverages(Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         self._check_sight()
-        for name in self.averages:
-            with self._followers.applied(name):
-                self._pending[name] = validate_once_more(trainer, pl_module)
-        if self.recalibrated and self._learning:
-            with self._recalibrated(trainer, pl_module):
-                self._pending[_RECALIBRATED] = validate_once_more(trainer, pl_module)
+        with HeldInterrupts():  # a Ctrl-C ends a validation or a pass, and comes nowhere else
+            for name in self.averages:
+                with self._followers.applied(name):
+                    self._pending[name] = validate_once_more(trainer, pl_module)
+            if self.recalibrated and self._learning:
+                with self._recalibrated(trainer, pl_module):
+                    self._pending[_RECALIBRATED] = validate_once_more(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._pending:

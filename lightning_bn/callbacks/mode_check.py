@@ -26,8 +26,9 @@ from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
 from lightning_bn.discovery import parts_called_by
 from lightning_bn.layers.ledger import settle_together
 from lightning_bn.rules import RULES, Finding, ModeCheckError
+from lightning_bn.rules.arguments import check_action, check_codes, mendable_codes
 from lightning_bn.rules.finding import Action
-from lightning_bn.rules.inspection import Inspection, check_action, check_codes, mendable_codes
+from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import Modes
 from lightning_bn.rules.rule import Setting
 from lightning_bn.rules.table import markdown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from lightning_bn.callbacks.training_pass import learning, on_training_device, q
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.recalibration import recalibrate
+from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.kept_objects import KeptObjects
 from lightning_bn.recalibration.report import RecalibrationReport
 
@@ -123,6 +125,7 @@ class BatchNormRecalibration(Callback):
         self._input = self._new_input()
         self._layers: list[BatchNormLayer] = []
         self._learning: set[str] = set()
+        self._gone: set[str] = set()
         self._final = False
 
     @property
@@ -136,7 +139,7 @@ class BatchNormRecalibration(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
-        self._final, self._learning = False, set()
+        self._final, self._learning, self._gone = False, set(), set()
         self._input = self._new_input()
         # One that is frozen may not track for now (`BaseFinetuning` tells its layers so), and will when it is unfrozen.
         if not any(layer.module.running_mean is not None for layer in find_batch_norms(pl_module)):
@@ -226,12 +229,14 @@ class BatchNormRecalibration(Callback):
     def _look_again(self, module: LightningModule) -> None:
         """Find the layers as they are now; how they train is read off when a batch has been trained."""
         self._layers = find_batch_norms(module)
+        self._gone |= self._learning - {layer.name for layer in self._layers}
         self._learning = learning(self._layers)
 
     def _take_in_new_layers(self, module: LightningModule) -> None:
         """Let layers that came since the layers were last looked at be recalibrated too, unless they are frozen."""
         known = {layer.module for layer in self._layers}
         now = find_batch_norms(module)
+        self._gone |= self._learning - {layer.name for layer in now}
         new = {layer.name for layer in now if layer.module not in known and layer.tracks and not layer.frozen}
         self._layers, self._learning = now, (self._learning & {layer.name for layer in now}) | new
 
@@ -242,16 +247,19 @@ class BatchNormRecalibration(Callback):
                 f"BatchNormRecalibration: {_why_none(self._layers)}, so their statistics were left as they are."
             )
             return
-        before = self._validate(trainer, module)
-        self.report = self._recalibrate(trainer, module)
-        try:
-            after = self._validate(trainer, module)
-            self.kept = before is None or after is None or self._scores.better(after, before)
-        except BaseException:
-            self.report.rollback()
-            raise
-        if not self.kept:
-            self.report.rollback()
+        # A Ctrl-C ends the pass or a validation; anywhere else it is held until what has changed and the report agree.
+        with HeldInterrupts():
+            before = self._validate(trainer, module)
+            report = self._recalibrate(trainer, module)
+            self.report = replace(report, gone=tuple(sorted(self._gone)))
+            try:
+                after = self._validate(trainer, module)
+                self.kept = before is None or after is None or self._scores.better(after, before)
+            except BaseException:
+                self.report.rollback()
+                raise
+            if not self.kept:
+                self.report.rollback()
         if self.report.not_run:
             rank_zero_warn(
                 f"BatchNormRecalibration: {', '.join(self.report.not_run)} did not run and kept their statistics. If training runs them, "

@@ -24,6 +24,7 @@ from lightning_bn.callbacks.lightning_internals import (
 )
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager, kept_attribute
+from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.keeping import kept
 
 __all__ = ["learning", "on_training_device", "quiet", "training_pass", "validate_once_more"]
@@ -36,8 +37,17 @@ def learning(layers: Iterable[BatchNormLayer]) -> set[str]:
 
 @contextmanager
 def quiet(trainer: Trainer, module: LightningModule, loader: Any = None) -> Iterator[None]:
-    """Let the module run as in training, but without grad, a trace or a log entry, and uncompiled."""
-    with isolated(module, loader), muted(trainer, module), in_stage(trainer, RunningStage.TRAINING), eager(module):
+    """Let the module run as in training, but without grad, a trace or a log entry, and uncompiled.
+
+    A Ctrl-C is held until all is restored, but where the block lets it through.
+    """
+    with (
+        HeldInterrupts(),
+        isolated(module, loader),
+        muted(trainer, module),
+        in_stage(trainer, RunningStage.TRAINING),
+        eager(module),
+    ):
         yield
 
 
@@ -63,12 +73,13 @@ def training_pass(trainer: Trainer, module: LightningModule, dataloader: Any = N
 
 def validate_once_more(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
     """Return the metrics that validation would log now; nothing is logged, and no callback is called."""
-    with in_stage(trainer, RunningStage.VALIDATING), ExitStack() as stack:
+    with HeldInterrupts() as interrupts, in_stage(trainer, RunningStage.VALIDATING), ExitStack() as stack:
         loader = validation_loader(trainer)
         stack.enter_context(isolated(module, loader))
         stack.enter_context(kept(module=module))
         stack.enter_context(_kept_broadcast(trainer.strategy.model))
         stack.callback(loader.reset)  # ends the workers
+        stack.enter_context(interrupts.allowed())
         return validation_metrics(trainer, loader)
 
 

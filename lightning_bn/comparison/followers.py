@@ -33,7 +33,7 @@ from lightning_bn.layers.settlement import (
 )
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import merge_over_ranks
-from lightning_bn.torch_internals import in_backward
+from lightning_bn.torch_internals import in_backward, is_compiled
 
 __all__ = ["Followers"]
 
@@ -126,24 +126,33 @@ class Followers:
     def missed(self) -> list[str]:
         """Return the names of layers that took in batches of which nothing was seen here; waits for the device.
 
-        Code that `torch.compile` made before there were hooks never calls them.
+        Code that `torch.compile` made before there were hooks never calls them. The statistics of an averaged copy, such
+        as a teacher or a target network, are written by whoever averages, and not by batches.
         """
+        if not is_compiled(self._model):
+            return []
         return [
             path
             for path, before in self._counts.items()
-            if self._layers[path] not in self._seen
-            and path not in self._traced
+            if not self._follows(path)
+            and self._layers[path].training
             and bool(self._layers[path].num_batches_tracked != before)
         ]
+
+    def _follows(self, path: str) -> bool:
+        """Whether batches of the layer were seen; what is written into any other one is not an average of batches."""
+        return path in self._traced or self._layers[path] in self._seen
 
     @contextmanager
     @torch.no_grad()
     def applied(self, name: str) -> Iterator[None]:
-        """Let the layers hold the statistics of the average `name`, in place; at exit they hold their own again."""
+        """Let the layers that training runs hold the statistics of the average `name`, in place; at exit they hold their
+        own again."""
         self._flush()
-        before = [(layer, layer.running_mean.clone(), layer.running_var.clone()) for layer in self._layers.values()]
+        followed = {path: layer for path, layer in self._layers.items() if self._follows(path)}
+        before = [(layer, layer.running_mean.clone(), layer.running_var.clone()) for layer in followed.values()]
         try:
-            for path, layer in self._layers.items():
+            for path, layer in followed.items():
                 shadow = self._shadows[name][path]
                 layer.running_mean.copy_(shadow.running_mean)
                 layer.running_var.copy_(shadow.running_var)
@@ -168,6 +177,9 @@ class Followers:
             for path, shadow in row.items():
                 if path in state.get(name, {}):
                     shadow.load_state_dict(state[name][path])
+                    count = self._layers[path].num_batches_tracked
+                    if count is None or bool(shadow.num_batches_tracked == count):
+                        self._seen.add(self._layers[path])
 
     def _settled(self, settled: Settled) -> None:
         """Take in what layers of this package have settled."""

@@ -18,6 +18,8 @@ class HeldInterrupts:
     A ``finally`` alone does not do: the interrupt may come between two of its lines, or between the last line of a
     set-up and the ``try``. Python gives signals to the main thread alone; in another thread, or where no Python handler
     is set, nothing is held.
+
+    Blocks nest: what is `allowed` in the inner one goes through, and what that one held comes at the end of the outer.
     """
 
     def __init__(self) -> None:
@@ -38,16 +40,22 @@ class HeldInterrupts:
         if self._held:
             self._pending = (number, frame)
         else:
-            # From here on what the block did is being undone; a second Ctrl-C may not come in between.
-            self._held = True
-            self._previous(number, frame)
+            self._let_through(number, frame)
+
+    def _let_through(self, number: int, frame: FrameType | None) -> None:
+        # From here on what the blocks did is being undone; a second Ctrl-C may not come in between.
+        self._held = True
+        outer = getattr(self._previous, "__self__", None)
+        (outer._let_through if isinstance(outer, HeldInterrupts) else self._previous)(number, frame)
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
         """Let interrupts through inside, and at once one that was held before."""
         self._held = False
         try:
-            self._deliver()
+            if self._pending is not None:
+                pending, self._pending = self._pending, None
+                self._let_through(*pending)
             yield
         finally:
             self._held = True

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_bn.modes import out_of_inference_mode
 from lightning_bn.torch_internals import side_by_side
 
 __all__ = ["KeptTensors"]
@@ -153,5 +154,6 @@ def _pointer(tensor: Tensor) -> int:
 
 
 def _write(kept: _Kept, value: Tensor) -> None:
-    with torch.inference_mode(kept.tensor.is_inference()), torch.no_grad():
+    inference = kept.tensor.is_inference()
+    with torch.inference_mode() if inference else out_of_inference_mode(), torch.no_grad():
         kept.memory.copy_(value)

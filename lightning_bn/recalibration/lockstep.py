@@ -44,7 +44,7 @@ class Lockstep:
 
     def stop(self, place: int) -> None:
         """Wait, inside a job, until all jobs that come to the layer at `place` have come."""
-        job = _running_job()
+        job = self._running_job()
         stop = (place, job.stops[place])
         job.stops[place] += 1
         with _switched_to(self._state):
@@ -52,14 +52,28 @@ class Lockstep:
 
     def current(self) -> int:
         """Return the number of the job that is running."""
-        return _running_job().number
+        return self._running_job().number
+
+    def _running_job(self) -> _Job:
+        job = getcurrent()
+        if isinstance(job, _Job) and job.owner is self:
+            return job
+        if isinstance(job, _Job):
+            raise RuntimeError(
+                "recalibrate(model, batches, exact=True): the forward of one such pass began another over the same layers. Run the inner "
+                "one before, or after, or leave exact=True out of it."
+            )
+        raise RuntimeError(
+            "recalibrate(model, batches, exact=True): a batch-norm layer was called from a thread or a greenlet of the model's own, and "
+            "can't wait there for the other batches. Let the forward call its layers itself, or leave exact=True out."
+        )
 
     def run(self, jobs: Iterable[Callable[[], object]]) -> None:
         """Run `jobs` to their ends; what one of them raises ends all, each with its ``finally``, and is raised."""
         self._hub, self._state = getcurrent(), _thread_state()
         try:
             for number, call in enumerate(jobs):
-                self._jobs.append(_Job(call, number))
+                self._jobs.append(_Job(call, number, self))
                 self._resume(self._jobs[-1])
             while (stop := self._agree(min(self._waiting, default=None))) is not None:
                 self._arrived(stop[0])
@@ -82,21 +96,12 @@ class Lockstep:
 
 
 class _Job(greenlet):  # type: ignore[misc]
-    def __init__(self, call: Callable[[], object], number: int) -> None:
+    def __init__(self, call: Callable[[], object], number: int, owner: Lockstep) -> None:
         super().__init__(call)
+        self.owner = owner
         self.gr_context = contextvars.copy_context()
         self.number = number
         self.stops: Counter[int] = Counter()
-
-
-def _running_job() -> _Job:
-    job = getcurrent()
-    if not isinstance(job, _Job):
-        raise RuntimeError(
-            "recalibrate(model, batches, exact=True): a batch-norm layer was called from a thread or a greenlet of the model's own, and "
-            "can't wait there for the other batches. Let the forward call its layers itself, or leave exact=True out."
-        )
-    return job
 
 
 def _device_types() -> list[str]:

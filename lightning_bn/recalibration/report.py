@@ -68,6 +68,8 @@ class RecalibrationReport:
     tolerance: float | None
     """As asked for."""
     dry_run: bool
+    gone: tuple[str, ...] = field(default=(), kw_only=True)
+    """Names of the layers that learned in the fit and that the model no longer has; a callback knows them."""
     _changes: tuple[StatisticsChange, ...] = field(repr=False, compare=False)
 
     def rollback(self) -> None:
@@ -86,7 +88,7 @@ class RecalibrationReport:
             for name in ("batches", "samples", "skipped", "stopped_by", "num_batches", "tolerance", "dry_run")
         }
         layers = [{key: _finite_or_none(value) for key, value in asdict(layer).items()} for layer in self.layers]
-        return {**plain, "not_run": list(self.not_run), "layers": layers}
+        return {**plain, "not_run": list(self.not_run), "gone": list(self.gone), "layers": layers}
 
     def __str__(self) -> str:
         return "\n".join([self._headline(), *_table(sorted(self.layers, key=lambda layer: -layer.shift))])
@@ -106,6 +108,8 @@ class RecalibrationReport:
             parts.append(f"Not finite and left out: {self.skipped} batches.")
         if self.not_run:
             parts.append(f"Not run, unchanged: {', '.join(self.not_run)}.")
+        if self.gone:
+            parts.append(f"No longer in the model: {', '.join(self.gone)}.")
         return " ".join(parts)
 
 

@@ -147,22 +147,11 @@ def recalibrate(
         _check_exact(exact, sharded)
         run = _runner(core, forward, device)
     ranks.agree(_common(core, chosen, options, pooled=pooled, sharded=sharded))
+    # What the pass holds is freed inside the block: a Ctrl-C while it is freed behind it would come after the change and
+    # before the caller has the report.
     with HeldInterrupts() as interrupts:
         estimator = Estimator(chosen, ranks, pooled=pooled, prior=prior)
-        way = _pass(chosen, ranks, estimator, options, sharded=sharded)
-        with (
-            _all_else_kept(core, batches) as weights,
-            measured([layer.module for layer in chosen], way.station),
-            interrupts.allowed(),
-        ):
-            seen = _collected(way, ranks, batches, run, weights, sharded=sharded)
-            changes = agreed_changes(chosen, ranks, estimator, seen)
-        report = _report(chosen, changes, seen, options)
-        if not dry_run:
-            interrupts.undo = report.rollback
-            commit([change for change in changes if change is not None])
-        # Inside the block: a Ctrl-C after it would come too late to undo what is done.
-        return report
+        return _recalibrate(core, chosen, ranks, batches, run, estimator, options, interrupts, sharded=sharded)
 
 
 @contextmanager
@@ -188,11 +177,42 @@ def recalibrated(model: nn.Module, batches: Iterable[Any], **options: Any) -> It
         >>> model[0].running_mean
         tensor([0.])
     """
-    report = recalibrate(model, batches, **options)
+    report: RecalibrationReport | None = None
     try:
+        with HeldInterrupts() as interrupts:
+            report = recalibrate(model, batches, **options)
+            interrupts.undo = report.rollback
         yield report
     finally:
-        report.rollback()
+        if report is not None:
+            report.rollback()
+
+
+def _recalibrate(
+    model: nn.Module,
+    chosen: list[BatchNormLayer],
+    ranks: Ranks,
+    batches: Iterable[Any],
+    run: Callable[[Any], object],
+    estimator: Estimator,
+    options: _Options,
+    interrupts: HeldInterrupts,
+    *,
+    sharded: bool,
+) -> RecalibrationReport:
+    way = _pass(chosen, ranks, estimator, options, sharded=sharded)
+    with (
+        _all_else_kept(model, batches) as weights,
+        measured([layer.module for layer in chosen], way.station),
+        interrupts.allowed(),
+    ):
+        seen = _collected(way, ranks, batches, run, weights, sharded=sharded)
+        changes = agreed_changes(chosen, ranks, estimator, seen)
+    report = _report(chosen, changes, seen, options)
+    if not options.dry_run:
+        interrupts.undo = report.rollback
+        commit([change for change in changes if change is not None])
+    return report
 
 
 @dataclass(frozen=True)

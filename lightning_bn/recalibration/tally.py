@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_bn.modes import out_of_inference_mode
 from lightning_bn.moments import Moments, wide_dtype
 
 __all__ = ["Row", "Summary", "Tally"]
@@ -185,7 +186,7 @@ class Tally:
         waits for pages."""
         # The forward of this batch may run in inference mode, and that of the next one, which is to write here, may
         # not.
-        with torch.inference_mode(False):
+        with out_of_inference_mode():
             if number == _BLOCK * len(self._blocks):
                 shape = (_BLOCK, 2, sum(self._sizes))
                 self._blocks.append(torch.empty(shape, dtype=wide_dtype(self._device), device=self._device))

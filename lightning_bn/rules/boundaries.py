@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.rules.observer import versions
+from lightning_bn.torch_internals import buffers_of
 
 __all__ = ["Boundaries"]
+
+
+class _State(NamedTuple):
+    """How often each layer's count and mean were written, and which tensor the mean is."""
+
+    counts: list[int]
+    means: list[int]
+    tensors: list[Tensor | None]
+
+    def same_mean(self, other: _State, index: int) -> bool:
+        return self.means[index] == other.means[index] and self.tensors[index] is other.tensors[index]
 
 
 class Boundaries:
@@ -24,18 +38,19 @@ class Boundaries:
     """
 
     def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
-        self._layers = layers
-        self._left: list[tuple[int, int, int]] | None = None
-        self._own = [
+        self._modules = [layer.module for layer in layers]
+        self._left: _State | None = None
+        own = (
             index
             for index, layer in enumerate(layers)
             if getattr(layer.module, "averaging", None) is not None and layer.tracks
-        ]
+        )
+        self._own = {index: place for place, index in enumerate(own)}
         self._counts: Tensor | None = None
 
     def leave(self) -> None:
         """A batch or an evaluation ends."""
-        self._left = [_state(layer) for layer in self._layers]
+        self._left = self._state()
         self._counts = self._count() if self._own else None
 
     def forget(self) -> None:
@@ -44,39 +59,40 @@ class Boundaries:
 
     def untouched(self, index: int) -> bool:
         """Whether nobody has written a layer's mean since `leave`."""
-        return self._left is not None and self._left[index][1:] == _state(self._layers[index])[1:]
+        return self._left is not None and self._left.same_mean(self._state(), index)
 
     def back(self) -> list[int]:
         """The next batch or evaluation begins: return the indices of the layers that a forward moved since `leave`."""
         left, self._left = self._left, None
         if left is None:
             return []
-        now = [_state(layer) for layer in self._layers]
-        return [
-            index
-            for index in range(len(now))
-            if now[index][0] != left[index][0] and self._by_forward(index, left[index], now[index])
-        ]
+        counts = versions(self._buffers(), "num_batches_tracked")
+        if counts == left.counts:  # as between almost all batches
+            return []
+        now = self._state()
+        moved = [index for index, (one, other) in enumerate(zip(counts, left.counts, strict=True)) if one != other]
+        return [index for index in moved if self._by_forward(index, left, now)]
 
-    def _by_forward(self, index: int, left: tuple[int, int, int], now: tuple[int, int, int]) -> bool:
-        if left[2] != now[2]:
-            return False  # another tensor
+    def _by_forward(self, index: int, left: _State, now: _State) -> bool:
+        if left.tensors[index] is not now.tensors[index]:
+            return False
         if index not in self._own or self._counts is None:
-            return left[1] == now[1]
-        place = self._own.index(index)
-        return bool((self._count()[place] > self._counts.to(self._count().device)[place]).item())
+            return left.same_mean(now, index)
+        place, count = self._own[index], self._count()
+        return bool((count[place] > self._counts.to(count.device)[place]).item())
+
+    def _state(self) -> _State:
+        all_buffers = self._buffers()
+        tensors = [buffers.get("running_mean") for buffers in all_buffers]
+        counts = versions(all_buffers, "num_batches_tracked")
+        return _State(counts, versions(all_buffers, "running_mean"), tensors)
+
+    def _buffers(self) -> list[dict[str, Tensor | None]]:
+        # The dicts are asked for anew: of a layer whose statistics are on their way from other ranks it is another one.
+        return [buffers_of(module) for module in self._modules]
 
     def _count(self) -> Tensor:
         """The batches counted by the layers of this package: does not wait for the device."""
-        counts = [self._layers[index].module.num_batches_tracked for index in self._own]
-        return torch.stack([count.to(counts[0].device) for count in counts])
-
-
-def _state(layer: BatchNormLayer) -> tuple[int, int, int]:
-    """How often count and mean were written, and which tensor the mean is."""
-    module = layer.module
-    return _version(module.num_batches_tracked), _version(module.running_mean), id(module.running_mean)
-
-
-def _version(tensor: torch.Tensor | None) -> int:
-    return -1 if tensor is None or tensor.is_inference() else tensor._version
+        counts = [buffers_of(self._modules[index])["num_batches_tracked"] for index in self._own]
+        device = counts[0].device if counts[0] is not None else None
+        return torch.stack([count.to(device) for count in counts if count is not None])

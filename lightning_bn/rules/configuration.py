@@ -8,6 +8,7 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.layers.settlement import is_synchronised
 from lightning_bn.rules.adjacency import DeadBias, DropoutShift
 from lightning_bn.rules.fixes import expression, group_norms, listing
+from lightning_bn.rules.order import Order
 from lightning_bn.rules.rule import Batch, Configuration, Fix, Level, Rule, Seen, Setting
 
 __all__ = ["CONFIGURATION_RULES"]
@@ -22,11 +23,6 @@ values is ``sqrt(2 / (n - 1))``: 37 % at 16."""
 
 MOST_REPLACED = 4
 """BN302: layers for which the fix shows how each is replaced by a group norm; for more it is a larger batch."""
-
-SORTED_LIKENESS = 0.4
-"""BN307: the correlation between batches of one epoch and the batches that follow them in another. At random its
-standard deviation is at most ``1 / sqrt(batches)``, 0.2 for the 24 batches that are the least it takes, and less with
-many channels."""
 
 
 class ExtremeMomentum(Rule):
@@ -222,10 +218,13 @@ class SortedBatches(Rule):
     why = "an average of the last batches is then one of the last classes: it fits no evaluation."
     fix = Fix("shuffle=True", "in the training DataLoader")
 
-    def ordered(self, layer: str, likeness: float) -> Iterator[Seen]:
-        if likeness > SORTED_LIKENESS:
-            event = f"batch means of one epoch and of the next batches in another correlate by {likeness:.2f}; at random it is 0."
-            yield Seen([layer], event)
+    def ordered(self, layer: str, order: Order) -> Iterator[Seen]:
+        if order.is_sorted:
+            yield Seen(
+                [layer],
+                f"the means of {order.batches} batches spread {order.spread:.3g} times as much as those of random samples would, "
+                f"and each is like its neighbour in the epoch before (correlation {order.likeness:.2f}).",
+            )
 
 
 def _with_momentum(setting: Setting, names: Sequence[str], momentum: float, note: str = "") -> Fix:

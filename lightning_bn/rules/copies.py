@@ -3,7 +3,7 @@ their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.fixes import modules_of
 from lightning_bn.rules.learning import Learning
-from lightning_bn.rules.observer import Observer
+from lightning_bn.rules.observer import Observer, versions
 from lightning_bn.rules.readings import Reading
 from lightning_bn.sharding import local_value
+from lightning_bn.torch_internals import parameters_of
 
 __all__ = ["Copies", "twin"]
 
@@ -32,9 +33,9 @@ class Copies:
         self.written: set[int] = set()
         """Indices of the layers whose weights were written while no optimizer held them."""
         self._observer = observer
-        self._held: dict[
-            int, tuple[int, Tensor | None]
-        ] = {}  # version and values of the weight since the layer does not learn
+        # Version and values of the weight since the layer does not learn.
+        self._held: dict[int, tuple[int, Tensor | None]] = {}
+        self._watched: list[tuple[int, int, Mapping[str, Tensor | None]]] = []  # index, version, parameters
         self._decided: set[int] = set()
         self._start: tuple[Tensor, Reading] | None = None
 
@@ -44,20 +45,26 @@ class Copies:
         return set(self._held)
 
     def begin(self) -> None:
-        """Begin a training batch; before the first one, keep what weights and statistics are."""
+        """Training begins: keep what weights and statistics are."""
         if self._start is None:
             self._start = self._samples(), Reading(self._observer.layers)
-        self.written.update(
-            index for index, (version, _) in self._held.items() if version != _version(self._observer.layers[index])
-        )
+
+    def compare(self) -> None:
+        """Note which of the layers that do not learn were written all the same; at the beginning and at the end of each
+        batch, on the host."""
+        if self._watched:
+            now = versions([parameters for _, _, parameters in self._watched], "weight")
+            self.written.update(
+                index for (index, version, _), one in zip(self._watched, now, strict=True) if one != version
+            )
 
     def hold(self, frozen: Iterable[int]) -> None:
         """From here on, the layers `frozen`, and no others, do not learn."""
         frozen = set(frozen)
         layers = self._observer.layers
-        self._held = {
-            index: self._held.get(index) or (_version(layers[index]), _sample(layers[index])) for index in frozen
-        }
+        weights = versions([parameters_of(layer.module) for layer in layers], "weight")
+        self._held = {index: self._held.get(index) or (weights[index], _sample(layers[index])) for index in frozen}
+        self._watched = [(i, version, parameters_of(layers[i].module)) for i, (version, _) in self._held.items()]
         self.written &= frozen
         self._decided &= frozen
 
@@ -147,9 +154,3 @@ def _sample(layer: BatchNormLayer) -> Tensor | None:
     if weight is None or weight.is_meta or isinstance(weight, nn.UninitializedParameter):
         return None
     return local_value(weight).reshape(-1)[:_SAMPLE].float().clone()
-
-
-def _version(layer: BatchNormLayer) -> int:
-    """How often the layer's weight was written; 0 where that is not kept."""
-    weight = layer.module.weight
-    return 0 if weight is None or weight.is_inference() else weight._version

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -12,45 +11,25 @@ import torch
 from torch import nn
 
 from lightning_bn.ranks.collective import share
-from lightning_bn.rules import RULES, Finding, Level, Rule
+from lightning_bn.rules import RULES, Finding, Rule
 from lightning_bn.rules.adjacency import AdjacencyProbe
+from lightning_bn.rules.arguments import check_codes, check_patterns
 from lightning_bn.rules.boundaries import Boundaries
 from lightning_bn.rules.copies import Copies
-from lightning_bn.rules.fixes import listing, modules_of
+from lightning_bn.rules.gaps import LEAST_TRACKED, Gap, Marks
 from lightning_bn.rules.learning import Learning
-from lightning_bn.rules.observer import Modes, Observer, ancestors
+from lightning_bn.rules.observer import Modes, Observer
 from lightning_bn.rules.order import BatchOrder
 from lightning_bn.rules.probe import EvaluationProbe, far, vanishing
-from lightning_bn.rules.readings import Gap, Reading, gaps, ranks_apart, weight_samples
+from lightning_bn.rules.readings import Reading, ranks_apart, weight_samples
+from lightning_bn.rules.register import Moment, Register
 from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Exchange, Return, Seen, Setting
 from lightning_bn.torch_internals import is_compiled
 
-__all__ = ["Inspection", "check_action", "check_codes", "mendable_codes"]
-
-LEAST_TRACKED = 30
-"""Batches after which averaged statistics are held to the evaluation: by then torch's default average has left its
-start."""
-
-LINK = "lightning-bn rules {code}"
-"""Where a message sends its reader: the page of the rule, printed by the command that is installed with the package."""
-
-# BN208 compares the end of an epoch with a reading of the statistics this many batches before it; where nobody knows
-# when an epoch ends, a reading is taken every so many batches, and the last but one serves.
-_BATCHES_A_READING = 10
+__all__ = ["Inspection"]
 
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
 _LIKE_ONE_OF = 8
-
-_LEVELS = ("info", "warning", "error")
-
-# What follows from a finding about the same layers is information. A rule that is ignored explains nothing.
-_CAUSES = {
-    "BN204": ("BN101", "BN102", "BN103", "BN105", "BN301"),
-    "BN207": ("BN209",),
-    "BN208": ("BN104", "BN106", "BN107", "BN201", "BN202", "BN207", "BN209", "BN301", "BN307"),
-    "BN209": ("BN101", "BN204", "BN207"),
-    "BN210": ("BN203", "BN204", "BN207", "BN208"),
-}
 
 
 class Inspection:
@@ -77,14 +56,10 @@ class Inspection:
         self.model = model
         self.observer = Observer(model)
         self.setting = setting
-        self.findings: list[Finding] = []
-        self._told = 0
+        self._register = Register(ignore, fix)
         self.stage, self.step, self.index = "check", 0, -1
         self.trained = False
-        self._check_patterns()
-        self._fix = set(fix)
-        self._rules = [rule for code, rule in RULES.items() if code not in ignore]
-        self._reported: dict[str, dict[str, int]] = {code: {} for code in RULES}  # how severely, by layer
+        check_patterns(setting, self.observer.names)
         self.modes_from: Literal["start", "forward", "end"] = "start"
         self._after: Modes | None = None
         self._judged: dict[str, deque[Any]] = {}
@@ -93,14 +68,14 @@ class Inspection:
         self._steady: set[int] = set()
         self._away: Modes | None = None
         self._interrupted = False
-        self._marks: list[Reading] = []
+        self._marks = Marks(self.observer.layers)
         self._batches = 0
         self._counted: tuple[int, Reading] = (0, Reading(()))
         self._last_check = "nothing was known of them before"
         self._anchor: tuple[torch.Tensor, Reading] | None = None
         self._copies = Copies(self.observer)
         self._boundaries = Boundaries(self.observer.layers)
-        self._order = BatchOrder(self.observer.layers)
+        self._order = BatchOrder()
         self._look: EvaluationProbe | None = None
         self._gaps: list[Gap] = []
         self._begun: dict[int, torch.Tensor] = {}
@@ -141,10 +116,10 @@ class Inspection:
             kept = {places[layer] for index in indices if (layer := old.layers[index].module) in places}
             known.clear()
             known.update(kept)
-        self._judged, self._marks, self._away, self._anchor, self._counts_before = {}, [], None, None, {}
+        self._judged, self._away, self._anchor, self._counts_before = {}, None, None, {}
         # These know the layers by their places.
         self._copies, self._boundaries = Copies(self.observer), Boundaries(self.observer.layers)
-        self._order = BatchOrder(self.observer.layers)
+        self._marks = Marks(self.observer.layers)
         if self._look is not None:
             self._look.close()
         self._look, self._last, self._gaps, self._begun = None, None, [], {}
@@ -167,10 +142,14 @@ class Inspection:
             if probe is not None:
                 probe.close()
 
+    @property
+    def findings(self) -> list[Finding]:
+        """All of them; the list grows."""
+        return self._register.findings
+
     def new(self) -> list[Finding]:
         """Return the findings that were not returned before."""
-        new, self._told = self.findings[self._told :], len(self.findings)
-        return new
+        return self._register.new()
 
     def at_rest(self) -> None:
         """Look at everything that can be seen without a run."""
@@ -188,7 +167,7 @@ class Inspection:
         """Begin a training epoch: what could be told of its batches from the last one's is forgotten, as parameters may
         be frozen now."""
         self._judged = {}
-        self._marks = []
+        self._marks.forget()
         self.observer.watch_closely()
         self._order.begin_epoch()
 
@@ -206,21 +185,13 @@ class Inspection:
         if training:
             self._compare_boundary(f"before batch {index}")
             self._copies.begin()
-            self._order.begin()
+            self._copies.compare()
+            self.observer.on_input = self._order.begin_batch()
         elif index == 0 and not is_compiled(self.model):  # a hook would compile it anew
             self._look = EvaluationProbe(self.observer.layers)
         self.observer.begin(self.observer.snapshot() if training and self.modes_from == "start" else None)
         if training and batches is not None:
-            self._mark(index, batches)
-
-    def _mark(self, index: int, batches: float) -> None:
-        """Take a reading for `end_epoch`: at the start of the epoch, as it may be cut short, and shortly before its
-        end."""
-        near = index == batches - _BATCHES_A_READING if math.isfinite(batches) else index % _BATCHES_A_READING == 0
-        if near and math.isfinite(batches):
-            self._marks = [Reading(self.observer.layers)]
-        elif near or not self._marks:
-            self._marks = [*self._marks[-1:], Reading(self.observer.layers)]
+            self._marks.take(index, batches)
 
     def end_batch(self) -> None:
         """Judge the batch; of an evaluation, what comes until the next one is recorded too."""
@@ -237,10 +208,9 @@ class Inspection:
         self.trained = True
         after = self._after = self.observer.snapshot()
         opened = self.observer.modes or after
-        self._copies.begin()
+        self._copies.compare()
         self._judge(after if self.modes_from == "end" else opened, opened, after)
         self._boundaries.leave()
-        self._order.end()
         if self.tracing and any(forward.training for forward in self.observer.forwards):
             self._end_tracing()
 
@@ -263,16 +233,14 @@ class Inspection:
         self._away, self._interrupted = modes, False
         self._evaluated, self._swapped, self._look = set(), False, None
         self._gaps, self._begun = [], {}
-        if self._marks and any(fresh):
+        if any(fresh):
             # Statistics that someone wrote since the last batch, as a recalibration does, are not the average of
             # batches any more.
-            found = {
-                index: gap for index, gap in gaps(self._marks[0], Reading(self.observer.layers)).items() if fresh[index]
-            }
+            found = {index: gap for index, gap in self._marks.gaps().items() if fresh[index]}
             self._gaps = list(found.values())
             self._begun = {index: self.observer.layers[index].module.running_mean.clone() for index in found}
         if not all(fresh):
-            self._marks = []
+            self._marks.forget()
         if self.setting.own_statistics:
             self._compare_ranks()
         self._judged.pop(stage, None)
@@ -387,13 +355,12 @@ class Inspection:
     def end_epoch(self) -> None:
         """Compare the running statistics with the latest batches'; waits for the device."""
         self._decide()
-        likeness = self._order.likeness()
-        if likeness is not None and self._order.layer is not None:
-            name = self._order.layer.name
-            self._ask(lambda rule: rule.ordered(name, likeness))
-        if self._marks:
-            apart = list(gaps(self._marks[0], Reading(self.observer.layers)).values())
-            self._ask(lambda rule: rule.gaps(apart, self.observer))
+        order = self._order.found()
+        if order is not None:
+            name = next(layer.name for layer in self.observer.layers if layer.tracks)
+            self._ask(lambda rule: rule.ordered(name, order))
+        apart = list(self._marks.gaps().values())
+        self._ask(lambda rule: rule.gaps(apart, self.observer))
 
     def _read(self) -> list[Gap]:
         """Return the gaps of statistics that the evaluation really read: a callback may have exchanged them as it
@@ -449,7 +416,7 @@ class Inspection:
             apart = {
                 name: times
                 for name, times in apart.items()
-                if name not in stayed and name not in self._reported["BN207"]
+                if name not in stayed and name not in self._register.reported("BN207")
             }
         where: Literal["before", "inside"] = "inside" if inside else "before"
         exchange = Exchange(self.observer, self.setting, stayed, where, self.stage, apart)
@@ -467,7 +434,7 @@ class Inspection:
         signature = (self.observer.trace, before, opened, after, len(self.observer.entered_backward))
         known = self._judged.setdefault(self.stage, deque(maxlen=_LIKE_ONE_OF))
         # What is mended and comes back is to be mended again.
-        if signature in (list(known)[-1:] if self._fix else known):
+        if signature in (list(known)[-1:] if self._register.mends else known):
             return
         known.append(signature)
         self._remember()
@@ -477,7 +444,7 @@ class Inspection:
         self._ask(lambda rule: rule.batch(batch))
 
     def _batch(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> Batch:
-        explained = {name for code in ("BN103", "BN105") if code not in self._fix for name in self._reported[code]}
+        explained = {name for code in ("BN103", "BN105") for name in self._register.reported(code)}
         batch = Batch(
             self.observer,
             self.setting,
@@ -537,84 +504,6 @@ class Inspection:
         self.tracing = False
 
     def _ask(self, question: Callable[[Rule], Iterable[Seen]]) -> None:
-        for rule in self._rules:
-            for seen in question(rule):
-                finding = self._take(rule, seen)
-                if finding is not None:
-                    self.findings.append(finding)
-
-    def _take(self, rule: Rule, seen: Seen) -> Finding | None:
-        mended = rule.code in self._fix and seen.mend is not None
-        if mended and seen.mend is not None:
-            seen.mend()
-            self._after = None
-        cause = self._cause(rule, seen)
-        level: Level = "info" if cause is not None else seen.level or rule.level
-        known, severity = self._reported[rule.code], _LEVELS.index(level)
-        new = [name for name in seen.layers if known.get(name, -1) < severity]
-        if not new:
-            return None
-        known.update(dict.fromkeys(new, severity))
-        return self._finding(rule, replace(seen, layers=new, level=level), mended, cause)
-
-    def _cause(self, rule: Rule, seen: Seen) -> str | None:
-        """Return the rule that has spoken, above information, of all these layers, where this follows from it."""
-        for code in _CAUSES.get(rule.code, ()):
-            told = {name for name, severity in self._reported[code].items() if severity > 0}
-            if told and all(told.intersection((name, *ancestors(name))) for name in seen.layers):
-                return code
-        return None
-
-    def _finding(self, rule: Rule, seen: Seen, mended: bool, cause: str | None) -> Finding:
-        names = [layer.name for layer in self.observer.layers]
-        parts = (
-            modules_of(seen.layers, names)
-            if set(seen.layers) <= set(names) and not seen.worst_first
-            else list(seen.layers)
-        )
-        return Finding(
-            code=rule.code,
-            level=seen.level or rule.level,
-            title=rule.title,
-            layers=tuple(seen.layers),
-            where=listing(parts) + f" ({len(seen.layers)} layers)" * (len(seen.layers) > len(parts)),
-            stage=self.stage,
-            step=self.step,
-            seen=seen.event if isinstance(seen.event, str) else seen.event(seen.layers),
-            why=rule.why,
-            fix=seen.fix or rule.fix,
-            link=LINK.format(code=rule.code),
-            quiet=f'{self.setting.caller}(ignore=["{rule.code}"])',
-            mended=mended,
-            follows=cause,
-        )
-
-    def _check_patterns(self) -> None:
-        for pattern in self.setting.allow_eval:
-            alone = replace(self.setting, allow_eval=(pattern,))
-            if not any(alone.allows_eval(name) for name in self.observer.names):
-                parts = [name for name in self.observer.names if name and "." not in name]
-                raise ValueError(
-                    f"{self.setting.caller}(allow_eval=[{pattern!r}]): no module has such a name. Give module names or patterns of them, "
-                    f"as named_modules() has them; the first level here is {', '.join(parts) or 'empty'}."
-                )
-
-
-def mendable_codes() -> list[str]:
-    """Return the codes that ``fix`` takes."""
-    return [code for code, rule in RULES.items() if rule.mendable]
-
-
-def check_codes(call: str, codes: Sequence[str], known: Iterable[str]) -> None:
-    """Raise a ValueError that shows `call` unless all `codes` are among the `known` ones."""
-    unknown = [code for code in codes if code not in known] if not isinstance(codes, str) else [codes]
-    if unknown:
-        raise ValueError(
-            f"{call}: {unknown} is not among the codes {', '.join(known)}. Give a list of them, as in ['BN102']."
-        )
-
-
-def check_action(caller: str, action: str) -> None:
-    """Raise a ValueError unless `action` is one of the three."""
-    if action not in ("warn", "raise", "log"):
-        raise ValueError(f'{caller}(action={action!r}): an action is "warn", "raise" or "log".')
+        moment = Moment(self.observer.layers, self.stage, self.step, self.setting.caller)
+        if self._register.ask(question, moment):
+            self._after = None  # modes were mended

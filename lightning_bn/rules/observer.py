@@ -4,7 +4,7 @@ Trainer."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from operator import attrgetter, sub
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning_bn.rules.forwards import Forward, Trace, forward_of
 from lightning_bn.rules.routine import Routine, Sketch
 from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
 
-__all__ = ["Forward", "Modes", "Observer", "ancestors", "moves_later"]
+__all__ = ["Forward", "Modes", "Observer", "ancestors", "moves_later", "versions"]
 
 Modes = tuple[bool, ...]
 """The ``training`` flags of `Observer.modules`, in their order."""
@@ -56,6 +56,8 @@ class Observer:
         """The call of the model that is being run; 0: none."""
         self.first_weights: dict[int, int] = {}
         """The version of each layer's affine weight at its first forward of this batch."""
+        self.on_input: Callable[[Tensor], None] | None = None
+        """Called with the input of the first call of each batch; it may not change anything."""
         self.routine = Routine()
         self._calls: list[Hashable] = []
         self._versions: list[int] = []
@@ -114,7 +116,7 @@ class Observer:
         self.call = self.source = self.at = self._depth = 0
         self._sources, self._calls = [], []
         # Of a layer that is not watched now, the first forward of the batch will have been missed.
-        self.first_weights = dict(enumerate(_versions(self._parameters, "weight"))) if self.resting else {}
+        self.first_weights = dict(enumerate(versions(self._parameters, "weight"))) if self.resting else {}
         self._versions = self._counts()
         self._broken = False
         self.recording = True
@@ -126,7 +128,7 @@ class Observer:
 
     def _counts(self) -> list[int]:
         # The dicts are asked for anew: of a layer whose statistics are on their way from other ranks it is another one.
-        return _versions([buffers_of(layer.module) for layer in self.layers], "num_batches_tracked")
+        return versions([buffers_of(layer.module) for layer in self.layers], "num_batches_tracked")
 
     def end_training_batch(self) -> None:
         """Like `end`; where the layers were not watched, the record is that of the usual batch, and what more was
@@ -173,6 +175,8 @@ class Observer:
         if self._depth > 1:
             return
         input = next(_tensors((args, kwargs)), None)
+        if self.on_input is not None and input is not None and not self._calls:
+            self.on_input(input)
         self.open_call(input)
         self.at = self.call
         samples = tuple(input.shape[:1]) if input is not None else None
@@ -318,8 +322,9 @@ def _version(tensor: Tensor | None) -> int | None:
         return None
 
 
-def _versions(named: Iterable[dict[str, Any]], name: str) -> list[int]:
-    """The versions of the tensors called `name`, by the fastest way there is: it is asked for all layers at each step."""
+def versions(named: Iterable[Mapping[str, Tensor | None]], name: str) -> list[int]:
+    """Return how often the tensors called `name` were written, by the fastest way there is: it is asked for all layers
+    at each step. 0 where there is no tensor, or it keeps no count."""
     try:
         return [0 if (tensor := each.get(name)) is None else tensor._version for each in named]
     except RuntimeError:  # some were made in inference mode

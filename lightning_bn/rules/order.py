@@ -1,112 +1,141 @@
-"""Whether batches come sorted: they differ more from each other than random samples do, and in two epochs alike."""
+"""Whether training batches come sorted: they differ more than random samples of the data would, and in each epoch alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.layers.settlement import rule_of
-
-__all__ = ["BatchOrder"]
+__all__ = ["BatchOrder", "Order"]
 
 MOST_BATCHES = 64
-"""Batches of an epoch that are kept; of a longer one every second, every fourth and so on."""
+"""Batches of an epoch that are looked at; of a longer one every second, every fourth and so on."""
 
 LEAST_BATCHES = 24
 
+FEATURES = 32
+"""Numbers by which a sample is told: means over as many stretches of it."""
 
-_State = tuple[Tensor, Tensor, Tensor]  # running mean, running variance, batches counted
+UNLIKELY = 3.09
+"""Standard deviations of a normal distribution: one in a thousand is beyond."""
+
+
+class Order(NamedTuple):
+    """What two epochs tell of the order of their batches."""
+
+    spread: float
+    """``n * between / within``: the variance between the means of batches of n samples, against what it would be of
+    random samples, which is 1."""
+    likeness: float
+    """The correlation of the batches of one epoch with their neighbours in the other; at random it is 0."""
+    batches: int
+    samples: float
+    """In a batch."""
+
+    @property
+    def is_sorted(self) -> bool:
+        """Whether neither of the two is likely for shuffled data, each at one in a thousand.
+
+        For k batches of n shuffled samples `spread` follows Fisher's F with k - 1 and k (n - 1) degrees of freedom, and
+        `likeness` has a standard deviation of ``1 / sqrt(k - 1)``. Both are averages over the features of a sample;
+        this makes them less variable where the features are not all the same, so the bounds hold. Both are needed: a
+        batch of few classes, drawn at random, as of triplets, has a large spread; and a trend too small to matter may
+        be a likeness.
+        """
+        spread = _normal_of_f(self.spread, self.batches - 1, self.batches * (self.samples - 1))
+        return spread > UNLIKELY and self.likeness * math.sqrt(self.batches - 1) > UNLIKELY
 
 
 class BatchOrder:
-    """The batch means of the first batch norm, over the first batches of two epochs, read from its buffers.
+    """The first input of the model in the batches of two epochs, as means and variances over its samples.
 
-    Args:
-        layers: the model's batch-norm layers; the first one that keeps statistics is looked at.
+    The input and not what a layer gets: weights that move would make any two epochs unlike. Samples, which are
+    independent where pixels are not, are the unit. Nothing waits for the device before `found`.
     """
 
-    def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
-        self.layer = next((layer for layer in layers if layer.tracks), None)
-        self.done = self.layer is None
-        self._epochs: list[list[tuple[_State, _State]]] = []
-        self._opened: _State | None = None
-        self._index, self._stride = 0, 1
+    def __init__(self) -> None:
+        self._epochs: list[dict[int, tuple[Tensor, int]]] = []
+        self._index, self._stride = -1, 1
+        self._done = False
 
     def begin_epoch(self) -> None:
         """A training epoch begins."""
-        if not self.done:
-            self._epochs = [*self._epochs[-1:], []]
-            self._index, self._stride = 0, 1
+        if not self._done:
+            self._epochs = [*self._epochs[-1:], {}]
+            self._index, self._stride = -1, 1
 
-    def begin(self) -> None:
-        """A training batch begins; like `end`, two copies of vectors on the device."""
-        wanted = not self.done and self._epochs and self._index % self._stride == 0
-        self._opened = self._state() if wanted else None
+    def begin_batch(self) -> Callable[[Tensor], None] | None:
+        """A training batch begins; returns what is to be called with the model's input, None if it is not looked at."""
         self._index += 1
+        wanted = not self._done and self._epochs and self._index % self._stride == 0
+        return self._see if wanted else None
 
-    def end(self) -> None:
-        """A training batch has ended."""
-        before, self._opened = self._opened, None
-        after = self._state() if before is not None else None
-        if before is None or after is None:
+    def _see(self, input: Tensor) -> None:
+        row = _moments_of_samples(input)
+        if row is None:
             return
         kept = self._epochs[-1]
-        kept.append((before, after))
+        kept[self._index] = (row, len(input))
         if len(kept) > MOST_BATCHES:
-            del kept[1::2]
             self._stride *= 2
+            self._epochs[-1] = {index: each for index, each in kept.items() if index % self._stride == 0}
 
-    def _state(self) -> _State | None:
-        module = self.layer.module if self.layer is not None else None
-        if (
-            module is None
-            or module.running_mean is None
-            or module.running_mean.is_meta
-            or module.num_batches_tracked is None
-        ):
+    def found(self) -> Order | None:
+        """Return what the last two epochs tell, once; None while they tell nothing. Waits for the device."""
+        if self._done or len(self._epochs) < 2:
             return None
-        return module.running_mean.clone(), module.running_var.clone(), module.num_batches_tracked.clone()
-
-    def likeness(self) -> float | None:
-        """Return how alike a batch of one epoch and the *next* batch of the other are: a correlation of batch means;
-        waits for the device.
-
-        None where nothing can be said. It is 0 for shuffled data, which come in another order, and for data that lie in
-        no order, whose neighbours have nothing in common. Weights that move give a straight line over both epochs,
-        which is taken out.
-        """
-        if self.done or self.layer is None or len(self._epochs) < 2:
+        common = sorted(self._epochs[0].keys() & self._epochs[1].keys())
+        rows = [[self._epochs[epoch][index][0] for index in common] for epoch in range(2)]
+        if len(common) < LEAST_BATCHES or len({row.shape for each in rows for row in each}) > 1:
             return None
-        batches = [self._batches(epoch) for epoch in self._epochs]
-        length = min(len(each[0]) for each in batches)
-        if length < LEAST_BATCHES:
-            return None
-        self.done = True
-        both = _detrended(torch.cat([means[:length] for means, _ in batches]))
-        first, second = (half - half.mean(0) for half in both.split(length))
-        return float((first[:-1] * second[1:]).sum() / (first[:-1].norm() * second[1:].norm()))
-
-    def _batches(self, epoch: list[tuple[_State, _State]]) -> tuple[Tensor, Tensor]:
-        """Return mean and unbiased variance of each batch, (batches, C), from how the buffers moved."""
-        means, variances = [], []
-        for (old_mean, old_var, before), (mean, var, count) in epoch:
-            updates = count - before
-            weight = rule_of(self.layer.module).newest_weight(count, updates) if int(updates) == 1 else None
-            if weight is not None and weight > 0:
-                means.append((old_mean + (mean - old_mean) / weight).double().cpu())
-                variances.append((old_var + (var - old_var) / weight).double().cpu())
-        if not means:
-            return torch.zeros(0, 1), torch.zeros(0, 1)
-        return torch.stack(means), torch.stack(variances)
+        self._done = True
+        sizes = torch.tensor([float(self._epochs[0][index][1]) for index in common])
+        one, other = (torch.stack(each).double().cpu() for each in rows)
+        self._epochs = []
+        return _order(one[:, 0], one[:, 1], other[:, 0], sizes)
 
 
-def _detrended(values: Tensor) -> Tensor:
-    """Return what is left of each column of `values`, (batches, C), without its straight line."""
-    time = torch.arange(len(values), dtype=values.dtype)
-    basis = torch.stack((torch.ones_like(time), time - time.mean()), 1)
-    basis = basis / basis.norm(dim=0)
-    left: Tensor = values - basis @ (basis.T @ values)
-    return left
+def _moments_of_samples(input: Tensor) -> Tensor | None:
+    """Return mean and *unbiased* variance over the samples of a batch of numbers that tell a sample, (2, features).
+
+    None for one sample, and for what is no image or vector, such as words.
+    """
+    numbers = input.is_floating_point() or input.dtype == torch.uint8
+    if type(input) is not Tensor or not numbers or input.dim() < 2 or len(input) < 2 or input.is_meta:
+        return None
+    with torch.no_grad():
+        flat = input.detach().flatten(1)
+        length = max(flat.shape[1] // FEATURES, 1)
+        flat = flat[:, : length * FEATURES]
+        features = flat.unflatten(1, (-1, length)).mean(2, dtype=torch.float32)
+        var, mean = torch.var_mean(features, 0)
+        return torch.stack((mean, var))
+
+
+def _order(means: Tensor, variances: Tensor, next_means: Tensor, sizes: Tensor) -> Order:
+    """Compare batches: `means` and `variances` of one epoch, `next_means` of the other, (batches, features) each."""
+    between, within = means.var(0), variances.mean(0)
+    # In units of each feature's own variance, so that none counts for more by being larger.
+    total = between + within
+    live = total > 0
+    scale = total[live].rsqrt()
+    spread = (between[live] / total[live]).sum() / (within[live] / total[live] * (1 / sizes).mean()).sum()
+    one, other = ((each - each.mean(0))[:, live] * scale for each in (means, next_means))
+    likeness = (one[:-1] * other[1:]).sum() / (one[:-1].norm() * other[1:].norm())
+    return Order(float(spread), float(likeness), len(means), float(1 / (1 / sizes).mean()))
+
+
+def _normal_of_f(f: float, above: float, below: float) -> float:
+    """Return what a normal variable is where one that follows F with `above` and `below` degrees of freedom is `f`.
+
+    References:
+        Paulson 1942, "An approximate normalization of the analysis of variance distribution"; good to some percent of
+        a probability from three degrees of freedom on.
+    """
+    if not f > 0 or above <= 0 or below <= 0:
+        return -math.inf
+    a, b, root = 2 / (9 * above), 2 / (9 * below), float(f ** (1 / 3))
+    return ((1 - b) * root - (1 - a)) / math.sqrt(b * root**2 + a)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,14 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.layers.settlement import rule_of
-from lightning_bn.moments import drift
 from lightning_bn.sharding import local_value
+from lightning_bn.torch_internals import side_by_side
 
-__all__ = ["Gap", "LayerValues", "Reading", "Values", "gaps", "learned", "ranks_apart", "weight_samples"]
+__all__ = ["LayerValues", "Reading", "Values", "learned", "ranks_apart", "weight_samples"]
 
-LEAST_UPDATES = 5
-"""The statistics of fewer batches are too noisy to be compared with."""
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,7 @@ class Reading:
             return
         modules = [layer.module for layer in self.layers.values()]
         device = modules[0].running_mean.device
-        # At least float32: a difference of two readings is divided by a small number.
-        self._statistics = torch.cat(
-            [torch.stack((m.running_mean, m.running_var)).to(device, _wide(m.running_mean.dtype)) for m in modules],
-            dim=1,
-        )
+        self._statistics = torch.stack([_flat([getattr(m, name) for m in modules], device) for name in _STATISTICS])
         self._tracked = torch.stack([_count(m).to(device) for m in modules])
 
     def values(self) -> Values:
@@ -93,55 +87,6 @@ class Reading:
     def counts(self) -> dict[int, int]:
         """Return the batches tracked by each layer; waits for the device."""
         return dict(zip(self.layers, self._tracked.tolist(), strict=True)) if self.layers else {}
-
-
-@dataclass(frozen=True)
-class Gap:
-    """How far the running statistics of a layer are from those of its latest batches.
-
-    Root mean squares over its channels, with averages of the *unbiased within-batch* variances.
-    """
-
-    layer: BatchNormLayer
-    shift: float
-    """Of ``(mean - running_mean) / sqrt(running_var + eps)``: running standard deviations."""
-    log_ratio: float
-    """Of ``log((var + eps) / (running_var + eps))``."""
-    updates: int
-    """How many updates the latest batches are."""
-    tracked: int
-
-
-def gaps(earlier: Reading, now: Reading) -> dict[int, Gap]:
-    """Compare the running statistics with the batches that came between two readings, layer by layer; waits for the
-    device.
-
-    The latest batches' statistics are in the buffers already (`Averaging.newest_weight`): no forward needs to be
-    watched for them. Layers whose average does not tell (a window, a pooled one), with 16-bit buffers, and those that
-    hardly moved, are left out.
-    """
-    before, after = earlier.values(), now.values()
-    found = {}
-    for index, new in after.items():
-        old, module = before.get(index), new.layer.module
-        updates = new.tracked - old.tracked if old else 0
-        if (
-            old is None
-            or updates < LEAST_UPDATES
-            or module.running_mean.dtype.itemsize < 4
-            or new.unsound
-            or old.unsound
-        ):
-            continue
-        weight = rule_of(module).newest_weight(torch.tensor(new.tracked), torch.tensor(updates))
-        if weight is None or weight == 0:
-            continue
-        mean, var = (
-            a.double() + (b.double() - a.double()) / weight for a, b in ((old.mean, new.mean), (old.var, new.var))
-        )
-        shift, log_ratio = drift(mean, var, new.mean.double(), new.var.double(), module.eps)
-        found[index] = Gap(new.layer, _rms(shift), _rms(log_ratio), updates, new.tracked)
-    return found
 
 
 def ranks_apart(of_ranks: Sequence[dict[int, tuple[Tensor, Tensor]]], eps: float = 1e-5) -> dict[int, float]:
@@ -181,10 +126,6 @@ def learned(layer: BatchNormLayer) -> bool:
     return bool(((weight != weight[0]).any() & (bias != bias[0]).any()).item())
 
 
-def _rms(values: Tensor) -> float:
-    return math.sqrt(values.square().mean().item())
-
-
 def _readable(layer: BatchNormLayer) -> bool:
     module = layer.module
     if module.running_mean is None or is_lazy(module.running_mean):
@@ -196,6 +137,15 @@ def _count(module: _BatchNorm) -> Tensor:
     if module.num_batches_tracked is None:
         return torch.zeros((), dtype=torch.int64)
     return module.num_batches_tracked
+
+
+def _flat(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Return tensors one behind the other, in at least float32: a difference of two readings is divided by a small
+    number."""
+    if len({(tensor.dtype, tensor.device) for tensor in tensors}) > 1:
+        tensors = [tensor.to(device, _wide(tensor.dtype)) for tensor in tensors]
+    flat = side_by_side(tensors)
+    return flat.to(device, _wide(flat.dtype))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

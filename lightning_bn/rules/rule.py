@@ -16,8 +16,10 @@ from lightning_bn.rules.observer import Forward, Modes, Observer, ancestors
 
 if TYPE_CHECKING:
     from lightning_bn.rules.adjacency import DeadBias, DropoutShift
+    from lightning_bn.rules.gaps import Gap
     from lightning_bn.rules.learning import Learning
-    from lightning_bn.rules.readings import Gap, Values
+    from lightning_bn.rules.order import Order
+    from lightning_bn.rules.readings import Values
 
 __all__ = [
     "Batch",
@@ -250,8 +252,8 @@ class Rule:
         """Look at layers whose statistics differ from rank to rank."""
         return ()
 
-    def ordered(self, layer: str, likeness: float) -> Iterable[Seen]:
-        """Look at how alike the batches of one epoch and their successors in the next are, as a correlation."""
+    def ordered(self, layer: str, order: Order) -> Iterable[Seen]:
+        """Look at the order in which two epochs gave their batches; `layer` is the first one to normalise them."""
         return ()
 
     def gaps(self, gaps: Sequence[Gap], observer: Observer) -> Iterable[Seen]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -12,29 +11,14 @@ from lightning_bn.averaging import Exponential
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.fixes import call, frozen_regions, modules_of
 from lightning_bn.rules.modes import visits
-from lightning_bn.rules.observer import Forward, Observer
-from lightning_bn.rules.readings import Gap, LayerValues, Reading, Values, learned
-from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Exchange, Fix, Level, Rule, Seen, Setting
+from lightning_bn.rules.observer import Forward
+from lightning_bn.rules.readings import LayerValues, Reading, Values, learned
+from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Fix, Level, Rule, Seen, Setting
 
 __all__ = ["STATISTICS_RULES"]
 
 DEAD_ZONE = 0.05
 """BN206: the relative distance from the truth at which 16-bit statistics may stop, ``finfo.eps / (2 * momentum)``."""
-
-GAP_SHIFT = 0.5
-"""BN208: the mean is off by half a standard deviation of what the layer normalises, root mean square over its channels."""
-
-GAP_LOG_RATIO = math.log(2)
-"""BN208: the variance is off by a factor of two, root mean square over the channels of the layer, on a logarithmic
-scale."""
-
-GAP_WARM_UP = 0.05
-"""BN208: while what the buffers started with still weighs more than this, a gap is no more than information."""
-
-
-LEAST_TRACKED = 30
-"""BN208: batches after which an evaluation may be held to the statistics it reads: torch's default average has left its
-start by then."""
 
 
 class FrozenMoves(Rule):
@@ -282,85 +266,6 @@ class TooFewBits(Rule):
             )
 
 
-class OtherWeights(Rule):
-    code = "BN207"
-    title = "averaged weights beside statistics of other weights"
-    level = "error"
-    why = "the statistics were gathered with weights that are not the ones evaluated; accuracy can fall to chance."
-
-    def averaged(self, exchange: Exchange) -> Iterator[Seen]:
-        if exchange.layers:
-            yield Seen(
-                exchange.layers,
-                "weights were exchanged for others, as averaged ones are, and the running statistics stayed.",
-                fix=self._fix(exchange),
-            )
-        if exchange.far:
-            yield Seen(
-                list(exchange.far),
-                lambda names: (
-                    f"weights were exchanged, and statistics with them: at {names[0]} {exchange.stage} divides by a spread "
-                    f"{exchange.far[names[0]]:.1f} times off."
-                ),
-                level="warning",
-                fix=self._fix(exchange),
-                worst_first=True,
-            )
-
-    def _fix(self, exchange: Exchange) -> Fix:
-        root = exchange.setting.root
-        if exchange.where == "inside":
-            return Fix(f"with recalibrated({root}, batches):", "around that forward")
-        if exchange.where == "after":
-            return Fix(
-                f"recalibrate({root}, batches)", "after training", "or callbacks=[..., BatchNormRecalibration()]"
-            )
-        return Fix('callbacks=[..., BatchNormRecalibration(when="validation")]', "in the Trainer")
-
-
-class TrainEvalGap(Rule):
-    code = "BN208"
-    title = "the running statistics are far from the batches'"
-    why = "the model that is evaluated normalises otherwise than the one that learns: the train/eval gap."
-
-    def gaps(self, gaps: Sequence[Gap], observer: Observer) -> Iterator[Seen]:
-        for level in ("warning", "info"):
-            wide = [gap for gap in _wide(gaps) if (_weight_of_start(gap) > GAP_WARM_UP) == (level == "info")]
-            if wide:
-                yield self._seen(wide, lambda gap: (
-                    f"against the last {gap.updates} updates the mean of {gap.layer.name} is {gap.shift:.2f} deviations off, "
-                    f"its variance by a factor of {math.exp(gap.log_ratio):.1f}."
-                ), "warning" if level == "warning" else "info")  # fmt: skip
-
-    def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
-        read = [
-            gap
-            for gap in evaluation.gaps
-            if any(evaluation.observer.layers[i].name == gap.layer.name for i in evaluation.evaluated)
-        ]
-        wide = [gap for gap in _wide(read) if gap.tracked >= LEAST_TRACKED]
-        if wide:
-            yield self._seen(wide, lambda gap: (
-                f"at {gap.layer.name} {evaluation.stage} divides by a spread {math.exp(gap.log_ratio / 2):.1f} times off, around a mean "
-                f"{gap.shift:.1f} deviations off; {_weight_of_start(gap):.0%} of the average is still the 0 and 1 it began with."
-            ), "warning")  # fmt: skip
-
-    def _seen(self, wide: Sequence[Gap], event: Callable[[Gap], str], level: Level) -> Seen:
-        by_name = {gap.layer.name: gap for gap in wide}
-        fix = Fix(
-            'callbacks=[..., BatchNormRecalibration(when="validation")]',
-            "in the Trainer",
-            "or convert_batch_norm(model, Window(20))",
-        )
-        return Seen(list(by_name), lambda names: event(by_name[names[0]]), level, fix, worst_first=True)
-
-
-def _wide(gaps: Sequence[Gap]) -> list[Gap]:
-    """Return the gaps beyond the limits, the widest first."""
-    wide = [gap for gap in gaps if gap.shift > GAP_SHIFT or gap.log_ratio > GAP_LOG_RATIO]
-    return sorted(wide, key=lambda gap: max(gap.shift / GAP_SHIFT, gap.log_ratio / GAP_LOG_RATIO), reverse=True)
-
-
 def dead_zone(layer: BatchNormLayer) -> float:
     """Return how far from the truth, as a share of it, the layer's statistics may stop: ``eps / (2 * momentum)``; 0
     where they don't.
@@ -383,11 +288,6 @@ def _stale(layer: BatchNormLayer) -> bool:
     return not layer.module.track_running_stats and layer.module.running_mean is not None
 
 
-def _weight_of_start(gap: Gap) -> float:
-    momentum = gap.layer.module.momentum
-    return float((1 - momentum) ** gap.tracked) if momentum is not None else 0.0
-
-
 def _numbers(numbers: Sequence[int], shown: int = 8) -> str:
     return ", ".join(str(number) for number in numbers[:shown]) + ", ..." * (len(numbers) > shown)
 
@@ -399,6 +299,4 @@ STATISTICS_RULES: tuple[Rule, ...] = (
     NeverUpdated(),
     StaleBuffers(),
     TooFewBits(),
-    OtherWeights(),
-    TrainEvalGap(),
 )

@@ -14,7 +14,7 @@ def main() -> None:
     rows = ["| program | kind | said, as information |", "|---|---|---|"]
     for name in PROGRAMS:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(row(name, run(name, Path(folder), watched=True)[2]))
+            rows.append(row(name, run(name, Path(folder), watched=True).found))
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(rows) + f"\n{END}{after}")

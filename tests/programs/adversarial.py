@@ -50,7 +50,12 @@ class GAN(Module):
         return [torch.optim.Adam(part.parameters(), 1e-3) for part in (self.model, self.critic)], []
 
 
-@program()
+def both(module: GAN, batch: list[Tensor]) -> None:
+    """The generator makes images, which the critic judges."""
+    module.critic(module.model(module.source(batch[0])))
+
+
+@program(forward=both)
 class DCGAN(GAN):
     """Batch-norm weights drawn from N(1, 0.02)."""
 
@@ -61,7 +66,7 @@ class DCGAN(GAN):
                 nn.init.normal_(part.weight, 1.0, 0.02)
 
 
-@program()
+@program(forward=both)
 class LSGAN(GAN):
     def generator_loss(self, images: Tensor) -> Tensor:
         return (self.critic(self.model(self.source(images))) - 1).square().mean()
@@ -71,14 +76,14 @@ class LSGAN(GAN):
         return (self.critic(images) - 1).square().mean() + self.critic(fake).square().mean()
 
 
-@program()
+@program(forward=both)
 class HingeGAN(GAN):
     def critic_loss(self, images: Tensor) -> Tensor:
         real, fake = self.critic(torch.cat((images, self.model(self.source(images)).detach()))).chunk(2)
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
-@program()
+@program(forward=both)
 class WGAN(GAN):
     """Five steps of the critic for one of the generator; its weights are clipped in place."""
 
@@ -96,7 +101,7 @@ class WGAN(GAN):
             generator.step()
 
 
-@program()
+@program(forward=both)
 class WGANGP(GAN):
     """A gradient penalty; the critic has no batch norm, as its authors say."""
 
@@ -111,7 +116,7 @@ class WGANGP(GAN):
         return self.critic(fake).mean() - self.critic(images).mean() + penalty
 
 
-@program()
+@program(forward=both)
 class InfoGAN(GAN):
     """The critic's features tell the code too."""
 
@@ -163,7 +168,7 @@ class SRGAN(PixToPix):
         return F.softplus(-self.critic(fake)).mean() + F.mse_loss(self.perception(fake), self.perception(images))
 
 
-@program()
+@program(forward=lambda module, batch: module.critic(module.model[1](module.model[0](batch[0]))))
 class CycleGAN(GAN):
     """Two translators and one critic."""
 
@@ -185,7 +190,7 @@ class CycleGAN(GAN):
         self.model[1](self.model[0](batch[0]))
 
 
-@program()
+@program(forward=both)
 class AveragedGenerator(GAN):
     """Samples are drawn from an averaged copy with its buffers, in eval mode."""
 
@@ -200,7 +205,7 @@ class AveragedGenerator(GAN):
         self.ema(self.source(batch[0]))
 
 
-@program()
+@program(forward=both)
 class SamplesEachEpoch(GAN):
     """Draws samples at the end of an epoch, in eval mode."""
 

@@ -21,18 +21,22 @@ class Program(NamedTuple):
     make: Callable[[], pl.LightningModule]
     callbacks: tuple[Callable[[], pl.Callback], ...]
     options: dict[str, Any]
+    forward: Callable[[Any, Any], Any] | None
+    """How a batch goes in, where neither ``forward`` nor ``training_step`` can tell."""
 
 
 PROGRAMS: dict[str, Program] = {}
 """Every program by its name."""
 
 
-def program(*callbacks: Callable[[], pl.Callback], **options: Any) -> Callable[[Any], Any]:
-    """Register a module's class, to be run beside `callbacks` by a Trainer of `options`."""
+def program(
+    *callbacks: Callable[[], pl.Callback], forward: Callable[[Any, Any], Any] | None = None, **options: Any
+) -> Callable[[Any], Any]:
+    """Register a module's class, to be run next to `callbacks` by a Trainer of `options`."""
 
     def register(make: Any) -> Any:
         assert make.__name__ not in PROGRAMS
-        PROGRAMS[make.__name__] = Program(make, callbacks, options)
+        PROGRAMS[make.__name__] = Program(make, callbacks, options, forward)
         return make
 
     return register

@@ -1,0 +1,122 @@
+"""What the rules found: each finding once, and as information where it follows from another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.rules import RULES, Finding, Level, Rule
+from lightning_bn.rules.fixes import listing, modules_of
+from lightning_bn.rules.observer import ancestors
+from lightning_bn.rules.rule import Seen
+
+__all__ = ["LINK", "Moment", "Register"]
+
+LINK = "lightning-bn rules {code}"
+"""Where a message sends its reader: the page of the rule, printed by the command that is installed with the package."""
+
+_LEVELS = ("info", "warning", "error")
+
+# What follows from a finding about the same layers is information. A rule that is ignored explains nothing.
+_CAUSES = {
+    "BN204": ("BN101", "BN102", "BN103", "BN105", "BN301"),
+    "BN207": ("BN209",),
+    "BN208": ("BN104", "BN106", "BN107", "BN201", "BN202", "BN207", "BN209", "BN301", "BN307"),
+    "BN209": ("BN101", "BN204", "BN207"),
+    "BN210": ("BN203", "BN204", "BN207", "BN208"),
+}
+
+
+class Moment(NamedTuple):
+    """When and of what the rules are asked."""
+
+    layers: Sequence[BatchNormLayer]
+    """All that are observed."""
+    stage: str
+    step: int
+    caller: str
+    """What the user called, and may give ``ignore``."""
+
+
+class Register:
+    """Asks the rules, and keeps what they answer.
+
+    Args:
+        ignore: codes of rules that are not asked.
+        fix: codes of rules whose findings are mended on the spot.
+    """
+
+    def __init__(self, ignore: Collection[str], fix: Collection[str]) -> None:
+        self.findings: list[Finding] = []
+        self._rules = [rule for code, rule in RULES.items() if code not in ignore]
+        self._fix = set(fix)
+        self._told = 0
+        self._severity: dict[str, dict[str, int]] = {code: {} for code in RULES}  # by rule and layer
+
+    @property
+    def mends(self) -> bool:
+        """Whether anything is mended on the spot."""
+        return bool(self._fix)
+
+    def new(self) -> list[Finding]:
+        """Return the findings that were not returned before."""
+        new, self._told = self.findings[self._told :], len(self.findings)
+        return new
+
+    def reported(self, code: str) -> Collection[str]:
+        """Return the layers or modules that a rule has spoken of, and that stay as they are."""
+        return () if code in self._fix else self._severity[code].keys()
+
+    def ask(self, question: Callable[[Rule], Iterable[Seen]], moment: Moment) -> bool:
+        """Ask every rule; returns whether anything was mended."""
+        mended = False
+        for rule in self._rules:
+            for seen in question(rule):
+                mended |= self._take(rule, seen, moment)
+        return mended
+
+    def _take(self, rule: Rule, seen: Seen, moment: Moment) -> bool:
+        mended = rule.code in self._fix and seen.mend is not None
+        if mended and seen.mend is not None:
+            seen.mend()
+        cause = self._cause(rule, seen)
+        level: Level = "info" if cause is not None else seen.level or rule.level
+        known, severity = self._severity[rule.code], _LEVELS.index(level)
+        new = [name for name in seen.layers if known.get(name, -1) < severity]
+        if new:
+            known.update(dict.fromkeys(new, severity))
+            self.findings.append(_finding(rule, replace(seen, layers=new, level=level), moment, mended, cause))
+        return mended
+
+    def _cause(self, rule: Rule, seen: Seen) -> str | None:
+        """Return the rule that has spoken, above information, of all these layers, where this follows from it."""
+        for code in _CAUSES.get(rule.code, ()):
+            told = {name for name, severity in self._severity[code].items() if severity > 0}
+            if told and all(told.intersection((name, *ancestors(name))) for name in seen.layers):
+                return code
+        return None
+
+
+def _finding(rule: Rule, seen: Seen, moment: Moment, mended: bool, cause: str | None) -> Finding:
+    names = [layer.name for layer in moment.layers]
+    parts = list(seen.layers)
+    if set(seen.layers) <= set(names) and not seen.worst_first:
+        parts = modules_of(seen.layers, names)
+    return Finding(
+        code=rule.code,
+        level=seen.level or rule.level,
+        title=rule.title,
+        layers=tuple(seen.layers),
+        where=listing(parts) + f" ({len(seen.layers)} layers)" * (len(seen.layers) > len(parts)),
+        stage=moment.stage,
+        step=moment.step,
+        seen=seen.event if isinstance(seen.event, str) else seen.event(seen.layers),
+        why=rule.why,
+        fix=seen.fix or rule.fix,
+        link=LINK.format(code=rule.code),
+        quiet=f'{moment.caller}(ignore=["{rule.code}"])',
+        mended=mended,
+        follows=cause,
+    )
