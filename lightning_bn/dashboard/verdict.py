@@ -38,6 +38,10 @@ def verdict_of(journal: JournalReader, findings: list[dict[str, Any]]) -> dict[s
     return {"level": "healthy", "text": "Healthy: no layer was beyond its limits", "nearest": nearest}
 
 
+FARTHEST = 10.0
+"""The largest share of the way to a limit that is told apart."""
+
+
 def nearest_limit(journal: JournalReader) -> dict[str, Any] | None:
     """Return the layer that is nearest to a limit at the newest sample, and how much of the limit it has used."""
     best: dict[str, Any] | None = None
@@ -74,7 +78,8 @@ def _used(values: Any, limits: Limits) -> Any:
                 shares.append(np.log(finite / healthy) / np.log(limit / healthy))
             elif not limits.log and np.isfinite(limit) and limit > healthy:
                 shares.append((finite - healthy) / (limit - healthy))
-    return np.nan_to_num(np.max(np.nan_to_num(shares, nan=-1.0), axis=0), nan=-1.0)
+    used = np.max(np.nan_to_num(shares, nan=-1.0), axis=0)
+    return np.minimum(used, FARTHEST)  # a scale of 0 is infinitely far on a logarithm, and JSON has no infinity
 
 
 def gap_of(journal: JournalReader) -> dict[str, Any]:

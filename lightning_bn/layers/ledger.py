@@ -118,7 +118,8 @@ class Ledger(OutermostForward):
             loan: Loan | None = layer.__dict__.get(LOAN)
             if loan is not None:
                 if loan.ledger.is_running():
-                    self.rest()
+                    if not loan.ledger.merges:  # for as long as the ranks meet, and no longer
+                        self.rest()
                     return False  # a model around this one has lent already
                 loan.ledger.abort()
         signature = self._signature()
@@ -132,7 +133,7 @@ class Ledger(OutermostForward):
     def rest(self) -> None:
         """Take the hooks away until a layer finds that nobody has lent it anything: most parts of a model never run but
         inside of it, and a hook costs at every step."""
-        if not self.has_rested and not self.merges:
+        if not self.has_rested:
             self.has_rested = True
             self.detach()
             for layer in self.layers:
