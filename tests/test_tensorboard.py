@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_each_chart_shows_the_stage_that_its_panel_names(run: Any) -> None:
     provider = MultiplexerDataProvider(multiplexer, str(directory))
     context = TBContext(logdir=str(directory), data_provider=provider, multiplexer=multiplexer)
     scalars = ScalarsPlugin(context)
-    layout = CustomScalarsPlugin(context).layout_impl(RequestContext(), "")
+    layout = json.loads(CustomScalarsPlugin(context).layout_impl(RequestContext(), ""))
     prefixes = {"Batch norm, training": "activations/", "Batch norm, validation": "activations_val/"}
     assert [category["title"] for category in layout["category"]] == list(prefixes)
     (name,) = multiplexer.Runs()
