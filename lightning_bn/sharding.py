@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_bn.discovery import BatchNormLayer
@@ -28,7 +29,8 @@ def full_value(parameter: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     None where it can't be told: ``FullyShardedDataParallel`` and DeepSpeed leave an empty tensor, or a piece, between
     two forwards.
     """
-    whole: Tensor = parameter.detach()
+    # Where no graph is recorded there is nothing to detach from, and a layer costs one operation less.
+    whole: Tensor = parameter.detach() if torch.is_grad_enabled() else parameter
     if _is_dtensor(whole):
         whole = whole.full_tensor()  # type: ignore[attr-defined]
     return whole if tuple(whole.shape) == shape and whole.untyped_storage().size() else None

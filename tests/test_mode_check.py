@@ -188,7 +188,6 @@ class TestArguments:
         ({"ignore": "BN101"}, r"\['BN101'\]"),
         ({"fix": ["BN203"]}, "BN203"),
         ({"every_n_steps": 0}, "every_n_steps=0"),
-        ({"allow_eval": "backbone"}, r"\['backbone'\]"),
     ])  # fmt: skip
     def test_wrong(self, arguments: dict[str, Any], shown: str) -> None:
         """A wrong argument raises at once, with the call made."""

@@ -206,13 +206,21 @@ NETWORKS |= {
         ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=4)
     ),
     "transformers' RegNet": lambda: RegNetForImageClassification(
-        RegNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=4, num_labels=4)
+        RegNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1], groups_width=8, num_labels=4)
     ),
     "transformers' MobileNetV2": lambda: MobileNetV2ForImageClassification(
         MobileNetV2Config(depth_multiplier=0.1, min_depth=8, num_labels=4)
     ),
     "transformers' ViT": lambda: ViTForImageClassification(
-        ViTConfig(16, 2, 2, 32, image_size=16, patch_size=4, num_labels=4)
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=16,
+            patch_size=4,
+            num_labels=4,
+        )
     ),
 }
 

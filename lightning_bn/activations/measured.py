@@ -53,12 +53,13 @@ class Channels:
         low, high, saturated = pool.layers.double().numpy()
         positions = np.array(pool.seen, dtype=np.float64)
         silent = zeros == positions.repeat(widths)
-        dead, died = (silent, np.zeros_like(silent)) if memory is None else memory.update(pool, silent)
+        nothing = np.zeros_like(silent)
+        dead, died, long_dead = (silent, nothing, nothing) if memory is None else memory.update(pool, silent)
         follows_norm = flags.follows_norm.repeat(widths)
         return cls(
             *(widths, positions, count, mean, m2, zeros, low, high, saturated),
             *(flags.is_function, flags.is_bounded, flags.is_output, flags.is_input, flags.has_positions),
-            *(dead, died | (dead & follows_norm)),
+            *(dead, died | (long_dead & follows_norm)),
         )
 
     @cached_property
@@ -136,12 +137,15 @@ class Memory:
     """
 
     EVIDENCE = 20.0
+    POSITIONS = 256
+    """Of fewer positions, which in a deep layer are much alike, a channel by itself is not called dead."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Array, Array]] = {}  # rate at which a channel fires, and silent positions since
 
-    def update(self, pool: Pool, silent: Mask) -> tuple[Mask, Mask]:
-        """Take a sample in, and return which of its channels are dead, and which of these had fired before."""
+    def update(self, pool: Pool, silent: Mask) -> tuple[Mask, Mask, Mask]:
+        """Take a sample in, and return which of its channels are dead, which of these had fired before, and which of these
+        have been dead for many positions."""
         widths = [key.width for key in pool.keys]
         fresh = {key: (np.zeros(key.width), np.zeros(key.width)) for key in pool.keys if key not in self._known}
         known = [self._known.get(key) or fresh[key] for key in pool.keys]
@@ -153,8 +157,10 @@ class Memory:
         ends = np.cumsum(widths)[:-1]
         self._known.update(zip(pool.keys, zip(np.split(rate, ends), np.split(since, ends), strict=True), strict=True))
         wholly = np.logical_and.reduceat(silent, np.cumsum(widths) - widths).repeat(widths)
-        died = silent & (rate > 0) & (wholly | (rate * since >= self.EVIDENCE))
-        return died | (silent & (rate == 0)), died
+        is_long = since >= self.POSITIONS
+        died = silent & (rate > 0) & (wholly | (is_long & (rate * since >= self.EVIDENCE)))
+        dead = died | (silent & (rate == 0))
+        return dead, died, dead & is_long
 
     def clear(self) -> None:
         """Forget all: an evaluation begins."""
