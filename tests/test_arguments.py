@@ -48,7 +48,7 @@ class _Network(nn.Module):
         return self.backbone(inputs)
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=repr)
+@pytest.mark.parametrize("choice", CHOICES)
 def test_a_choice_means_the_same_everywhere(choice: Any) -> None:
     """A name, a pattern, a class, a function, or several: recalibrate, check and the monitor take each alike."""
     model = _Network()
