@@ -73,8 +73,10 @@ class Page:
     def type(self, selector: str, keys: str) -> None:
         """Type into a field; the first drawing may just be taking its place."""
         self.js("document.querySelector(arguments[0]).focus()", selector)
-        for key in keys:
-            self.driver.switch_to.active_element.send_keys(key)
+        from selenium.webdriver import ActionChains
+
+        for key in keys:  # to whatever has the focus: a field that was held may have been drawn anew
+            ActionChains(self.driver).send_keys(key).perform()
 
     def until(self, condition: Callable[[], Any], what: str) -> Any:
         return wait(condition, what, 30)
