@@ -134,7 +134,8 @@ def main() -> None:
         with tqdm(total=len(steps) * (options.rounds + 1), unit="step") as bar:
             found = ratios(steps, options.rounds, 1, bar)
     print(
-        f"\ntime of a step relative to a plain one, median of {options.rounds} interleaved rounds, {torch.get_num_threads()} threads\n"
+        f"\ntime of a step relative to a plain one, median of {options.rounds} interleaved rounds, "
+        f"{torch.get_num_threads()} threads\n"
     )
     print("| a step with | every step | every 50th step |\n|---|---:|---:|")
     for name, ratio in found.items():

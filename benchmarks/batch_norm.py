@@ -98,7 +98,8 @@ def main() -> None:
             rows.append(("ResNet-18 step", ratios(steps, options.rounds, 1, bar)))
 
     print(
-        f"\ntime relative to torch.nn.BatchNorm2d, median of {options.rounds} interleaved rounds, {torch.get_num_threads()} threads\n"
+        f"\ntime relative to torch.nn.BatchNorm2d, median of {options.rounds} interleaved rounds, "
+        f"{torch.get_num_threads()} threads\n"
     )
     print("| averaging | " + " | ".join(title for title, _ in rows) + " |")
     print("|---|" + "---:|" * len(rows))

@@ -1,7 +1,7 @@
 """Ctrl-C at random moments: after each, either nothing has changed or the report was returned.
 
-Run `python benchmarks/interrupts.py --calls 1000`; it prints, for each way in, how many calls an interrupt ended and how
-many left something behind, and ends with status 1 where any did. `--path` takes the package from another folder.
+Run `python benchmarks/interrupts.py --calls 1000`; it prints, for each way in, how many calls an interrupt ended and
+how many left something behind, and ends with status 1 where any did. `--path` takes the package from another folder.
 """
 
 from __future__ import annotations

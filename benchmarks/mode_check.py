@@ -113,7 +113,8 @@ def seconds(step: Callable[[], None], times: int = 1) -> float:
 def in_turn(
     build: Callable[[], pl.LightningModule], size: int, batch_sizes: Sequence[int], rounds: int, times: int, name: str
 ) -> list[tuple[float, float]]:
-    """Return the seconds a step of the plain and of the checked copy, round by round; who goes first changes each time."""
+    """Return the seconds a step of the plain and of the checked copy, round by round; who goes first changes each
+    time."""
     copies = [steps(build(), size, batch_sizes, checked=checked) for checked in (False, True)]
     for step in copies:
         seconds(step, 4)
@@ -151,7 +152,8 @@ def main() -> None:
     step = statistics.median(plain for plain, _ in whole)
     cost = statistics.median(checked - plain for plain, checked in thin)
     print(
-        f"\nResNet-18, batch {options.batch_size} of 3x32x32, one thread, CPU time, a look at the values every {EVERY} steps\n"
+        f"\nResNet-18, batch {options.batch_size} of 3x32x32, one thread, CPU time, a look at the values every {EVERY} "
+        f"steps\n"
     )
     print("| | share of the step |\n|---|---:|")
     print(f"| step with ModeCheck / without, median of {len(whole)} rounds | {ratio_of(whole):.4f} |")

@@ -1,4 +1,5 @@
-"""How long the page takes: from the click on TensorBoard's tab to the map of 160 layers by 2,000 samples, and a hover."""
+"""How long the page takes: from the click on TensorBoard's tab to the map of 160 layers by 2,000 samples, and a
+hover."""
 
 from __future__ import annotations
 
@@ -59,10 +60,12 @@ def main() -> None:
                 hovers += browser.execute_async_script(_HOVER)
     best = min(clicks)
     print(
-        f"from the click to the map: {', '.join(f'{each:.2f}' for each in clicks)} s; the least {best:.2f} (target {TARGET:g})"
+        f"from the click to the map: {', '.join(f'{each:.2f}' for each in clicks)} s; the least {best:.2f} (target "
+        f"{TARGET:g})"
     )
     print(
-        f"from the pointer to the words: median {statistics.median(hovers):.0f} ms, worst of {len(hovers)}: {max(hovers):.0f} ms"
+        f"from the pointer to the words: median {statistics.median(hovers):.0f} ms, worst of {len(hovers)}: "
+        f"{max(hovers):.0f} ms"
     )
 
 

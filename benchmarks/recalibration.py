@@ -5,8 +5,8 @@ All variants are timed in turn, round after round, in this one run; printed are 
 bare train-mode loop. Accuracy is that of the statistics against one float64 batch of all the data, class-sorted as it
 comes: worst channel of the first batch norm and of all. Peak memory is what a process of its own adds to its resident
 set for one pass (Linux alone). A second table has short passes over small images, where what is the same for any data
-counts most; it gives the process's own time. The last two tables show what `tolerance` saves on trained networks; the smaller the
-network, the more of the time goes into what is the same for any data.
+counts most; it gives the process's own time. The last two tables show what `tolerance` saves on trained networks; the
+smaller the network, the more of the time goes into what is the same for any data.
 """
 
 from __future__ import annotations
@@ -167,7 +167,8 @@ def compare_ways(images: int, batch_size: int, rounds: int) -> None:
             accuracy = [f"{errors[0]:.1e}", f"{max(errors):.1e}"] if errors else ["", ""]
             rows.append([name, f"{times[name]:.3f}", *accuracy, memory])
     print(
-        f"\nResNet-20, {len(data)} images of 3x32x32 in batches of {batch_size}, {rounds} rounds, {torch.get_num_threads()} threads\n"
+        f"\nResNet-20, {len(data)} images of 3x32x32 in batches of {batch_size}, {rounds} rounds, "
+        f"{torch.get_num_threads()} threads\n"
     )
     print_table(["", "time", "variance error, first layer", "worst layer", "peak MB"], rows)
 

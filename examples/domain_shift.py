@@ -43,7 +43,8 @@ def main() -> None:
             rows.append(row)
     table = pd.DataFrame(rows).groupby("shift", sort=False).mean()
     print(
-        f"Validation accuracy in percent, mean of {options.seeds} seeds, {options.epochs} epochs; adapted on images without labels,"
+        f"Validation accuracy in percent, mean of {options.seeds} seeds, {options.epochs} epochs; adapted on images "
+        f"without labels,"
     )
     print("which are then left out of the accuracy\n")
     print(table.to_string(float_format="%.1f"))

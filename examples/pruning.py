@@ -46,7 +46,8 @@ def main() -> None:
     table = pd.DataFrame(rows).groupby("filters pruned").agg(["mean", "min"])
     table.columns = [f"{statistics}, {'worst' if which == 'min' else which}" for statistics, which in table.columns]
     print(
-        f"Validation accuracy in percent, {options.seeds} seeds, {options.epochs} epochs, no training after the pruning\n"
+        f"Validation accuracy in percent, {options.seeds} seeds, {options.epochs} epochs, no training after the "
+        f"pruning\n"
     )
     print(table.to_string(float_format="%.1f"))
 

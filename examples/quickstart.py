@@ -73,7 +73,8 @@ def main() -> None:
 
     print("\n3. Averaged weights, evaluated with the statistics that the averaging leaves, then recalibrated:")
     print(
-        f"   accuracy in percent of 400 images, mean of {SEEDS} seeds (least to greatest), {EPOCHS} epochs of 43 steps\n"
+        f"   accuracy in percent of 400 images, mean of {SEEDS} seeds (least to greatest), {EPOCHS} epochs of 43 "
+        f"steps\n"
     )
     print(f"   {'':<8}{'before':>22}{'after':>22}")
     for decay in (0.98, 0.995):

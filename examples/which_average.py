@@ -35,7 +35,8 @@ def main() -> None:
     table = pd.DataFrame(rows).groupby(["statistics", "lr"], sort=False).mean().unstack("lr")
     table.columns = [f"{value}, lr {lr}" for value, lr in table.columns]
     print(
-        f"\nValidation accuracy in percent, mean and worst over {options.epochs} epochs, averaged over {options.seeds} seeds\n"
+        f"\nValidation accuracy in percent, mean and worst over {options.epochs} epochs, averaged over {options.seeds} "
+        f"seeds\n"
     )
     print(table.to_string(float_format="%.1f"))
     plot(table)

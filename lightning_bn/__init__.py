@@ -72,8 +72,8 @@ __all__ = [
     "watch",
 ]
 
-# Every name, and the module it is in: imported when first asked for. TensorBoard imports this package for its tab's sake,
-# and must not wait for torch; who uses the layers must not wait for Lightning.
+# Every name, and the module it is in: imported when first asked for. TensorBoard imports this package for its tab's
+# sake, and must not wait for torch; who uses the layers must not wait for Lightning.
 _LAZY: dict[str, str] = {
     "ActivationStats": "activations.stats",
     "ActivationStatsMonitor": "callbacks.activation_stats",

@@ -1,4 +1,5 @@
-"""The moments of one batch per channel, faster than by batch norm's own kernel and with the accuracy of a float64 sum."""
+"""The moments of one batch per channel, faster than by batch norm's own kernel and with the accuracy of a float64
+sum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules of a model a user means: by name, by pattern, by class, or by a function. One answer for every argument."""
+"""How an argument chooses modules of a model, the same for every argument: by name, pattern, class or function."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def check_choices(call: str, choices: object) -> None:
     for choice in as_list(choices):
         if not isinstance(choice, str) and not callable(choice):
             raise TypeError(
-                f'{call}: {choice!r} is not a name or a pattern ("layer4.*"), a class (nn.Conv2d), or a function of name and module. '
+                f'{call}: {choice!r} is not a name or a pattern ("layer4.*"), a class (nn.Conv2d), or a function of '
+                f"name and module. "
                 "Give one of them, or a list."
             )
 

@@ -1,4 +1,5 @@
-"""Count, mean and centred second moment of data, per channel; merged without ever subtracting a square from a square."""
+"""Count, mean and centred second moment of data, per channel; merged without ever subtracting a square from a
+square."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ class Moments:
         return cls(count, mean, var * (count - 1).clamp(min=0))
 
     def merge(self, other: Moments) -> Moments:
-        """Return the moments of both data taken together; symmetric up to rounding, and empty moments are the identity."""
+        """Return the moments of both data taken together; symmetric up to rounding, and empty moments are the
+        identity."""
         count = self.count + other.count
         share = other.count / torch.where(count == 0, 1.0, count)
         delta = other.mean - self.mean
@@ -94,7 +96,8 @@ class Moments:
         )
 
     def variance(self, *, unbiased: bool) -> Tensor:
-        """Return ``m2 / (count - 1)`` where unbiased, else ``m2 / count``; NaN where there are too few values for it."""
+        """Return ``m2 / (count - 1)`` where unbiased, else ``m2 / count``; NaN where there are too few values for
+        it."""
         return self.m2 / (self.count - 1 if unbiased else self.count).clamp(min=0)
 
     def to_row(self) -> Tensor:

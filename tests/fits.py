@@ -29,7 +29,8 @@ def loader(batch_size: int = 8, **options: Any) -> DataLoader[tuple[Tensor, ...]
 
 
 class Steps:
-    """Two batch-norm layers, dropout, and a validation that logs loss and accuracy; to be mixed into a LightningModule."""
+    """Two batch-norm layers, dropout, and a validation that logs loss and accuracy; to be mixed into a
+    LightningModule."""
 
     def __init__(self, lr: float = 0.3) -> None:
         super().__init__()

@@ -35,8 +35,8 @@ def write_run(
     """Write a journal and return its path.
 
     With ``sick="dead"`` the sixth layer's dead fraction goes to 1 at a third of the run, and those of the two below it
-    follow; the second layer's drift is beyond its limit from a tenth to a fifth. ``sick="nan"``: the fourth layer is NaN
-    from the half on.
+    follow; the second layer's drift is beyond its limit from a tenth to a fifth. ``sick="nan"``: the fourth layer is
+    NaN from the half on.
     """
     names = layer_names(layers) if isinstance(layers, int) else list(layers)
     generator = np.random.default_rng(seed)

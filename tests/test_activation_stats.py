@@ -460,7 +460,8 @@ def test_compiled_models_are_seen() -> None:
 
 
 def test_the_table_lies_where_the_loggers_are(tmp_path: Path) -> None:
-    """Beside each logger's files, without one in default_root_dir, of the last run alone; a fast_dev_run leaves none."""
+    """Beside each logger's files, without one in default_root_dir, of the last run alone; a fast_dev_run leaves
+    none."""
     runs: dict[str, Any] = {
         "fast": {"fast_dev_run": True, "logger": None},
         "none": {"logger": False},
@@ -563,7 +564,8 @@ def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:
 
 
 def test_one_transfer_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a sampled step no value is read from the device before the one transfer that brings all layers' to the host."""
+    """At a sampled step no value is read from the device before the one transfer that brings all layers' to the
+    host."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from lightning_bn.activations import collector
@@ -611,7 +613,8 @@ def test_memory_does_not_grow_with_the_steps() -> None:
 
 
 def test_sampling_is_dense_at_first() -> None:
-    """Without every_n_steps the interval doubles after every 16 samples, until it is the Trainer's; 0 there is never."""
+    """Without every_n_steps the interval doubles after every 16 samples, until it is the Trainer's; 0 there is
+    never."""
     monitor = ActivationStatsMonitor(verbose=False)
     fit(monitor, log_every_n_steps=4, max_epochs=12, val=None)
     steps = [*range(16), *range(16, 48, 2), *range(48, 72, 4)]

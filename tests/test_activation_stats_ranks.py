@@ -47,7 +47,8 @@ def _train(rank: int, world: int, port: int, directory: Path) -> None:
 
 
 def test_both_ranks_count_and_the_first_one_writes(tmp_path: Path) -> None:
-    """Rows pool the activations of both ranks, are the same on both, name what ran on one alone, and are written once."""
+    """Rows pool the activations of both ranks, are the same on both, name what ran on one alone, and are written
+    once."""
     spawn(_train, 2, free_port(), tmp_path)
     ranks: list[dict[str, Any]] = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert ranks[0]["table"] == ranks[1]["table"]

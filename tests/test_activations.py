@@ -171,7 +171,8 @@ def test_dead_is_not_sparse() -> None:
 
 @pytest.mark.parametrize(("function", "bounds"), [(torch.sigmoid, (0.0, 1.0)), (torch.tanh, (-1.0, 1.0))])
 def test_saturation_is_where_the_slope_is_small(function: Any, bounds: tuple[float, float]) -> None:
-    """The saturated share is that of the values at which the function's slope is below a tenth of its largest, to 2.5%."""
+    """The saturated share is that of the values at which the function's slope is below a tenth of its largest, to
+    2.5%."""
     inputs = torch.linspace(-8, 8, 4001, dtype=torch.float64, requires_grad=True)
     outputs = function(inputs)
     (slope,) = torch.autograd.grad(outputs.sum(), inputs)

@@ -99,8 +99,10 @@ def test_wrong_arguments(call: Any, error: type[Exception], said: str) -> None:
     [
         (ModeCheck(), "ModeCheck()"),
         (ModeCheck(action="raise", ignore=["BN305"]), "ModeCheck(action='raise', ignore=('BN305',))"),
-        (ActivationStatsMonitor("layer4.*", heatmaps=False), "ActivationStatsMonitor(layers='layer4.*', heatmaps=False)"),
-        (BatchNormRecalibration(when="validation", mode="max"), "BatchNormRecalibration(when='validation', mode='max')"),
+        (ActivationStatsMonitor("layer4.*", heatmaps=False), "ActivationStatsMonitor(layers='layer4.*', "
+                                                             "heatmaps=False)"),
+        (BatchNormRecalibration(when="validation", mode="max"), "BatchNormRecalibration(when='validation', "
+                                                                "mode='max')"),
         (CompareAverages({"w": Window(3)}), "CompareAverages(averages={'w': Window(size=3)})"),
         (ConvertBatchNorm(Window(3)), "ConvertBatchNorm(averaging=Window(size=3))"),
         (BatchNormSync(statistics_only=True), "BatchNormSync(statistics_only=True)"),

@@ -195,7 +195,7 @@ def test_window_does_not_drift() -> None:
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(100_000, width, generator=generator) + 3
     variances = torch.rand(100_000, width, generator=generator)
-    # A spike that a running sum would remember for ever: 1e9 leaves a residue of 1e-7 in float64, of 100 in float32.
+    # A spike that a running sum would never forget: 1e9 leaves a residue of 1e-7 in float64, of 100 in float32.
     means[50_000], variances[50_000] = 1e9, 1e20
     step, count = torch.tensor(1), torch.tensor(8.0)
     for mean, var in zip(means, variances, strict=True):

@@ -113,8 +113,8 @@ def test_the_images_tab_shows_the_heat_maps(page: Any) -> None:
     """Every heat map of the run is loaded, decoded and laid out."""
     browser = page("images")
     script = (
-        _ELEMENTS
-        + "return found.filter(e => e.tagName == 'IMG' && e.naturalWidth > 0 && e.offsetWidth > 0).map(e => e.naturalWidth)"
+        _ELEMENTS + "return found.filter(e => e.tagName == 'IMG' && e.naturalWidth > 0 && e.offsetWidth > 0).map(e => "
+        "e.naturalWidth)"
     )
     widths = _wait(lambda: len(found := browser.execute_script(script)) >= 8 and found, "eight heat maps")
     assert set(widths) == {640}
@@ -145,7 +145,8 @@ def test_the_custom_scalars_tab_shows_the_charts(page: Any) -> None:
     assert len(titles) == 12  # six for training, and six for validation
     drawn = """
     const inside = (card, test) => { let n = 0; const walk = node => { if (node.nodeType == 1) { if (test(node)) n++;
-      if (node.shadowRoot) walk(node.shadowRoot); } for (const c of node.childNodes) walk(c); }; walk(card); return n; };
+      if (node.shadowRoot) walk(node.shadowRoot); } for (const c of node.childNodes) walk(c); };
+      walk(card); return n; };
     return cards.map(card => inside(card, e => e.tagName == 'path' && (e.getAttribute('d') || '').length > 10));
     """
     counts = _wait(

@@ -40,7 +40,8 @@ class Recorder(pl.Callback):
 
 
 def test_fit_end_leaves_statistics_that_match_the_final_weights() -> None:
-    """The last thing that a fit does to the statistics is to take them from all training data with the final weights."""
+    """The last thing that a fit does to the statistics is to take them from all training data with the final
+    weights."""
     plain, _ = fit()
     assert not matches_weights(plain.state_dict())
     callback = BatchNormRecalibration()
@@ -532,7 +533,8 @@ def test_a_compiled_part() -> None:
 
 
 def test_a_lightning_without_the_private_part_is_told() -> None:
-    """Where a part of Lightning that is not public is gone, the error names it and the argument that does without it."""
+    """Where a part of Lightning that is not public is gone, the error names it and the argument that does without
+    it."""
     _, runner = fit()
     runner.fit_loop._combined_loader = None
     with pytest.raises(RuntimeError, match=r"trainer\.fit_loop\._combined_loader is missing.*dataloader="):

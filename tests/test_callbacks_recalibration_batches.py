@@ -315,7 +315,8 @@ def test_a_training_step_leaves_no_trace(when: str, tmp_path: Any) -> None:
 
 
 def test_batches_come_through_the_transfer_hooks_as_in_training() -> None:
-    """on_before_batch_transfer, transfer_batch_to_device and on_after_batch_transfer run, with trainer.training True."""
+    """on_before_batch_transfer, transfer_batch_to_device and on_after_batch_transfer run, with trainer.training
+    True."""
     stages = []
 
     class Hooked(First):

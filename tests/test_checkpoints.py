@@ -44,7 +44,8 @@ def load_fixture() -> tuple[Classifier, dict[str, Tensor]]:
 
 
 def test_an_old_checkpoint_evaluates_as_it_did() -> None:
-    """The file of version 0.1.0 loads strictly with weights_only=True, and gives the outputs that were saved beside it."""
+    """The file of version 0.1.0 loads strictly with weights_only=True, and gives the outputs that were saved beside
+    it."""
     module, expected = load_fixture()
     torch.testing.assert_close(module.eval()(expected["images"]), expected["logits"], rtol=1e-4, atol=1e-5)
 
@@ -116,10 +117,20 @@ def fit(case: tuple[Averaging, str, bool | None], path: Path, ckpt_path: Path | 
         {} if only is None else {"plugins": [BatchNormSync(statistics_only=only)], "sync_batchnorm": True}
     )
     trainer = pl.Trainer(
-        strategy="ddp", devices=2, accelerator="cpu", max_epochs=2, precision=precision, callbacks=[SaveAtStep7(path)], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        num_sanity_val_steps=0, **options,
-    )  # fmt: skip
+        strategy="ddp",
+        devices=2,
+        accelerator="cpu",
+        max_epochs=2,
+        precision=precision,
+        callbacks=[SaveAtStep7(path)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
     module = Module(averaging)
     if precision == "64-true":
         module.double()  # Lightning loads the checkpoint before it casts the module, and would round it to float32

@@ -141,7 +141,8 @@ def test_recalibrate_writes_statistics_that_match_the_weights(run: Run, capsys: 
 
 
 def test_recalibrate_overwrites_only_when_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file that is there, the input above all, is refused with exit code 1 before any pass over data; --overwrite replaces it."""
+    """A file that is there, the input above all, is refused with exit code 1 before any pass over data; --overwrite
+    replaces it."""
     content = run.ckpt.read_bytes()
     code, out, err = call("recalibrate", *run.options, "--output", str(run.ckpt), capsys=capsys)
     assert (code, out) == (1, "")

@@ -40,7 +40,8 @@ class History(pl.Callback):
 
 @pytest.mark.parametrize("name", AVERAGES)
 def test_each_row_is_what_a_run_with_that_average_would_have_validated(name: str) -> None:
-    """The losses under an average are those of a fit of a model converted to it: training is the same, and so are they."""
+    """The losses under an average are those of a fit of a model converted to it: training is the same, and so are
+    they."""
     compare, history = CompareAverages(AVERAGES), History()
     fit(compare, val_check_interval=2)
     fit(history, module=converted(AVERAGES[name]), val_check_interval=2)
@@ -139,7 +140,8 @@ def test_the_advice_is_a_call_that_can_be_made(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("first", [True, False])
 def test_beside_weight_averaging(first: bool) -> None:
-    """The weights that are validated are those that are compared: the own row is the logged metric, whatever the order."""
+    """The weights that are validated are those that are compared: the own row is the logged metric, whatever the
+    order."""
     averaging, compare, history = EMAWeightAveraging(use_buffers=False, decay=0.8), CompareAverages(AVERAGES), History()
     plain = History()
     fit(EMAWeightAveraging(use_buffers=False, decay=0.8), plain)
@@ -334,7 +336,8 @@ def test_a_frozen_model_has_no_recalibrated_row() -> None:
 
 
 def test_a_rich_progress_bar_lives_on() -> None:
-    """The bar's drawing thread looks for the bar among the Trainer's callbacks, also while validation is run once more."""
+    """The bar's drawing thread looks for the bar among the Trainer's callbacks, also while validation is run once
+    more."""
     pytest.importorskip("rich")
     bar, seen = pl.callbacks.RichProgressBar(), []
 

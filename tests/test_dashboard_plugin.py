@@ -140,7 +140,8 @@ def test_no_link_leads_out(tmp_path: Path) -> None:
 
 
 def test_every_answer_keeps_tensorboards_rules(runs: Path) -> None:
-    """No cookie, no sniffing of types, and only JavaScript, CSS and JSON, which have no policy of their own to break."""
+    """No cookie, no sniffing of types, and only JavaScript, CSS and JSON, which have no policy of their own to
+    break."""
     tab = Tab(runs)
     for route in tab.apps:
         answer = tab.get(route, run="healthy", statistic="std", stage="train", layer="model.layer1.0.bn1")
@@ -180,10 +181,11 @@ def test_without_plotly_it_says_what_to_install(runs: Path, monkeypatch: pytest.
 
 
 def test_it_is_imported_in_no_time_and_without_torch() -> None:
-    """The entry point's module and the plugin take less than 0.1 s beyond TensorBoard's own, the least of some tries, and
-    bring neither torch nor Lightning, nor pandas, matplotlib and plotly."""
+    """The entry point's module and the plugin take less than 0.1 s beyond TensorBoard's own, the least of some tries,
+    and bring neither torch nor Lightning, nor pandas, matplotlib and plotly."""
     code = (
-        "import sys, time; import tensorboard.main, tensorboard.default; before = set(sys.modules); start = time.process_time(); "
+        "import sys, time; import tensorboard.main, tensorboard.default; before = set(sys.modules); start = "
+        "time.process_time(); "
         "import lightning_bn.dashboard.loader, lightning_bn.dashboard.plugin; took = time.process_time() - start; "
         "heavy = {'torch', 'lightning', 'pytorch_lightning', 'torchmetrics', 'pandas', 'matplotlib', 'plotly'}; "
         "print(took, *(set(sys.modules) - before) & heavy)"

@@ -197,7 +197,8 @@ def test_ranks_agree_at_evaluation(results: list[dict[Any, Any]], option: str, n
 
 
 def test_a_window_is_of_rank_0s_batches(results: list[dict[Any, Any]]) -> None:
-    """The first layer's statistics, with the weights replayed, are the average over the last three batches of rank 0."""
+    """The first layer's statistics, with the weights replayed, are the average over the last three batches of rank
+    0."""
     for result in results:
         state = Module(None).state_dict()
         first = torch.nn.functional.linear

@@ -130,7 +130,7 @@ def test_statistics_that_stand_still_have_no_drift(still: str) -> None:
 
 
 class Polynomial(Averaging):
-    """An averaging of another's making, which tells nothing about its newest batch."""
+    """A third-party averaging, which tells nothing about its newest batch."""
 
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
         weight = 4 / (batch.step + 3)
@@ -208,8 +208,8 @@ def test_measure_before_start_is_told() -> None:
     "kind", ["torch's", "torch's, small momentum", "exponential, debiased", "window", "cumulative"]
 )
 def test_the_start_is_told_from_a_change(kind: str) -> None:
-    """Against batches that never change, drift is wholly explained by the 0/1 start, at every step and momentum; against
-    ones that do, it is not."""
+    """Against batches that never change, drift is wholly explained by the 0/1 start, at every step and momentum;
+    against ones that do, it is not."""
     layer = LAYERS[kind]()
     meter = DriftMeter([layer])
     data = torch.randn(400, 3) * 0.05 + 7

@@ -107,7 +107,7 @@ class Branches(nn.Module):
 
 
 def test_branches_may_run_in_another_order_in_each_batch() -> None:
-    """Nobody waits for ever, and each layer has all the data."""
+    """Nobody waits endlessly, and each layer has all the data."""
     model, data = Branches(), torch.randn(40, 4)
     found = exact(model, data, 4)
     for mean, var in found.values():
@@ -272,7 +272,8 @@ def test_context_variables_of_the_caller_are_seen() -> None:
 @pytest.mark.parametrize("batch", range(5))
 @pytest.mark.parametrize("place", range(3))
 def test_an_exception_in_one_batch_stops_all(batch: int, place: int) -> None:
-    """Every waiting forward is left through its finally clauses, all is as before, and the user gets his own exception."""
+    """Every waiting forward is left through its finally clauses, all is as before, and the user gets his own
+    exception."""
     model, data = mlp(3), list(torch.randn(5, 4, 10))
     entered, left = [], []
 
@@ -335,7 +336,8 @@ def test_jobs_go_on_only_when_all_have_come(names: str) -> None:
 
 
 def test_a_compiled_model_is_measured() -> None:
-    """Code that was compiled before knows nothing of the hooks: it runs as it was written, and then as compiled again."""
+    """Code that was compiled before knows nothing of the hooks: it runs as it was written, and then as compiled
+    again."""
     model, data = mlp(2), torch.randn(30, 10)
     truth = full_batch(model, data)
     compiled = torch.compile(model, backend="eager")

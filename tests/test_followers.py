@@ -153,7 +153,8 @@ def test_a_mask_is_honoured() -> None:
 
 @pytest.mark.parametrize("name", AVERAGES)
 def test_saving_and_loading_goes_on_to_the_bit(name: str) -> None:
-    """state_dict in the middle, load_state_dict into followers of a new model, go on: the same statistics, bit for bit."""
+    """state_dict in the middle, load_state_dict into followers of a new model, go on: the same statistics, bit for
+    bit."""
     layer = nn.BatchNorm2d(3)
     whole = Followers(layer, AVERAGES)
     with whole.following():

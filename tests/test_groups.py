@@ -1,4 +1,5 @@
-"""Four real processes: in groups, all together, with other arguments on one of them, and in other numbers than before."""
+"""Four real processes: in groups, all together, with other arguments on one of them, and in other numbers than
+before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a public host needs of the repository: forms, hooks and a workflow that are well formed and name what is there."""
+"""What a public host needs of the repository: forms, hooks and a workflow that are well formed and name what is
+there."""
 
 from __future__ import annotations
 

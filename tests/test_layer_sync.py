@@ -204,9 +204,17 @@ def _fit(rank: int, world: int, folder: str, port: int) -> None:
     ranks.environment(rank, world, port)
     ddp = {"strategy": "ddp", "plugins": [BatchNormSync()], "sync_batchnorm": True} if world > 1 else {}
     trainer = pl.Trainer(
-        **ddp, devices=world, accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, use_distributed_sampler=False,
-    )  # fmt: skip
+        **ddp,
+        devices=world,
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+    )
     torch.manual_seed(1)
     rows = torch.randn(24, 4)
     module = Module(world)
@@ -290,7 +298,8 @@ def test_statistics_only_follows_an_assigned_momentum(build: Callable[[int], nn.
 
 
 def test_a_copy_is_applied_to_nothing() -> None:
-    """`ddp_spawn` pickles the Trainer with its callbacks; the copy has the arguments, and no model of the original's."""
+    """`ddp_spawn` pickles the Trainer with its callbacks; the copy has the arguments, and no model of the
+    original's."""
     sync = BatchNormSync(group_size=4)
     for own in (pickle.loads(pickle.dumps(sync)), copy.deepcopy(sync)):
         assert (own.group_size, own.statistics_only) == (4, False)

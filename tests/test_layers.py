@@ -54,7 +54,8 @@ def test_what_is_no_choice_is_told() -> None:
 
 
 def test_bounds_are_those_of_the_function() -> None:
-    """Each function of the sigmoid and tanh family stays within its bounds and comes close to both; others have none."""
+    """Each function of the sigmoid and tanh family stays within its bounds and comes close to both; others have
+    none."""
     inputs = torch.linspace(-20, 20, 1001)
     for function in (nn.Sigmoid(), nn.Tanh(), nn.Hardsigmoid(), nn.Hardtanh(-2, 3)):
         least, greatest = bounds_of(function)

@@ -51,7 +51,8 @@ def test_equals_packing(
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients(training: bool) -> None:
-    """First and second derivatives with respect to input, weight and bias are right, and those of the padding are zero."""
+    """First and second derivatives with respect to input, weight and bias are right, and those of the padding are
+    zero."""
     layer = BatchNorm1d(2, dtype=torch.float64).train(training)
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
     batch = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)

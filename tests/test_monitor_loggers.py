@@ -93,7 +93,8 @@ def test_loggers_of_services(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_pictures_sort_in_reading_order() -> None:
-    """Sorted as text, as TensorBoard sorts, the tags are in the order in which one reads: what tells most comes first."""
+    """Sorted as text, as TensorBoard sorts, the tags are in the order in which one reads: what tells most comes
+    first."""
     names = list(image_names().values())
     assert names == sorted(names)
     assert [name[3:] for name in names[:2]] == ["nonfinite", "dead_fraction"]

@@ -73,7 +73,7 @@ def test_own_layers(averaging: Any) -> None:
 
 
 class Subclass(nn.BatchNorm2d):
-    """A batch norm of another's making, with a forward of its own."""
+    """A third-party batch norm, with a forward of its own."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()
@@ -81,7 +81,7 @@ class Subclass(nn.BatchNorm2d):
 
 @pytest.mark.parametrize("averaging", [None, Window(3)])
 def test_subclasses(averaging: Any) -> None:
-    """Layers of others' making, as they are and with an average of this package around them."""
+    """Third-party layers, as they are and with an average of this package around them."""
     model = Net()
     model.backbone[0][1] = Subclass(4)
     assert said(Module(convert_batch_norm(model, averaging)), max_epochs=2) == []
@@ -244,7 +244,8 @@ def test_monte_carlo_dropout() -> None:
 @pytest.mark.parametrize("when", ["fit_end", "validation"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_recalibration(when: str, exact: bool) -> None:
-    """This package's own recalibration, whose forwards have batch norm in train mode, in either order of the callbacks."""
+    """This package's own recalibration, whose forwards have batch norm in train mode, in either order of the
+    callbacks."""
     recalibration = BatchNormRecalibration(when=when, exact=exact)
     assert said(Module(), recalibration, max_epochs=2) == []
     check = ModeCheck(action="log")

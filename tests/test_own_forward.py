@@ -101,7 +101,8 @@ def test_trying_out_a_patched_layer_moves_nothing(patch: Callable[[nn.Module], N
 
 @pytest.mark.parametrize("patch", PATCHES)
 def test_to_torch_leaves_a_layer_that_runs(patch: Callable[[nn.Module], None]) -> None:
-    """Whether the forward was patched before the conversion or after it, and whoever still holds the old bound method."""
+    """Whether the forward was patched before the conversion or after it, and whoever still holds the old bound
+    method."""
     for patch_first in (True, False):
         layer, plain = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
         if patch_first:

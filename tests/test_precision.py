@@ -98,9 +98,15 @@ def fit(module: pl.LightningModule, folder: Path, precision: str, ckpt_path: Pat
     """Train for two epochs of five steps, saving at step 7, in the middle of the second epoch and of a window."""
     torch.manual_seed(0)
     trainer = pl.Trainer(
-        max_epochs=2, precision=precision, callbacks=[SaveAtStep7(folder / "step7.ckpt")], accelerator="cpu", logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+        max_epochs=2,
+        precision=precision,
+        callbacks=[SaveAtStep7(folder / "step7.ckpt")],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
     trainer.fit(module, DataLoader(torch.zeros(5, 4)), ckpt_path=ckpt_path)
     return module.state_dict()
 

@@ -40,7 +40,8 @@ class Outcome(NamedTuple):
 
 
 def run(name: str, folder: Path, *, watched: bool) -> Outcome:
-    """Run a program for two epochs; `watched`: with all callbacks, of which the recalibration is undone after the fit."""
+    """Run a program for two epochs; `watched`: with all callbacks, of which the recalibration is undone after the
+    fit."""
     torch.manual_seed(0)
     program = PROGRAMS[name]
     module = program.make()

@@ -66,7 +66,8 @@ class Named(nn.Module):
     ],
 )
 def test_a_batch_of_any_form_goes_in(wrap, forward) -> None:
-    """Tensors, tuples, lists and mappings by themselves; all else by `forward`; the statistics are those of the data."""
+    """Tensors, tuples, lists and mappings by themselves; all else by `forward`; the statistics are those of the
+    data."""
     data = torch.randn(20, 3) * 2 + 5
     model = Named()
     quiet(model, [wrap(part) for part in data.split(8)], forward=forward)
@@ -533,7 +534,8 @@ def test_what_a_model_makes_on_the_way_serves_for_training(exact: bool) -> None:
 
 
 def test_the_standard_error_is_that_of_the_batch_means() -> None:
-    """rms over channels of sqrt(var of the batch means / k), in standard deviations: the textbook's, for equal batches."""
+    """rms over channels of sqrt(var of the batch means / k), in standard deviations: the textbook's, for equal
+    batches."""
     images = torch.randn(30, 4, 2, 1, 1) + torch.randn(30, 1, 2, 1, 1) * 2
     data = images.expand(30, 4, 2, 3, 3) + 0.1 * torch.randn(30, 4, 2, 3, 3)
     layer = nn.BatchNorm2d(2)
@@ -728,7 +730,7 @@ def test_recalibrated_lends_the_statistics_to_the_block() -> None:
 
 
 # --- the bar
-# --------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_bar_tells_the_layers_and_the_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

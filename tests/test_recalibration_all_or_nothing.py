@@ -147,7 +147,8 @@ def test_after_success_all_but_the_statistics_is_as_before(exact: bool) -> None:
 
 
 def test_an_epoch_drawn_after_it_is_the_one_that_would_have_been_drawn() -> None:
-    """Shuffled by torch's generator, by the loader's, by a sampler's, by the dataset's own numpy and Python generators."""
+    """Shuffled by torch's generator, by the loader's, by a sampler's, by the dataset's own numpy and Python
+    generators."""
     for make in LOADERS:
         orders = []
         for recalibrated_before in (False, True):
@@ -301,8 +302,8 @@ def test_recalibrated_undoes_under_an_interrupt() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_interrupts_at_random_moments_change_nothing_or_the_report_is_returned(way: str) -> None:
-    """A SIGINT from another thread, at any instruction, grad mode included; also in what the callback does within a fit.
-    `benchmarks/interrupts.py` has more calls."""
+    """A SIGINT from another thread, at any instruction, grad mode included; also in what the callback does within a
+    fit. `benchmarks/interrupts.py` has more calls."""
     with quiet():
         call = WAYS[way]()
     ended, wrong = stress(call, 60)

@@ -26,7 +26,8 @@ def parts(html: str) -> dict[str, Any]:
 
 
 def test_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command finds the one run below a folder and writes a file of less than 8 MB with all that the page asks for."""
+    """The command finds the one run below a folder and writes a file of less than 8 MB with all that the page asks
+    for."""
     write_run(tmp_path / "runs" / "mine" / "version_0")
     assert main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "out" / "r.html")]) == 0
     html = (tmp_path / "out" / "r.html").read_text()

@@ -201,7 +201,8 @@ class TestWatch:
 
 
 def test_no_synchronisation_between_checks() -> None:
-    """Fake tensors have no values, and whatever asks for one raises: the judgement of a batch does not, the check does."""
+    """Fake tensors have no values, and whatever asks for one raises: the judgement of a batch does not, the check
+    does."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         net = nn.Sequential(
             nn.Conv2d(1, 4, 3), nn.Dropout(0.5), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)

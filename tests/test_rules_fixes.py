@@ -333,7 +333,8 @@ AFTER = ("weights exchanged in on_train_end",)
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_fix_works(name: str) -> None:
-    """The finding comes; with its fix applied as printed nothing above information is said, and the loss is no worse."""
+    """The finding comes; with its fix applied as printed nothing above information is said, and the loss is no
+    worse."""
     code, program, options = PROGRAMS[name]
     found, loss = run(program, **options)
     told = [finding for finding in of(code, found) if finding.level != "info"]
@@ -360,7 +361,8 @@ def test_printed_allow_eval_covers_all_layers(many: bool) -> None:
 
 
 def test_where_and_seen_name_the_same_layer() -> None:
-    """BN208 and BN203 name in "seen" the layer that "where" begins with, also after other layers were told of before."""
+    """BN208 and BN203 name in "seen" the layer that "where" begins with, also after other layers were told of
+    before."""
     found = run(momentum(0.001))[0]
     for finding in of("BN208", found):
         assert finding.layers[0] in finding.seen

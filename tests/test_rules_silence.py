@@ -158,7 +158,8 @@ class TestParametersAlone:
 
 
 def test_averaged_buffers_at_a_high_decay() -> None:
-    """Averaged buffers lag behind averaged weights: said at the validation that reads them, with the mend that helps."""
+    """Averaged buffers lag behind averaged weights: said at the validation that reads them, with the mend that
+    helps."""
     found = findings(Module(), EMAWeightAveraging(decay=0.999), loader=data(batches=40), max_epochs=1)
     finding = only("BN207", found)
     assert "divides by a spread" in finding.seen

@@ -184,7 +184,8 @@ def test_settled_together_or_alone_is_the_same_to_the_bit(name: str) -> None:
 
 @each_average
 def test_a_nonfinite_batch_of_one_layer_is_skipped_by_that_one(name: str) -> None:
-    """NaN that arises in the middle of the network leaves the layers before it untouched, and no trace in those behind."""
+    """NaN that arises in the middle of the network leaves the layers before it untouched, and no trace in those
+    behind."""
     model = net(name)
     record = Record(model)
     for step, batch in enumerate(batches()):
@@ -233,7 +234,8 @@ class Step(nn.Module):
 
 @few_averages
 def test_a_part_that_is_called_by_itself(name: str) -> None:
-    """A part settles its layers together when it is called alone; a single layer, or an unknown part, settles at once."""
+    """A part settles its layers together when it is called alone; a single layer, or an unknown part, settles at
+    once."""
     step = Step(net(name))
     record = Record(step)
     for batch in batches():
@@ -316,7 +318,8 @@ class Checkpointed(nn.Module):
 @few_averages
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing_counts_once(name: str, use_reentrant: bool) -> None:
-    """A part that runs again in backward does so on rows that nobody keeps; gradients are those without checkpointing."""
+    """A part that runs again in backward does so on rows that nobody keeps; gradients are those without
+    checkpointing."""
     plain, again = net(name), settle_together(Checkpointed(net(name), use_reentrant))
     plain.use_side = False
     for batch in batches(5):
@@ -424,7 +427,8 @@ def test_a_copy_in_the_middle_of_a_forward() -> None:
 @each_average
 @pytest.mark.parametrize("move", ["double", "half and back", "reload", "assign", "one layer"])
 def test_moving_and_loading_in_mid_flight(name: str, move: str) -> None:
-    """A tie that a cast, a load with assign=True or a change of one layer has broken is made anew; the history stays."""
+    """A tie that a cast, a load with assign=True or a change of one layer has broken is made anew; the history
+    stays."""
     model = net(name)
     record = Record(model)
     for step, batch in enumerate(batches(10)):

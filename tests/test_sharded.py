@@ -1,4 +1,5 @@
-"""Sharded models in real Trainers over two real processes: what `docs/distributed.md` says of each part of the package."""
+"""Sharded models in real Trainers over two real processes: what `docs/distributed.md` says of each part of the
+package."""
 
 from __future__ import annotations
 

@@ -148,7 +148,8 @@ SICK: dict[str, tuple[Callable[[Network], None], str, str]] = {
 
 @pytest.mark.parametrize("sickness", SICK)
 def test_a_sickness_is_named_first(sickness: str) -> None:
-    """The earliest and most upstream episode is the planted one's, within one sampling interval; before, there is none."""
+    """The earliest and most upstream episode is the planted one's, within one sampling interval; before, there is
+    none."""
     plant, layer, statistic = SICK[sickness]
     first = found(plant)[0]
     assert (first.layer, first.statistic, first.stage) == (layer, statistic, "train")

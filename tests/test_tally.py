@@ -22,7 +22,8 @@ CPU = torch.device("cpu")
 
 
 def tally(batches: list[torch.Tensor], pending: int | None = 3) -> Tally:
-    """Of a layer of two channels, beside one of a single channel that sees the first of them and one that sees nothing."""
+    """Of a layer of two channels, beside one of a single channel that sees the first of them and one that sees
+    nothing."""
     found = Tally([1, 2, 3], CPU, pending)
     for number, batch in enumerate(batches):
         found.add(number, 1, row(batch))
@@ -42,7 +43,8 @@ sizes = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 @settings(max_examples=60, deadline=None)
 @given(sizes, st.sampled_from([0.0, 1e3]), st.booleans(), st.integers(0, 99))
 def test_both_estimators_are_those_of_naive_loops(sizes: list[int], offset: float, pooled: bool, seed: int) -> None:
-    """Pooled, of all the data; else the average of the batches' own, where a batch of one has a mean and no variance."""
+    """Pooled, of all the data; else the average of the batches' own, where a batch of one has a mean and no
+    variance."""
     generator = torch.Generator().manual_seed(seed)
     batches = [torch.randn(size, 2, generator=generator, dtype=torch.float64) + offset for size in sizes]
     mean, var = summary(batches).statistics(pooled=pooled)

@@ -95,7 +95,8 @@ def test_every_tag_is_documented(run: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:html5lib:DeprecationWarning")
 def test_each_chart_shows_the_stage_that_its_panel_names(run: Any) -> None:
-    """The tags that the browser asks TensorBoard for, of each panel of Custom Scalars, are of its stage and have data."""
+    """The tags that the browser asks TensorBoard for, of each panel of Custom Scalars, are of its stage and have
+    data."""
     from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
     from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
     from tensorboard.context import RequestContext

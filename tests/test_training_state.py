@@ -85,7 +85,8 @@ def test_built_on_meta() -> None:
 
 
 def test_a_plain_checkpoint_loads_strictly() -> None:
-    """Torch's checkpoint fits a windowed layer; the loaded statistics serve, and the window starts with the next batch."""
+    """Torch's checkpoint fits a windowed layer; the loaded statistics serve, and the window starts with the next
+    batch."""
     plain = nn.BatchNorm1d(3)
     plain(torch.randn(8, 3) + 2)
     layer = trained()
@@ -162,9 +163,15 @@ def test_lightnings_weight_averaging_leaves_it_alone(tmp_path: Path) -> None:
         module = Small()
         loader = DataLoader(torch.randn(48, 4), batch_size=8)
         trainer = pl.Trainer(
-            max_epochs=2, callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
-            default_root_dir=tmp_path, enable_model_summary=False,
-        )  # fmt: skip
+            max_epochs=2,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+            enable_model_summary=False,
+        )
         trainer.fit(module, loader)
         ends.append(history(module.layers[1]))
     assert same(*ends)
@@ -181,7 +188,8 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 
 def test_ddp_does_not_broadcast_it(tmp_path: Path) -> None:
-    """Two real processes keep each its own history: rank 1's holds rank 1's batches, where a buffer would be rank 0's."""
+    """Two real processes keep each its own history: rank 1's holds rank 1's batches, where a buffer would be rank
+    0's."""
     ranks.spawn(_rank, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["0.running_mean"].max() < 6

@@ -346,7 +346,8 @@ class LayerCollector:
         if len(widths) == MAX_WIDTHS and name not in self._too_wide:
             self._too_wide.add(name)
             warnings.warn(
-                f"{name} gave activations of more than {MAX_WIDTHS} sizes in dimension {self._channel_dim}, the last one of shape "
+                f"{name} gave activations of more than {MAX_WIDTHS} sizes in dimension {self._channel_dim}, the last "
+                f"one of shape "
                 f"{tuple(tensor.shape)}; it is left out from here on. If its channels come last, pass channel_dim=-1.",
                 stacklevel=2,
             )

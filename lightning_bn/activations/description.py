@@ -1,4 +1,5 @@
-"""Statistics, samples and episodes as plain numbers, strings, lists and dicts, for who shows them without this package."""
+"""Statistics, samples and episodes as plain numbers, strings, lists and dicts, for who shows them without this
+package."""
 
 from __future__ import annotations
 

@@ -57,7 +57,8 @@ class Drift:
     """What a `DriftMeter` found of L layers."""
 
     values: Array  # (L, 4), in the order of `registry.DRIFT_STATISTICS`; NaN where nothing tells
-    settled: Array  # (L, 4), what of it the 0/1 start leaves unexplained: against the statistics less that start; 0 in a young layer
+    # (L, 4), what of it the 0/1 start leaves unexplained: against the statistics less that start; 0 in a young layer
+    settled: Array
     ran: Mask  # (L,): whether there were batches
     nonfinite: (
         Array  # (L,), channels whose running statistics were NaN or infinite before the batches, or the evaluation
@@ -209,8 +210,8 @@ class DriftMeter:
     def against(self, host: Sequence[Tensor], inputs: Mapping[int, tuple[Array, Array]]) -> Drift:
         """Return the drift of what an evaluation gives the layers, against the running statistics that it uses.
 
-        The 0/1 start explains it only as far as torch's own average would hold it too: a slower average is read while it
-        has not arrived.
+        The 0/1 start explains it only as far as torch's own average would hold it too: a slower average is read while
+        it has not arrived.
 
         Args:
             host: what `statistics` returned.
@@ -276,7 +277,8 @@ class DriftMeter:
         return running[0] / rest, np.maximum((running[1] - share) / rest, 0.0)
 
     def _look_at_start(self, running: tuple[Array, Array], counts: Tensor) -> None:
-        """Take note of layers that have taken no batch in and hold other statistics than 0/1, as pretrained ones may."""
+        """Take note of layers that have taken no batch in and hold other statistics than 0/1, as pretrained ones
+        may."""
         begins: Mask = (counts == 0).numpy()
         if begins.any():
             other = ((running[0] != 0) | (running[1] != 1)).astype(np.int64)

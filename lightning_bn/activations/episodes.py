@@ -251,4 +251,7 @@ def _following(cause: Cause) -> str:
         "below it " if all(each.order > cause.episode.order for each in cause.followers if each.layer in layers) else ""
     )
     names = ", ".join(layers) if len(layers) < 4 else f"{layers[0]}, {layers[1]}, ... {layers[-1]}"
-    return f"{len(layers)} {'layer' if len(layers) == 1 else 'layers'} {where}{'follows' if len(layers) == 1 else 'follow'}: {names}."
+    return (
+        f"{len(layers)} {'layer' if len(layers) == 1 else 'layers'} "
+        f"{where}{'follows' if len(layers) == 1 else 'follow'}: {names}."
+    )

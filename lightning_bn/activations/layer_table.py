@@ -168,9 +168,10 @@ def _cell(value: Any) -> str:
 def scalars(sample: Sample, wanted: Callable[[str], bool] | None = None) -> dict[str, float]:
     """Return the few numbers that stand for all layers of a sample, by name.
 
-    ``<statistic>/worst`` is the value of the layer that is farthest from healthy, NaN where a layer has no finite value;
-    ``<statistic>/median`` is the median over the layers that have one; of a scale, ``/smallest`` and ``/largest`` too,
-    since it can be sick on either side. For the modules that are `wanted`, ``<statistic>/<layer>`` is their own.
+    ``<statistic>/worst`` is the value of the layer that is farthest from healthy, NaN where a layer has no finite
+    value; ``<statistic>/median`` is the median over the layers that have one; of a scale, ``/smallest`` and
+    ``/largest`` too, since it can be sick on either side. For the modules that are `wanted`, ``<statistic>/<layer>`` is
+    their own.
     """
     found: dict[str, float] = {}
     own = [] if wanted is None else [row for row, module in enumerate(sample.modules) if wanted(module)]

@@ -48,12 +48,14 @@ def select_layers(model: nn.Module, choices: Choices | None = None) -> dict[str,
 
 
 def is_chosen(choices: Choices, name: str, module: nn.Module) -> bool:
-    """Tell whether one of `choices` means `module`; a batch norm's averaging is its own part, and gives no activations."""
+    """Tell whether one of `choices` means `module`; a batch norm's averaging is its own part, and gives no
+    activations."""
     return not isinstance(module, Averaging) and choices_mean(choices, name, module)
 
 
 def bounds_of(module: nn.Module) -> tuple[float, float] | None:
-    """Return the least and the greatest value of a function of the sigmoid and tanh family, None for any other module."""
+    """Return the least and the greatest value of a function of the sigmoid and tanh family, None for any other
+    module."""
     if isinstance(module, (nn.Sigmoid, nn.Hardsigmoid)):
         return (0.0, 1.0)
     if isinstance(module, nn.Tanh):

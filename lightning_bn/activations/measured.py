@@ -1,5 +1,5 @@
-"""What one sample measured, on the host and flat: the channels of all rows one behind the other, so that a hundred layers
-cost what one does."""
+"""What one sample measured, on the host and flat: the channels of all rows one behind the other, so that a hundred
+layers cost what one does."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ class Memory:
     """Which channels have fired, and how often, sample after sample.
 
     A channel is dead where it has been zero at every position since it last fired, and that for so many positions that
-    it would have fired `EVIDENCE` times among them at the rate that it had. One that has never fired is dead at once, and
-    so are all channels of a layer that gives nothing but zeros.
+    it would have fired `EVIDENCE` times among them at the rate that it had. One that has never fired is dead at once,
+    and so are all channels of a layer that gives nothing but zeros.
     """
 
     EVIDENCE = 20.0
@@ -144,8 +144,8 @@ class Memory:
         self._known: dict[Any, tuple[Array, Array]] = {}  # rate at which a channel fires, and silent positions since
 
     def update(self, pool: Pool, silent: Mask) -> tuple[Mask, Mask, Mask]:
-        """Take a sample in, and return which of its channels are dead, which of these had fired before, and which of these
-        have been dead for many positions."""
+        """Take a sample in, and return which of its channels are dead, which of these had fired before, and which of
+        these have been dead for many positions."""
         widths = [key.width for key in pool.keys]
         fresh = {key: (np.zeros(key.width), np.zeros(key.width)) for key in pool.keys if key not in self._known}
         known = [self._known.get(key) or fresh[key] for key in pool.keys]

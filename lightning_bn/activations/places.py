@@ -1,4 +1,5 @@
-"""Where in a forward a layer is called: each call site is a place of its own, also of a module that is used many times."""
+"""Where in a forward a layer is called: each call site is a place of its own, also of a module that is used many
+times."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def label_of(place: Place, is_alone: bool) -> str:
 
 @dataclass
 class _Track:
-    """Which modules are running, innermost last, and how often each path was called since the outermost of them began."""
+    """Which modules are running, innermost last, and how often each path was called since the outermost of them
+    began."""
 
     running: list[tuple[str, Counter[str]]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)

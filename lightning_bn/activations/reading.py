@@ -1,4 +1,5 @@
-"""What one activation is like: a handful of kernels in its own dtype or float32, and nothing that waits for the device."""
+"""What one activation is like: a handful of kernels in its own dtype or float32, and nothing that waits for the
+device."""
 
 from __future__ import annotations
 

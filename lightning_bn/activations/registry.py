@@ -1,5 +1,5 @@
-"""The statistics of a layer: one entry each, from which the measurement, the table, the limits, the colours, the scalars,
-the charts and the advice are made. A new statistic is an entry here, and nothing else.
+"""The statistics of a layer: one entry each, from which the measurement, the table, the limits, the colours, the
+scalars, the charts and the advice are made. A new statistic is an entry here, and nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Family = Literal["numbers", "scale", "silence", "channel", "saturation", "drift"
 
 @dataclass(frozen=True)
 class Scale:
-    """How values become colours. The range is fixed, so that two runs, and two moments of one, can be compared by eye."""
+    """How values become colours. The range is fixed, so that two runs, and two moments of one, can be compared by
+    eye."""
 
     low: float
     high: float
@@ -52,7 +53,8 @@ class Entry:
     name: str
     of: Source
     value: Callable[[Any], Array]
-    """Of `Channels`, `Norms` or, for what the model is given, `Channels.compared`: a value a row, NaN where there is none."""
+    """Of `Channels`, `Norms` or, for what the model is given, `Channels.compared`: a value a row, NaN where there is
+    none."""
     applies: Callable[[Any], Mask] | None = None
     """Likewise, which rows have the statistic; None: all."""
 
@@ -181,8 +183,10 @@ ENTRIES: tuple[Entry, ...] = (
         log=True,
         judged=_layers,
         rank=4,
-        advice=f"Initialise so that the scale is kept (He et al. 2015) or normalise before this layer; {_LOWER_RATE.lower()}.",
-        advice_low="Initialise so that the scale is kept (He et al. 2015) or normalise before this layer; see what feeds it.",
+        advice=f"Initialise so that the scale is kept (He et al. 2015) or normalise before this layer; "
+        f"{_LOWER_RATE.lower()}.",
+        advice_low="Initialise so that the scale is kept (He et al. 2015) or normalise before this layer; see what "
+        "feeds it.",
         chart="scale: standard deviation of the activations (median, smallest to largest layer)",
         band=True,
     ),
@@ -270,7 +274,8 @@ ENTRIES: tuple[Entry, ...] = (
         high=0.5,
         rank=3,
         # A classifier's last sigmoid is to be near 0 or 1.
-        advice="No gradient passes a saturated function: normalise before it, initialise smaller, or take another one (nn.ReLU).",
+        advice="No gradient passes a saturated function: normalise before it, initialise smaller, or take another one "
+        "(nn.ReLU).",
     ),
     Statistic(
         "nonfinite",
@@ -282,7 +287,8 @@ ENTRIES: tuple[Entry, ...] = (
         high=0,
         rank=0,
         advice=(
-            "Find the operation before this layer that overflows or divides by zero (torch.autograd.set_detect_anomaly); "
+            "Find the operation before this layer that overflows or divides by zero "
+            "(torch.autograd.set_detect_anomaly); "
             f"{_LOWER_RATE.lower()}, or leave 16-bit precision."
         ),
         chart="NaN and infinite activations (worst layer, median)",

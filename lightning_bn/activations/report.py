@@ -35,7 +35,8 @@ class Sink(Protocol):
 
 
 def image_names() -> dict[str, str]:
-    """Return, by statistic, the last part of its picture's tag: numbered, since tags are sorted and not in reading order."""
+    """Return, by statistic, the last part of its picture's tag: numbered, since tags are sorted and not in reading
+    order."""
     drawn = [each.name for each in sorted(STATISTICS.values(), key=lambda each: each.rank) if each.mapped]
     return {name: f"{place:02d}_{name}" for place, name in enumerate((*drawn, "channel_std", "channel_mean"), start=1)}
 

@@ -17,8 +17,8 @@ __all__ = ["ABSENT", "KNOWN", "SHOWN", "WARM_UP", "Sample", "States", "dicts", "
 States = NDArray[np.int8]
 
 ABSENT, KNOWN, WARM_UP, SHOWN = range(4)
-"""States of a cell: the statistic does not apply to the row; it does; a known start explains its value; no limit holds for
-it."""
+"""States of a cell: the statistic does not apply to the row; it does; a known start explains its value; no limit holds
+for it."""
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,8 @@ def by_channel(activation: Tensor, num_channels: int, channel_dim: int) -> Tenso
     dims = activation.dim()
     if not -dims <= channel_dim < dims or activation.shape[channel_dim] != num_channels:
         raise ValueError(
-            f"update(activation of shape {tuple(activation.shape)}): there are no {num_channels} channels in dimension {channel_dim}. "
+            f"update(activation of shape {tuple(activation.shape)}): there are no {num_channels} channels in dimension "
+            f"{channel_dim}. "
             f"Build one ActivationStats(num_channels) a layer, with channel_dim=-1 where the channels come last."
         )
     if channel_dim % dims == 1:
@@ -185,7 +186,8 @@ def _summarise(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _dead_channels(state: Mapping[str, Tensor]) -> Tensor:
-    """Return whether each channel was zero at every position of every input: (C,) bool, False where nothing was seen."""
+    """Return whether each channel was zero at every position of every input: (C,) bool, False where nothing was
+    seen."""
     return (state["zeros"] == state["seen"]) & (state["seen"] > 0)
 
 

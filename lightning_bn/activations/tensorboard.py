@@ -4,12 +4,12 @@ Tags, with the default prefix, and ``activations_val``, ``activations_test`` in 
 
 | tag | what |
 |---|---|
-| ``activations/<statistic>/worst``, ``/median`` | scalar: the value of the layer farthest from healthy; the median over layers |
+| ``activations/<statistic>/worst``, ``/median`` | scalar: the layer farthest from healthy; the median over layers |
 | ``activations/<scale>/smallest``, ``/largest`` | scalar, of `std` and `grad_std`, which can be sick on either side |
 | ``activations/<statistic>/<layer>`` | scalar, for the layers asked for |
 | ``activations_map/01_<statistic>`` | image: layer x step, numbered in the order in which to read them |
-| ``activations_map/09_channel_std``, ``/10_channel_mean`` | image: the spread over the channels of each layer at the newest sample |
-| ``activations/layers`` | text: the verdict so far, which layers were sick when, and the worst layer of each statistic |
+| ``activations_map/09_channel_std``, ``/10_channel_mean`` | image: each layer's spread over channels, newest sample |
+| ``activations/layers`` | text: the verdict so far, which layers were sick when, the worst of each statistic |
 | ``activations_histogram/<layer>`` | histogram, for the layers asked for |
 """
 
@@ -34,8 +34,8 @@ def layout(prefix: str) -> dict[str, dict[str, list[Any]]]:
     """Return the layout of the Custom Scalars tab: a chart for each statistic that has one, for training and for
     validation.
 
-    All lines of a run have one colour, so each chart is a line and an edge of a band around it, which can be told apart:
-    the median within the smallest and the largest, or the worst with the median below it.
+    All lines of a run have one colour, so each chart is a line and an edge of a band around it, which can be told
+    apart: the median within the smallest and the largest, or the worst with the median below it.
     """
 
     def chart(statistic: Statistic, stage: str) -> list[Any]:

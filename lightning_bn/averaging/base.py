@@ -1,6 +1,6 @@
 """How a stream of batch moments becomes the running statistics of a layer.
 
-Two estimators are offered for every kind of average, chosen by `pooled`:
+Every kind of average has two estimators, chosen by `pooled`:
 
 * ``pooled=False``, Ioffe & Szegedy's (2015, section 3.1) and torch's: the average of the batch means, and the average
   of the *unbiased within-batch* variances, each batch counted once. The spread of the means from batch to batch is in
@@ -8,7 +8,7 @@ Two estimators are offered for every kind of average, chosen by `pooled`:
 * ``pooled=True``: the mean and the *unbiased pooled* variance of the data of those batches taken together, each sample
   counted once. It has the spread between batches too.
 
-The two agree for large independent batches and part for small or correlated ones.
+The two agree for large independent batches and differ for small or correlated ones.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ class Averaging(TrainingState, ABC):
             if value.shape[-1:] != (channels,):
                 raise ValueError(
                     f"{self!r} is elementwise, but its initial_state({channels}, ...) returns {name!r} of shape "
-                    f"{tuple(value.shape)}: the last dimension must be that of the {channels} channels. Or leave out `elementwise = True`."
+                    f"{tuple(value.shape)}: the last dimension must be that of the {channels} channels. Or leave out "
+                    f"`elementwise = True`."
                 )
         own._declare(state)
         return own

@@ -156,7 +156,8 @@ class TrainingState(nn.Module):
 
 
 _MEND = (
-    "Build the layer with the averaging that the checkpoint was trained with. To start with an empty history, drop the keys that start "
+    "Build the layer with the averaging that the checkpoint was trained with. To start with an empty history, drop the "
+    "keys that start "
     "with '{}'."
 )
 

@@ -49,18 +49,18 @@ class ActivationStatsMonitor(Callback):
 
     Training is looked at on some optimizer steps (all batches of such a step together), validation and test over the
     whole epoch. Of each call site of a layer: mean, standard deviation (*unbiased, pooled* over batches, channels and
-    ranks), range, share of zeros, dead channels, saturation, NaN and infinite values. Of each batch norm besides: drift,
-    which is the distance between the batch and the running statistics before it, and the range of its affine
+    ranks), range, share of zeros, dead channels, saturation, NaN and infinite values. Of each batch norm besides:
+    drift, which is the distance between the batch and the running statistics before it, and the range of its affine
     parameters. Formulas: `ActivationStats`, `lightning_bn.activations.drift`.
 
     A value beyond its limits is an illness, and its time is an `Episode`; at the end the verdict names the cause of
     each, the earliest and most upstream. What a known start explains is no illness: running statistics that began with
     0/1, and batch norms whose weight began with 0. TensorBoard gets a few scalars over all layers, one heat map a
-    statistic (layer x step), the verdict, and a layout for the Custom Scalars tab; `lightning_bn.activations.tensorboard`
-    lists the tags. Other loggers get the scalars, and W&B, MLflow, Comet and Neptune the heat maps. A CSV file of the
-    whole table, ``activation_stats.csv``, lies beside each logger's files, else in ``default_root_dir``, and `table`
-    gives the same rows. Training computes the same to the bit with and without this callback; steps at which a compiled
-    model is looked at run without `torch.compile`.
+    statistic (layer x step), the verdict, and a layout for the Custom Scalars tab;
+    `lightning_bn.activations.tensorboard` lists the tags. Other loggers get the scalars, and W&B, MLflow, Comet and
+    Neptune the heat maps. A CSV file of the whole table, ``activation_stats.csv``, lies beside each logger's files,
+    else in ``default_root_dir``, and `table` gives the same rows. Training computes the same to the bit with and
+    without this callback; steps at which a compiled model is looked at run without `torch.compile`.
 
     Functional activations (``F.relu(x)``) are no modules and can't be seen: use ``nn.ReLU()``, or name the module whose
     output they make. On several ranks activations are exact over all of them; drift is rank 0's, whose statistics DDP
@@ -113,12 +113,14 @@ class ActivationStatsMonitor(Callback):
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(
-                f"ActivationStatsMonitor(every_n_steps={every_n_steps!r}): it is a number of optimizer steps, at least 1, as in "
+                f"ActivationStatsMonitor(every_n_steps={every_n_steps!r}): it is a number of optimizer steps, at least "
+                f"1, as in "
                 "every_n_steps=50; None takes the Trainer's log_every_n_steps."
             )
         if isinstance(scalars, bool) or scalars is None:
             raise ValueError(
-                f'ActivationStatsMonitor(scalars={scalars!r}): it is "worst", "all", or patterns of layer names such as "layer4.*".'
+                f'ActivationStatsMonitor(scalars={scalars!r}): it is "worst", "all", or patterns of layer names such '
+                f'as "layer4.*".'
             )
         if layers is not None:
             check_choices(f"ActivationStatsMonitor(layers={layers!r})", layers)
@@ -149,8 +151,8 @@ class ActivationStatsMonitor(Callback):
         return self._table.rows()
 
     def episodes(self, stage: str | None = None) -> list[Episode]:
-        """Return what was sick in the last run, of one stage or of all: layer, statistic, first and last step, peak, and
-        whether it has recovered. The earliest and most upstream comes first, since that is the cause."""
+        """Return what was sick in the last run, of one stage or of all: layer, statistic, first and last step, peak,
+        and whether it has recovered. The earliest and most upstream comes first, since that is the cause."""
         return self._table.episodes(stage)
 
     def ailments(self, stage: str = "train") -> list[Episode]:
@@ -179,7 +181,8 @@ class ActivationStatsMonitor(Callback):
         if grid is None or not grid.layers:
             known = [name for name in STATISTICS if self._table.grid(stage, name).layers]
             raise ValueError(
-                f"picture({statistic!r}, {stage!r}): there is no such row in the table; there are {', '.join(known) or 'none'}."
+                f"picture({statistic!r}, {stage!r}): there is no such row in the table; there are "
+                f"{', '.join(known) or 'none'}."
             )
         return draw_grid(grid)
 
@@ -294,8 +297,10 @@ class ActivationStatsMonitor(Callback):
                     else f"module for {self.layers!r}"
                 )
                 rank_zero_warn(
-                    f"ActivationStatsMonitor(layers={self.layers!r}) finds nothing to look at: {type(pl_module).__name__} has no {wanted}. "
-                    "Name what it has, as in layers=nn.Conv2d or layers='encoder.*'; functional activations (F.relu) are no modules."
+                    f"ActivationStatsMonitor(layers={self.layers!r}) finds nothing to look at: "
+                    f"{type(pl_module).__name__} has no {wanted}. "
+                    "Name what it has, as in layers=nn.Conv2d or layers='encoder.*'; functional activations (F.relu) "
+                    "are no modules."
                 )
             self._collectors[stage] = LayerCollector(
                 pl_module,
@@ -316,7 +321,8 @@ class ActivationStatsMonitor(Callback):
             chosen = [name for name, module in layers.items() if is_chosen(self.histograms, name, module)]
         if len(chosen) > MAX_HISTOGRAMS:
             rank_zero_info(
-                f"ActivationStatsMonitor: histograms of the first {MAX_HISTOGRAMS} of {len(chosen)} layers; pick others with "
+                f"ActivationStatsMonitor: histograms of the first {MAX_HISTOGRAMS} of {len(chosen)} layers; pick "
+                f"others with "
                 "histograms='layer4.*'."
             )
         return chosen[:MAX_HISTOGRAMS]
@@ -394,8 +400,10 @@ class ActivationStatsMonitor(Callback):
         self._told.add(stage)
         if unseen:
             rank_zero_warn(
-                f"ActivationStatsMonitor sees nothing of {_names(unseen)} in {_STAGES[stage]}: no forward called them as modules. They "
-                "are not part of this forward, or run inside compiled or scripted code that is not a module of the model's."
+                f"ActivationStatsMonitor sees nothing of {_names(unseen)} in {_STAGES[stage]}: no forward called them "
+                f"as modules. They "
+                "are not part of this forward, or run inside compiled or scripted code that is not a module of the "
+                "model's."
             )
         if left_out:
             found = [f"{name} ({reason})" for name, reason in left_out.items()]

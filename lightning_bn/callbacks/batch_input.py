@@ -142,7 +142,10 @@ def _another_way(module: LightningModule, batch: Any) -> str | None:
     value = f"batch[{first!r}]" if isinstance(batch, (Mapping, Sequence)) else "batch"
     calls = ", ".join(f"module.{part}({value if place == 0 else '...'})" for place, part in enumerate(parts))
     called = f"({calls}{',' * (len(parts) == 1)})"
-    return f"Call the parts that hold the batch-norm layers, each with what it takes: forward=lambda module, batch: {called}."
+    return (
+        f"Call the parts that hold the batch-norm layers, each with what it takes: forward=lambda module, batch: "
+        f"{called}."
+    )
 
 
 def _ways_through_forward(module: LightningModule, batch: Any) -> list[WayIn]:

@@ -1,9 +1,9 @@
 """The one place that knows both Lightning packages.
 
-``lightning`` installs ``pytorch_lightning`` too, and the two hold the same classes twice over: ``isinstance`` against the class
-of one is False for an object of the other. So each name here is a union of both, or a class that inherits from both.
-A Trainer of either package then takes the callbacks and plugins of this package, and they know its modules, loggers and
-callbacks. The second import costs a fortieth of the first, since most of what they import is shared.
+``lightning`` installs ``pytorch_lightning`` too, and the two hold the same classes twice over: ``isinstance`` against
+the class of one is False for an object of the other. So each name here is a union of both, or a class that inherits
+from both. A Trainer of either package then takes the callbacks and plugins of this package, and they know its modules,
+loggers and callbacks. The second import costs a fortieth of the first, since most of what they import is shared.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Callback(ShowsArguments, lightning.pytorch.Callback, pytorch_lightning.Cal
 
 
 class TorchSyncBatchNorm(ShowsArguments, _TorchSyncBatchNorm, _layer_sync.TorchSyncBatchNorm):
-    """A plugin for ``Trainer(sync_batchnorm=True)`` of either package, which accepts its own `TorchSyncBatchNorm` alone."""
+    """A plugin for ``Trainer(sync_batchnorm=True)`` of either package, which accepts its own `TorchSyncBatchNorm`
+    alone."""
 
 
 class MisconfigurationException(_Misconfiguration, _OtherMisconfiguration):

@@ -107,7 +107,8 @@ class CompareAverages(Callback):
         check_plugin_is_applied(trainer, pl_module)
         if not trainer.enable_validation:
             raise MisconfigurationException(
-                "CompareAverages: the fit has no validation to compare by. Give trainer.fit a validation loader, and the module a "
+                "CompareAverages: the fit has no validation to compare by. Give trainer.fit a validation loader, and "
+                "the module a "
                 "validation_step."
             )
         self._input = BatchInput(
@@ -115,7 +116,8 @@ class CompareAverages(Callback):
         )
         if not any(layer.tracks for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
-                f"CompareAverages: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. Leave it out."
+                f"CompareAverages: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. "
+                f"Leave it out."
             )
         settle_together(pl_module)
         self._followers = Followers(pl_module, self.averages)
@@ -170,7 +172,8 @@ class CompareAverages(Callback):
         rows, self._pending = {_OWN: own, **self._pending}, {}
         if any(self.monitor not in metrics for metrics in rows.values()):
             raise MisconfigurationException(
-                f"CompareAverages(monitor={self.monitor!r}): validation logs no such metric; it logs {', '.join(names) or 'none'}."
+                f"CompareAverages(monitor={self.monitor!r}): validation logs no such metric; it logs "
+                f"{', '.join(names) or 'none'}."
             )
         # The same on every rank, as what it recommends must be.
         self.metrics = {
@@ -220,8 +223,10 @@ class CompareAverages(Callback):
         missed = self._followers.missed()
         if missed:
             raise MisconfigurationException(
-                f"CompareAverages did not see {', '.join(missed)} run in training: they were compiled in this process before the fit, and "
-                "hooks that come later are never called. Call torch.compiler.reset() before the fit, or leave the callback out."
+                f"CompareAverages did not see {', '.join(missed)} run in training: they were compiled in this process "
+                f"before the fit, and "
+                "hooks that come later are never called. Call torch.compiler.reset() before the fit, or leave the "
+                "callback out."
             )
 
     @contextmanager
@@ -262,5 +267,6 @@ def _check_averages(averages: Mapping[str, Averaging]) -> None:
         check_averaging(averaging, f"CompareAverages({{{name!r}: {averaging!r}}})")
         if name in (_OWN, _RECALIBRATED):
             raise ValueError(
-                f"CompareAverages({{{name!r}: ...}}): {name!r} is the name of a row that the callback adds; choose another."
+                f"CompareAverages({{{name!r}: ...}}): {name!r} is the name of a row that the callback adds; choose "
+                f"another."
             )

@@ -1,4 +1,4 @@
-"""An average for every batch norm of a model that knows nothing of it."""
+"""ConvertBatchNorm: give every batch norm of an unmodified model an averaging."""
 
 from __future__ import annotations
 
@@ -87,8 +87,10 @@ class ConvertBatchNorm(Callback):
         lost = [layer.name for layer in layers if layer.synced and not self._has_averaging(layer.module)]
         if lost:
             raise MisconfigurationException(
-                f"ConvertBatchNorm({self.averaging!r}): Trainer(sync_batchnorm=True) has put torch's SyncBatchNorm in the place of "
-                f"{len(lost)} converted layers ({', '.join(lost[:3])}{', ...' * (len(lost) > 3)}), and their averages are gone. "
+                f"ConvertBatchNorm({self.averaging!r}): Trainer(sync_batchnorm=True) has put torch's SyncBatchNorm in "
+                f"the place of "
+                f"{len(lost)} converted layers ({', '.join(lost[:3])}{', ...' * (len(lost) > 3)}), and their averages "
+                f"are gone. "
                 "Use Trainer(sync_batchnorm=True, plugins=[lightning_bn.BatchNormSync()]), which replaces no layer."
             )
         self._convert(pl_module)
@@ -132,4 +134,7 @@ def _settings(averaging: Averaging) -> dict[str, Any]:
 
 
 def _nothing_to_convert(module: LightningModule) -> str:
-    return f"ConvertBatchNorm: {type(module).__name__} has no batch-norm layer. Leave the callback out of Trainer(callbacks=...)."
+    return (
+        f"ConvertBatchNorm: {type(module).__name__} has no batch-norm layer. Leave the callback out of "
+        f"Trainer(callbacks=...)."
+    )

@@ -175,7 +175,8 @@ def _reach(trainer: Trainer, path: str, advice: str) -> Any:
         part = getattr(part, name, None)
     if part is None:
         raise RuntimeError(
-            f"trainer.{path} is missing: Lightning {package_of(trainer).__version__} is not known here; {advice} to do without it."
+            f"trainer.{path} is missing: Lightning {package_of(trainer).__version__} is not known here; {advice} to do "
+            f"without it."
         )
     return part
 

@@ -79,7 +79,8 @@ class BatchNormRecalibration(Callback):
         >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.callbacks import EMAWeightAveraging
         >>> from lightning_bn import BatchNormRecalibration
-        >>> callbacks = [EMAWeightAveraging(use_buffers=False), BatchNormRecalibration(when="validation", num_batches=100)]
+        >>> recalibration = BatchNormRecalibration(when="validation", num_batches=100)
+        >>> callbacks = [EMAWeightAveraging(use_buffers=False), recalibration]
         >>> trainer = Trainer(callbacks=callbacks, logger=False, enable_checkpointing=False)
 
     References:
@@ -144,17 +145,21 @@ class BatchNormRecalibration(Callback):
         # One that is frozen may not track for now (`BaseFinetuning` tells its layers so), and will when it is unfrozen.
         if not any(layer.module.running_mean is not None for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
-                f"BatchNormRecalibration: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. "
+                f"BatchNormRecalibration: {type(pl_module).__name__} has no batch-norm layer that keeps running "
+                f"statistics. "
                 "Leave the callback out of Trainer(callbacks=...)."
             )
         if self.forward is None and not pl_module.automatic_optimization and not is_overridden("forward", pl_module):
             raise MisconfigurationException(
-                f"BatchNormRecalibration: {type(pl_module).__name__} optimises by hand, so its training_step can't be run, and it has no "
-                "forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: module.model(batch[0]))."
+                f"BatchNormRecalibration: {type(pl_module).__name__} optimises by hand, so its training_step can't be "
+                f"run, and it has no "
+                "forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: "
+                "module.model(batch[0]))."
             )
         if self.monitor is not None and not trainer.enable_validation:
             raise MisconfigurationException(
-                f"BatchNormRecalibration(monitor={self.monitor!r}): the fit has no validation to compare by. Leave out monitor=, or give "
+                f"BatchNormRecalibration(monitor={self.monitor!r}): the fit has no validation to compare by. Leave out "
+                f"monitor=, or give "
                 "trainer.fit a validation loader and the module a validation_step."
             )
         check_kinds(trainer, self.checkpoints)
@@ -168,7 +173,8 @@ class BatchNormRecalibration(Callback):
                 self._input.learn_from(trainer, pl_module, batches)
         elif self.when == "validation" and iterates_itself(trainer):
             raise MisconfigurationException(
-                "BatchNormRecalibration(when='validation'): the training loader is its own iterator, so a second pass would take the fit's "
+                "BatchNormRecalibration(when='validation'): the training loader is its own iterator, so a second pass "
+                "would take the fit's "
                 "batches. Give it a loader of its own: BatchNormRecalibration(dataloader=...)."
             )
 
@@ -262,7 +268,8 @@ class BatchNormRecalibration(Callback):
                 self.report.rollback()
         if self.report.not_run:
             rank_zero_warn(
-                f"BatchNormRecalibration: {', '.join(self.report.not_run)} did not run and kept their statistics. If training runs them, "
+                f"BatchNormRecalibration: {', '.join(self.report.not_run)} did not run and kept their statistics. If "
+                f"training runs them, "
                 "say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: ...)."
             )
         self._count, self._last_step = self._count + 1, trainer.global_step
@@ -313,7 +320,8 @@ class BatchNormRecalibration(Callback):
         metrics = validate_once_more(trainer, module)
         if self.monitor not in metrics:
             raise MisconfigurationException(
-                f"BatchNormRecalibration(monitor={self.monitor!r}): validation logs no such metric; it logs {', '.join(metrics) or 'none'}."
+                f"BatchNormRecalibration(monitor={self.monitor!r}): validation logs no such metric; it logs "
+                f"{', '.join(metrics) or 'none'}."
             )
         # The same on every rank, or one would roll back where another does not.
         return float(trainer.strategy.reduce(metrics[self.monitor], reduce_op="mean"))
@@ -326,7 +334,8 @@ def _why_none(layers: list[BatchNormLayer]) -> str:
     names = [layer.name or "(the module)" for layer in layers if layer.tracks and not layer.frozen]
     listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
-        f"{listed} can learn, but no batch-norm layer was in training mode in the last training step (if that was not meant, call "
+        f"{listed} can learn, but no batch-norm layer was in training mode in the last training step (if that was not "
+        f"meant, call "
         "module.train() before the fit)"
     )
 
@@ -350,15 +359,18 @@ def _check_arguments(
         )
     if tolerance is not None and (exact or not tolerance > 0):
         raise ValueError(
-            f"BatchNormRecalibration(tolerance={tolerance!r}, exact={exact!r}): tolerance is a standard error in standard deviations, "
+            f"BatchNormRecalibration(tolerance={tolerance!r}, exact={exact!r}): tolerance is a standard error in "
+            f"standard deviations, "
             "above 0, and goes with exact=False, since exact needs all batches at once."
         )
     if isinstance(dataloader, Iterator) and not isinstance(dataloader, CombinedLoader):
         raise TypeError(
-            f"BatchNormRecalibration(dataloader={dataloader!r}): an iterator is used up after one pass. Pass what can be iterated again, a "
+            f"BatchNormRecalibration(dataloader={dataloader!r}): an iterator is used up after one pass. Pass what can "
+            f"be iterated again, a "
             "DataLoader or a list of batches."
         )
     if isinstance(checkpoints, str) or not set(checkpoints) <= set(KINDS):
         raise ValueError(
-            f"BatchNormRecalibration(checkpoints={checkpoints!r}): any of 'best' and 'last', as in checkpoints=('best', 'last')."
+            f"BatchNormRecalibration(checkpoints={checkpoints!r}): any of 'best' and 'last', as in "
+            f"checkpoints=('best', 'last')."
         )

@@ -120,7 +120,8 @@ class RunJournal:
 
 
 def journal_of(trainer: Trainer) -> RunJournal:
-    """Return the journal of a Trainer, which writes on rank 0 alone, and nothing where the Trainer is to leave no trace."""
+    """Return the journal of a Trainer, which writes on rank 0 alone, and nothing where the Trainer is to leave no
+    trace."""
     if trainer not in _JOURNALS:
         writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
         _JOURNALS[trainer] = RunJournal(Journal(run_directory(trainer) if writes else None))

@@ -22,6 +22,8 @@ def check_plugin_is_applied(trainer: Trainer, module: LightningModule) -> None:
     if plugin.is_applied_to(module) or plugin in trainer.callbacks:
         return
     raise MisconfigurationException(
-        f"Trainer(plugins=[BatchNormSync(...)]): {type(trainer.strategy).__name__} applies no plugin of this kind, so no layer would be "
-        "synchronised. Give it as a callback: Trainer(callbacks=[BatchNormSync(...)]), without plugins= and sync_batchnorm=."
+        f"Trainer(plugins=[BatchNormSync(...)]): {type(trainer.strategy).__name__} applies no plugin of this kind, so "
+        f"no layer would be "
+        "synchronised. Give it as a callback: Trainer(callbacks=[BatchNormSync(...)]), without plugins= and "
+        "sync_batchnorm=."
     )

@@ -116,7 +116,8 @@ class CheckpointHealth:
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """How far a layer's statistics are from those in another file. The unit of the mean is ``sqrt(first var + 1e-5)``."""
+    """How far a layer's statistics are from those in another file. The unit of the mean is ``sqrt(first var +
+    1e-5)``."""
 
     name: str
     mean_shift_max: float
@@ -308,7 +309,10 @@ def _findings(layer: LayerHealth) -> Iterator[HealthFinding]:
             "error", "BN203", layer.name, f"{layer.nonfinite} entries are NaN, infinite, or a negative variance."
         )
     if layer.untouched:
-        text = f"mean is 0 and variance 1 in all channels, with {layer.batches_tracked or 0} batches tracked: no data has been seen."
+        text = (
+            f"mean is 0 and variance 1 in all channels, with {layer.batches_tracked or 0} batches tracked: no data "
+            f"has been seen."
+        )
         yield HealthFinding("warning", "BN204", layer.name, text)
     if layer.exploded:
         yield HealthFinding(

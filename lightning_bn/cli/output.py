@@ -26,7 +26,8 @@ _COLOURS = {"error": "1;31", "warning": "1;33", "info": "36"}
 
 
 class RefusedError(Exception):
-    """The command can't do what was asked, and nothing was changed; the user's to mend, so that no traceback is shown."""
+    """The command can't do what was asked, and nothing was changed; the user's to mend, so that no traceback is
+    shown."""
 
 
 class UsageError(Exception):

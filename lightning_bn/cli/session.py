@@ -125,7 +125,8 @@ class Session:
         unknown = [key for key in run.statistics if key not in state]
         if unknown:
             raise RefusedError(
-                f"the model renames what it loads: its {unknown[0]} is not in the checkpoint, so there is no place for it."
+                f"the model renames what it loads: its {unknown[0]} is not in the checkpoint, so there is no place for "
+                f"it."
             )
         return run.report, {key: value.to(state[key].dtype) for key, value in run.statistics.items()}
 

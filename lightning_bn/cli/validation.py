@@ -29,7 +29,8 @@ def validate(
     weights_only: bool = True,
     json: bool = False,
 ) -> int:
-    """Validate a checkpoint under its own statistics and, to `compare`, under recalibrated ones and under the batches'."""
+    """Validate a checkpoint under its own statistics and, to `compare`, under recalibrated ones and under the
+    batches'."""
     checkpoint = load_checkpoint(ckpt_path, weights_only=weights_only)
     session = Session(config, overrides, checkpoint, model=model, data=data, cli=cli)
     results = {"checkpoint": session.validate({})}

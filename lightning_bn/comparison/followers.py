@@ -126,8 +126,8 @@ class Followers:
     def missed(self) -> list[str]:
         """Return the names of layers that took in batches of which nothing was seen here; waits for the device.
 
-        Code that `torch.compile` made before there were hooks never calls them. The statistics of an averaged copy, such
-        as a teacher or a target network, are written by whoever averages, and not by batches.
+        Code that `torch.compile` made before there were hooks never calls them. The statistics of an averaged copy,
+        such as a teacher or a target network, are written by whoever averages, and not by batches.
         """
         if not is_compiled(self._model):
             return []
@@ -146,8 +146,8 @@ class Followers:
     @contextmanager
     @torch.no_grad()
     def applied(self, name: str) -> Iterator[None]:
-        """Let the layers that training runs hold the statistics of the average `name`, in place; at exit they hold their
-        own again."""
+        """Let the layers that training runs hold the statistics of the average `name`, in place; at exit they hold
+        their own again."""
         self._flush()
         followed = {path: layer for path, layer in self._layers.items() if self._follows(path)}
         before = [(layer, layer.running_mean.clone(), layer.running_var.clone()) for layer in followed.values()]

@@ -44,7 +44,8 @@ def find_journal(run: Path) -> Path:
         return found[0]
     if not found:
         raise FileNotFoundError(
-            f"{run}: there is no {FILE_NAME} in it or below it. ActivationStatsMonitor and ModeCheck write one beside the "
+            f"{run}: there is no {FILE_NAME} in it or below it. ActivationStatsMonitor and ModeCheck write one beside "
+            f"the "
             "logger's files."
         )
     listed = ", ".join(str(each.parent) for each in found[-5:])

@@ -16,7 +16,8 @@ MEASURE = "lightning-bn validate --config config.yaml --ckpt_path last.ckpt --co
 
 
 def verdict_of(journal: JournalReader, findings: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the verdict as ``level`` (``"error"``, ``"warning"``, ``"past"``, ``"healthy"``, ``"unknown"``) and ``text``."""
+    """Return the verdict as ``level`` (``"error"``, ``"warning"``, ``"past"``, ``"healthy"``, ``"unknown"``) and
+    ``text``."""
     episodes = [each for each in findings if each["source"] == "monitor"]
     guard = [each for each in findings if each["source"] == "guard" and each["level"] != "info" and not each["past"]]
     now = [each for each in episodes if not each["past"]]

@@ -141,7 +141,8 @@ def _state(journal: JournalReader, name: str, directory: str, changed: float) ->
 
 
 def _layers(journal: JournalReader) -> list[dict[str, Any]]:
-    """Return the layers in forward order, with what is known of each; those of the samples that no line describes too."""
+    """Return the layers in forward order, with what is known of each; those of the samples that no line describes
+    too."""
     described = {each["name"]: each for each in journal.whole("layers").get("layers", [])}
     newest = [samples[-1].rows for samples in journal.samples.values() if samples]
     order = dict.fromkeys(name for rows in newest for name in rows) | dict.fromkeys(described)

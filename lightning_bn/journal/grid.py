@@ -41,8 +41,8 @@ class Limits:
         return (values < self.low) | (values > self.high)
 
     def badness(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return how bad each value is: any beyond a limit before all within, then by the distance from healthy; -1 where
-        there is no value."""
+        """Return how bad each value is: any beyond a limit before all within, then by the distance from healthy; -1
+        where there is no value."""
         known = values[np.isfinite(values)]
         healthy = self.healthy if self.healthy is not None else float(np.median(known)) if known.size else 1.0
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -16,7 +16,8 @@ from lightning_bn.journal.lines import FILE_NAME, VERSION, encode, encode_number
 __all__ = ["Journal"]
 
 CHANNEL_BUDGET = 6_000_000
-"""Bytes that the lines of channels may take in all; a sample is kept each time the run has doubled, so few are refused."""
+"""Bytes that the lines of channels may take in all; a sample is kept each time the run has doubled, so few are
+refused."""
 
 
 class Journal:
@@ -52,7 +53,8 @@ class Journal:
             self._append(encode(kind, fields))
 
     def write_once(self, kind: str, **fields: Any) -> None:
-        """Append a line unless the last one of its kind that came this way said the same: several callbacks see one epoch."""
+        """Append a line unless the last one of its kind that came this way said the same: several callbacks see one
+        epoch."""
         if self.path is None:
             return
         line = encode(kind, fields)
@@ -105,8 +107,8 @@ class Journal:
         self._append(encode("sample", fields, values=values))
 
     def wants_channels(self, stage: str, samples: int) -> bool:
-        """Return whether the channels of this sample, the `samples`-th of its stage, are to be kept: each time the run has
-        grown by a half, within `CHANNEL_BUDGET`."""
+        """Return whether the channels of this sample, the `samples`-th of its stage, are to be kept: each time the run
+        has grown by a half, within `CHANNEL_BUDGET`."""
         return (
             self.path is not None and self._channels < CHANNEL_BUDGET and samples >= self._next_channels.get(stage, 1)
         )

@@ -95,7 +95,8 @@ class AveragedBatchNorm(_BatchNorm):
             check_averaging(averaging, f"{type(self).__name__}({num_features}, averaging={averaging!r})")
             if self.running_mean is None:
                 raise ValueError(
-                    f"{type(self).__name__}({num_features}, track_running_stats=False, averaging={averaging!r}): there are no running "
+                    f"{type(self).__name__}({num_features}, track_running_stats=False, averaging={averaging!r}): there "
+                    f"are no running "
                     "statistics to average. Leave out track_running_stats=False, or averaging."
                 )
         self.adopt(averaging)
@@ -372,7 +373,8 @@ class BatchNorm3d(AveragedBatchNorm, nn.BatchNorm3d):
 def masked_batch_norm(
     input: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Moments]:
-    """Normalise `input` with the moments of its valid positions, which are returned too; the others come out as zero."""
+    """Normalise `input` with the moments of its valid positions, which are returned too; the others come out as
+    zero."""
     if has_torch_function((input, mask, weight, bias)):  # a synchronising mode takes the moments of all ranks
         return handle_torch_function(masked_batch_norm, (input,), input, mask, weight, bias, eps)
     kept = mask.unsqueeze(1)
@@ -393,7 +395,8 @@ def check_averaging(averaging: object, call: str) -> None:
     """Raise a TypeError that shows `call` unless `averaging` is an Averaging."""
     if not isinstance(averaging, Averaging):
         raise TypeError(
-            f"{call}: averaging is an Averaging such as Window(20), Exponential(0.1) or Cumulative(), not {averaging!r}."
+            f"{call}: averaging is an Averaging such as Window(20), Exponential(0.1) or Cumulative(), not "
+            f"{averaging!r}."
         )
 
 

@@ -34,9 +34,9 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
     """Give every batch-norm layer in `module` the averaging, in place.
 
     A `torch.nn.BatchNorm1d/2d/3d` becomes this package's; it stays the same object, so parameters, buffers, hooks,
-    training flags, ``requires_grad``, device, dtype, names, and optimizers built before stay as they are. A subclass of
-    others' making (timm's ``BatchNormAct2d``, torch's ``SyncBatchNorm``) keeps its class and its own forward, and gets
-    the averaging around it.
+    training flags, ``requires_grad``, device, dtype, names, and optimizers built before stay as they are. A third-party
+    subclass (timm's ``BatchNormAct2d``, torch's ``SyncBatchNorm``) keeps its class and its own forward, and gets the
+    averaging around it.
 
     Args:
         module: a model, or a layer.
@@ -68,11 +68,13 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
     refused = [(layer, reason) for layer in layers if (reason := _refusal(layer.module, averaging))]
     if refused:
         raise TypeError(
-            f"convert_batch_norm(module, {averaging!r}) can't attach the averaging to {_listing(refused)}. Nothing was changed."
+            f"convert_batch_norm(module, {averaging!r}) can't attach the averaging to {_listing(refused)}. Nothing was "
+            f"changed."
         )
     if not layers:
         warnings.warn(
-            f"convert_batch_norm({type(module).__name__}(...), {averaging!r}) finds no batch-norm layer, and converts nothing. "
+            f"convert_batch_norm({type(module).__name__}(...), {averaging!r}) finds no batch-norm layer, and converts "
+            f"nothing. "
             "Call it after the model is built; other normalisations, such as LayerNorm, have no running statistics.",
             stacklevel=2,
         )

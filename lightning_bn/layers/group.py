@@ -306,7 +306,8 @@ class Group:
         for name, tensor in self._state.items():
             if getattr(rule, name) is not tensor:
                 raise TypeError(
-                    f"{type(rule).__name__}.update assigns self.{name}, of which each layer holds a part. Write it in place: "
+                    f"{type(rule).__name__}.update assigns self.{name}, of which each layer holds a part. Write it in "
+                    f"place: "
                     f"batch.write(self.{name}, value)."
                 )
 

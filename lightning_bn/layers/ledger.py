@@ -58,7 +58,8 @@ def settle_together(model: nn.Module) -> nn.Module:
         >>> import torch
         >>> from torch import nn
         >>> from lightning_bn import BatchNorm1d, Window, settle_together
-        >>> model = settle_together(nn.Sequential(nn.Linear(2, 4), BatchNorm1d(4, averaging=Window(20)), nn.Linear(4, 4), BatchNorm1d(4)))
+        >>> windowed = BatchNorm1d(4, averaging=Window(20))
+        >>> model = settle_together(nn.Sequential(nn.Linear(2, 4), windowed, nn.Linear(4, 4), BatchNorm1d(4)))
         >>> _ = model(torch.randn(8, 2))
         >>> model[1].num_batches_tracked.item()
         1
@@ -110,7 +111,8 @@ class Ledger(OutermostForward):
         """Batches that other threads have run through the layers meanwhile."""
         self._plans: dict[tuple[Any, ...], list[Group]] = {}
         self.rounds: list[list[tuple[Group, Lent]]] = []
-        """What was lent in this forward and is not settled yet: of a layer that is called again, a round for each call."""
+        """What was lent in this forward and is not settled yet: of a layer that is called again, a round for each
+        call."""
         self._groups: list[Group] = []
 
     def begin(self) -> bool:
@@ -194,7 +196,8 @@ class Ledger(OutermostForward):
         self.rounds.append(round_)
 
     def _signature(self) -> tuple[Any, ...]:
-        """What decides which layers are settled together, for each of them; None for one whose statistics don't move."""
+        """What decides which layers are settled together, for each of them; None for one whose statistics don't
+        move."""
         merging = self.merges
         rule_told = rule_of if merging else rule_unless_kernel
         found: list[Any] = []

@@ -35,14 +35,15 @@ class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see 
     Args:
         statistics_only: each rank normalises with its own batch, as plain DDP does, but the running statistics are the
             moments of all ranks' batches, the spread between ranks included, so that every rank evaluates with the
-            same. Cost: one all_reduce for all layers together, per forward of the model, which runs while backward does.
+            same. Cost: one all_reduce for all layers together, per forward of the model, which runs while backward
+            does.
         group_size: normalise in groups of that many neighbouring ranks, which must divide the number of ranks. The
             running statistics are those of all ranks; each group's batch is counted once.
         process_group: the ranks to synchronise. None: all, or under tensor parallelism those that see different data.
 
     Raises:
-        ValueError: group_size below 2, or with statistics_only; in `apply`, a group_size that does not divide the number
-            of ranks, a process group without this rank, or ranks whose models differ.
+        ValueError: group_size below 2, or with statistics_only; in `apply`, a group_size that does not divide the
+            number of ranks, a process group without this rank, or ranks whose models differ.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -60,8 +61,10 @@ class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see 
     ) -> None:
         if group_size is not None and (not isinstance(group_size, int) or group_size < 2 or statistics_only):
             raise ValueError(
-                f"BatchNormSync(statistics_only={statistics_only!r}, group_size={group_size!r}): group_size is a number of ranks, at least "
-                "2, that normalise with one batch, as in BatchNormSync(group_size=8); with statistics_only=True none do."
+                f"BatchNormSync(statistics_only={statistics_only!r}, group_size={group_size!r}): group_size is a "
+                f"number of ranks, at least "
+                "2, that normalise with one batch, as in BatchNormSync(group_size=8); with statistics_only=True none "
+                "do."
             )
         self.statistics_only = statistics_only
         self.group_size = group_size
@@ -124,7 +127,8 @@ class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see 
         if self.group_size is not None and world % self.group_size:
             fitting = [size for size in range(2, world + 1) if world % size == 0]
             raise ValueError(
-                f"BatchNormSync(group_size={self.group_size}): {world} ranks can't be divided into groups of {self.group_size}; one of "
+                f"BatchNormSync(group_size={self.group_size}): {world} ranks can't be divided into groups of "
+                f"{self.group_size}; one of "
                 f"{', '.join(map(str, fitting))} can be used."
             )
 

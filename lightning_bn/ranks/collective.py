@@ -41,7 +41,8 @@ class Ranks:
             self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
             if self.rank < 0:
                 raise ValueError(
-                    f"{task}: process_group does not contain this process, rank {dist.get_rank()} of {dist.get_world_size()}. "
+                    f"{task}: process_group does not contain this process, rank {dist.get_rank()} of "
+                    f"{dist.get_world_size()}. "
                     "Call it on the ranks of the group alone, or pass each rank the group that it is in."
                 )
 
@@ -56,7 +57,8 @@ class Ranks:
         return self.rank == 0
 
     def share(self, value: T) -> list[T]:
-        """Return the `value` of every rank, in the order of ranks; every rank must call it as often. Alone: ``[value]``.
+        """Return the `value` of every rank, in the order of ranks; every rank must call it as often. Alone:
+        ``[value]``.
 
         Raises:
             RankError: a rank called `fail` instead, or is gone.
@@ -80,7 +82,8 @@ class Ranks:
             for rank, theirs in enumerate(everyone):
                 if theirs.get(name) != own:
                     raise ValueError(
-                        f"{self.task}: {name} is {own!r} on rank 0 and {theirs.get(name)!r} on rank {rank}. Every rank must call it "
+                        f"{self.task}: {name} is {own!r} on rank 0 and {theirs.get(name)!r} on rank {rank}. Every rank "
+                        f"must call it "
                         "with the same model and the same arguments."
                     )
 

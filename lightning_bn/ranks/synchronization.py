@@ -256,7 +256,8 @@ def _of_every_rank(tensor: Tensor, group: Group) -> list[Tensor]:
 
 @contextmanager
 def unsynchronised(layers: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Let each of `layers` run by itself for the block, as it did before `synchronise`; any other layer stays as it is."""
+    """Let each of `layers` run by itself for the block, as it did before `synchronise`; any other layer stays as it
+    is."""
     with ExitStack() as stack:
         for layer in layers:
             forward = layer.__dict__.get("forward")

@@ -120,7 +120,8 @@ class KeptObjects:
     def _visit_tensor(self, name: str, tensor: Tensor) -> None:
         if nn.parameter.is_lazy(tensor):
             raise TypeError(
-                f"recalibrate(model, batches): {name} is lazy and has no values yet. Run a batch through the model first."
+                f"recalibrate(model, batches): {name} is lazy and has no values yet. Run a batch through the model "
+                f"first."
             )
         (self.parameters if isinstance(tensor, nn.Parameter) else self.tensors).append(tensor)
         if tensor.is_leaf and tensor.grad is not None:
@@ -246,7 +247,8 @@ def _is_left_alone(kind: type) -> bool:
 
 def _cant_be_kept(name: str, thing: object) -> str:
     return (
-        f"recalibrate(model, batches): {name} is a {type(thing).__name__}, which could not be put back after the pass. Keep it outside the "
+        f"recalibrate(model, batches): {name} is a {type(thing).__name__}, which could not be put back after the pass. "
+        f"Keep it outside the "
         "model, or keep in its place what it is made from (a loader, not its iterator)."
     )
 

@@ -42,7 +42,8 @@ class KeptTensors:
                 _write(kept, value)
 
     def find_silent_writes(self) -> None:
-        """Compare all values once, so that `restore_written` knows of tensors that are written without being counted."""
+        """Compare all values once, so that `restore_written` knows of tensors that are written without being
+        counted."""
         self._silent = [pair for group in self._groups for pair in group.changed()]
 
     def restore_written(self) -> None:

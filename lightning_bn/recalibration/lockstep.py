@@ -60,11 +60,13 @@ class Lockstep:
             return job
         if isinstance(job, _Job):
             raise RuntimeError(
-                "recalibrate(model, batches, exact=True): the forward of one such pass began another over the same layers. Run the inner "
+                "recalibrate(model, batches, exact=True): the forward of one such pass began another over the same "
+                "layers. Run the inner "
                 "one before, or after, or leave exact=True out of it."
             )
         raise RuntimeError(
-            "recalibrate(model, batches, exact=True): a batch-norm layer was called from a thread or a greenlet of the model's own, and "
+            "recalibrate(model, batches, exact=True): a batch-norm layer was called from a thread or a greenlet of the "
+            "model's own, and "
             "can't wait there for the other batches. Let the forward call its layers itself, or leave exact=True out."
         )
 

@@ -82,7 +82,8 @@ class RecalibrationReport:
             undo(self._changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain numbers, strings, lists and dicts; what is not finite is None, as JSON has no NaN."""
+        """Return the report as plain numbers, strings, lists and dicts; what is not finite is None, as JSON has no
+        NaN."""
         plain = {
             name: getattr(self, name)
             for name in ("batches", "samples", "skipped", "stopped_by", "num_batches", "tolerance", "dry_run")

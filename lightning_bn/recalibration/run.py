@@ -84,9 +84,9 @@ def recalibrate(
             any batches, deeper ones are biased if batches are small, since what they get was normalised by a small
             batch (variance -9 to -14 % with 8 images a batch, -2 to -3 % with 32). True, the batches go through the
             network together and each layer normalises all of them with its new statistics: those of the network as it
-            runs at inference, for batches of any size and order. It takes about as long, and holds one set of live
-            activations for every batch: choose num_batches by the memory (that of an eval forward on ``num_batches *
-            batch_size`` images in one batch). Needs all batches at once, hence no `tolerance`. A layer that is called
+            runs at inference, for batches of any size and order. It takes about as long. It needs the memory of an
+            eval forward on ``num_batches * batch_size`` images at once, so choose `num_batches` accordingly. It can't
+            stop early, so it takes no `tolerance`. A layer that is called
             several times in a forward has its new statistics only at the last call, at earlier ones those of the calls
             so far. Around a layer the forward may change autocast, grad and inference mode; other global states are
             common to all batches.
@@ -111,9 +111,9 @@ def recalibrate(
     named in the report, and so does one all of whose data is not finite. What is not finite is left out, batch by
     batch. Of padded input the valid positions count, where the forward passes this package's layers a mask.
 
-    An averaging's own history (a window's batches) stays as it is: the new statistics are in force until the next training
-    batch. Then a `Window` or a pooled `Cumulative` goes back to its batches, and an `Exponential` blends the batch into
-    the new statistics.
+    An averaging's own history (a window's batches) stays as it is: the new statistics are in force until the next
+    training batch. Then a `Window` or a pooled `Cumulative` goes back to its batches, and an `Exponential` blends the
+    batch into the new statistics.
 
     In a process group every rank calls it, with its own batches, of which some may have none; their data is merged, and
     all ranks end with the same statistics to the bit. Model, layers and arguments are compared first, and what fails on
@@ -147,8 +147,8 @@ def recalibrate(
         _check_exact(exact, sharded)
         run = _runner(core, forward, device)
     ranks.agree(_common(core, chosen, options, pooled=pooled, sharded=sharded))
-    # What the pass holds is freed inside the block: a Ctrl-C while it is freed behind it would come after the change and
-    # before the caller has the report.
+    # What the pass holds is freed inside the block: a Ctrl-C while it is freed behind it would come after the change
+    # and before the caller has the report.
     with HeldInterrupts() as interrupts:
         estimator = Estimator(chosen, ranks, pooled=pooled, prior=prior)
         return _recalibrate(core, chosen, ranks, batches, run, estimator, options, interrupts, sharded=sharded)
@@ -229,17 +229,20 @@ class _Options:
             isinstance(self.num_batches, bool) or not isinstance(self.num_batches, int) or self.num_batches < 1
         ):
             raise ValueError(
-                f"recalibrate(num_batches={self.num_batches!r}): a number of batches, at least 1; leave it out to read all."
+                f"recalibrate(num_batches={self.num_batches!r}): a number of batches, at least 1; leave it out to read "
+                f"all."
             )
         if self.tolerance is not None and not self.tolerance > 0:
             raise ValueError(
-                f"recalibrate(tolerance={self.tolerance!r}): a standard error in standard deviations, above 0, as in 0.05."
+                f"recalibrate(tolerance={self.tolerance!r}): a standard error in standard deviations, above 0, as in "
+                f"0.05."
             )
         if not self.prior >= 0:
             raise ValueError(f"recalibrate(prior={self.prior!r}): a number of samples, 0 or more, or float('inf').")
         if self.exact and self.tolerance is not None:
             raise ValueError(
-                f"recalibrate(exact=True, tolerance={self.tolerance!r}): exact needs all batches at once and can't stop in between. "
+                f"recalibrate(exact=True, tolerance={self.tolerance!r}): exact needs all batches at once and can't "
+                f"stop in between. "
                 "Pass num_batches=... with exact=True, or tolerance alone."
             )
 
@@ -247,8 +250,10 @@ class _Options:
 def _check_exact(exact: bool, sharded: bool) -> None:
     if exact and sharded:
         raise ValueError(
-            "recalibrate(exact=True): the model's parameters are spread over the ranks (fully_shard, FSDP, tensor parallelism or "
-            "DeepSpeed) and are there during one forward at a time, while exact has all batches in their forwards at once. Leave out "
+            "recalibrate(exact=True): the model's parameters are spread over the ranks (fully_shard, FSDP, tensor "
+            "parallelism or "
+            "DeepSpeed) and are there during one forward at a time, while exact has all batches in their forwards at "
+            "once. Leave out "
             "exact=True, and take larger batches."
         )
 
@@ -270,7 +275,8 @@ def _common(
 def _check_batches(batches: object) -> None:
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(
-            f"recalibrate(model, batches): batches is an iterable of batches, such as a DataLoader; this is a {type(batches).__name__}. "
+            f"recalibrate(model, batches): batches is an iterable of batches, such as a DataLoader; this is a "
+            f"{type(batches).__name__}. "
             "If it is one batch, pass [batch]."
         )
 

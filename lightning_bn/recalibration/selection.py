@@ -27,7 +27,8 @@ def choose(model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
     tracking = [layer for layer in find_batch_norms(model) if layer.tracks]
     if not tracking:
         raise ValueError(
-            f"recalibrate(model, batches): {type(model).__name__} has no batch-norm layer that keeps running statistics."
+            f"recalibrate(model, batches): {type(model).__name__} has no batch-norm layer that keeps running "
+            f"statistics."
         )
     _refuse_lazy(tracking)
     chosen = [layer for layer in tracking if _wanted(layer, model, layers)]
@@ -52,7 +53,8 @@ def _refuse_lazy(layers: list[BatchNormLayer]) -> None:
     lazy = [layer.name for layer in layers if isinstance(layer.module, nn.modules.lazy.LazyModuleMixin)]
     if lazy:
         raise TypeError(
-            f"recalibrate(model, batches): {', '.join(lazy)} is lazy and has no statistics yet. Run a batch through it first."
+            f"recalibrate(model, batches): {', '.join(lazy)} is lazy and has no statistics yet. Run a batch through it "
+            f"first."
         )
 
 
@@ -67,7 +69,8 @@ def _nothing(layers: list[BatchNormLayer], wanted: Layers, model: nn.Module) -> 
             f"recalibrate(model, batches): all {number} are frozen: no affine parameter requires grad. {choose_others}"
         )
     return (
-        f"recalibrate(model, batches): {_listed(learning)} can learn, but are in eval mode in a model that is in training mode, so they "
+        f"recalibrate(model, batches): {_listed(learning)} can learn, but are in eval mode in a model that is in "
+        f"training mode, so they "
         f"are taken for frozen, as all {number} are. If that was not meant, call model.train() first. {choose_others}"
     )
 

@@ -28,7 +28,10 @@ MOST_REPLACED = 4
 class ExtremeMomentum(Rule):
     code = "BN301"
     title = "momentum 0, or 1 with a small batch, or above 0.5"
-    why = "momentum is the weight of the new batch: at 0 the statistics never move, at 1 they are those of the last batch alone."
+    why = (
+        "momentum is the weight of the new batch: at 0 the statistics never move, at 1 they are those of the last "
+        "batch alone."
+    )
 
     def configuration(self, at: Configuration) -> Iterator[Seen]:
         names = [
@@ -62,7 +65,8 @@ class ExtremeMomentum(Rule):
         if small:
             yield Seen(
                 list(small),
-                f"{batch.when} momentum is 1 and the batch has {min(small.values())} samples (fewer than {SMALL_BATCH}).",
+                f"{batch.when} momentum is 1 and the batch has {min(small.values())} samples (fewer than "
+                f"{SMALL_BATCH}).",
                 fix=_with_momentum(batch.setting, list(small), 0.1),
             )
 
@@ -101,7 +105,10 @@ class FewValues(Rule):
         """One cause, one finding: some layers of a network still have a whole image to normalise, others one value."""
         names = [layer.name for layer in alone]
         level: Level = "error" if single else "warning"
-        event = f"a batch of one sample, {fewest} values per channel: it is normalised by itself in training, as by instance norm"
+        event = (
+            f"a batch of one sample, {fewest} values per channel: it is normalised by itself in training, as by "
+            f"instance norm"
+        )
         if single:
             where = listing([layer.name for layer in single])
             event = f"a batch of one sample: at {where} one value per channel has no variance: torch raises"
@@ -123,7 +130,10 @@ class BiasBeforeBatchNorm(Rule):
     code = "BN303"
     title = "a bias straight before a batch norm is dead weight"
     level = "info"
-    why = "batch norm subtracts the mean, and with it whatever was added to all values of a channel: the bias has no gradient."
+    why = (
+        "batch norm subtracts the mean, and with it whatever was added to all values of a channel: the bias has no "
+        "gradient."
+    )
 
     def biases(self, biases: Sequence[DeadBias]) -> Iterator[Seen]:
         if biases:
@@ -174,7 +184,11 @@ class DropoutBeforeBatchNorm(Rule):
     code = "BN305"
     title = "dropout straight before a batch norm"
     level = "info"
-    why = "dropout raises the variance in training alone; in eval the layer divides by one its input does not have (Li et al. 2019)."
+    why = (
+        "dropout raises the variance in training alone; in eval the layer divides by one its input does not have "
+        "(Li "
+        "et al. 2019)."
+    )
 
     def dropouts(self, dropouts: Sequence[DropoutShift], root: str) -> Iterator[Seen]:
         if dropouts:
@@ -222,7 +236,8 @@ class SortedBatches(Rule):
         if order.is_sorted:
             yield Seen(
                 [layer],
-                f"the means of {order.batches} batches spread {order.spread:.3g} times as much as those of random samples would, "
+                f"the means of {order.batches} batches spread {order.spread:.3g} times as much as those of random "
+                f"samples would, "
                 f"and each is like its neighbour in the epoch before (correlation {order.likeness:.2f}).",
             )
 

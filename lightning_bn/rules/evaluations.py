@@ -1,4 +1,5 @@
-"""The rules about what an evaluation reads: copies of a network, channels next to nothing, layers without statistics."""
+"""The rules about what an evaluation reads: copies of a network, channels next to nothing, layers without
+statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ __all__ = ["EVALUATION_RULES"]
 class StaleCopy(Rule):
     code = "BN209"
     title = "an averaged copy's weights move and its statistics do not"
-    why = "its weights are rewritten while training and its buffers are not: it normalises with statistics of weights it no longer has."
+    why = (
+        "its weights are rewritten while training and its buffers are not: it normalises with statistics of weights "
+        "it no longer has."
+    )
 
     def stale(self, layers: Sequence[str], at: Configuration) -> Iterator[Seen]:
         modules = modules_of(layers, [layer.name for layer in at.observer.layers])
@@ -52,7 +56,10 @@ class StaleCopy(Rule):
 class VanishingVariance(Rule):
     code = "BN210"
     title = "evaluation divides a channel by almost nothing"
-    why = "the channel stood still in training and varies now: what is noise there is multiplied by up to 1 / sqrt(eps) here."
+    why = (
+        "the channel stood still in training and varies now: what is noise there is multiplied by up to 1 / "
+        "sqrt(eps) here."
+    )
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
         if evaluation.vanishing:
@@ -60,7 +67,8 @@ class VanishingVariance(Rule):
             yield Seen(
                 list(found),
                 lambda names: (
-                    f"at {names[0]} the running variance of channel {', '.join(map(str, found[names[0]][:8]))} is below 10 eps; "
+                    f"at {names[0]} the running variance of channel {', '.join(map(str, found[names[0]][:8]))} is "
+                    f"below 10 eps; "
                     f"in {evaluation.stage} its input varies 100 times as much."
                 ),
                 fix=Fix(
@@ -76,7 +84,10 @@ class DependsOnBatch(Rule):
     code = "BN211"
     title = "evaluation depends on the batch"
     level = "info"
-    why = "track_running_stats=False: in eval mode too the layer normalises with the batch, so a sample's result depends on its neighbours."
+    why = (
+        "track_running_stats=False: in eval mode too the layer normalises with the batch, so a sample's result "
+        "depends on its neighbours."
+    )
     fix = Fix("track_running_stats=True", "where the model is built", "unless it is intended")
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:

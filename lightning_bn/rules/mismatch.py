@@ -12,7 +12,8 @@ from lightning_bn.rules.rule import Evaluation, Exchange, Fix, Level, Rule, Seen
 __all__ = ["MISMATCH_RULES"]
 
 GAP_SHIFT = 0.5
-"""BN208: the mean is off by half a standard deviation of what the layer normalises, root mean square over its channels."""
+"""BN208: the mean is off by half a standard deviation of what the layer normalises, root mean square over its
+channels."""
 
 GAP_LOG_RATIO = math.log(2)
 """BN208: the variance is off by a factor of two, root mean square over the channels of the layer, on a logarithmic
@@ -39,7 +40,8 @@ class OtherWeights(Rule):
             yield Seen(
                 list(exchange.far),
                 lambda names: (
-                    f"weights were exchanged, and statistics with them: at {names[0]} {exchange.stage} divides by a spread "
+                    f"weights were exchanged, and statistics with them: at {names[0]} {exchange.stage} divides by a "
+                    f"spread "
                     f"{exchange.far[names[0]]:.1f} times off."
                 ),
                 level="warning",
@@ -68,7 +70,8 @@ class TrainEvalGap(Rule):
             wide = [gap for gap in _wide(gaps) if (_weight_of_start(gap) > GAP_WARM_UP) == (level == "info")]
             if wide:
                 yield self._seen(wide, lambda gap: (
-                    f"against the last {gap.updates} updates the mean of {gap.layer.name} is {gap.shift:.2f} deviations off, "
+                    f"against the last {gap.updates} updates the mean of {gap.layer.name} is {gap.shift:.2f} "
+                    f"deviations off, "
                     f"its variance by a factor of {math.exp(gap.log_ratio):.1f}."
                 ), "warning" if level == "warning" else "info")  # fmt: skip
 
@@ -81,8 +84,10 @@ class TrainEvalGap(Rule):
         wide = [gap for gap in _wide(read) if gap.tracked >= LEAST_TRACKED]
         if wide:
             yield self._seen(wide, lambda gap: (
-                f"at {gap.layer.name} {evaluation.stage} divides by a spread {math.exp(gap.log_ratio / 2):.1f} times off, around a mean "
-                f"{gap.shift:.1f} deviations off; {_weight_of_start(gap):.0%} of the average is still the 0 and 1 it began with."
+                f"at {gap.layer.name} {evaluation.stage} divides by a spread {math.exp(gap.log_ratio / 2):.1f} times "
+                f"off, around a mean "
+                f"{gap.shift:.1f} deviations off; {_weight_of_start(gap):.0%} of the average is still the 0 and 1 it "
+                f"began with."
             ), "warning")  # fmt: skip
 
     def _seen(self, wide: Sequence[Gap], event: Callable[[Gap], str], level: Level) -> Seen:

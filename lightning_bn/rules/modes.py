@@ -21,7 +21,10 @@ class Unseen(Rule):
     code = "BN100"
     title = "compiled layers are known only by the count of their batches"
     level = "info"
-    why = "no hook fires inside compiled code: the rules that look at single forwards (BN106, BN205, BN3xx) say nothing about them."
+    why = (
+        "no hook fires inside compiled code: the rules that look at single forwards (BN106, BN205, BN3xx) say "
+        "nothing about them."
+    )
     fix = Fix("fit once without torch.compile, so that every rule applies", "advice")
 
     def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterator[Seen]:
@@ -175,7 +178,11 @@ class StatisticsWrittenInEvaluation(Rule):
 class ModesNotPutBack(Rule):
     code = "BN105"
     title = "validation did not put the modes back as they were"
-    why = "training goes on in the mode of the evaluation: in eval mode statistics stand still, in train mode a freeze is undone."
+    why = (
+        "training goes on in the mode of the evaluation: in eval mode statistics stand still, in train mode a "
+        "freeze "
+        "is undone."
+    )
     mendable = True
 
     def returned(self, back: Return) -> Iterator[Seen]:

@@ -170,7 +170,8 @@ class Observer:
         return [name for name, now in changed.items() if all(changed.get(parent) != now for parent in ancestors(name))]
 
     def enter(self, layers: list[_BatchNorm], place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note that a call of a part of the model begins; the layers' hooks are set where it is unlike the usual one."""
+        """Note that a call of a part of the model begins; the layers' hooks are set where it is unlike the usual
+        one."""
         self._depth += 1
         if self._depth > 1:
             return

@@ -1,4 +1,5 @@
-"""Whether training batches come sorted: they differ more than random samples of the data would, and in each epoch alike."""
+"""Whether training batches come sorted: they differ more than random samples of the data would, and in each epoch
+alike."""
 
 from __future__ import annotations
 

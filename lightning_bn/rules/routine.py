@@ -21,7 +21,8 @@ class Sketch:
     """One batch: in full, or as far as it shows from outside."""
 
     calls: list[Hashable] = field(default_factory=list)
-    """For each call of the model what was known when it began: which part, samples, modes of its layers, grad mode, ..."""
+    """For each call of the model what was known when it began: which part, samples, modes of its layers, grad mode,
+    ..."""
     rises: list[int] = field(default_factory=list)
     """By how much the version of each layer's ``num_batches_tracked`` rose in the batch."""
     trace: list[Trace] = field(default_factory=list)

@@ -229,7 +229,8 @@ class Rule:
         return ()
 
     def values(self, values: Values, last: str, root: str) -> Iterable[Seen]:
-        """Look at the running statistics; `last` says when they were looked at before, `root` how the model is called."""
+        """Look at the running statistics; `last` says when they were looked at before, `root` how the model is
+        called."""
         return ()
 
     def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterable[Seen]:
@@ -265,5 +266,6 @@ class Rule:
         return ()
 
     def dropouts(self, dropouts: Sequence[DropoutShift], root: str) -> Iterable[Seen]:
-        """Look at the variances on either side of a dropout that feeds a batch norm; `root` is how the model is called."""
+        """Look at the variances on either side of a dropout that feeds a batch norm; `root` is how the model is
+        called."""
         return ()

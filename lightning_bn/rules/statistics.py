@@ -92,7 +92,8 @@ class MovedTwice(Rule):
             most = max(moved.values())
             yield Seen(
                 names,
-                f"num_batches_tracked rose by up to {most} in {batches} batches; which forward did it can't be seen here.",
+                f"num_batches_tracked rose by up to {most} in {batches} batches; which forward did it can't be seen "
+                f"here.",
             )
 
     def _cause(self, batch: Batch, layer: BatchNormLayer, moved: list[Forward]) -> tuple[str, Level, Fix]:
@@ -126,7 +127,11 @@ class NotFinite(Rule):
     code = "BN203"
     title = "running statistics are not finite, or a variance is negative"
     level = "error"
-    why = "an average never forgets a NaN: every evaluation from here on is NaN, while training, which uses the batch, looks well."
+    why = (
+        "an average never forgets a NaN: every evaluation from here on is NaN, while training, which uses the "
+        "batch, "
+        "looks well."
+    )
 
     def values(self, values: Values, last: str, root: str) -> Iterator[Seen]:
         bad = {each.layer.name: each.unsound for each in values.values() if each.unsound}
@@ -149,7 +154,10 @@ class NeverUpdated(Rule):
     code = "BN204"
     title = "evaluation with statistics that were never updated"
     level = "error"
-    why = "the layer normalises with mean 0 and variance 1, which no data had: it evaluates another network than was trained."
+    why = (
+        "the layer normalises with mean 0 and variance 1, which no data had: it evaluates another network than was "
+        "trained."
+    )
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
         if evaluation.values is None:
@@ -187,7 +195,8 @@ class NeverUpdated(Rule):
         root = evaluation.setting.root
         return Seen(
             [each.layer.name for each in untouched],
-            f"after training began, mean is 0 and variance 1 in all channels; num_batches_tracked is {_numbers(tracked)}.",
+            f"after training began, mean is 0 and variance 1 in all channels; num_batches_tracked is "
+            f"{_numbers(tracked)}.",
             level,
             Fix(
                 f"recalibrate({root}, batches)", "after training", "and run the layer in training mode while it trains"
@@ -198,7 +207,8 @@ class NeverUpdated(Rule):
         if layers:
             yield Seen(
                 [layer.name for layer in layers],
-                "weight and bias were trained, and mean is 0 and variance 1 in all channels: a state of parameters alone was loaded.",
+                "weight and bias were trained, and mean is 0 and variance 1 in all channels: a state of parameters "
+                "alone was loaded.",
                 fix=Fix(
                     f"recalibrate({setting.root}, batches)", "after training", "or load the checkpoint's buffers too"
                 ),
@@ -208,7 +218,10 @@ class NeverUpdated(Rule):
 class StaleBuffers(Rule):
     code = "BN205"
     title = "batch statistics in training, stale buffers in eval"
-    why = "track_running_stats is False, yet the buffers are there: eval normalises with them, and training never moves them."
+    why = (
+        "track_running_stats is False, yet the buffers are there: eval normalises with them, and training never "
+        "moves them."
+    )
 
     def batch(self, batch: Batch) -> Iterable[Seen]:
         layers = [
