@@ -96,14 +96,14 @@ def own(path: Path) -> set[str]:
 
 # Who may import whom, by folder or file at the top, from docs/design.md; what is not here may import all but the
 # adapters.
-GROUND = {"torch_internals", "discovery", "choices", "modes", "moments", "channel_moments", "notebook", "sharding"}
+GROUND = {"torch_internals", "discovery", "choices", "modes", "moments", "channel_moments", "tables", "sharding"}
 MAY_IMPORT: dict[str, set[str]] = {
     "journal": set(),  # nor torch: see the test below
     "dashboard": {"journal"},
     "torch_internals": set(),
     "discovery": set(),
     "choices": {"discovery"},
-    "notebook": set(),
+    "tables": set(),
     "modes": {"torch_internals", "discovery"},
     "moments": {"torch_internals"},
     "channel_moments": {"torch_internals", "moments"},

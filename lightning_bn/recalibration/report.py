@@ -6,9 +6,9 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lightning_bn.notebook import html_table
 from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.transaction import StatisticsChange, undo
+from lightning_bn.tables import html_table
 
 __all__ = ["LayerReport", "RecalibrationReport"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_bn.notebook import html_table
+from lightning_bn.tables import html_table
 
 __all__ = ["Action", "Finding", "Fix", "Level", "ModeCheckError", "Place"]
 

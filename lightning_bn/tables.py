@@ -1,4 +1,4 @@
-"""How reports and findings look in a notebook."""
+"""Tables, as a terminal, a logger and a notebook show them."""
 
 from __future__ import annotations
 
