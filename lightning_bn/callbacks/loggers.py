@@ -13,7 +13,7 @@ from lightning_bn.activations.report import Sink
 from lightning_bn.activations.tensorboard import TensorBoardSink, add_markdown
 from lightning_bn.callbacks.both_lightnings import Logger, TensorBoardLogger, Trainer
 
-__all__ = ["directories", "log_markdown", "sinks"]
+__all__ = ["directories", "log_markdown", "main_directory", "sinks"]
 
 
 def directories(trainer: Trainer) -> list[Path]:
@@ -21,9 +21,21 @@ def directories(trainer: Trainer) -> list[Path]:
     ``fast_dev_run``, which leaves no files."""
     if getattr(trainer, "fast_dev_run", False):
         return []
-    found = [place for logger in trainer.loggers if (place := _directory(logger)) is not None]
-    places = found or [str(trainer.default_root_dir)]
+    places = _places(trainer, trainer.loggers)
     return [Path(place) for place in dict.fromkeys(places) if "://" not in place]
+
+
+def main_directory(trainer: Trainer) -> Path | None:
+    """Return the one directory of a run: TensorBoard's, else another logger's, else ``default_root_dir``; None for one
+    that is not on a disk of this machine."""
+    loggers = sorted(trainer.loggers, key=lambda each: not isinstance(each, TensorBoardLogger))
+    found = _places(trainer, loggers)[0]
+    return None if "://" in found else Path(found)
+
+
+def _places(trainer: Trainer, loggers: Iterable[Logger]) -> list[str]:
+    found = [place for logger in loggers if (place := _directory(logger)) is not None]
+    return found or [str(trainer.default_root_dir)]
 
 
 def _directory(logger: Any) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -13,13 +12,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 
 from lightning_bn.activations.layers import select_layers
-from lightning_bn.callbacks.both_lightnings import LightningModule, TensorBoardLogger, Trainer
+from lightning_bn.callbacks.both_lightnings import LightningModule, Trainer
 from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.loggers import main_directory
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.journal.writer import Journal
 from lightning_bn.layers.settlement import rule_of
 
-__all__ = ["RunJournal", "journal_of", "run_directory"]
+__all__ = ["RunJournal", "journal_of"]
 
 Rows: TypeAlias = Mapping[str, Mapping[str, float | None]]
 Vectors: TypeAlias = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
@@ -124,24 +124,8 @@ def journal_of(trainer: Trainer) -> RunJournal:
     trace."""
     if trainer not in _JOURNALS:
         writes = trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False)
-        _JOURNALS[trainer] = RunJournal(Journal(run_directory(trainer) if writes else None))
+        _JOURNALS[trainer] = RunJournal(Journal(main_directory(trainer) if writes else None))
     return _JOURNALS[trainer]
-
-
-def run_directory(trainer: Trainer) -> Path | None:
-    """Return where the files of a run lie: TensorBoard's directory, another logger's, or ``default_root_dir``; None for
-    one that is not on a disk of this machine."""
-    loggers = sorted(trainer.loggers, key=lambda each: not isinstance(each, TensorBoardLogger))
-    found = next((str(place) for each in loggers if (place := _directory(each))), str(trainer.default_root_dir))
-    return None if "://" in found else Path(found)
-
-
-def _directory(logger: Any) -> Any:
-    if getattr(logger, "log_dir", None):
-        return logger.log_dir
-    if not logger.save_dir:
-        return None
-    return Path(logger.save_dir) / str(logger.name or "") / str(logger.version or "")
 
 
 def rates_of(trainer: Trainer) -> dict[str, float]:
