@@ -5,7 +5,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["html_table"]
+__all__ = ["html_table", "markdown_table", "text_table"]
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Return the lines of a table: the first `left` columns to the left, the others, which are numbers, to the right.
+
+    Example:
+        >>> print("\\n".join(text_table(["layer", "mean"], [["bn1", "0.5"]])))
+        layer  mean
+        bn1     0.5
+    """
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Return the lines of a Markdown table: the first `left` columns to the left, the others to the right.
+
+    Example:
+        >>> markdown_table(["layer", "mean"], [["a|b", "0.5"]])
+        ['| layer | mean |', '|---|---:|', '| a\\\\|b | 0.5 |']
+    """
+    rule = "|" + "---|" * left + "---:|" * (len(header) - left)
+    first, *others = ("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (header, *rows))
+    return [first, rule, *others]
 
 
 def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

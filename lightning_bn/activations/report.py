@@ -7,10 +7,12 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_channels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable, worst_layers
-from lightning_bn.activations.registry import STATISTICS, Scale
+from lightning_bn.activations.registry import STATISTICS, Scale, Statistic
 from lightning_bn.activations.sample import Sample
+from lightning_bn.tables import markdown_table
 
 __all__ = ["Report", "Sink", "image_names", "tell"]
 
@@ -114,16 +116,24 @@ def tell(table: LayerTable, sample: Sample) -> str:
     lines = [f"**Step {step:,}.**", "", *(f"- {line.strip()}" for line in table.verdict())]
     episodes = table.episodes()
     if episodes:
-        lines += ["", "| layer | what | since step | until | peak | limit |", "|---|---|---:|---:|---:|---:|"]
-        lines += [
-            f"| `{each.layer}` | {each.label} | {each.first:,} | {f'{each.last:,}' if each.recovered else ''} | "
-            f"{each.peak:.4g} | {each.limit:g} |"
-            for each in episodes[:_LISTED]
-        ]
+        lines += ["", *markdown_table(_SICK, map(_cells, episodes[:_LISTED]), left=2)]
         if len(episodes) > _LISTED:
             lines += ["", f"and {len(episodes) - _LISTED} more."]
-    lines += ["", "Worst layer of each statistic:", "", "| statistic | layer | value | limits |", "|---|---|---:|---|"]
-    for statistic, layer, value in worst_layers(sample):
-        limits = f"{statistic.low:g} to {statistic.high:g}" if statistic.low else f"up to {statistic.high:g}"
-        lines.append(f"| {statistic.label} | `{layer}` | {value:.4g} | {limits} |")
-    return "\n".join(lines)
+    worst = [
+        (statistic.label, f"`{layer}`", f"{value:.4g}", _limits(statistic))
+        for statistic, layer, value in worst_layers(sample)
+    ]
+    table_of_worst = markdown_table(("statistic", "layer", "value", "limits"), worst, left=2)
+    return "\n".join([*lines, "", "Worst layer of each statistic:", "", *table_of_worst])
+
+
+_SICK = ("layer", "what", "since step", "until", "peak", "limit")
+
+
+def _cells(each: Episode) -> tuple[str, ...]:
+    until = f"{each.last:,}" if each.recovered else ""
+    return f"`{each.layer}`", each.label, f"{each.first:,}", until, f"{each.peak:.4g}", f"{each.limit:g}"
+
+
+def _limits(statistic: Statistic) -> str:
+    return f"{statistic.low:g} to {statistic.high:g}" if statistic.low else f"up to {statistic.high:g}"

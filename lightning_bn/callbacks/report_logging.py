@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from lightning_bn.callbacks.both_lightnings import Logger
 from lightning_bn.callbacks.loggers import log_markdown
 from lightning_bn.recalibration.report import RecalibrationReport
+from lightning_bn.tables import markdown_table
 
 __all__ = ["log_report", "markdown"]
 
@@ -42,8 +43,7 @@ def markdown(report: RecalibrationReport) -> str:
     )
     cells = [[_cell(value) for value in row.values()] for row in rows]
     header = [name.replace("_", " ") for name in rows[0]]
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells]
-    return "\n".join([headline, "", *("| " + " | ".join(line) + " |" for line in lines)])
+    return "\n".join([headline, "", *markdown_table(header, cells, left=2)])
 
 
 def _cell(value: object) -> str:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from statistics import fmean
 
+from lightning_bn.tables import text_table
+
 __all__ = ["Scores"]
 
 
@@ -62,9 +64,7 @@ class Scores:
         rows = [
             [name, *(f"{v:.4f}" for v in (self.mean(name), self.worst(name), self.values[name][-1]))] for name in names
         ]
-        rows.insert(0, [self.metric, "mean", "worst", "last"])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        lines = text_table([self.metric, "mean", "worst", "last"], rows)
         if len(lines) > 1:
             lines[1] += "  <- best mean"
         return "\n".join(lines)

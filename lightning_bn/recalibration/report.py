@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.transaction import StatisticsChange, undo
-from lightning_bn.tables import html_table
+from lightning_bn.tables import html_table, text_table
 
 __all__ = ["LayerReport", "RecalibrationReport"]
 
@@ -92,11 +92,13 @@ class RecalibrationReport:
         return {**plain, "not_run": list(self.not_run), "gone": list(self.gone), "layers": layers}
 
     def __str__(self) -> str:
-        return "\n".join([self._headline(), *_table(sorted(self.layers, key=lambda layer: -layer.shift))])
+        return "\n".join([self._headline(), *text_table(_HEADER, self._rows(), left=2)])
 
     def _repr_html_(self) -> str:
-        worst_first = sorted(self.layers, key=lambda layer: -layer.shift)
-        return html_table(self._headline(), _HEADER, map(_cells, worst_first))
+        return html_table(self._headline(), _HEADER, self._rows())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [_cells(layer) for layer in sorted(self.layers, key=lambda layer: -layer.shift)]
 
     def _headline(self) -> str:
         done = "Would recalibrate" if self.dry_run else "Recalibrated"
@@ -115,19 +117,6 @@ class RecalibrationReport:
 
 
 _HEADER = ("layer", "kind", "samples", "batches", "mean shift max", "rms", "log var ratio max", "rms", "std error")
-
-
-def _table(layers: list[LayerReport]) -> list[str]:
-    rows = [_HEADER, *map(_cells, layers)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    # Names to the left, numbers to the right.
-    return [
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lightning_bn.rules.finding import Finding
+from lightning_bn.tables import markdown_table
 
 __all__ = ["markdown"]
 
@@ -13,7 +14,7 @@ _ORDER = ("error", "warning", "info")
 
 def markdown(findings: Iterable[Finding]) -> str:
     """Return the findings as a Markdown table, the worst first."""
-    rows = ["| level | rule | where | when | what |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for finding in sorted(findings, key=lambda finding: _ORDER.index(finding.level)):
         what = (
             finding.title,
@@ -22,6 +23,6 @@ def markdown(findings: Iterable[Finding]) -> str:
             f"fix: `{finding.fix}`",
             f"more: {finding.link}",
         )
-        cells = (finding.level, finding.code, finding.where, f"{finding.stage}, step {finding.step}", "<br>".join(what))
-        rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-    return "\n".join(rows)
+        when = f"{finding.stage}, step {finding.step}"
+        rows.append((finding.level, finding.code, finding.where, when, "<br>".join(what)))
+    return "\n".join(markdown_table(("level", "rule", "where", "when", "what"), rows, left=5))
