@@ -26,8 +26,7 @@ def check_choices(call: str, choices: object) -> None:
         if not isinstance(choice, str) and not callable(choice):
             raise TypeError(
                 f'{call}: {choice!r} is not a name or a pattern ("layer4.*"), a class (nn.Conv2d), or a function of '
-                f"name and module. "
-                "Give one of them, or a list."
+                "name and module. Give one of them, or a list."
             )
 
 

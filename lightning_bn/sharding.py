@@ -52,7 +52,7 @@ def check_not_distributed(layers: Iterable[BatchNormLayer], call: str) -> None:
         if isinstance(layer.module.running_mean, Tensor) and _is_dtensor(layer.module.running_mean):
             raise TypeError(
                 f"{call}: the running statistics of {layer.name or 'the model'} ({layer.kind}) are DTensors, which "
-                f"this package does not "
+                "this package does not "
                 "write. Leave the layer out of distribute_module; fully_shard and parallelize_module leave buffers as "
                 "they are."
             )

@@ -336,20 +336,22 @@ def test_legible_wide_and_narrow_light_and_dark(show: Callable[..., Page], width
         lambda: page.js("return document.documentElement.scrollWidth <= innerWidth"), "a layout within the window"
     )
     small = page.js(
-        """return [...document.querySelectorAll('#page *')].filter(e => e.offsetParent && !e.children.length &&
-        e.textContent.trim()) .filter(e => parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.textContent)"""
+        """return [...document.querySelectorAll('#page *')]
+        .filter(e => e.offsetParent && !e.children.length && e.textContent.trim())
+        .filter(e => parseFloat(getComputedStyle(e).fontSize) < 11).map(e => e.textContent)"""
     )
     assert small == []
     contrast = page.js(
-        """const linear = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; const light = c => {
-        const [r, g, b] = c.match(/[0-9.]+/g).map(Number).map(linear); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+        """const linear = v => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+        const light = c => { const [r, g, b] = c.match(/[0-9.]+/g).map(Number).map(linear);
+          return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
         const back = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
           if (!/, 0\\)$/.test(c)) return c; } return 'rgb(255,255,255)'; };
-        const read = ['h2', 'p', 'button', 'dd', 'dt', '.muted', '.level', '.verdict'].map(each => `#page
-        ${each}`).join(); return Math.min(...[...document.querySelectorAll(read)].filter(e => e.offsetParent &&
-        !e.disabled).map(e => {
-          const [a, b] = [light(getComputedStyle(e).color), light(back(e))].sort((x, y) => y - x); return (a + 0.05) /
-          (b + 0.05); }))"""
+        const read = ['h2', 'p', 'button', 'dd', 'dt', '.muted', '.level', '.verdict']
+          .map(each => `#page ${each}`).join();
+        return Math.min(...[...document.querySelectorAll(read)].filter(e => e.offsetParent && !e.disabled).map(e => {
+          const [a, b] = [light(getComputedStyle(e).color), light(back(e))].sort((x, y) => y - x);
+          return (a + 0.05) / (b + 0.05); }))"""
     )
     assert contrast >= 4.5  # WCAG 2.1, AA
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})

@@ -88,8 +88,7 @@ def test_wheel_installs_and_its_entry_points_work(wheel: Path, tmp_path: Path) -
     code = (
         "from importlib.metadata import distribution; "
         "(point,) = (each for each in distribution('lightning-bn').entry_points if each.group == "
-        "'tensorboard_plugins'); "
-        "print(point.load().__name__, point.value)"
+        "'tensorboard_plugins'); print(point.load().__name__, point.value)"
     )
     assert run(binaries / "python", "-c", code, cwd=tmp_path).stdout.split() == [
         "Loader",

@@ -347,7 +347,7 @@ class LayerCollector:
             self._too_wide.add(name)
             warnings.warn(
                 f"{name} gave activations of more than {MAX_WIDTHS} sizes in dimension {self._channel_dim}, the last "
-                f"one of shape "
+                "one of shape "
                 f"{tuple(tensor.shape)}; it is left out from here on. If its channels come last, pass channel_dim=-1.",
                 stacklevel=2,
             )

@@ -288,8 +288,7 @@ ENTRIES: tuple[Entry, ...] = (
         rank=0,
         advice=(
             "Find the operation before this layer that overflows or divides by zero "
-            "(torch.autograd.set_detect_anomaly); "
-            f"{_LOWER_RATE.lower()}, or leave 16-bit precision."
+            f"(torch.autograd.set_detect_anomaly); {_LOWER_RATE.lower()}, or leave 16-bit precision."
         ),
         chart="NaN and infinite activations (worst layer, median)",
     ),

@@ -47,8 +47,7 @@ class Exponential(Averaging):
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum <= 1:
             raise ValueError(
                 f"Exponential({momentum!r}): momentum is the weight of the new batch, a number from 0 to 1, as in "
-                f"Exponential(0.1). "
-                "For an average in which every batch weighs the same, use Cumulative()."
+                "Exponential(0.1). For an average in which every batch weighs the same, use Cumulative()."
             )
         # None, for a while, is torch's cumulative average: its update_bn and Lightning's SWA set a layer's momentum so
         # for their pass.

@@ -157,8 +157,7 @@ class TrainingState(nn.Module):
 
 _MEND = (
     "Build the layer with the averaging that the checkpoint was trained with. To start with an empty history, drop the "
-    "keys that start "
-    "with '{}'."
+    "keys that start with '{}'."
 )
 
 

@@ -114,8 +114,7 @@ class ActivationStatsMonitor(Callback):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(
                 f"ActivationStatsMonitor(every_n_steps={every_n_steps!r}): it is a number of optimizer steps, at least "
-                f"1, as in "
-                "every_n_steps=50; None takes the Trainer's log_every_n_steps."
+                "1, as in every_n_steps=50; None takes the Trainer's log_every_n_steps."
             )
         if isinstance(scalars, bool) or scalars is None:
             raise ValueError(
@@ -322,8 +321,7 @@ class ActivationStatsMonitor(Callback):
         if len(chosen) > MAX_HISTOGRAMS:
             rank_zero_info(
                 f"ActivationStatsMonitor: histograms of the first {MAX_HISTOGRAMS} of {len(chosen)} layers; pick "
-                f"others with "
-                "histograms='layer4.*'."
+                "others with histograms='layer4.*'."
             )
         return chosen[:MAX_HISTOGRAMS]
 
@@ -401,7 +399,7 @@ class ActivationStatsMonitor(Callback):
         if unseen:
             rank_zero_warn(
                 f"ActivationStatsMonitor sees nothing of {_names(unseen)} in {_STAGES[stage]}: no forward called them "
-                f"as modules. They "
+                "as modules. They "
                 "are not part of this forward, or run inside compiled or scripted code that is not a module of the "
                 "model's."
             )

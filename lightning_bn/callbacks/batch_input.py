@@ -143,7 +143,7 @@ def _another_way(module: LightningModule, batch: Any) -> str | None:
     calls = ", ".join(f"module.{part}({value if place == 0 else '...'})" for place, part in enumerate(parts))
     called = f"({calls}{',' * (len(parts) == 1)})"
     return (
-        f"Call the parts that hold the batch-norm layers, each with what it takes: forward=lambda module, batch: "
+        "Call the parts that hold the batch-norm layers, each with what it takes: forward=lambda module, batch: "
         f"{called}."
     )
 

@@ -108,8 +108,7 @@ class CompareAverages(Callback):
         if not trainer.enable_validation:
             raise MisconfigurationException(
                 "CompareAverages: the fit has no validation to compare by. Give trainer.fit a validation loader, and "
-                "the module a "
-                "validation_step."
+                "the module a validation_step."
             )
         self._input = BatchInput(
             None, call="CompareAverages", advice="Leave that row out: CompareAverages(..., recalibrated=False)."
@@ -224,7 +223,7 @@ class CompareAverages(Callback):
         if missed:
             raise MisconfigurationException(
                 f"CompareAverages did not see {', '.join(missed)} run in training: they were compiled in this process "
-                f"before the fit, and "
+                "before the fit, and "
                 "hooks that come later are never called. Call torch.compiler.reset() before the fit, or leave the "
                 "callback out."
             )

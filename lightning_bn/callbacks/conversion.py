@@ -88,9 +88,9 @@ class ConvertBatchNorm(Callback):
         if lost:
             raise MisconfigurationException(
                 f"ConvertBatchNorm({self.averaging!r}): Trainer(sync_batchnorm=True) has put torch's SyncBatchNorm in "
-                f"the place of "
+                "the place of "
                 f"{len(lost)} converted layers ({', '.join(lost[:3])}{', ...' * (len(lost) > 3)}), and their averages "
-                f"are gone. "
+                "are gone. "
                 "Use Trainer(sync_batchnorm=True, plugins=[lightning_bn.BatchNormSync()]), which replaces no layer."
             )
         self._convert(pl_module)

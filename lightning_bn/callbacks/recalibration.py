@@ -146,21 +146,19 @@ class BatchNormRecalibration(Callback):
         if not any(layer.module.running_mean is not None for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
                 f"BatchNormRecalibration: {type(pl_module).__name__} has no batch-norm layer that keeps running "
-                f"statistics. "
-                "Leave the callback out of Trainer(callbacks=...)."
+                "statistics. Leave the callback out of Trainer(callbacks=...)."
             )
         if self.forward is None and not pl_module.automatic_optimization and not is_overridden("forward", pl_module):
             raise MisconfigurationException(
                 f"BatchNormRecalibration: {type(pl_module).__name__} optimises by hand, so its training_step can't be "
-                f"run, and it has no "
+                "run, and it has no "
                 "forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: "
                 "module.model(batch[0]))."
             )
         if self.monitor is not None and not trainer.enable_validation:
             raise MisconfigurationException(
                 f"BatchNormRecalibration(monitor={self.monitor!r}): the fit has no validation to compare by. Leave out "
-                f"monitor=, or give "
-                "trainer.fit a validation loader and the module a validation_step."
+                "monitor=, or give trainer.fit a validation loader and the module a validation_step."
             )
         check_kinds(trainer, self.checkpoints)
 
@@ -174,8 +172,7 @@ class BatchNormRecalibration(Callback):
         elif self.when == "validation" and iterates_itself(trainer):
             raise MisconfigurationException(
                 "BatchNormRecalibration(when='validation'): the training loader is its own iterator, so a second pass "
-                "would take the fit's "
-                "batches. Give it a loader of its own: BatchNormRecalibration(dataloader=...)."
+                "would take the fit's batches. Give it a loader of its own: BatchNormRecalibration(dataloader=...)."
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -269,7 +266,7 @@ class BatchNormRecalibration(Callback):
         if self.report.not_run:
             rank_zero_warn(
                 f"BatchNormRecalibration: {', '.join(self.report.not_run)} did not run and kept their statistics. If "
-                f"training runs them, "
+                "training runs them, "
                 "say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: ...)."
             )
         self._count, self._last_step = self._count + 1, trainer.global_step
@@ -335,8 +332,7 @@ def _why_none(layers: list[BatchNormLayer]) -> str:
     listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
         f"{listed} can learn, but no batch-norm layer was in training mode in the last training step (if that was not "
-        f"meant, call "
-        "module.train() before the fit)"
+        "meant, call module.train() before the fit)"
     )
 
 
@@ -360,14 +356,12 @@ def _check_arguments(
     if tolerance is not None and (exact or not tolerance > 0):
         raise ValueError(
             f"BatchNormRecalibration(tolerance={tolerance!r}, exact={exact!r}): tolerance is a standard error in "
-            f"standard deviations, "
-            "above 0, and goes with exact=False, since exact needs all batches at once."
+            "standard deviations, above 0, and goes with exact=False, since exact needs all batches at once."
         )
     if isinstance(dataloader, Iterator) and not isinstance(dataloader, CombinedLoader):
         raise TypeError(
             f"BatchNormRecalibration(dataloader={dataloader!r}): an iterator is used up after one pass. Pass what can "
-            f"be iterated again, a "
-            "DataLoader or a list of batches."
+            "be iterated again, a DataLoader or a list of batches."
         )
     if isinstance(checkpoints, str) or not set(checkpoints) <= set(KINDS):
         raise ValueError(

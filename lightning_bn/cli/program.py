@@ -17,8 +17,7 @@ _PATHS = ("checkpoints", "runs", "ckpt_path", "config", "output")
 _EXIT_CODES = "Exit codes: 0 all is well; 1 findings, or refused with nothing changed; 2 invalid command line."
 _OVERRIDES = (
     "What stands after -- goes to the LightningCLI and overrides the config, as in: -- --trainer.accelerator=cpu "
-    "--data.batch_size=64. "
-    "Classes are imported from the current directory too. "
+    "--data.batch_size=64. Classes are imported from the current directory too. "
 )
 
 

@@ -45,8 +45,7 @@ def find_journal(run: Path) -> Path:
     if not found:
         raise FileNotFoundError(
             f"{run}: there is no {FILE_NAME} in it or below it. ActivationStatsMonitor and ModeCheck write one beside "
-            f"the "
-            "logger's files."
+            "the logger's files."
         )
     listed = ", ".join(str(each.parent) for each in found[-5:])
     raise FileNotFoundError(f"{run}: {len(found)} runs lie below it. Name one or two of them: {listed}.")

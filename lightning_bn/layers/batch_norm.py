@@ -96,8 +96,7 @@ class AveragedBatchNorm(_BatchNorm):
             if self.running_mean is None:
                 raise ValueError(
                     f"{type(self).__name__}({num_features}, track_running_stats=False, averaging={averaging!r}): there "
-                    f"are no running "
-                    "statistics to average. Leave out track_running_stats=False, or averaging."
+                    "are no running statistics to average. Leave out track_running_stats=False, or averaging."
                 )
         self.adopt(averaging)
 

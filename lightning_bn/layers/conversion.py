@@ -74,7 +74,7 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
     if not layers:
         warnings.warn(
             f"convert_batch_norm({type(module).__name__}(...), {averaging!r}) finds no batch-norm layer, and converts "
-            f"nothing. "
+            "nothing. "
             "Call it after the model is built; other normalisations, such as LayerNorm, have no running statistics.",
             stacklevel=2,
         )

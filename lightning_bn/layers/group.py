@@ -307,8 +307,7 @@ class Group:
             if getattr(rule, name) is not tensor:
                 raise TypeError(
                     f"{type(rule).__name__}.update assigns self.{name}, of which each layer holds a part. Write it in "
-                    f"place: "
-                    f"batch.write(self.{name}, value)."
+                    f"place: batch.write(self.{name}, value)."
                 )
 
     def _update_each(self, rows: Rows, before: tuple[Tensor, Tensor], steps: Tensor) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see 
         if group_size is not None and (not isinstance(group_size, int) or group_size < 2 or statistics_only):
             raise ValueError(
                 f"BatchNormSync(statistics_only={statistics_only!r}, group_size={group_size!r}): group_size is a "
-                f"number of ranks, at least "
+                "number of ranks, at least "
                 "2, that normalise with one batch, as in BatchNormSync(group_size=8); with statistics_only=True none "
                 "do."
             )
@@ -128,8 +128,7 @@ class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see 
             fitting = [size for size in range(2, world + 1) if world % size == 0]
             raise ValueError(
                 f"BatchNormSync(group_size={self.group_size}): {world} ranks can't be divided into groups of "
-                f"{self.group_size}; one of "
-                f"{', '.join(map(str, fitting))} can be used."
+                f"{self.group_size}; one of {', '.join(map(str, fitting))} can be used."
             )
 
     def _part(self, ranks: Ranks) -> Group:

@@ -83,8 +83,7 @@ class Ranks:
                 if theirs.get(name) != own:
                     raise ValueError(
                         f"{self.task}: {name} is {own!r} on rank 0 and {theirs.get(name)!r} on rank {rank}. Every rank "
-                        f"must call it "
-                        "with the same model and the same arguments."
+                        "must call it with the same model and the same arguments."
                     )
 
     def fail(self, error: BaseException) -> None:

@@ -248,8 +248,7 @@ def _is_left_alone(kind: type) -> bool:
 def _cant_be_kept(name: str, thing: object) -> str:
     return (
         f"recalibrate(model, batches): {name} is a {type(thing).__name__}, which could not be put back after the pass. "
-        f"Keep it outside the "
-        "model, or keep in its place what it is made from (a loader, not its iterator)."
+        "Keep it outside the model, or keep in its place what it is made from (a loader, not its iterator)."
     )
 
 

@@ -61,8 +61,7 @@ class Lockstep:
         if isinstance(job, _Job):
             raise RuntimeError(
                 "recalibrate(model, batches, exact=True): the forward of one such pass began another over the same "
-                "layers. Run the inner "
-                "one before, or after, or leave exact=True out of it."
+                "layers. Run the inner one before, or after, or leave exact=True out of it."
             )
         raise RuntimeError(
             "recalibrate(model, batches, exact=True): a batch-norm layer was called from a thread or a greenlet of the "

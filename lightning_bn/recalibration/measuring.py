@@ -119,8 +119,8 @@ def _by_own_forward(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, 
     if (var < 0).any():
         raise TypeError(
             f"{type(layer).__name__}'s forward does not leave the statistics of the batch in its buffers, so they "
-            f"can't be told. Leave it "
-            f"out: recalibrate(model, batches, layers=lambda name, module: not isinstance(module, "
+            "can't be told. Leave it "
+            "out: recalibrate(model, batches, layers=lambda name, module: not isinstance(module, "
             f"{type(layer).__name__}))."
         )
     count = input.numel() // layer.num_features

@@ -87,8 +87,7 @@ def _change(layer: BatchNormLayer, old: Statistics, new: Statistics) -> Statisti
     if not new[1].isfinite().all() and old[1].isfinite().all():
         raise ValueError(
             f"recalibrate(model, batches): {layer.name or 'the model'} ({layer.kind}) saw one value per channel, which "
-            f"has no variance. "
-            "Pass more data, or with pooled=False larger batches."
+            "has no variance. Pass more data, or with pooled=False larger batches."
         )
     return StatisticsChange(layer.module, old, (new[0].to(old[0]), new[1].to(old[1])))
 
@@ -107,8 +106,7 @@ def _nothing_seen(layers: list[BatchNormLayer], seen: Seen) -> str:
     names = ", ".join(layer.name or "(the model)" for layer in layers[:3]) + (", ..." if len(layers) > 3 else "")
     return (
         f"recalibrate(model, batches): none of the {len(layers)} chosen layers ({names}) ran in {seen.batches} "
-        f"batches. "
-        "Pass the model that runs them, or forward=lambda model, batch: ... that makes it run them."
+        "batches. Pass the model that runs them, or forward=lambda model, batch: ... that makes it run them."
     )
 
 

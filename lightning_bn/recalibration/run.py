@@ -242,8 +242,7 @@ class _Options:
         if self.exact and self.tolerance is not None:
             raise ValueError(
                 f"recalibrate(exact=True, tolerance={self.tolerance!r}): exact needs all batches at once and can't "
-                f"stop in between. "
-                "Pass num_batches=... with exact=True, or tolerance alone."
+                "stop in between. Pass num_batches=... with exact=True, or tolerance alone."
             )
 
 
@@ -253,8 +252,7 @@ def _check_exact(exact: bool, sharded: bool) -> None:
             "recalibrate(exact=True): the model's parameters are spread over the ranks (fully_shard, FSDP, tensor "
             "parallelism or "
             "DeepSpeed) and are there during one forward at a time, while exact has all batches in their forwards at "
-            "once. Leave out "
-            "exact=True, and take larger batches."
+            "once. Leave out exact=True, and take larger batches."
         )
 
 
@@ -275,9 +273,8 @@ def _common(
 def _check_batches(batches: object) -> None:
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise TypeError(
-            f"recalibrate(model, batches): batches is an iterable of batches, such as a DataLoader; this is a "
-            f"{type(batches).__name__}. "
-            "If it is one batch, pass [batch]."
+            "recalibrate(model, batches): batches is an iterable of batches, such as a DataLoader; this is a "
+            f"{type(batches).__name__}. If it is one batch, pass [batch]."
         )
 
 

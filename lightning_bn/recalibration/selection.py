@@ -70,7 +70,7 @@ def _nothing(layers: list[BatchNormLayer], wanted: Layers, model: nn.Module) -> 
         )
     return (
         f"recalibrate(model, batches): {_listed(learning)} can learn, but are in eval mode in a model that is in "
-        f"training mode, so they "
+        "training mode, so they "
         f"are taken for frozen, as all {number} are. If that was not meant, call model.train() first. {choose_others}"
     )
 

@@ -39,6 +39,5 @@ def check_patterns(setting: Setting, names: Sequence[str]) -> None:
             parts = [name for name in names if name and "." not in name]
             raise ValueError(
                 f"{setting.caller}(allow_eval=[{pattern!r}]): no module has such a name. Give module names or patterns "
-                f"of them, "
-                f"as named_modules() has them; the first level here is {', '.join(parts) or 'empty'}."
+                f"of them, as named_modules() has them; the first level here is {', '.join(parts) or 'empty'}."
             )

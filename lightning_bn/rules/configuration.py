@@ -185,8 +185,7 @@ class DropoutBeforeBatchNorm(Rule):
     title = "dropout straight before a batch norm"
     level = "info"
     why = (
-        "dropout raises the variance in training alone; in eval the layer divides by one its input does not have "
-        "(Li "
+        "dropout raises the variance in training alone; in eval the layer divides by one its input does not have (Li "
         "et al. 2019)."
     )
 
@@ -237,7 +236,7 @@ class SortedBatches(Rule):
             yield Seen(
                 [layer],
                 f"the means of {order.batches} batches spread {order.spread:.3g} times as much as those of random "
-                f"samples would, "
+                "samples would, "
                 f"and each is like its neighbour in the epoch before (correlation {order.likeness:.2f}).",
             )
 

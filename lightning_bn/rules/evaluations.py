@@ -68,8 +68,7 @@ class VanishingVariance(Rule):
                 list(found),
                 lambda names: (
                     f"at {names[0]} the running variance of channel {', '.join(map(str, found[names[0]][:8]))} is "
-                    f"below 10 eps; "
-                    f"in {evaluation.stage} its input varies 100 times as much."
+                    f"below 10 eps; in {evaluation.stage} its input varies 100 times as much."
                 ),
                 fix=Fix(
                     f"recalibrate({evaluation.setting.root}, batches)",

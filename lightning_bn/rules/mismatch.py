@@ -41,8 +41,7 @@ class OtherWeights(Rule):
                 list(exchange.far),
                 lambda names: (
                     f"weights were exchanged, and statistics with them: at {names[0]} {exchange.stage} divides by a "
-                    f"spread "
-                    f"{exchange.far[names[0]]:.1f} times off."
+                    f"spread {exchange.far[names[0]]:.1f} times off."
                 ),
                 level="warning",
                 fix=self._fix(exchange),
@@ -71,8 +70,7 @@ class TrainEvalGap(Rule):
             if wide:
                 yield self._seen(wide, lambda gap: (
                     f"against the last {gap.updates} updates the mean of {gap.layer.name} is {gap.shift:.2f} "
-                    f"deviations off, "
-                    f"its variance by a factor of {math.exp(gap.log_ratio):.1f}."
+                    f"deviations off, its variance by a factor of {math.exp(gap.log_ratio):.1f}."
                 ), "warning" if level == "warning" else "info")  # fmt: skip
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
@@ -85,7 +83,7 @@ class TrainEvalGap(Rule):
         if wide:
             yield self._seen(wide, lambda gap: (
                 f"at {gap.layer.name} {evaluation.stage} divides by a spread {math.exp(gap.log_ratio / 2):.1f} times "
-                f"off, around a mean "
+                "off, around a mean "
                 f"{gap.shift:.1f} deviations off; {_weight_of_start(gap):.0%} of the average is still the 0 and 1 it "
                 f"began with."
             ), "warning")  # fmt: skip

@@ -179,8 +179,7 @@ class ModesNotPutBack(Rule):
     code = "BN105"
     title = "validation did not put the modes back as they were"
     why = (
-        "training goes on in the mode of the evaluation: in eval mode statistics stand still, in train mode a "
-        "freeze "
+        "training goes on in the mode of the evaluation: in eval mode statistics stand still, in train mode a freeze "
         "is undone."
     )
     mendable = True

@@ -128,8 +128,7 @@ class NotFinite(Rule):
     title = "running statistics are not finite, or a variance is negative"
     level = "error"
     why = (
-        "an average never forgets a NaN: every evaluation from here on is NaN, while training, which uses the "
-        "batch, "
+        "an average never forgets a NaN: every evaluation from here on is NaN, while training, which uses the batch, "
         "looks well."
     )
 
@@ -195,7 +194,7 @@ class NeverUpdated(Rule):
         root = evaluation.setting.root
         return Seen(
             [each.layer.name for each in untouched],
-            f"after training began, mean is 0 and variance 1 in all channels; num_batches_tracked is "
+            "after training began, mean is 0 and variance 1 in all channels; num_batches_tracked is "
             f"{_numbers(tracked)}.",
             level,
             Fix(
