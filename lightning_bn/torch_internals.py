@@ -91,8 +91,8 @@ def is_compiled(module: nn.Module) -> bool:
 def _has_compiled_method(module: nn.Module) -> bool:
     """Whether compiled code stands in the place of a method, as in the module of
     ``trainer.fit(torch.compile(module))``."""
-    values = vars(module).values()
-    return any(isinstance(value, FunctionType) and hasattr(value, "_torchdynamo_orig_callable") for value in values)
+    functions = [value for value in vars(module).values() if type(value) is FunctionType]
+    return any(hasattr(function, "_torchdynamo_orig_callable") for function in functions)
 
 
 def kernel_moments(data: Tensor) -> tuple[Tensor, Tensor]:

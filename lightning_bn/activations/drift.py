@@ -194,11 +194,12 @@ class DriftMeter:
         batch = tuple(old + (new - old) / weight for old, new in zip(before, after, strict=True))
         batch = self._with_handed(batch, host[4:])
         ran = (batches > 0).numpy()
+        share = self._share_of_start(before, tracked)
         values, settled = (
             np.where(ran[:, None], self._compare(batch, each), np.nan)
-            for each in (before, self._less_start(before, tracked))
+            for each in (before, self._less_start(before, share))
         )
-        settled[self._is_young(tracked) & ran] = 0
+        settled[self._is_young(tracked, share) & ran] = 0
         return Drift(values, settled, ran, self._nonfinite(before))
 
     @torch.no_grad()
@@ -225,24 +226,20 @@ class DriftMeter:
             np.concatenate([inputs[index][part] if index in inputs else none for index, none in enumerate(nothing)])
             for part in (0, 1)
         )
+        share = self._share_of_start(running, counts)
         values = self._compare(batch, running)
-        settled = self._compare(batch, self._less_start(running, counts))
+        settled = self._compare(batch, self._less_start(running, share))
         steps = counts.numpy()
-        young = self._is_young(counts) & ((steps > 0) | (steps == 0).all())
-        settled = np.where(young[:, None], 0.0, np.where(self._is_quick(counts)[:, None], settled, values))
+        young = self._is_young(counts, share) & ((steps > 0) | (steps == 0).all())
+        settled = np.where(young[:, None], 0.0, np.where(_is_quick(counts, share)[:, None], settled, values))
         ran = np.isin(np.arange(len(self.layers)), list(inputs))
         return Drift(values, settled, ran, self._nonfinite(running))
 
-    def _is_young(self, counts: Tensor) -> Mask:
+    def _is_young(self, counts: Tensor, share: Array) -> Mask:
         """Which layers began with 0/1 and have seen so few batches that torch's own average would be in its start too;
         their weights move fast."""
-        young: Mask = self._from_zero_one & (counts.numpy() < YOUNG) & self._is_quick(counts)
+        young: Mask = self._from_zero_one & (counts.numpy() < YOUNG) & _is_quick(counts, share)
         return young
-
-    def _is_quick(self, counts: Tensor) -> Mask:
-        """Which layers have forgotten their start as well as torch's own average would have."""
-        quick: Mask = self._start_weight(counts) <= DEFAULT_MEMORY ** counts.numpy() + 1e-6
-        return quick
 
     def _compare(self, batch: tuple[Array, ...], running: tuple[Array, ...]) -> Array:
         return summarise_drift(*distance(batch[0], batch[1], running[0], running[1], self._eps), self._widths)
@@ -262,17 +259,17 @@ class DriftMeter:
         )
         return [joined(mean + var), joined(counts)]
 
-    def _start_weight(self, counts: Tensor) -> Array:
+    def _share_of_start(self, running: tuple[Array, Array], counts: Tensor) -> Array:
         """How much of the running statistics is still the 0/1 that they began with: (L,)."""
+        self._look_at_start(running, counts)
         weight = 1 - self._newest_weight(counts, counts)
         # What does not tell its weights has no start in it, once it has a batch.
         weight = np.where((counts == 0).numpy(), 1.0, np.nan_to_num(weight, nan=0.0))
         return np.where(self._from_zero_one, weight, 0.0)
 
-    def _less_start(self, running: tuple[Array, Array], counts: Tensor) -> tuple[Array, Array]:
+    def _less_start(self, running: tuple[Array, Array], shares: Array) -> tuple[Array, Array]:
         """The running statistics as they would be without the share of 0 and 1 that they began with."""
-        self._look_at_start(running, counts)
-        share = np.repeat(self._start_weight(counts), self._widths)
+        share = np.repeat(shares, self._widths)
         rest = np.where(share < 1, 1 - share, np.nan)
         return running[0] / rest, np.maximum((running[1] - share) / rest, 0.0)
 
@@ -312,6 +309,12 @@ class DriftMeter:
         finite = np.isfinite(known[:, 1:])
         mean = np.where(finite, known, 0.0).sum(0) / finite.sum(0)
         return tuple(np.where(np.isnan(new), old, new) for old, new in zip(batch, mean, strict=True))
+
+
+def _is_quick(counts: Tensor, share: Array) -> Mask:
+    """Which layers have forgotten their start as well as torch's own average would have."""
+    quick: Mask = share <= DEFAULT_MEMORY ** counts.numpy() + 1e-6
+    return quick
 
 
 def _moments(flat: Tensor) -> tuple[Array, Array]:

@@ -143,8 +143,12 @@ class LayerTable:
             writer = csv.writer(file)
             if new:
                 writer.writerow((*INDEX, *COLUMNS, "warm_up"))
-            for row in taken.rows():
-                writer.writerow(_cell(value) for value in row.values())
+            place = taken.stage, taken.step, taken.epoch
+            for layer, numbers, states in zip(taken.layers, taken.values.tolist(), taken.states.tolist(), strict=True):
+                cells = [
+                    "" if state == ABSENT else f"{number:.6g}" for number, state in zip(numbers, states, strict=True)
+                ]
+                writer.writerow((layer, *place, *cells, warm_ups(states) if WARM_UP in states else ""))
 
 
 def _merged(order: Sequence[str], newest: Sequence[str]) -> list[str]:
@@ -158,10 +162,6 @@ def _merged(order: Sequence[str], newest: Sequence[str]) -> list[str]:
             known.add(layer)
         before = found.index(layer) if layer in known else before
     return found
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 @silent_numbers()

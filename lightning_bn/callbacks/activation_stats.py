@@ -139,6 +139,7 @@ class ActivationStatsMonitor(Callback):
         self._newest = Sample()
         self._sampled_step: int | None = None
         self._told: set[str] = set()  # stages, of which blindness has been told
+        self._is_described = False  # in the journal, what the statistics mean
         self._is_fresh = True  # whether the table is that of a new run
 
     def table(self) -> list[dict[str, Any]]:
@@ -191,6 +192,7 @@ class ActivationStatsMonitor(Callback):
         self._report = Report([])
         self._sampled_step = None
         self._told = set()
+        self._is_described = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
@@ -226,7 +228,7 @@ class ActivationStatsMonitor(Callback):
         if self._sampled_step is None:
             return
         self._collectors["train"].detach()
-        journal_of(trainer).modes(trainer, pl_module)
+        journal_of(trainer).modes(trainer)
         # The batches that one optimizer step accumulates are one sample.
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
             step, self._sampled_step = self._sampled_step, None
@@ -365,6 +367,9 @@ class ActivationStatsMonitor(Callback):
         self._is_fresh = False
 
     def _describe(self, trainer: Trainer) -> None:
+        if self._is_described:
+            return
+        self._is_described = True
         edges = histogram_edges().tolist() if self.histograms else []
         journal_of(trainer).journal.write_once("statistics", statistics=describe_statistics(), histogram_edges=edges)
 

@@ -37,6 +37,7 @@ class RunJournal:
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
         self._begun = False
+        self._norms: list[BatchNormLayer] = []
         self._waiting: list[tuple[str, dict[str, Any]]] = []
         self._episodes: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
@@ -46,6 +47,7 @@ class RunJournal:
             return
         self._begun = True
         self._episodes = {}
+        self._norms = find_batch_norms(module)
         self.journal.forget()
         step, epoch = logging_step(trainer), trainer.current_epoch
         resumed = step > 0 or trainer.ckpt_path is not None
@@ -56,7 +58,8 @@ class RunJournal:
             self.journal.write(kind, **fields)
 
     def epoch(self, trainer: Trainer) -> None:
-        """Tell that an epoch of training begins."""
+        """Tell that an epoch of training begins; layers that came or went are known from here on."""
+        self._norms = find_batch_norms(trainer.lightning_module)
         self.journal.write_once("epoch", step=logging_step(trainer), epoch=trainer.current_epoch)
 
     def validation(self, trainer: Trainer) -> None:
@@ -64,10 +67,10 @@ class RunJournal:
         if self._begun and not trainer.sanity_checking:
             self.journal.write_once("validation", step=logging_step(trainer), epoch=trainer.current_epoch)
 
-    def modes(self, trainer: Trainer, module: LightningModule) -> None:
+    def modes(self, trainer: Trainer) -> None:
         """Tell which batch-norm layers are in eval mode in a training step, where that has changed."""
         if self.journal.path is not None:
-            asleep = [layer.name for layer in find_batch_norms(module) if not layer.module.training]
+            asleep = [layer.name for layer in self._norms if not layer.module.training]
             self.journal.write_changed("modes", "eval", asleep, step=logging_step(trainer))
 
     def write(self, trainer: Trainer, kind: str, **fields: Any) -> None:
