@@ -16,12 +16,13 @@ from lightning_bn.rules.adjacency import AdjacencyProbe
 from lightning_bn.rules.arguments import check_codes, check_patterns
 from lightning_bn.rules.boundaries import Boundaries
 from lightning_bn.rules.copies import Copies
-from lightning_bn.rules.gaps import LEAST_TRACKED, Gap, Marks
+from lightning_bn.rules.exchanged import ExchangedWeights
+from lightning_bn.rules.gaps import Gap, Marks
 from lightning_bn.rules.learning import Learning
 from lightning_bn.rules.observer import Modes, Observer
 from lightning_bn.rules.order import BatchOrder
-from lightning_bn.rules.probe import EvaluationProbe, far, vanishing
-from lightning_bn.rules.readings import Reading, ranks_apart, weight_samples
+from lightning_bn.rules.probe import EvaluationProbe, vanishing
+from lightning_bn.rules.readings import Reading, ranks_apart
 from lightning_bn.rules.register import Moment, Register
 from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Exchange, Return, Seen, Setting
 from lightning_bn.torch_internals import is_compiled
@@ -72,14 +73,13 @@ class Inspection:
         self._batches = 0
         self._counted: tuple[int, Reading] = (0, Reading(()))
         self._last_check = "nothing was known of them before"
-        self._anchor: tuple[torch.Tensor, Reading] | None = None
+        self._weights = ExchangedWeights()
         self._copies = Copies(self.observer)
         self._boundaries = Boundaries(self.observer.layers)
         self._order = BatchOrder()
         self._look: EvaluationProbe | None = None
         self._gaps: list[Gap] = []
         self._begun: dict[int, torch.Tensor] = {}
-        self._swapped = False
         self._largest = 0
         self._last: Batch | None = None
         self._counts_before: dict[int, int] = {}
@@ -116,7 +116,8 @@ class Inspection:
             kept = {places[layer] for index in indices if (layer := old.layers[index].module) in places}
             known.clear()
             known.update(kept)
-        self._judged, self._away, self._anchor, self._counts_before = {}, None, None, {}
+        self._judged, self._away, self._counts_before = {}, None, {}
+        self._weights.forget()
         # These know the layers by their places.
         self._copies, self._boundaries = Copies(self.observer), Boundaries(self.observer.layers)
         self._marks = Marks(self.observer.layers)
@@ -231,7 +232,8 @@ class Inspection:
         self._compare_boundary(f"before {stage}")
         self.stage, self.step, self.index = stage, step, -1
         self._away, self._interrupted = modes, False
-        self._evaluated, self._swapped, self._look = set(), False, None
+        self._evaluated, self._look = set(), None
+        self._weights.seen = False
         self._gaps, self._begun = [], {}
         if any(fresh):
             # Statistics that someone wrote since the last batch, as a recalibration does, are not the average of
@@ -270,7 +272,7 @@ class Inspection:
                 self.observer.layers[i].name: channels for i, channels in vanishing(self._look).items()
             }
             self._compare_weights(self._look)
-        evaluation.gaps = () if self._swapped else self._read()
+        evaluation.gaps = () if self._weights.seen else self._read()
         self._ask(lambda rule: rule.evaluation(evaluation))
         self._look = None
         self._boundaries.leave()
@@ -305,23 +307,17 @@ class Inspection:
 
     def anchor(self) -> None:
         """Remember weights and statistics for `exchanged`."""
-        self._anchor = (weight_samples(self.model), Reading(self.observer.layers)) if self._moving else None
+        self._weights.forget()
+        if self._moving:
+            self._weights.anchor(self.model, self.observer.layers)
 
     def exchanged(self, where: Literal["before", "after"] = "before") -> None:
         """Look whether weights were exchanged since `anchor` and the statistics that go with them were not; waits for
         the device."""
-        anchor, self._anchor = self._anchor, None
-        if anchor is None or torch.equal(anchor[0].cpu(), weight_samples(self.model).cpu()):
-            return
-        self._swapped = True
-        before, now = anchor[1].values(), Reading(self.observer.layers).values()
-        names = [
-            each.layer.name
-            for index, each in now.items()
-            if index in self._moving & before.keys() and each.equals(before[index])
-        ]
-        exchange = Exchange(self.observer, self.setting, names, where, self.stage)
-        self._ask(lambda rule: rule.averaged(exchange))
+        names = self._weights.since_anchor(self.model, self.observer.layers, self._moving)
+        if names is not None:
+            exchange = Exchange(self.observer, self.setting, names, where, self.stage)
+            self._ask(lambda rule: rule.averaged(exchange))
 
     def boundary(self) -> None:
         """From here on, what moves statistics outside of batches is told."""
@@ -398,27 +394,9 @@ class Inspection:
     def _compare_weights(self, look: EvaluationProbe) -> None:
         """Look whether the evaluation's step exchanged the weights, or weights and statistics were exchanged and do not
         fit each other."""
-        inside = [index for index in look.exchanged() if index in self._moving]
-        stayed = [
-            self.observer.layers[i].name
-            for i in inside
-            if torch.equal(look.looks[i].mean, self.observer.layers[i].module.running_mean)
-        ]
-        self._swapped = self._swapped or bool(inside)
-        apart: dict[str, float] = {}
-        if self._swapped:
-            tracked = Reading(self.observer.layers).counts()
-            apart = {
-                self.observer.layers[i].name: times
-                for i, times in far(look).items()
-                if tracked.get(i, 0) >= LEAST_TRACKED
-            }
-            apart = {
-                name: times
-                for name, times in apart.items()
-                if name not in stayed and name not in self._register.reported("BN207")
-            }
-        where: Literal["before", "inside"] = "inside" if inside else "before"
+        where, stayed, apart = self._weights.within(look, self.observer.layers, self._moving)
+        told = self._register.reported("BN207")
+        apart = {name: times for name, times in apart.items() if name not in told}
         exchange = Exchange(self.observer, self.setting, stayed, where, self.stage, apart)
         self._ask(lambda rule: rule.averaged(exchange))
 
