@@ -28,8 +28,9 @@ class Operations(TorchDispatchMode):
         self.calls: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[operation] += 1
-        return operation(*args, **(kwargs or {}))
+        result = operation(*args, **(kwargs or {}))
+        self.calls[operation] += 1  # not before: where a device has no kernel for it, another operation follows
+        return result
 
 
 class Memory(TorchDispatchMode):

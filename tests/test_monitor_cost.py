@@ -3,68 +3,39 @@ value raises."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.layers import select_layers
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from operations import Operations
+from resnet import resnet50
 
-class Counts(TorchDispatchMode):
-    """Operations launched, and the bytes and dtypes of the tensors that they gave."""
+
+class Given(TorchDispatchMode):
+    """The sizes and dtypes of the tensors that operations gave."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = 0
-        self.given: list[tuple[int, torch.dtype, int]] = []
+        self.tensors: list[tuple[int, torch.dtype, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.operations += 1  # not before: the meta device has no kernel for some, and another one follows
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+        for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
-                self.given.append((tensor.numel(), tensor.dtype, tensor.numel() * tensor.element_size()))
+                self.tensors.append((tensor.numel(), tensor.dtype, tensor.nbytes))
         return result
-
-
-class Bottleneck(nn.Module):
-    """Figure 5 right of He et al. (2016), with a ReLU module for each place."""
-
-    def __init__(self, inputs: int, width: int, stride: int, project: bool) -> None:
-        super().__init__()
-        outputs = 4 * width
-        self.branch = nn.Sequential(
-            *(nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
-            *(nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
-            *(nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)),
-        )
-        shortcut = (
-            (nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-            if project
-            else (nn.Identity(),)
-        )
-        self.shortcut, self.relu = nn.Sequential(*shortcut), nn.ReLU()
-
-    def forward(self, data: Tensor) -> Tensor:
-        return self.relu(self.branch(data) + self.shortcut(data))
-
-
-def resnet(width: int = 16) -> nn.Sequential:
-    """52 batch norms after 16 blocks without a norm in the stem, and 49 ReLUs."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.ReLU()]
-    inputs = width
-    for stage, blocks in enumerate((3, 4, 6, 3)):
-        for block in range(blocks):
-            own = width * 2**stage
-            layers.append(Bottleneck(inputs, own, 2 if stage and not block else 1, project=not block))
-            inputs = 4 * own
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
 
 
 @contextmanager
@@ -78,16 +49,16 @@ def sampled(model: nn.Module, collector: LayerCollector | None) -> Iterator[None
 
 
 def operations(model: nn.Module, collector: LayerCollector | None) -> int:
-    with Counts() as counts, sampled(model, collector):
+    with Operations() as seen, sampled(model, collector):
         model(torch.empty(2, 3, 32, 32, device="meta")).sum().backward()
-    return counts.operations
+    return seen.calls.total()
 
 
 def test_a_sampled_step_launches_twelve_operations_a_layer() -> None:
     """Forward, backward and all that comes before the one transfer, for 52 batch norms and 49 ReLUs, without a wait for
     the device."""
     with torch.device("meta"):
-        model = resnet()
+        model = resnet50(16)
     layers = select_layers(model)
     assert len(layers) == 101
     assert sum(isinstance(layer, nn.BatchNorm2d) for layer in layers.values()) == 52
@@ -108,12 +79,11 @@ def test_no_tensor_is_wider_than_twice_the_activation(dtype: torch.dtype, device
     data = torch.ones(16, 8, 16, 16, dtype=dtype, device=device)
     if spoiled:
         data[0, 0, 0, 0] = torch.nan
-    plain = Counts()
-    with plain:
+    with Given() as plain:
         model(data)
     collector.attach()
-    with Counts() as counts:
+    with Given() as given:
         model(data)
-    assert len(counts.given) > len(plain.given)
-    assert max(size for *_, size in counts.given) <= 2 * data.numel() * data.element_size()
-    assert not any(number >= data.numel() and kind == torch.float64 for number, kind, _ in counts.given)
+    assert len(given.tensors) > len(plain.tensors)
+    assert max(size for *_, size in given.tensors) <= 2 * data.numel() * data.element_size()
+    assert not any(number >= data.numel() and kind == torch.float64 for number, kind, _ in given.tensors)
