@@ -342,6 +342,18 @@ def test_all_frozen_names_the_argument() -> None:
         quiet(nn.LazyBatchNorm1d(), [torch.randn(8, 2)])
 
 
+def test_layers_left_in_eval_mode_are_not_called_frozen() -> None:
+    """Where their parameters learn, the error asks whether the mode was meant; where none does, it says frozen."""
+    model = three()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval()
+    with pytest.raises(ValueError, match=r"can learn, but are in eval mode .* call model\.train\(\) first"):
+        quiet(model, [torch.randn(8, 2)])
+    with pytest.raises(ValueError, match="are frozen: no affine parameter requires grad"):
+        quiet(model.requires_grad_(False), [torch.randn(8, 2)])
+
+
 def test_a_layer_that_did_not_run_keeps_its_statistics_and_is_listed() -> None:
     """Zeros in place of what it had would be a silent ruin."""
     model = nn.ModuleDict({"used": nn.BatchNorm1d(2), "idle": nn.BatchNorm1d(2)})

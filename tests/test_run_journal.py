@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 from fits import Small, loader
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
 
 from lightning_bn import ActivationStatsMonitor, BatchNormRecalibration, CompareAverages, ModeCheck, Window
 from lightning_bn.journal.lines import FILE_NAME
@@ -89,6 +90,23 @@ def test_findings_and_modes(tmp_path: Path) -> None:
     modes = [(line["step"], line["eval"]) for line in lines(tmp_path) if line["kind"] == "modes"]
     assert modes[0][1] == ["bn1"]
     assert modes[0][0] in (4, 5)
+
+
+def test_modes_of_a_layer_that_came(tmp_path: Path) -> None:
+    """A layer that the module puts in as an epoch starts, in eval mode, is named from the next epoch on."""
+
+    class Grown(Small):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.rest.append(nn.BatchNorm1d(2).eval())
+
+    # The module's own hook comes after the callbacks'.
+    fit = trainer(tmp_path, ActivationStatsMonitor(every_n_steps=1), max_epochs=3)
+    fit.fit(Grown(), loader(), loader(shuffle=False))
+    epochs = {line["epoch"]: line["step"] for line in lines(tmp_path) if line["kind"] == "epoch"}
+    modes = [(line["step"], line["eval"]) for line in lines(tmp_path) if line["kind"] == "modes"]
+    assert modes[0][1] == ["rest.6"]
+    assert modes[0][0] >= epochs[2]
 
 
 def test_where_it_lies(tmp_path: Path) -> None:
