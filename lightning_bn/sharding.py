@@ -52,9 +52,8 @@ def check_not_distributed(layers: Iterable[BatchNormLayer], call: str) -> None:
         if isinstance(layer.module.running_mean, Tensor) and _is_dtensor(layer.module.running_mean):
             raise TypeError(
                 f"{call}: the running statistics of {layer.name or 'the model'} ({layer.kind}) are DTensors, which "
-                "this package does not "
-                "write. Leave the layer out of distribute_module; fully_shard and parallelize_module leave buffers as "
-                "they are."
+                "this package does not write. Leave the layer out of distribute_module; fully_shard and "
+                "parallelize_module leave buffers as they are."
             )
 
 

@@ -153,8 +153,8 @@ def by_channel(activation: Tensor, num_channels: int, channel_dim: int) -> Tenso
     if not -dims <= channel_dim < dims or activation.shape[channel_dim] != num_channels:
         raise ValueError(
             f"update(activation of shape {tuple(activation.shape)}): there are no {num_channels} channels in dimension "
-            f"{channel_dim}. "
-            f"Build one ActivationStats(num_channels) a layer, with channel_dim=-1 where the channels come last."
+            f"{channel_dim}. Build one ActivationStats(num_channels) a layer, with channel_dim=-1 where the channels "
+            "come last."
         )
     if channel_dim % dims == 1:
         return activation

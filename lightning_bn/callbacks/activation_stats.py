@@ -299,9 +299,8 @@ class ActivationStatsMonitor(Callback):
                 )
                 rank_zero_warn(
                     f"ActivationStatsMonitor(layers={self.layers!r}) finds nothing to look at: "
-                    f"{type(pl_module).__name__} has no {wanted}. "
-                    "Name what it has, as in layers=nn.Conv2d or layers='encoder.*'; functional activations (F.relu) "
-                    "are no modules."
+                    f"{type(pl_module).__name__} has no {wanted}. Name what it has, as in layers=nn.Conv2d or "
+                    "layers='encoder.*'; functional activations (F.relu) are no modules."
                 )
             self._collectors[stage] = LayerCollector(
                 pl_module,
@@ -404,9 +403,8 @@ class ActivationStatsMonitor(Callback):
         if unseen:
             rank_zero_warn(
                 f"ActivationStatsMonitor sees nothing of {_names(unseen)} in {_STAGES[stage]}: no forward called them "
-                "as modules. They "
-                "are not part of this forward, or run inside compiled or scripted code that is not a module of the "
-                "model's."
+                "as modules. They are not part of this forward, or run inside compiled or scripted code that is not a "
+                "module of the model's."
             )
         if left_out:
             found = [f"{name} ({reason})" for name, reason in left_out.items()]

@@ -38,10 +38,10 @@ def check_kinds(trainer: Trainer, kinds: Sequence[str]) -> None:
     if kinds and isinstance(trainer.strategy, ShardingStrategy):
         raise MisconfigurationException(
             f"BatchNormRecalibration(checkpoints={tuple(kinds)!r}): {type(trainer.strategy).__name__} spreads the "
-            "parameters over ranks, "
-            "and no copy of such a checkpoint can be recalibrated here. Leave out checkpoints=, and recalibrate before "
-            "each is saved, "
-            "BatchNormRecalibration(when='validation'), or after it is loaded: recalibrate(module, batches)."
+            "parameters over ranks, and no copy of such a checkpoint can be recalibrated here. Leave out checkpoints=, "
+            "and recalibrate before "
+            "each is saved, BatchNormRecalibration(when='validation'), or after it is loaded: recalibrate(module, "
+            "batches)."
         )
     call = f"BatchNormRecalibration(checkpoints={tuple(kinds)!r})"
     if kinds and not writers:

@@ -223,9 +223,8 @@ class CompareAverages(Callback):
         if missed:
             raise MisconfigurationException(
                 f"CompareAverages did not see {', '.join(missed)} run in training: they were compiled in this process "
-                "before the fit, and "
-                "hooks that come later are never called. Call torch.compiler.reset() before the fit, or leave the "
-                "callback out."
+                "before the fit, and hooks that come later are never called. Call torch.compiler.reset() before the "
+                "fit, or leave the callback out."
             )
 
     @contextmanager

@@ -90,8 +90,8 @@ class ConvertBatchNorm(Callback):
                 f"ConvertBatchNorm({self.averaging!r}): Trainer(sync_batchnorm=True) has put torch's SyncBatchNorm in "
                 "the place of "
                 f"{len(lost)} converted layers ({', '.join(lost[:3])}{', ...' * (len(lost) > 3)}), and their averages "
-                "are gone. "
-                "Use Trainer(sync_batchnorm=True, plugins=[lightning_bn.BatchNormSync()]), which replaces no layer."
+                "are gone. Use Trainer(sync_batchnorm=True, plugins=[lightning_bn.BatchNormSync()]), which replaces no "
+                "layer."
             )
         self._convert(pl_module)
 

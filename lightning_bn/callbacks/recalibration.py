@@ -151,9 +151,8 @@ class BatchNormRecalibration(Callback):
         if self.forward is None and not pl_module.automatic_optimization and not is_overridden("forward", pl_module):
             raise MisconfigurationException(
                 f"BatchNormRecalibration: {type(pl_module).__name__} optimises by hand, so its training_step can't be "
-                "run, and it has no "
-                "forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: "
-                "module.model(batch[0]))."
+                "run, and it has no forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda module, "
+                "batch: module.model(batch[0]))."
             )
         if self.monitor is not None and not trainer.enable_validation:
             raise MisconfigurationException(
@@ -266,8 +265,8 @@ class BatchNormRecalibration(Callback):
         if self.report.not_run:
             rank_zero_warn(
                 f"BatchNormRecalibration: {', '.join(self.report.not_run)} did not run and kept their statistics. If "
-                "training runs them, "
-                "say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: ...)."
+                "training runs them, say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: "
+                "...)."
             )
         self._count, self._last_step = self._count + 1, trainer.global_step
         values = {f"{self.monitor}_before": before, f"{self.monitor}_after": after, "kept": float(self.kept)}

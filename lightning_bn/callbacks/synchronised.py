@@ -23,7 +23,6 @@ def check_plugin_is_applied(trainer: Trainer, module: LightningModule) -> None:
         return
     raise MisconfigurationException(
         f"Trainer(plugins=[BatchNormSync(...)]): {type(trainer.strategy).__name__} applies no plugin of this kind, so "
-        "no layer would be "
-        "synchronised. Give it as a callback: Trainer(callbacks=[BatchNormSync(...)]), without plugins= and "
-        "sync_batchnorm=."
+        "no layer would be synchronised. Give it as a callback: Trainer(callbacks=[BatchNormSync(...)]), without "
+        "plugins= and sync_batchnorm=."
     )

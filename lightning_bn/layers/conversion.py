@@ -74,8 +74,8 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
     if not layers:
         warnings.warn(
             f"convert_batch_norm({type(module).__name__}(...), {averaging!r}) finds no batch-norm layer, and converts "
-            "nothing. "
-            "Call it after the model is built; other normalisations, such as LayerNorm, have no running statistics.",
+            "nothing. Call it after the model is built; other normalisations, such as LayerNorm, have no running "
+            "statistics.",
             stacklevel=2,
         )
     for layer in layers:

@@ -62,9 +62,8 @@ class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see 
         if group_size is not None and (not isinstance(group_size, int) or group_size < 2 or statistics_only):
             raise ValueError(
                 f"BatchNormSync(statistics_only={statistics_only!r}, group_size={group_size!r}): group_size is a "
-                "number of ranks, at least "
-                "2, that normalise with one batch, as in BatchNormSync(group_size=8); with statistics_only=True none "
-                "do."
+                "number of ranks, at least 2, that normalise with one batch, as in BatchNormSync(group_size=8); with "
+                "statistics_only=True none do."
             )
         self.statistics_only = statistics_only
         self.group_size = group_size

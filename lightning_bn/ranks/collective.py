@@ -42,8 +42,8 @@ class Ranks:
             if self.rank < 0:
                 raise ValueError(
                     f"{task}: process_group does not contain this process, rank {dist.get_rank()} of "
-                    f"{dist.get_world_size()}. "
-                    "Call it on the ranks of the group alone, or pass each rank the group that it is in."
+                    f"{dist.get_world_size()}. Call it on the ranks of the group alone, or pass each rank the group "
+                    "that it is in."
                 )
 
     @property
@@ -129,8 +129,8 @@ class Ranks:
             raise
         except RuntimeError as error:  # what torch raises for a lost connection, a timeout, a message of another size
             raise RankError(
-                f"{self.task}: the process group failed {when}: {error} "
-                f"A rank has died, hangs, or did something else meanwhile.{self.afterwards and ' '}{self.afterwards}"
+                f"{self.task}: the process group failed {when}: {error} A rank has died, hangs, or did something else "
+                f"meanwhile.{self.afterwards and ' '}{self.afterwards}"
             ) from error
 
     def _gather(self, message: object) -> list[tuple[T, str | None]]:

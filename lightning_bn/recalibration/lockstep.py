@@ -65,8 +65,8 @@ class Lockstep:
             )
         raise RuntimeError(
             "recalibrate(model, batches, exact=True): a batch-norm layer was called from a thread or a greenlet of the "
-            "model's own, and "
-            "can't wait there for the other batches. Let the forward call its layers itself, or leave exact=True out."
+            "model's own, and can't wait there for the other batches. Let the forward call its layers itself, or leave "
+            "exact=True out."
         )
 
     def run(self, jobs: Iterable[Callable[[], object]]) -> None:

@@ -119,9 +119,8 @@ def _by_own_forward(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, 
     if (var < 0).any():
         raise TypeError(
             f"{type(layer).__name__}'s forward does not leave the statistics of the batch in its buffers, so they "
-            "can't be told. Leave it "
-            "out: recalibrate(model, batches, layers=lambda name, module: not isinstance(module, "
-            f"{type(layer).__name__}))."
+            "can't be told. Leave it out: recalibrate(model, batches, layers=lambda name, module: not "
+            f"isinstance(module, {type(layer).__name__}))."
         )
     count = input.numel() // layer.num_features
     return Row(len(input), count, mean, var * (count - 1) / count)

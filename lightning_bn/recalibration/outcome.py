@@ -95,8 +95,8 @@ def _change(layer: BatchNormLayer, old: Statistics, new: Statistics) -> Statisti
 def _nothing_seen(layers: list[BatchNormLayer], seen: Seen) -> str:
     if not seen.batches:
         return (
-            "recalibrate(model, batches): batches is empty. "
-            "An iterator that was used before gives nothing more: pass a loader or a list."
+            "recalibrate(model, batches): batches is empty. An iterator that was used before gives nothing more: pass "
+            "a loader or a list."
         )
     if seen.skipped:
         return (

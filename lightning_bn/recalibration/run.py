@@ -250,9 +250,8 @@ def _check_exact(exact: bool, sharded: bool) -> None:
     if exact and sharded:
         raise ValueError(
             "recalibrate(exact=True): the model's parameters are spread over the ranks (fully_shard, FSDP, tensor "
-            "parallelism or "
-            "DeepSpeed) and are there during one forward at a time, while exact has all batches in their forwards at "
-            "once. Leave out exact=True, and take larger batches."
+            "parallelism or DeepSpeed) and are there during one forward at a time, while exact has all batches in "
+            "their forwards at once. Leave out exact=True, and take larger batches."
         )
 
 

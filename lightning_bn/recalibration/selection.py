@@ -70,8 +70,8 @@ def _nothing(layers: list[BatchNormLayer], wanted: Layers, model: nn.Module) -> 
         )
     return (
         f"recalibrate(model, batches): {_listed(learning)} can learn, but are in eval mode in a model that is in "
-        "training mode, so they "
-        f"are taken for frozen, as all {number} are. If that was not meant, call model.train() first. {choose_others}"
+        "training mode, so they are taken for frozen, as all "
+        f"{number} are. If that was not meant, call model.train() first. {choose_others}"
     )
 
 

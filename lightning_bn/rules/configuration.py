@@ -236,8 +236,8 @@ class SortedBatches(Rule):
             yield Seen(
                 [layer],
                 f"the means of {order.batches} batches spread {order.spread:.3g} times as much as those of random "
-                "samples would, "
-                f"and each is like its neighbour in the epoch before (correlation {order.likeness:.2f}).",
+                "samples would, and each is like its neighbour in the epoch before (correlation "
+                f"{order.likeness:.2f}).",
             )
 
 
