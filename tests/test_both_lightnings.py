@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -232,3 +234,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     state = torch.load(tmp_path / "run-recalibrated.ckpt", weights_only=True)["state_dict"]
     assert fits.matches_weights(state)
     assert lightning_bn.to_torch(Other()).load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("imports", "expected"),
+    [
+        ("import lightning.pytorch", "lightning.pytorch"),
+        ("import pytorch_lightning", "pytorch_lightning"),
+        ("import lightning.pytorch, pytorch_lightning", "pytorch_lightning"),
+        ("import torchmetrics", "lightning.pytorch"),
+    ],
+)
+def test_lightning_goes_on_speaking_through_the_logger_of_the_package_in_use(imports: str, expected: str) -> None:
+    """A level that a user set for the package they imported stays in force, though this package imports both."""
+    code = (
+        f"{imports}; from lightning_bn import ModeCheck; import lightning_utilities.core.rank_zero as rank_zero; "
+        "print(rank_zero.log.name)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [f"{expected}.utilities.rank_zero"]

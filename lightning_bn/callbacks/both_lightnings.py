@@ -8,10 +8,12 @@ loggers and callbacks. The second import costs a fortieth of the first, since mo
 
 from __future__ import annotations
 
+import logging
 from types import ModuleType
 from typing import TypeAlias
 
 import lightning.pytorch
+import lightning_utilities.core.rank_zero
 import pytorch_lightning
 from lightning.fabric.utilities.exceptions import MisconfigurationException as _Misconfiguration
 from lightning.fabric.utilities.warnings import PossibleUserWarning as _PossibleUserWarning
@@ -34,6 +36,7 @@ from pytorch_lightning import strategies as _other_strategies
 from pytorch_lightning.plugins import layer_sync as _layer_sync
 from pytorch_lightning.utilities import CombinedLoader as _OtherCombinedLoader
 
+from lightning_bn.callbacks import LOG_BEFORE
 from lightning_bn.callbacks.arguments import ShowsArguments
 
 __all__ = [
@@ -57,6 +60,8 @@ __all__ = [
     "is_overridden",
     "package_of",
 ]
+
+lightning_utilities.core.rank_zero.log = LOG_BEFORE or logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
 Trainer: TypeAlias = lightning.pytorch.Trainer | pytorch_lightning.Trainer
 LightningModule: TypeAlias = lightning.pytorch.LightningModule | pytorch_lightning.LightningModule
