@@ -33,7 +33,7 @@ def watched_run() -> str:
     pl.seed_everything(0, verbose=False)
     model = ConvNet()
     model[1].eval()  # a mistake: this block is trained in eval mode, as pretrained models are loaded
-    monitor, guard = ActivationStatsMonitor(every_n_steps=5), ModeCheck(action="log")
+    monitor, guard = ActivationStatsMonitor(every_n_steps=5, verbose=False), ModeCheck(action="log")
     logger = TensorBoardLogger("runs", name="quickstart")
     trainer = pl.Trainer(
         max_epochs=2,
