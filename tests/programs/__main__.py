@@ -6,9 +6,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from test_programs import BEGIN, END, PAGE, row, run
-
 from programs import PROGRAMS
+from programs.running import BEGIN, END, PAGE, row, run
 
 
 def main() -> None:

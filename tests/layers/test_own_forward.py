@@ -15,7 +15,7 @@ import oracles
 import pytest
 import torch
 import torch.distributed as dist
-from test_conversion import BatchNormAct2d
+from third_party import BatchNormAct2d
 from torch import Tensor, nn
 
 from lightning_bn import Averaging, BatchNorm2d, Cumulative, Exponential, Window, convert_batch_norm, to_torch

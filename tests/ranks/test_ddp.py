@@ -29,7 +29,7 @@ from lightning_bn import (
     recalibrate,
 )
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 from communication import sent
 
 AVERAGES: dict[str, Averaging | None] = {

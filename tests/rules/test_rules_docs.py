@@ -11,7 +11,7 @@ from tiny_runs import quiet
 
 from lightning_bn.rules import RULES
 
-TEXT = (Path(__file__).parent.parent / "docs" / "rules.md").read_text()
+TEXT = (Path(__file__).parent.parent.parent / "docs" / "rules.md").read_text()
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PRELUDE, *_ = BLOCK.findall(TEXT)
 SECTIONS = {section[:5]: BLOCK.findall(section) for section in TEXT.split("\n### ")[1:]}

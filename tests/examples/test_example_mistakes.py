@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "mistakes.py"
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "mistakes.py"
 
 
 def test_names_each_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

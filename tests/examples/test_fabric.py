@@ -12,7 +12,7 @@ from pathlib import Path
 from digits import digits
 from limits import limit
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "fabric.py"
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "fabric.py"
 
 
 def run(*arguments: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from lightning_bn import Averaging, BatchNorm1d, Cumulative, Exponential, Window
 
-SAVED: dict[str, Any] = torch.load(Path(__file__).parent / "fixtures" / "model_0_1_0.pt", weights_only=False)
+SAVED: dict[str, Any] = torch.load(Path(__file__).parent.parent / "fixtures" / "model_0_1_0.pt", weights_only=False)
 NAMES = list(SAVED["snapshots"][0]["layers"])
 
 

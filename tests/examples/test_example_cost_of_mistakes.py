@@ -9,7 +9,7 @@ import pytest
 from cost_of_mistakes import BEGIN, END, MISTAKES, measure
 from tiny_runs import quiet
 
-PAGE = Path(__file__).parent.parent / "docs" / "rules.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "rules.md"
 
 
 def rows() -> list[list[str]]:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.layers import select_layers
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 from operations import Operations
 from resnet import resnet50
 

@@ -18,7 +18,7 @@ from lightning_bn.rules.fixes import expression, modules_of
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.rule import Setting
 
-DOCS = Path(__file__).parent.parent / "docs" / "rules.md"
+DOCS = Path(__file__).parent.parent.parent / "docs" / "rules.md"
 
 
 def codes(found: list[Finding]) -> list[str]:

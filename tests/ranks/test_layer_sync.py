@@ -13,8 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from test_conversion import BatchNormAct2d
-from test_standing_still import Foreign
+from third_party import BatchNormAct2d, Foreign
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -43,7 +43,7 @@ walk(document.documentElement);
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Open a tab of TensorBoard on the quickstart's run: ``page("images")`` is the browser that shows it."""
     directory = tmp_path_factory.mktemp("browser")
-    quickstart = Path(__file__).parent.parent / "examples" / "quickstart.py"
+    quickstart = Path(__file__).parent.parent.parent / "examples" / "quickstart.py"
     subprocess.run(
         [sys.executable, str(quickstart)], cwd=directory, check=True, capture_output=True, timeout=limit(200)
     )

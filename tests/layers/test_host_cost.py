@@ -27,7 +27,7 @@ from lightning_bn.comparison.followers import Followers
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.rule import Setting
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 from operations import Operations, count_operations, on_meta, operations_a_further_layer, peak_memory
 from resnet import resnet50
 

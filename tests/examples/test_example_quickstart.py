@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from limits import limit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")

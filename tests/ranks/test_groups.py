@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_bn import Averaging, BatchNormSync, Cumulative, Exponential, Window, convert_batch_norm, recalibrate
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 from communication import sent
 
 WORLD = 4

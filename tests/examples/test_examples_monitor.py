@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from limits import limit
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from test_settlement import AVERAGES, Record, agree, batches, few_averages, net
+from settlements import AVERAGES, Record, agree, batches, few_averages, net
 from torch import Tensor, nn
 
 from lightning_bn import Averaging, BatchNorm1d, settle_together

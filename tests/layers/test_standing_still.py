@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from third_party import Foreign
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -84,13 +85,6 @@ def test_in_backward_sees_a_backward() -> None:
     assert not in_backward()
     batch.sum().backward()
     assert seen == [True]
-
-
-class Foreign(nn.BatchNorm1d):
-    """Somebody's subclass with a forward of torch's pattern."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) * 2
 
 
 def layers() -> list[nn.Module]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bn import Averaging, BatchNormSync, Cumulative, Exponential, Window, convert_batch_norm, recalibrate
 
-FIXTURE = Path(__file__).parent / "fixtures" / "convnet_window20.ckpt"
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "convnet_window20.ckpt"
 CASES: list[tuple[Averaging, str, bool | None]] = [
     (Exponential(0.1, debias=True), "32-true", None),
     (Window(3), "32-true", None),
