@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import time
@@ -11,6 +12,9 @@ from typing import Any
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from limits import limit
+
+# The processes are forks of one that has imported what takes seconds, and has done nothing with it.
+IMPORTED = ["lightning.pytorch", "lightning_bn.plugins.layer_sync", "torch.distributed.fsdp", "pandas", "pytest"]
 
 
 def free_port() -> int:
@@ -30,8 +34,11 @@ def environment(rank: int, world: int, port: int) -> None:
 def spawn(function: Callable[..., None], world: int, *arguments: Any, seconds: float = 150) -> None:
     """Run ``function(rank, world, *arguments)`` in `world` processes; an error in one is raised here, and none outlives
     `seconds`."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
     # Daemons: what still hangs when the tests end is ended with them, not waited for.
-    context = mp.spawn(function, (world, *arguments), nprocs=world, join=False, daemon=True)
+    context = mp.start_processes(
+        function, (world, *arguments), nprocs=world, join=False, daemon=True, start_method="forkserver"
+    )
     end = time.monotonic() + limit(seconds)
     try:
         while not context.join(timeout=1):
