@@ -160,21 +160,28 @@ class AveragedBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if mask is not None:
             _check_mask(input, mask)
+        elif self.training and self.track_running_stats and not torch.compiler.is_compiling():
+            loan = borrowed(self)
+            if loan is not None:
+                return self._forward_on_loan(input, loan)
         batch_statistics = self.training or self._buffers["running_mean"] is None
-        if batch_statistics and input.numel() == input.shape[1] and not is_synchronised(self):
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {input.shape}. "
-                f"{type(self).__name__} can't take a variance from one value: call it with a batch of at least 2 "
-                "(DataLoader(..., drop_last=True) drops a last batch of 1), or put it in eval mode with .eval()."
-            )
+        if batch_statistics:
+            self._check_values(input)
         if mask is not None:
             return self._masked_forward(input, mask, batch_statistics)
         if not batch_statistics:
             return self._normalise_with_running(input)
         if not self._tracks():
             return F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        loan = None if torch.compiler.is_compiling() else borrowed(self)
-        return self._training_forward(input) if loan is None else self._forward_on_loan(input, loan)
+        return self._training_forward(input)
+
+    def _check_values(self, input: Tensor) -> None:
+        if input.numel() == input.shape[1] and not is_synchronised(self):
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {input.shape}. "
+                f"{type(self).__name__} can't take a variance from one value: call it with a batch of at least 2 "
+                "(DataLoader(..., drop_last=True) drops a last batch of 1), or put it in eval mode with .eval()."
+            )
 
     def _tracks(self) -> bool:
         return self.training and self.track_running_stats and self._buffers["running_mean"] is not None
@@ -201,7 +208,11 @@ class AveragedBatchNorm(_BatchNorm):
             loan.take_own_rows()
         mean, var = loan.mean, loan.var
         weight, bias = self._affine(mean.dtype)
-        output = F.batch_norm(input, mean, var, weight, bias, True, 1.0 if momentum is None else momentum, self.eps)
+        try:
+            output = F.batch_norm(input, mean, var, weight, bias, True, 1.0 if momentum is None else momentum, self.eps)
+        except ValueError:
+            self._check_values(input)  # says more than torch does
+            raise
         count = self._values_per_channel(input) if synchronised else input.numel() // self.num_features
         if momentum is not None and LISTENERS in self.__dict__:
             loan.batch = batch_moments(self, input, output)

@@ -7,6 +7,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Lent:
 
     rows: Tensor  # (2 C,), the means and then the variances
     writable: Tensor  # the same memory
+    before: Tensor | None  # (2 C,), the running statistics when the forward began, where the kernel averages
     pieces: Sequence[Tensor]  # the layers' parts: L of the means, L of the variances
     loans: Sequence[Loan]
 
@@ -50,6 +52,30 @@ class Rows:
     valid: Tensor | None  # (L,), bool: which layers' batches count; None if all do
     ran: Sequence[bool] = ()  # which layers ran, for listeners
     lent: Lent | None = None  # if these are the rows that were lent
+    before: Tensor | None = None  # (2 C,), the running statistics before the batch, where they are known already
+
+
+class _WideBatch(Batch):
+    """The batches of all layers of a group. `count` and `step`, which few rules ask for, are made when one does."""
+
+    _rows: Rows
+    _group: Group
+
+    @classmethod
+    def of(cls, rows: Rows, group: Group) -> _WideBatch:
+        """Return what the layers have reported, number by number a channel."""
+        batch = cls.__new__(cls)
+        valid = None if rows.valid is None else group.widened(rows.valid)
+        batch.__dict__.update(mean=rows.mean, var=rows.var, valid=valid, _rows=rows, _group=group)
+        return batch
+
+    @cached_property
+    def count(self) -> Tensor:
+        return self._group.widened(self._rows.count)
+
+    @cached_property
+    def step(self) -> Tensor:
+        return self._group.widened(self._group.next_steps())
 
 
 class Group:
@@ -107,10 +133,10 @@ class Group:
             lent = self._lent[place]
             for loan in lent.loans:
                 loan.renew()
-            if self.rules:
+            if lent.before is None:
                 lent.writable.zero_()
             else:
-                torch.cat(self._running(), out=lent.writable)
+                lent.writable.copy_(torch.cat(self._running(), out=lent.before))
         if not self.rules:
             for layer, loan in zip(self.layers, lent.loans, strict=False):
                 loan.momentum = kernel_momentum(layer)
@@ -118,11 +144,14 @@ class Group:
 
     def _new_rows(self, ledger: Any) -> Lent:
         with torch.inference_mode(False):
-            fresh = torch.zeros(2 * self._channels, dtype=self.dtype, device=self.device) if self.rules else None
-            rows = self._statistics() if fresh is None else fresh
+            before = None if self.rules else torch.cat(self._running())
+            if before is None:
+                rows = torch.zeros(2 * self._channels, dtype=self.dtype, device=self.device)
+            else:
+                rows = before.clone()
         pieces = rows.split(self._sizes * 2)
         loans = [Loan(ledger, mean, var) for mean, var in zip(pieces, pieces[len(self.layers) :], strict=False)]
-        return Lent(rows, rows.data, pieces, loans)
+        return Lent(rows, rows.data, before, pieces, loans)
 
     def collect(self, lent: Lent) -> Rows:
         """Put the reports of one forward side by side."""
@@ -131,7 +160,9 @@ class Group:
         both = torch.cat([*(loan.mean for loan in loans), *(loan.var for loan in loans)]) if own else lent.rows
         mean, var = self._halves(both)
         counts, ran = self.numbers([loan.count for loan in loans]), [loan.ran for loan in loans]
-        return Rows(mean, var, counts, self._valid(loans, var), ran, None if own else lent)
+        # A layer that did not run keeps what it holds now.
+        before = lent.before if all(ran) else None
+        return Rows(mean, var, counts, self._valid(loans, ran, var), ran, None if own else lent, before)
 
     def settle(self, rows: Rows, batch: tuple[Tensor, Tensor] | None = None) -> None:
         """Update the running statistics of all layers.
@@ -141,7 +172,7 @@ class Group:
             batch: mean and *unbiased* variance of the batch, (C,) each, where the kernel made new running statistics of
                 them in `rows`; for listeners.
         """
-        both = self._statistics()
+        both = self._statistics() if rows.before is None else rows.before
         before = self._halves(both)
         self._tell(rows, batch, before)
         if self.rules:
@@ -149,17 +180,16 @@ class Group:
         else:
             new = torch.cat((rows.mean, rows.var)) if rows.lent is None else rows.lent.rows
         if rows.valid is not None:
-            new = torch.where(rows.valid[self._owner_twice], new.to(self.dtype), both)
+            valid = rows.valid.index_select(0, self._owner_twice)
+            out = None if rows.lent is None else rows.lent.writable
+            new = torch.where(valid, new.to(self.dtype), both, out=out)
         self._write(new, rows.lent)
         self._count(rows.valid)
 
     def _updated(self, rows: Rows, before: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        steps = self._steps() + 1
         if self._rule is None:
-            return self._update_each(rows, before, steps)
-        valid = None if rows.valid is None else rows.valid[self._owner]
-        batch = Batch(rows.mean, rows.var, rows.count[self._owner], steps[self._owner], valid)
-        updated = self._rule.update(*before, batch)
+            return self._update_each(rows, before, self.next_steps())
+        updated = self._rule.update(*before, _WideBatch.of(rows, self))
         self._check_state(self._rule)
         return updated
 
@@ -171,7 +201,7 @@ class Group:
             pieces: Sequence[Tensor] = new.split(self._sizes * 2)
         else:
             pieces = lent.pieces  # cut up already
-            if new is not lent.rows:
+            if new is not lent.rows and new is not lent.writable:
                 lent.writable.copy_(new)
         copy_each(self._running(), list(pieces))
 
@@ -194,7 +224,7 @@ class Group:
 
     def widened(self, per_layer: Tensor) -> Tensor:
         """Repeat a number a layer, (L,), for each of its channels, (C,)."""
-        return per_layer[self._owner]
+        return per_layer.index_select(0, self._owner)
 
     def numbers(self, values: Sequence[int | Tensor]) -> Tensor:
         """Return a number for each layer as a tensor, (L,), in the dtype of moments."""
@@ -209,6 +239,10 @@ class Group:
                 for value in values
             ]
         )
+
+    def next_steps(self) -> Tensor:
+        """How many batches each layer has taken in, the one at hand included: (L,)."""
+        return 1 + (torch.stack(self._buffers("num_batches_tracked")) if self._tied is None else self._tied[1])
 
     def flags(self, values: Sequence[bool]) -> Tensor:
         """Return a truth for each layer as a tensor, (L,) bool."""
@@ -231,21 +265,17 @@ class Group:
         """All running means and then all running variances: (2 C,)."""
         return torch.cat(self._running()) if self._tied is None else self._tied[0]
 
-    def _steps(self) -> Tensor:
-        """How many batches each layer has taken in: (L,)."""
-        return torch.stack(self._buffers("num_batches_tracked")) if self._tied is None else self._tied[1]
-
     def _halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
         """Cut means and variances apart; in the dtype in which they are averaged, where that is not the kernel's."""
         mean, var = (both.to(self._moments_dtype()) if self.rules else both).split(self._channels)
         return mean, var
 
-    def _valid(self, loans: Sequence[Loan], var: Tensor) -> Tensor | None:
+    def _valid(self, loans: Sequence[Loan], ran: Sequence[bool], var: Tensor) -> Tensor | None:
         """Which layers' batches count: those that ran, and were finite if anything else is to be skipped."""
         valid = self.finite(var) if self.skip_nonfinite else None
-        if not all(loan.ran for loan in loans):
-            ran = self.flags([loan.ran for loan in loans])
-            valid = ran if valid is None else valid & ran
+        if not all(ran):
+            who = self.flags(ran)
+            valid = who if valid is None else valid & who
         if any(loan.valid is not None for loan in loans):
             yes = self.flags([True])[0]
             own = torch.stack([yes if loan.valid is None else loan.valid for loan in loans])

@@ -153,10 +153,12 @@ def borrowed(layer: _BatchNorm) -> Loan | None:
     if loan is not None and not loan.ledger.is_running():  # interrupted
         loan.ledger.abort()
         loan = None
-    if loan is None and RESTING in layer.__dict__ and not in_backward():
-        for ledger in list(layer.__dict__[RESTING]):
-            ledger.wake()
-    if loan is None or loan.ledger.thread != threading.get_ident() or in_backward():
+    if loan is None:
+        if RESTING in layer.__dict__ and not in_backward():
+            for ledger in list(layer.__dict__[RESTING]):
+                ledger.wake()
+        return None
+    if loan.ledger.thread != threading.get_ident() or in_backward():
         return None
     return loan.ledger.another(layer) if loan.ran else loan
 

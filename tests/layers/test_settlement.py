@@ -4,6 +4,7 @@ itself."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 import threading
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import (
     Averaging,
+    Batch,
     BatchNorm1d,
     BatchNorm2d,
     Exponential,
@@ -651,3 +653,40 @@ def test_subclasses_of_other_packages(name: str) -> None:
     agree(model, record, oracle)
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)
+
+
+@few_averages
+def test_what_is_written_into_a_layer_that_does_not_run_stays(name: str) -> None:
+    """A forward that resets a layer which it then leaves out, as code that adapts to a domain may, finds it reset."""
+    model = net(name)
+    model(batches(1)[0])
+
+    def reset(module: nn.Module, args: object) -> None:
+        model.side[1].reset_running_stats()
+
+    model.use_side = False
+    model.head.register_forward_pre_hook(reset)
+    model(batches(2)[1])
+    assert model.side[1].num_batches_tracked == 0
+    assert torch.equal(model.side[1].running_mean, torch.zeros(5))
+    assert torch.equal(model.side[1].running_var, torch.ones(5))
+
+
+class Counting(Averaging):
+    """The mean of the batches, written with what a rule may ask a batch for and may change in one."""
+
+    elementwise = True
+
+    def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        shifted = dataclasses.replace(batch, mean=batch.mean + 0 * batch.count)
+        assert shifted.step.shape == shifted.count.shape == batch.mean.shape
+        return running_mean.lerp(shifted.mean, 1 / shifted.step), running_var.lerp(shifted.var, 1 / batch.step)
+
+
+def test_a_rule_may_replace_fields_of_a_batch() -> None:
+    """The batch that an elementwise rule of a user's gets is a `Batch` like any other."""
+    model = convert_batch_norm(Net(), Counting())
+    record = Record(model)
+    for batch in batches():
+        model(batch)
+    agree(model, record, AVERAGES["cumulative"][1])
