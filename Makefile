@@ -4,7 +4,7 @@ PYTHON ?= python3
 PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit test-oldest test-newest bench docs clean
+.PHONY: demo test lint types unit test-oldest test-newest bench docs docs-serve clean
 
 demo: .venv/examples.installed
 	$(BIN)/python examples/quickstart.py
@@ -51,6 +51,10 @@ bench: .venv/dev.installed
 
 docs: .venv/docs.installed
 	$(BIN)/mkdocs build --strict --quiet
+
+# The site at http://127.0.0.1:8000, built anew when a page changes.
+docs-serve: .venv/docs.installed
+	$(BIN)/mkdocs serve --strict
 
 .venv/%.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import inspect
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 import yaml
 
 import lightning_bn
+from lightning_bn.rules import RULES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -26,15 +29,38 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_site_has_every_page_and_every_public_name(site: Path) -> None:
-    """Each page is there, and the API page documents all of __all__."""
+def test_site_has_every_page(site: Path) -> None:
+    """Each page is there."""
     for page in DOCS.glob("*.md"):
         assert (site / ("" if page.stem == "index" else page.stem) / "index.html").is_file()
-    text = (site / "api" / "index.html").read_text()
-    missing = [name for name in lightning_bn.__all__ if not re.search(rf"\b{name}\b", text)]
-    assert missing == []
+
+
+@pytest.mark.parametrize("name", lightning_bn.__all__)
+def test_every_public_name_has_a_page(site: Path, name: str) -> None:
+    """It is headed by the public name, has the signature, and is in the reference's list and in the navigation."""
+    text = (site / "reference" / name / "index.html").read_text()
+    assert f'id="lightning_bn.{name}"' in text
+    words = html.unescape(re.sub(r"<[^>]*>", "", text))
+    signature = re.search(rf"^{name}\((.*?)\)(?: -> .*)?$", words, re.MULTILINE | re.DOTALL)
+    assert signature is not None
+    for parameter in inspect.signature(getattr(lightning_bn, name)).parameters:
+        assert re.search(rf"\b{parameter}\b", signature[1]), parameter
     # A doctest that is not taken for one is rendered as a quotation.
     assert "<blockquote>" not in text
+    for page in ("reference", "rules"):
+        assert re.search(rf'href="[./]*(reference/)?{name}/"', (site / page / "index.html").read_text())
+
+
+@pytest.mark.parametrize("code", RULES)
+def test_every_rule_has_a_title_and_an_anchor_that_stays(site: Path, code: str) -> None:
+    """#bn101 is the rule's place whatever its title, and of its two programs the reader sees which is wrong."""
+    text = (site / "rules" / "index.html").read_text()
+    section = re.search(
+        rf'<a id="{code.lower()}"></a>.*?<h3 id="{code.lower()}-[^>]*>(.*?)</h3>.*?(?=<h3|$)', text, re.DOTALL
+    )
+    assert section is not None
+    assert re.match(rf"{code} [A-Z1][\w' -]+", html.unescape(section[1]))
+    assert re.findall(r'<span class="filename">(.*?)</span>', section[0]) == ["This is reported", "This is not"]
 
 
 def test_compatibility_is_that_of_the_project() -> None:

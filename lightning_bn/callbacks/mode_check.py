@@ -42,10 +42,11 @@ class ModeCheck(Callback):
     """Watch the modes of all modules and what the batch-norm statistics really did, and name every mistake with its
     fix.
 
-    Every rule is in docs/rules.md. What happens in a forward is seen by hooks on the batch-norm layers and by the
-    version of ``num_batches_tracked``, which the host keeps; only once every `every_n_steps`, and at the end of epochs
-    and evaluations, is a value read from the device. Inside code compiled by ``torch.compile`` no hook fires: those
-    layers are judged by how often their statistics moved, and BN100 names them.
+    ``lightning-bn rules`` lists every rule, ``lightning-bn rules BN101`` explains one. What happens in a forward is
+    seen by hooks on the batch-norm layers and by the version of ``num_batches_tracked``, which the host keeps; only
+    once every `every_n_steps`, and at the end of epochs and evaluations, is a value read from the device. Inside
+    code compiled by ``torch.compile`` no hook fires: those layers are judged by how often their statistics moved,
+    and BN100 names them.
 
     Args:
         action: "warn": a warning for each finding above information, once per rule and layer; layers with one cause

@@ -18,12 +18,12 @@ def section(code: str) -> str:
 
     Example:
         >>> section("BN101").splitlines()[0]
-        '### BN101'
+        '### BN101 Eval mode in training'
     """
     page = next((place for place in _PLACES if place.is_file()), None)
     if page is None:
         return ""
-    found = re.search(
-        rf"^### {re.escape(code)}$.*?(?=^##|\Z)", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+    # A section begins with its anchor, which belongs to no text.
+    text = re.sub(r'^<a id="\w+"></a>$', "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = re.search(rf"^### {re.escape(code)}\b.*?(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
     return found.group().strip() if found is not None else ""

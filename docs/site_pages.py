@@ -1,0 +1,136 @@
+"""The pages of the site that nobody writes: the reference, one page for each public object.
+
+MkDocs calls the three functions at the end. What stands in `REFERENCE` is all there is to edit.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+from mkdocs.structure.files import File, Files
+
+# In the order of use. After a name: the members that its page shows besides the class.
+REFERENCE: dict[str, dict[str, list[str]]] = {
+    "Callbacks": {
+        "ModeCheck": [],
+        "ActivationStatsMonitor": ["table", "episodes", "ailments", "verdict", "picture"],
+        "BatchNormRecalibration": [],
+        "ConvertBatchNorm": [],
+        "CompareAverages": ["recommended"],
+        "BatchNormSync": ["apply", "revert"],
+    },
+    "Checks": {
+        "check": [],
+        "watch": [],
+        "Finding": ["mended", "follows", "message"],
+        "Fix": ["place", "note"],
+        "ModeCheckError": [],
+    },
+    "Recalibration": {
+        "recalibrate": [],
+        "recalibrated": [],
+        "RecalibrationReport": ["gone", "rollback", "as_dict"],
+        "LayerReport": ["shift"],
+    },
+    "Activations": {
+        "Episode": ["stage", "value", "limit", "label", "advice"],
+        "ActivationStats": ["update", "compute"],
+    },
+    "Layers": {
+        "convert_batch_norm": [],
+        "to_torch": [],
+        "paused_statistics": [],
+        "settle_together": [],
+        "BatchNorm1d": [],
+        "BatchNorm2d": [],
+        "BatchNorm3d": [],
+    },
+    "Averages": {
+        "Exponential": [],
+        "Window": [],
+        "Cumulative": [],
+        "Averaging": ["elementwise", "update", "initial_state"],
+        "Batch": ["write"],
+    },
+    "Checkpoints": {
+        "checkpoints.health.inspect_checkpoint": [],
+        "checkpoints.health.CheckpointHealth": ["sound", "as_dict"],
+        "checkpoints.health.LayerHealth": [],
+        "checkpoints.health.HealthFinding": [],
+        "checkpoints.health.compare_checkpoints": [],
+        "checkpoints.health.StateDrift": ["as_dict"],
+        "checkpoints.health.LayerDrift": [],
+        "checkpoints.health.CheckpointRefusedError": [],
+    },
+}
+
+_PAGE = """\
+---
+title: {short}
+---
+::: lightning_bn.{name}
+    options:
+      heading_level: 1
+      show_root_full_path: true
+      members: [{members}]
+"""
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _first_sentence(obj: griffe.Object | griffe.Alias) -> str:
+    paragraph = " ".join(obj.docstring.value.partition("\n\n")[0].split()) if obj.docstring is not None else ""
+    return re.split(r"(?<=[a-z`)])[.;:] ", paragraph)[0].rstrip(".").replace("|", "\\|") + "."
+
+
+def _index() -> str:
+    """Return the page that lists all objects."""
+    package = griffe.load("lightning_bn", search_paths=["."], resolve_aliases=True)
+    lines = [
+        "---\ntitle: Reference\n---\n# Reference\n",
+        "Everything here is importable from `lightning_bn`, but what is under Checkpoints: from "
+        "`lightning_bn.checkpoints.health`.",
+        "Arguments after `*` are given by name.",
+    ]
+    for section, names in REFERENCE.items():
+        lines += [f"\n## {section}\n", "| | |", "|---|---|"]
+        lines += [f"| [`{_short(name)}`]({_short(name)}.md) | {_first_sentence(package[name])} |" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def on_config(config: Any, **_: Any) -> Any:
+    """Put the pages of the objects where mkdocs.yml names the reference's index."""
+    pages: list[Any] = ["reference/index.md"]
+    pages += [{section: [f"reference/{_short(name)}.md" for name in names]} for section, names in REFERENCE.items()]
+    for entry in config["nav"]:
+        if isinstance(entry, dict) and "Reference" in entry:
+            entry["Reference"] = pages + [page for page in entry["Reference"] if page not in pages]
+    return config
+
+
+def on_files(files: Files, config: Any, **_: Any) -> Files:
+    """Add the pages to those that lie in this folder."""
+    files.append(File.generated(config, "reference/index.md", content=_index()))
+    for names in REFERENCE.values():
+        for name, members in names.items():
+            text = _PAGE.format(short=_short(name), name=name, members=", ".join(members))
+            files.append(File.generated(config, f"reference/{_short(name)}.md", content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Say of the two programs of each rule which one is wrong."""
+    if page.file.src_uri != "rules.md":
+        return markdown
+    sections = re.split(r"(?m)^(?=### BN)", markdown)
+    titles = ("This is reported", "This is not")
+    for number, section in enumerate(sections):
+        if section.startswith("### BN"):
+            for title in titles:
+                section = section.replace("```python\n", f'```python title="{title}"\n', 1)
+            sections[number] = section
+    return "".join(sections)
