@@ -86,11 +86,11 @@ def answers(address: str) -> bool:
         return False
 
 
-def wait(condition: Callable[[], T], what: str, seconds: float = 60) -> T:
+def wait(condition: Callable[[], T], what: str, seconds: float = 60, every: float = 0.05) -> T:
     """Return what `condition` does, as soon as that is something."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if value := condition():
             return value
-        time.sleep(0.1)
+        time.sleep(every)
     raise TimeoutError(f"{what} did not come within {seconds} s")

@@ -36,7 +36,7 @@ def write_run(
 
     With ``sick="dead"`` the sixth layer's dead fraction goes to 1 at a third of the run, and those of the two below it
     follow; the second layer's drift is beyond its limit from a tenth to a fifth. ``sick="nan"``: the fourth layer is
-    NaN from the half on.
+    NaN from the half on. ``sick="blip"``: the second layer is dead at one sample, three quarters into the run.
     """
     names = layer_names(layers) if isinstance(layers, int) else list(layers)
     generator = np.random.default_rng(seed)
@@ -78,6 +78,8 @@ def _values(
 ) -> dict[str, float | None]:
     noise = float(generator.random())
     dead = 1.0 if sick == "dead" and 5 <= place <= 7 and number >= samples // 3 else 0.02 * noise
+    if sick == "blip" and place == 1 and number == samples * 3 // 4:
+        dead = 1.0
     drifts = sick == "dead" and place == 1 and samples // 10 <= number < samples // 5
     broken = sick == "nan" and place >= 3 and number >= samples // 2
     row: dict[str, float | None] = {

@@ -80,7 +80,7 @@ def report_html(journals: Mapping[str, Path]) -> str:
             f"<style>{(STATIC / 'page.css').read_text()}</style>",
             f'<script type="importmap">{json.dumps({"imports": _imports()})}</script>',
             '</head><body><div id="page"></div>',
-            f"<script>{_inline(plotly.read_text(encoding='utf-8'))}</script>",
+            f'<script type="text/plain" id="plotly">{_inline(plotly.read_text(encoding="utf-8"))}</script>',
             *(_part(name, value) for name, value in parts.items()),
             '<script type="module">import "lightning_bn/report.js";</script>',
             "</body></html>",

@@ -4,14 +4,14 @@ import { header } from "./header.js";
 import { findings } from "./findings.js";
 import { Centre } from "./centre.js";
 import { LayerPanel } from "./layer.js";
-import { empty, failed, loading } from "./states.js";
+import { empty, failed, loading, missingPlotly } from "./states.js";
 
 const EVERY = 4000; // milliseconds between two looks at a live run
 
 export class Page {
-  // `plotly` tells, when it has been loaded, whether it could be; meanwhile the run is being read.
-  constructor(root, source, state, plotly = Promise.resolve(true)) {
-    Object.assign(this, { root, source, state, plotly, run: null, grid: null, statistic: null, runs: [], turn: 0 });
+  // `loadPlotly` loads plotly.js, which takes a second to start; the map is drawn without it, and so is there before.
+  constructor(root, source, state, loadPlotly) {
+    Object.assign(this, { root, source, state, loadPlotly, run: null, grid: null, statistic: null, runs: [], turn: 0 });
     this.top = h("div", {});
     this.left = h("div", { class: "side" });
     this.centre = new Centre(this);
@@ -36,9 +36,7 @@ export class Page {
   async start() {
     this.say(loading());
     await this.guarded(() => this.look());
-    if (!(await this.plotly)) return false;
     if (this.source.live) setInterval(() => document.visibilityState === "visible" && this.refresh(), EVERY);
-    return true;
   }
 
   // Finds the runs, and shows the one of the address, or the first.
@@ -64,9 +62,9 @@ export class Page {
     const [first, last] = [this.state.get("from"), this.state.get("to")];
     const stage = this.stage();
     const grid = this.statistic ? await this.source.grid(this.run.name, this.statistic.name, stage, first, last) : null;
-    if (!(await this.plotly) || turn !== this.turn) return;
+    if (turn !== this.turn) return;
     this.grid = grid;
-    this.isReady = true; // plotly is there, and what it is to draw
+    this.isReady = true;
     this.say(null);
     this.draw();
   }
@@ -120,6 +118,14 @@ export class Page {
     replace(this.left, findings(this));
     this.centre.draw();
     this.guarded(() => this.panel.draw());
+  }
+
+  // Draws what plotly.js draws, once it is there; the map is on the screen before it begins.
+  async charted(holder, draw) {
+    this.plotly ??= new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve))).then(this.loadPlotly);
+    const failure = await this.plotly;
+    if (failure) replace(holder, missingPlotly(failure));
+    else await this.guarded(draw);
   }
 
   drawSelection() {

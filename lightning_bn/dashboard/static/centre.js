@@ -7,7 +7,7 @@ import { averages } from "./averages.js";
 import { compare } from "./compare.js";
 import { saveCsv, savePng } from "./export.js";
 import { noSamples } from "./states.js";
-import { colours } from "./theme.js";
+import { ramp } from "./paint.js";
 
 export class Centre {
   constructor(page) {
@@ -47,9 +47,8 @@ export class Centre {
     this.mapParts.hidden = view !== "map";
     this.other.hidden = view === "map";
     if (view === "map") this._map();
-    if (view === "recalibration") recalibrations(page, this.other, this.width());
-    if (view === "averages") averages(page, this.other, this.width());
-    if (view === "compare") page.guarded(() => compare(page, this.other, this.width()));
+    const drawn = { recalibration: recalibrations, averages, compare }[view];
+    if (drawn) page.charted(this.other, () => this.view() === view && drawn(page, this.other, this.width()));
   }
 
   select() {
@@ -107,17 +106,17 @@ export class Centre {
   _legend() {
     const { grid, statistic } = this.page;
     const { scale } = statistic;
-    const { both, rising } = colours();
-    const stops = (statistic.low != null && scale?.colours !== "viridis" ? both : rising).map(([at, colour]) => `${colour} ${at * 100}%`).join(", ");
+    const stops = ramp(statistic).map(([at, colour]) => `${colour} ${at * 100}%`).join(", ");
     const end = (value) => (scale.log ? (scale.count && value === scale.low ? "0" : number(10 ** value)) : number(value));
     const limits = [statistic.low, statistic.high].filter((each) => each !== null && each !== undefined).map(number).join(" and ");
-    const thinned = grid.samples > grid.first.length;
+    const { columns } = this.map;
+    const thinned = grid.samples > columns;
     replace(this.legend,
       h("strong", {}, statistic.label),
       scale && h("span", { class: "scale" }, end(scale.low), h("span", { class: "ramp", style: { background: `linear-gradient(90deg, ${stops})` } }), end(scale.high)),
       h("span", {}, h("i", { class: "mark is-sick" }), limits ? `beyond the limit (${limits})` : "beyond a limit"),
       h("span", {}, h("i", { class: "mark is-warm" }), "warming up"), h("span", {}, h("i", { class: "mark is-nan" }), "NaN"), h("span", {}, h("i", { class: "mark is-missing" }), "missing"),
-      thinned && h("span", { class: "muted" }, `thinned: ${count(grid.samples)} samples in ${plural(grid.first.length, "column")}, each the worst of its samples${this.page.source.live ? "; drag to zoom for more" : ""}`));
+      thinned && h("span", { class: "muted" }, `thinned: ${count(grid.samples)} samples in ${plural(columns, "column")}, each the worst of its samples${this.page.source.live ? "; drag to zoom for more" : ""}`));
   }
 }
 

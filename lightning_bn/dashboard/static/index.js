@@ -3,15 +3,16 @@ import { Page } from "./app.js";
 import { State, tensorboardAddress } from "./state.js";
 import { servedSource } from "./source.js";
 import { watchTheme } from "./theme.js";
-import { missingPlotly } from "./states.js";
-import { h, replace } from "./dom.js";
+import { h } from "./dom.js";
 
 const own = (name) => new URL(name, import.meta.url).href;
 
-function load(name) {
-  return new Promise((resolve, reject) => {
-    document.head.append(h("script", { src: own(name), onload: resolve, onerror: reject }));
-  });
+// Returns what is wrong, as what to install, or null.
+async function loadPlotly() {
+  const loaded = await new Promise((resolve) => document.head.append(h("script", { src: own("./plotly.min.js"), onload: () => resolve(true), onerror: () => resolve(false) })));
+  if (loaded) return null;
+  const answer = await fetch(own("./plotly.min.js")).then((each) => each.json()).catch(() => ({}));
+  return answer.error ?? "pip install 'lightning-bn[dashboard]'";
 }
 
 const style = () => new Promise((resolve) => document.head.append(h("link", { rel: "stylesheet", href: own("./page.css"), onload: resolve, onerror: resolve })));
@@ -21,10 +22,7 @@ export async function render() {
   document.body.append(root);
   let page;
   watchTheme(window.parent, () => page?.isReady && page.draw());
-  const plotly = load("./plotly.min.js").then(() => true, () => false);
   await style();
-  page = new Page(root, servedSource(import.meta.url), new State(tensorboardAddress("lightning_bn", window.parent)), plotly);
-  if (await page.start()) return;
-  const answer = await fetch(own("./plotly.min.js")).then((each) => each.json()).catch(() => ({}));
-  replace(root, missingPlotly(answer.error ?? "pip install 'lightning-bn[dashboard]'"));
+  page = new Page(root, servedSource(import.meta.url), new State(tensorboardAddress("lightning_bn", window.parent)), loadPlotly);
+  await page.start();
 }

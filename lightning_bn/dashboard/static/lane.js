@@ -1,6 +1,6 @@
 // Under the map: what happened, at the steps of its columns.
 import { h, replace } from "./dom.js";
-import { CONFIG, colours, layout } from "./theme.js";
+import { colours } from "./theme.js";
 import { isNumber } from "./format.js";
 
 const HEIGHT = 16;
@@ -11,50 +11,90 @@ export function laneRows(run) {
   const guard = run.findings.filter((each) => each.source === "guard");
   const rows = [
     { name: "learning rate", rates: lanes.rates },
-    { name: "epochs", at: lanes.epochs.map(([step]) => step), symbol: "line-ns-open" },
+    { name: "epochs", at: lanes.epochs.map(([step]) => step), symbol: "line" },
     { name: "validations", at: lanes.validations, symbol: "diamond" },
-    { name: "guard findings", at: guard.map((each) => each.first), symbol: "x", colour: "sick" },
-    { name: "in eval mode", spans: lanes.eval },
+    { name: "guard findings", at: guard.map((each) => each.first), symbol: "cross", colour: "sick" },
+    { name: "in eval mode", spans: lanes.eval, colour: "sick" },
     { name: "recalibrations", at: lanes.recalibrations.map(([step]) => step), symbol: "star" },
   ];
   return rows.filter((row) => (row.at || row.spans || row.rates).length);
 }
 
 export function drawLane(map) {
-  const run = map.page.run;
-  const rows = laneRows(run);
+  const rows = laneRows(map.page.run);
   replace(map.laneLabels, rows.map((row) => h("div", { class: "row lane-label", style: { height: `${HEIGHT}px` } }, row.name)));
   map.lane.hidden = map.laneLabels.hidden = !rows.length;
   if (!rows.length) return;
   const { width } = map.size();
-  const range = [-0.5, map.columns - 0.5];
+  const context = canvasOf(map.lane, width, rows.length * HEIGHT);
+  const across = (place) => ((place + 0.5) / map.columns) * width;
   const isZoomed = map.page.state.get("from") !== "";
-  const inside = (step) => step >= map.grid.first[0] && (step <= map.grid.last[map.columns - 1] || !isZoomed);
-  const traces = rows.flatMap((row, index) => (row.rates ? [rates(row, index, map)] : row.spans ? [spans(row, index, map)] : [points(row, index, map, inside)]));
-  window.Plotly.react(map.lane, traces, layout({
-    width, height: rows.length * HEIGHT, xaxis: { visible: false, range, fixedrange: true }, yaxis: { visible: false, range: [rows.length - 0.5, -0.5], fixedrange: true },
-  }), { ...CONFIG, staticPlot: true });
+  const { first, last } = map.grid;
+  const inside = (step) => step >= first[0] && (step <= last[map.columns - 1] || !isZoomed);
+  rows.forEach((row, index) => {
+    const middle = (index + 0.5) * HEIGHT;
+    context.fillStyle = context.strokeStyle = colours()[row.colour || "accent"];
+    context.lineWidth = 1.5;
+    if (row.rates) rates(context, row, middle, map, across);
+    else if (row.spans) spans(context, row, middle, map, across);
+    else for (const step of row.at.filter(inside)) symbols[row.symbol](context, across(map.place(step)), middle);
+  });
 }
 
-function points(row, index, map, inside) {
-  const colour = colours();
-  const x = row.at.filter(inside).map((step) => map.place(step));
-  return { type: "scatter", mode: "markers", x, y: x.map(() => index), marker: { symbol: row.symbol, size: 8, color: colour[row.colour || "accent"], line: { width: 1.5, color: colour[row.colour || "accent"] } } };
+function canvasOf(canvas, width, height) {
+  const scale = Math.min(window.devicePixelRatio || 1, 2);
+  canvas.width = Math.round(width * scale);
+  canvas.height = Math.round(height * scale);
+  Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
+  const context = canvas.getContext("2d");
+  context.scale(scale, scale);
+  return context;
 }
 
-// Spans as one line with gaps; layers lie over each other, and the layer's own panel tells which.
-function spans(row, index, map) {
-  const x = [];
-  for (const { first, last } of row.spans) x.push(map.place(first), Math.max(map.place(last), map.place(first) + 0.3), null);
-  return { type: "scatter", mode: "lines", x, y: x.map((each) => (each === null ? null : index)), line: { width: 8, color: colours().sick } };
+const polygon = (points) => (context, x, y) => {
+  context.beginPath();
+  for (const [dx, dy] of points) context.lineTo(x + dx, y + dy);
+  context.closePath();
+  context.fill();
+};
+const strokes = (lines) => (context, x, y) => {
+  context.beginPath();
+  for (const [[ax, ay], [bx, by]] of lines) {
+    context.moveTo(x + ax, y + ay);
+    context.lineTo(x + bx, y + by);
+  }
+  context.stroke();
+};
+const symbols = {
+  line: strokes([[[0, -4.5], [0, 4.5]]]),
+  cross: strokes([[[-4, -4], [4, 4]], [[-4, 4], [4, -4]]]),
+  diamond: polygon([[0, -5], [5, 0], [0, 5], [-5, 0]]),
+  star: polygon(Array.from({ length: 10 }, (_, n) => [Math.sin((n * Math.PI) / 5) * (n % 2 ? 2.4 : 6), -Math.cos((n * Math.PI) / 5) * (n % 2 ? 2.4 : 6)])),
+};
+
+// Spans of all layers lie over each other, and the layer's own panel tells which.
+function spans(context, row, middle, map, across) {
+  for (const { first, last } of row.spans) {
+    const start = across(map.place(first));
+    const end = Math.max(across(map.place(last)), start + 3);
+    context.fillRect(start, middle - 4, end - start, 8);
+  }
 }
 
 // Learning rates on the logarithmic scale of their own range.
-function rates(row, index, map) {
+function rates(context, row, middle, map, across) {
   const pairs = row.rates.map(([step, rates]) => [step, Object.values(rates)[0]]).filter(([, rate]) => isNumber(rate) && rate > 0);
+  if (!pairs.length) return;
   const logs = pairs.map(([, rate]) => Math.log(rate));
   const [low, high] = [Math.min(...logs), Math.max(...logs)];
-  const y = logs.map((log) => index + 0.35 - (high > low ? (0.7 * (log - low)) / (high - low) : 0.35));
-  const end = map.grid.last[map.columns - 1];
-  return { type: "scatter", mode: "lines", x: [...pairs.map(([step]) => map.place(step)), map.place(end) + 1], y: [...y, y[y.length - 1]], line: { shape: "hv", width: 1.5, color: colours().accent } };
+  const reach = 0.35 * HEIGHT;
+  const down = (log) => middle + reach - (high > low ? (2 * reach * (log - low)) / (high - low) : reach);
+  context.beginPath();
+  pairs.forEach(([step], index) => {
+    const x = across(map.place(step));
+    if (index) context.lineTo(x, down(logs[index - 1]));
+    context.lineTo(x, down(logs[index]));
+  });
+  context.lineTo(across(map.columns - 0.5), down(logs[logs.length - 1]));
+  context.stroke();
 }

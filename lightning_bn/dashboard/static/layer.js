@@ -15,7 +15,7 @@ export class LayerPanel {
     this.chart = h("div", { class: "plot" });
     this.small = h("div", { class: "plot" });
     this.channels = h("div", {});
-    this.charts = h("div", {}, this.chart, this.small, this.channels);
+    this.charts = h("div", { class: "charts" }, this.chart, this.small, this.channels);
     this.element = h("section", { class: "layer", "aria-label": "Layer" }, this.facts, this.charts);
     this.loaded = "";
   }
@@ -36,7 +36,13 @@ export class LayerPanel {
       const [series, channels] = await Promise.all([this.page.source.layer(run.name, name), this.page.source.channels(run.name, name)]);
       if (this.page.layer() !== name) return; // another was chosen meanwhile
       Object.assign(this, { loaded: wanted, series, vectors: channels });
+      this._facts(run.layers[at], layers[at - 1], layers[at + 1]); // the affine range is known now
     }
+    await this.page.charted(this.charts, () => this.page.layer() === name && this._charts());
+  }
+
+  _charts() {
+    const { state } = this.page;
     this._trend();
     this._others();
     drawChannels(this.channels, this.vectors, this.width(), state.get("step"));

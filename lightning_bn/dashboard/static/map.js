@@ -1,9 +1,11 @@
 // The heat map of layers by steps.
 import { h, replace, button } from "./dom.js";
-import { against, count, number, place } from "./format.js";
-import { CONFIG, colours, layout, axis } from "./theme.js";
+import { against, count, number } from "./format.js";
 import { makeRows } from "./rows.js";
+import { thinned } from "./thin.js";
+import { paintCells } from "./paint.js";
 import { limitsOf, paintMarks } from "./marks.js";
+import { follow } from "./pointer.js";
 import { drawLane } from "./lane.js";
 
 const ROW = { least: 13, most: 26 };
@@ -12,15 +14,20 @@ export class HeatMap {
   constructor(page) {
     this.page = page;
     this.labels = h("div", { class: "labels" });
-    this.plot = h("div", { class: "plot" });
+    this.cells = h("canvas", { class: "cells" });
+    this.marks = h("canvas", { class: "marks" });
     this.cursor = h("div", { class: "cursor" });
     this.stripe = h("div", { class: "stripe" });
     this.tip = h("div", { class: "tip", role: "status", hidden: true });
-    this.axis = h("div", { class: "plot axis" });
-    this.lane = h("div", { class: "plot lane" });
+    this.axis = h("div", { class: "axis" });
+    this.lane = h("canvas", { class: "lane" });
     this.laneLabels = h("div", { class: "labels" });
-    const area = h("div", { class: "area" }, this.plot, this.stripe, this.cursor);
-    this.scroller = h("div", { class: "scroller" }, this.labels, area);
+    this.area = h("div", { class: "area" }, this.cells, this.marks, this.stripe, this.cursor);
+    this.scroller = h("div", { class: "scroller" }, this.labels, this.area);
+    follow(this.area, {
+      at: (event) => this._at(event), hover: (cell) => this.hover(cell), leave: () => (this.tip.hidden = true),
+      pick: (cell) => this.pick(cell), zoom: (range) => this.zoom(range), reset: () => this.page.state.set({ from: "", to: "" }),
+    });
     this.element = h(
       "div", { class: "heatmap", tabindex: "0", "data-key": "map", "aria-label": "Heat map: arrow keys choose layer and step", onkeydown: (event) => this.key(event) },
       this.scroller,
@@ -35,17 +42,17 @@ export class HeatMap {
   // Draws a grid; called when the data, the rows that are wanted, the size or the theme have changed.
   draw(grid, statistic) {
     const { state } = this.page;
-    this.grid = grid;
+    this.grid = thinned(grid, Math.max(20, Math.floor(this.size().width)), statistic);
     this.statistic = statistic;
-    this.rows = makeRows(grid, statistic, {
+    this.rows = makeRows(this.grid, statistic, {
       sort: state.get("sort"), filter: state.get("filter"), sick: state.get("sick") === "1",
       open: new Set(state.get("open").split(",").filter(Boolean)), fold: new Set(state.get("fold").split(",").filter(Boolean)),
     });
     this._labels();
-    const isEmpty = !this.rows.length || !grid.first.length;
+    const isEmpty = !this.rows.length || !this.columns;
     this.element.classList.toggle("is-empty", isEmpty);
     if (isEmpty) return;
-    this._plot();
+    this._paint();
     drawLane(this);
     this.select();
   }
@@ -97,55 +104,32 @@ export class HeatMap {
     return { width: Math.max(80, this.scroller.clientWidth - this.labels.offsetWidth), height: this.rows.length * this.rowHeight() };
   }
 
-  _plot() {
+  _paint() {
     const { width, height } = this.size();
-    const scale = this.statistic.scale || { low: null, high: null };
-    const { rising, both } = colours();
-    const z = this.rows.map((row) => row.values.map((value) => place(value, scale)));
-    const trace = {
-      type: "heatmap", z, x0: 0, dx: 1, y0: 0, dy: 1, hoverinfo: "none", showscale: false, zsmooth: false,
-      colorscale: this.statistic.low != null && scale.colours !== "viridis" ? both : rising,
-      ...(scale.low === null ? { zauto: true } : { zmin: scale.low, zmax: scale.high }),
-    };
-    const picture = paintMarks(this.rows, this.columns, this.statistic, width, height);
-    this.marked = picture !== null;
-    const range = { x: [-0.5, this.columns - 0.5], y: [this.rows.length - 0.5, -0.5] };
-    const over = picture && { source: picture, xref: "paper", yref: "paper", x: 0, y: 1, sizex: 1, sizey: 1, sizing: "stretch", layer: "above" };
-    const hidden = { visible: false };
-    window.Plotly.react(this.plot, [trace], layout({
-      width, height, dragmode: "zoom", images: over ? [over] : [],
-      xaxis: { ...hidden, range: range.x }, yaxis: { ...hidden, range: range.y, fixedrange: true },
-    }), CONFIG);
-    this._listen();
-    this._axis(width, range.x);
+    paintCells(this.cells, this.rows, this.columns, this.statistic);
+    this.marked = paintMarks(this.marks, this.rows, this.columns, this.statistic, width, height);
+    this.area.style.height = `${height}px`;
+    this._axis(width);
   }
 
-  _axis(width, range) {
+  _axis(width) {
     const { first } = this.grid;
     const wanted = Math.max(2, Math.floor(width / 90));
     const places = [...new Set(Array.from({ length: wanted }, (_, i) => Math.floor(((i + 0.5) * this.columns) / wanted)))];
-    const marks = { tickvals: places, ticktext: places.map((each) => count(first[each])), ticks: "outside", ticklen: 4 };
-    window.Plotly.react(this.axis, [{ x: [0], y: [0], mode: "markers", marker: { opacity: 0 }, hoverinfo: "skip" }], layout({
-      width, height: 24, margin: { l: 0, r: 0, t: 0, b: 22 }, xaxis: axis({ range, fixedrange: true, showgrid: false, ...marks }), yaxis: { visible: false, fixedrange: true },
-    }), { ...CONFIG, staticPlot: true });
+    replace(this.axis, places.map((each) => h("span", { style: { left: `${((each + 0.5) / this.columns) * 100}%` } }, count(first[each]))));
   }
 
-  _listen() {
-    if (this.listens) return;
-    this.listens = true;
-    this.plot.on("plotly_hover", (event) => this.hover(event.points[0]));
-    this.plot.on("plotly_unhover", () => (this.tip.hidden = true));
-    this.plot.on("plotly_click", (event) => this.pick(event.points[0].pointIndex));
-    this.plot.on("plotly_relayout", (change) => {
-      const range = change["xaxis.range"] || (change["xaxis.range[0]"] !== undefined && [change["xaxis.range[0]"], change["xaxis.range[1]"]]);
-      if (range) this.zoom(range);
-    });
-    this.plot.addEventListener("dblclick", () => this.page.state.set({ from: "", to: "" }));
+  // The cell below a pointer.
+  _at({ clientX, clientY }) {
+    const box = this.area.getBoundingClientRect();
+    const within = (share, length) => Math.max(0, Math.min(length - 1, Math.floor(share * length)));
+    return [within((clientY - box.top) / box.height, this.rows.length), within((clientX - box.left) / box.width, this.columns)];
   }
 
   zoom([left, right]) {
-    const column = (at) => Math.max(0, Math.min(this.columns - 1, Math.round(at)));
-    const [first, last] = [column(left + 0.01), column(right - 0.01)];
+    const column = (share) => Math.max(0, Math.min(this.columns - 1, Math.round(share * this.columns - 0.5)));
+    const width = 0.01 / this.columns;
+    const [first, last] = [column(left + width), column(right - width)];
     this.page.state.set({ from: this.grid.first[first], to: this.grid.last[Math.max(first, last)] });
   }
 
@@ -156,8 +140,7 @@ export class HeatMap {
     this.element.focus({ preventScroll: true });
   }
 
-  hover(point) {
-    const [row, column] = point.pointIndex;
+  hover([row, column]) {
     const chosen = this.rows[row];
     const value = chosen.values[column];
     const { first, last, rates } = this.grid;
@@ -169,7 +152,7 @@ export class HeatMap {
       rates[column] !== null && rates[column] !== undefined ? h("div", { class: "muted" }, `learning rate ${number(rates[column])}`) : null);
     this.tip.hidden = false;
     const box = this.element.getBoundingClientRect();
-    const area = this.plot.getBoundingClientRect();
+    const area = this.area.getBoundingClientRect();
     const x = area.left - box.left + ((column + 0.5) / this.columns) * area.width;
     const y = area.top - box.top + (row + 1) * this.rowHeight();
     this.tip.style.left = `${Math.max(0, Math.min(x + 12, box.width - this.tip.offsetWidth - 4))}px`;

@@ -19,12 +19,12 @@ export function limitsOf(row, column, statistic) {
   return row.statistic;
 }
 
-// Returns a picture as large as the plot, or null where there is nothing to mark.
-export function paintMarks(rows, columns, statistic, width, height) {
+// Paints over a canvas as large as the map; returns whether there was anything to mark.
+export function paintMarks(canvas, rows, columns, statistic, width, height) {
   const marks = rows.map((row) => Uint8Array.from({ length: columns }, (_, c) => markOf(row.values[c], row.warm[c], limitsOf(row, c, statistic))));
-  if (!marks.some((row) => row.some((mark) => mark !== NONE))) return null;
+  canvas.width = canvas.height = 1; // clears it
+  if (!marks.some((row) => row.some((mark) => mark !== NONE))) return false;
   const scale = height * width > 4e6 ? 1 : Math.min(window.devicePixelRatio || 1, 2);
-  const canvas = document.createElement("canvas");
   canvas.width = Math.max(1, Math.round(width * scale));
   canvas.height = Math.max(1, Math.round(height * scale));
   const context = canvas.getContext("2d");
@@ -42,7 +42,7 @@ export function paintMarks(rows, columns, statistic, width, height) {
       start = stop;
     }
   });
-  return canvas.toDataURL();
+  return true;
 }
 
 // The patterns run on over cells, so that they can be told apart where a cell is one point wide.

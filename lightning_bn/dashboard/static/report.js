@@ -3,8 +3,15 @@ import { Page } from "./app.js";
 import { State, ownAddress } from "./state.js";
 import { embeddedSource } from "./source.js";
 import { watchTheme } from "./theme.js";
+import { h } from "./dom.js";
+
+// plotly.js lies in the file as text, so that the map need not wait until it has started.
+async function loadPlotly() {
+  document.head.append(h("script", {}, document.getElementById("plotly").textContent));
+  return window.Plotly ? null : "pip install 'lightning-bn[dashboard]'";
+}
 
 let page;
 watchTheme(null, () => page?.isReady && page.draw());
-page = new Page(document.getElementById("page"), embeddedSource(), new State(ownAddress()));
+page = new Page(document.getElementById("page"), embeddedSource(), new State(ownAddress()), loadPlotly);
 page.start();

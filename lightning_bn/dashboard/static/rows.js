@@ -1,5 +1,6 @@
 // The rows of the map: layers, and groups of them by the prefix of their names, each with the values of its worst child.
 import { badness, isSick } from "./format.js";
+import { flags, limitsOfRow, weight } from "./thin.js";
 
 const FEW = 40; // as many rows are shown one by one; of more, groups are folded until they are opened
 
@@ -22,7 +23,7 @@ export function matches(name, pattern) {
 }
 
 function leaf(name, index, grid, common) {
-  const statistic = grid.unjudged?.includes(index) ? { ...common, low: null, high: null } : common;
+  const statistic = limitsOfRow(grid, index, common);
   const values = grid.values[index];
   const warm = flags(grid.warming[index], values.length);
   let worst = -1;
@@ -33,12 +34,6 @@ function leaf(name, index, grid, common) {
     if (firstSick === null && isSick(values[column], statistic)) firstSick = grid.first[column];
   }
   return { kind: "layer", statistic, name, label: name, layer: name, depth: 0, values, warm, worst, firstSick, forward: index };
-}
-
-export function flags(spans, length) {
-  const found = new Uint8Array(length);
-  for (const [first, last] of spans || []) found.fill(1, first, last + 1);
-  return found;
 }
 
 function sorted(leaves, sort) {
@@ -89,8 +84,7 @@ function group(node, grid, statistic) {
   for (let column = 0; column < length; column++) {
     let worst = -2;
     for (const each of node.leaves) {
-      const own = badness(each.values[column], each.statistic);
-      const bad = each.warm[column] ? Math.min(own, 1e-3) : own;
+      const bad = weight(each.values[column], each.warm[column], each.statistic);
       if (bad <= worst) continue;
       worst = bad;
       values[column] = each.values[column];
