@@ -1,6 +1,6 @@
 """The pages of the site that nobody writes: the reference, one page for each public object.
 
-MkDocs calls the three functions at the end. What stands in `REFERENCE` is all there is to edit.
+MkDocs calls the functions whose names begin with ``on_``. What stands in `REFERENCE` is all there is to edit.
 """
 
 from __future__ import annotations
@@ -134,3 +134,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
                 section = section.replace("```python\n", f'```python title="{title}"\n', 1)
             sections[number] = section
     return "".join(sections)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Let a long name break after the package's, on a narrow screen, and not within a word."""
+    if not page.file.src_uri.startswith("reference/"):
+        return html
+    return re.sub(r'(<span class="doc doc-object-name[^>]*>lightning_bn\.)', r"\1<wbr>", html)

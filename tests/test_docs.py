@@ -7,11 +7,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
-# docs/rules.md has wrong programs on purpose: its own test runs them.
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "rules.md")]
+# docs/rules.md has wrong programs on purpose, which its own test runs; of recipes.md each section runs by itself.
+OTHERS = ("rules.md", "recipes.md")
+PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in OTHERS)]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+PRELUDE, *RECIPES = (ROOT / "docs" / "recipes.md").read_text().split("\n## ")
 TEXTS = [path for folder in (ROOT, ROOT / "docs", ROOT / ".github") for path in sorted(folder.glob("*.md"))]
 # The end of a sentence and the beginning of the next one: a name that is never capitalised, or whatever is not a lower
 # case letter. An initial ("K. He") and "et al." end none.
@@ -22,13 +25,28 @@ ITEM = re.compile(r"^\s*(?:[-*]|\d+\.)\s")
 NO_TEXT = re.compile(r"^ {4}|^\s*(?:[|#<>]|!!!|:::|!?\[[^\]]*\](?:: |\([^)]*\)$)|\d+\. \W*$)")
 
 
+def run_blocks(text: str, name: str, namespace: dict[str, object]) -> None:
+    """Run the text's blocks one after the other, in one namespace, as a reader would paste them."""
+    for number, block in enumerate(BLOCK.findall(text), 1):
+        exec(compile(block, f"{name}, block {number}", "exec"), namespace)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page's blocks run one after the other, in one namespace, as a reader would paste them."""
+    """A page's programs run as they stand."""
     monkeypatch.chdir(tmp_path)
+    run_blocks(page.read_text(), page.name, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.partition("\n")[0])
+def test_recipes_run(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each recipe needs the page's first block, and no other recipe."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.quantized, "engine", torch.backends.quantized.engine)
     namespace: dict[str, object] = {"__name__": "__main__"}
-    for number, block in enumerate(BLOCK.findall(page.read_text()), 1):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+    run_blocks(PRELUDE, "recipes.md, first block", namespace)
+    assert BLOCK.search(recipe), "a recipe is a program"
+    run_blocks(recipe, "recipes.md", namespace)
 
 
 def text_lines(page: Path) -> list[str]:
