@@ -54,7 +54,10 @@ class Samples(Classifier):
 
     paused = False
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.run_noise()
+
+    def run_noise(self) -> None:
         with torch.no_grad():
             if self.paused:
                 with paused_statistics(self.model):
@@ -67,10 +70,10 @@ class SamplesInStep(Samples):
     """Does so in the training step."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        super().on_train_batch_end()
+        self.run_noise()
         return super().training_step(batch, batch_idx)
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         pass
 
 

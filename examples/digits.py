@@ -36,6 +36,13 @@ def digits(
     )
 
 
+def images_and_labels(loader: DataLoader[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Return all images and all labels of a loader of `digits`."""
+    if not isinstance(loader.dataset, TensorDataset):
+        raise TypeError(f"images_and_labels({loader!r}): give one of the loaders of digits().")
+    return loader.dataset.tensors
+
+
 class ConvNet(nn.Sequential):
     """Four 3x3 convolutions, each with batch norm and ReLU, a global average pooling and a linear head."""
 
@@ -88,13 +95,15 @@ def fit(
     # Lightning's advice on speed, of no use for a thousand tiny images, and its own use of torch's old names.
     warnings.filterwarnings("ignore", message=".*does not have many workers|.*no `val_dataloader`|.*LeafSpec")
     torch.set_num_threads(1)  # more only wait for each other over images of 8x8
-    silent = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), **silent)
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.fit(module, training, validation)
 

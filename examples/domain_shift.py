@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pandas as pd
 import torch
-from digits import Classifier, ConvNet, accuracy, arguments, digits, fit
+from digits import Classifier, ConvNet, accuracy, arguments, digits, fit, images_and_labels
 from torch import Tensor
 
 from lightning_bn import recalibrated
@@ -31,7 +31,7 @@ def main() -> None:
         training, validation = digits(seed=seed)
         module = Classifier(ConvNet(), lr=0.1)
         fit(module, training, epochs=options.epochs)
-        images, labels = validation.dataset.tensors
+        images, labels = images_and_labels(validation)
         for shift, distort in SHIFTS.items():
             shifted = distort(images)
             row = {"shift": shift, "no adaptation": accuracy(module, shifted, labels)}

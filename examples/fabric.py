@@ -4,25 +4,26 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from digits import ConvNet, digits
 from lightning.fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_bn import BatchNormSync, Window, convert_batch_norm, recalibrate, watch
 
 
 @torch.no_grad()
-def accuracy(fabric: Fabric, model: nn.Module, loader: object) -> float:
+def accuracy(fabric: Fabric, model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Return the accuracy over the batches of all ranks."""
     model.eval()
     right, total = torch.zeros(2)
     for images, labels in loader:
         right += (model(images).argmax(1) == labels).sum()
         total += len(labels)
-    right, total = fabric.all_reduce(torch.stack((right, total)), reduce_op="sum")
+    right, total = torch.as_tensor(fabric.all_reduce(torch.stack((right, total)), reduce_op="sum"))
     return (right / total).item()
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     after = accuracy(fabric, model, validation)
 
     ours = torch.cat([buffer.flatten().float() for buffer in plain.buffers()])
-    differing = fabric.all_reduce((ours != fabric.broadcast(ours)).sum(), reduce_op="sum").item()
+    differing = int(torch.as_tensor(fabric.all_reduce((ours != fabric.broadcast(ours)).sum(), reduce_op="sum")))
     if fabric.global_rank == 0:
         serious = [finding.code for finding in findings if finding.level != "info"]
         print(

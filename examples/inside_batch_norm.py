@@ -62,14 +62,15 @@ class Accuracies(pl.Callback):
 def fit(module: pl.LightningModule, epochs: int, **watch: Any) -> tuple[list[float], pd.DataFrame]:
     """Train from seed 0; return the validation accuracy after each epoch, and the monitor's table of training."""
     accuracies, monitor = Accuracies(), ActivationStatsMonitor(every_n_steps=2, gradients=True, **watch)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
     trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", num_sanity_val_steps=0, callbacks=[accuracies, monitor], **quiet
+        max_epochs=epochs,
+        accelerator="cpu",
+        num_sanity_val_steps=0,
+        callbacks=[accuracies, monitor],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     pl.seed_everything(0, verbose=False)
     trainer.fit(module, *digits(batch_size=64))
@@ -149,8 +150,9 @@ def main() -> None:
         panel.axhline(0.5, color="black", linestyle=":")
         panel.set(title=kind, xlabel="training step", ylim=(0, 1))
         panel.legend(fontsize=7, ncols=2)
+    trained = tables["with batch norm"]
     for number in range(1, DEPTH + 1):
-        row = table[table.layer == f"model.bn{number}"]
+        row = trained[trained.layer == f"model.bn{number}"]
         (line,) = panels[2].plot(row.step, row.bias_min, label=f"bn{number}")
         panels[2].plot(row.step, row.bias_max, color=line.get_color())
     panels[2].set(title="least and greatest shift of each layer", xlabel="training step")

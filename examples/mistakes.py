@@ -28,7 +28,7 @@ def pretrained() -> Classifier:
 def frozen() -> Classifier:
     """A backbone frozen by requires_grad=False alone."""
     module = Classifier(ConvNet())
-    for block in list(module.model)[:3]:
+    for block in list(module.model.children())[:3]:
         block.requires_grad_(False)
     return module
 

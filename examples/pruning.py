@@ -10,7 +10,7 @@ import copy
 
 import pandas as pd
 import torch
-from digits import Classifier, ConvNet, accuracy, arguments, digits, fit
+from digits import Classifier, ConvNet, accuracy, arguments, digits, fit, images_and_labels
 from torch import nn
 
 from lightning_bn import recalibrate
@@ -21,10 +21,10 @@ def prune(model: nn.Module, share: float) -> None:
     """Remove the `share` of filters with the smallest L1 norm from each convolution: filter and channel become zero."""
     for block in model.children():
         if isinstance(block, nn.Sequential):
-            convolution, norm = block[0], block[1]
-            size = convolution.weight.abs().sum((1, 2, 3))
+            filters = block.get_parameter("0.weight")
+            size = filters.abs().sum((1, 2, 3))
             gone = size.argsort()[: round(share * len(size))]
-            for parameter in (convolution.weight, norm.weight, norm.bias):
+            for parameter in (filters, block.get_parameter("1.weight"), block.get_parameter("1.bias")):
                 parameter[gone] = 0
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         training, validation = digits(seed=seed)
         module = Classifier(ConvNet(), lr=0.1)
         fit(module, training, epochs=options.epochs)
-        images, labels = validation.dataset.tensors
+        images, labels = images_and_labels(validation)
         for share in (0.0, 0.2, 0.4, 0.6):
             pruned = copy.deepcopy(module.model)
             prune(pruned, share)

@@ -8,9 +8,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from digits import Classifier, ConvNet, accuracy, digits, fit
+from digits import Classifier, ConvNet, accuracy, digits, fit, images_and_labels
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
 
 from lightning_bn import ActivationStatsMonitor, BatchNormRecalibration, ModeCheck
 
@@ -22,10 +23,14 @@ STEP = 40
 class BreakLayer(pl.Callback):
     """Makes a layer sick on purpose: from one step on, no unit of it is ever active again."""
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == STEP:
-            with torch.no_grad():
-                pl_module.model[2][1].bias.fill_(-6.0)
+            nn.init.constant_(self.layer.get_parameter("bias"), -6.0)
 
 
 def watched_run() -> str:
@@ -42,7 +47,7 @@ def watched_run() -> str:
         log_every_n_steps=5,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[BreakLayer(), monitor, guard],
+        callbacks=[BreakLayer(model.get_submodule("2.1")), monitor, guard],
     )
     trainer.fit(Classifier(model, lr=0.3), *digits())
     print("1. model[1] was left in eval mode. ModeCheck:\n")
@@ -58,9 +63,10 @@ def averaged(decay: float, seed: int) -> tuple[float, float]:
     training, validation = digits(seed=seed)
     module, repair = Classifier(ConvNet(), lr=0.5), BatchNormRecalibration(num_batches=None)
     fit(module, training, epochs=EPOCHS, callbacks=[EMAWeightAveraging(decay=decay), repair])
-    after = accuracy(module, *validation.dataset.tensors)
-    repair.report.rollback()
-    return accuracy(module, *validation.dataset.tensors), after
+    after = accuracy(module, *images_and_labels(validation))
+    if repair.report is not None:
+        repair.report.rollback()
+    return accuracy(module, *images_and_labels(validation)), after
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import itertools
 
 import pandas as pd
 import torch
-from digits import Classifier, ConvNet, accuracy, arguments, digits, fit
+from digits import Classifier, ConvNet, accuracy, arguments, digits, fit, images_and_labels
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from lightning_bn import BatchNormRecalibration
@@ -21,7 +21,7 @@ def main() -> None:
     options = arguments(__doc__, epochs=4)
     rows = []
     for seed in range(options.seeds):
-        images, labels = digits(seed=seed)[1].dataset.tensors
+        images, labels = images_and_labels(digits(seed=seed)[1])
         for decay, use_buffers in itertools.product((0.98, 0.995), (False, True)):
             torch.manual_seed(seed)
             training, _ = digits(seed=seed)
@@ -34,7 +34,8 @@ def main() -> None:
                 callbacks=[EMAWeightAveraging(decay=decay, use_buffers=use_buffers), repair],
             )
             after = accuracy(module, images, labels)
-            repair.report.rollback()
+            if repair.report is not None:
+                repair.report.rollback()
             rows.append(
                 {"decay": decay, "use_buffers": use_buffers, "before": accuracy(module, images, labels), "after": after}
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,10 +32,12 @@ from lightning_bn.torch_internals import buffers_of
 
 __all__ = ["Ledger", "release", "settle_together", "takes_loans"]
 
+M = TypeVar("M", bound=nn.Module)
+
 _PLANS = 16  # how many choices of layers, of those that train and those that don't, are kept ready
 
 
-def settle_together(model: nn.Module) -> nn.Module:
+def settle_together(model: M) -> M:
     """Let the batch-norm layers of `model` settle their running statistics together, once at the end of each training
     forward of the model.
 
