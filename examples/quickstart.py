@@ -50,10 +50,10 @@ def watched_run() -> str:
         callbacks=[BreakLayer(model.get_submodule("2.1")), monitor, guard],
     )
     trainer.fit(Classifier(model, lr=0.3), *digits())
-    print("1. model[1] was left in eval mode. ModeCheck:\n")
+    print("1. A block, model[1], was left in eval mode. ModeCheck says:\n")
     print(next(finding for finding in guard.findings if finding.code == "BN102"))
-    print(f"\n2. At step {STEP} the units of model[2] were switched off. ActivationStatsMonitor:\n")
-    print("\n".join(monitor.verdict()[:3]))
+    print(f"\n2. At step {STEP} the units of another, model[2], were switched off. ActivationStatsMonitor says:\n")
+    print("\n".join(monitor.verdict()[:3]), flush=True)
     return str(logger.log_dir)
 
 
@@ -75,19 +75,18 @@ def main() -> None:
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    print("Handwritten digits, a small network with batch norm, and three things that go wrong without an error.")
+    print("About half a minute.\n", flush=True)
     folder = watched_run()
 
-    print("\n3. Averaged weights, evaluated with the statistics that the averaging leaves, then recalibrated:")
-    print(
-        f"   accuracy in percent of 400 images, mean of {SEEDS} seeds (least to greatest), {EPOCHS} epochs of 43 "
-        f"steps\n"
-    )
-    print(f"   {'':<8}{'before':>22}{'after':>22}")
+    print("\n3. Averaged weights (EMA) keep statistics of other weights. BatchNormRecalibration mends them:\n")
+    print(f"   {'decay':<8}{'before':>22}{'after':>22}")
     for decay in (0.98, 0.995):
         rows = [averaged(decay, seed) for seed in range(SEEDS)]
         cells = [f"{sum(each) / SEEDS:.1f} ({min(each):.1f} to {max(each):.1f})" for each in zip(*rows, strict=True)]
         print(f"   {decay:<8}" + "".join(f"{cell:>22}" for cell in cells))
-    print("\n   A decay of 0.98 forgets fast enough, and gains little; 0.995 still holds statistics of the start.")
+    print(f"\n   Percent of 400 images: mean of {SEEDS} seeds (least to greatest), {EPOCHS} epochs of 43 steps.")
+    print("   0.98 has forgotten the start of training, and gains little; 0.995 has not, and is at chance before.")
     print(f"\nThe run as a page: .venv/bin/lightning-bn report {folder}, then open report.html.")
 
 

@@ -28,8 +28,12 @@ def test_the_mistake_and_the_sick_layer_are_named(demo: tuple[str, Path]) -> Non
     assert "where: model.1; train, step 0" in out
     assert "fix:   self.model[1].train()" in out
     assert re.search(r"Sick: model\.2\.2: share of channels that are dead 1 .* since step 40\.", out)
-    assert len(out.splitlines()) <= 40
-    assert max(map(len, out.splitlines())) <= 160
+
+
+def test_it_fits_on_a_screen(demo: tuple[str, Path]) -> None:
+    """Forty lines of a terminal of 80 columns, those that it wraps counted as often as it does."""
+    out, _ = demo
+    assert sum(max(1, -(-len(line) // 80)) for line in out.splitlines()) <= 40
 
 
 def test_averaged_weights_are_repaired_where_they_need_it(demo: tuple[str, Path]) -> None:
