@@ -59,6 +59,15 @@ def is_replica(module: nn.Module) -> bool:
     return bool(module.__dict__.get("_is_replica", False))  # `getattr` asks parameters, buffers and modules too
 
 
+def is_wrapper(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds others in place of values, as a DTensor does."""
+    try:
+        from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+    except ImportError:
+        return False
+    return is_traceable_wrapper_subclass(tensor)
+
+
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the module's own buffers by name; not to be changed.
 

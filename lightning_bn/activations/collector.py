@@ -28,7 +28,7 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager
 from lightning_bn.ranks.collective import share
 from lightning_bn.sharding import full_value
-from lightning_bn.torch_internals import in_backward, parameters_of
+from lightning_bn.torch_internals import in_backward, is_wrapper, parameters_of
 
 __all__ = ["LayerCollector"]
 
@@ -107,7 +107,9 @@ class LayerCollector:
         self._too_wide: set[str] = set()
         self._outputs: frozenset[Place] = frozenset()
         self._images: frozenset[Key] = frozenset()
-        self._is_abstract = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+        # A model that is wholly on the meta device is measured there, to count what that launches.
+        held = [*model.parameters(), *model.buffers()]
+        self._is_abstract = bool(held) and all(tensor.is_meta for tensor in held)
         self._attached = ExitStack()
         self._is_attached = False
 
@@ -298,12 +300,22 @@ class LayerCollector:
 
     @torch.no_grad()
     def _take(self, what: str, name: str, place: Place, tensor: Tensor) -> bool:
-        """Read a tensor, and tell whether that could be done."""
-        if (reason := self._unreadable(tensor)) is not None:
+        """Read a tensor, and tell whether that could be done; whatever prevents it, the fit goes on."""
+        try:
+            reason = self._unreadable(tensor)
+            is_read = reason is None and tensor.numel() > 0 and self._read(what, name, place, tensor)
+        except Warning:
+            raise  # where the user's filters make errors of warnings
+        except Exception as error:
+            first, *_ = str(error).splitlines() or [""]
+            reason, is_read = f"{type(error).__name__}: {first}", False
+        if reason is not None:
             self._left_out.setdefault(name, reason)
-            return False
-        if tensor.numel() == 0:
-            return False
+        if self._waiting > MAX_WAITING:
+            self._put_together()
+        return is_read
+
+    def _read(self, what: str, name: str, place: Place, tensor: Tensor) -> bool:
         is_norm = name in self._norms
         dim = 1 if is_norm else self._channel_dim
         key = self._key(what, name, place, tensor)
@@ -321,14 +333,16 @@ class LayerCollector:
         if is_activation and name in self._histograms:
             counts = bucket_counts(data)
             self._counts[key] = self._counts[key] + counts if key in self._counts else counts
-        if self._waiting > MAX_WAITING:
-            self._put_together()
         return True
 
     def _unreadable(self, tensor: Tensor) -> str | None:
         """Why no kernel can read a tensor; None: it can."""
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            return "nested" if tensor.is_nested else "sparse"
+        if tensor.is_nested:
+            return "nested"
+        if is_wrapper(tensor):
+            return type(tensor).__name__
+        if tensor.layout is not torch.strided:
+            return str(tensor.layout).removeprefix("torch.")
         if tensor.is_meta and not self._is_abstract:
             return "on the meta device"
         if tensor.itemsize < 2:

@@ -138,7 +138,7 @@ class ActivationStatsMonitor(Callback):
         self._report = Report([])
         self._newest = Sample()
         self._sampled_step: int | None = None
-        self._told: set[str] = set()  # stages, of which blindness has been told
+        self._told: dict[str, set[str]] = {}  # by stage, the layers of which blindness has been told
         self._is_described = False  # in the journal, what the statistics mean
         self._is_fresh = True  # whether the table is that of a new run
 
@@ -191,7 +191,7 @@ class ActivationStatsMonitor(Callback):
         self._collectors = {}
         self._report = Report([])
         self._sampled_step = None
-        self._told = set()
+        self._told = {}
         self._is_described = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -291,7 +291,7 @@ class ActivationStatsMonitor(Callback):
         if stage not in self._collectors:
             layers = select_layers(pl_module, self.layers)
             if not layers and not self._told:
-                self._told.add(stage)
+                self._told[stage] = set()
                 wanted = (
                     "batch-norm layer or activation function among its modules"
                     if self.layers is None
@@ -390,16 +390,15 @@ class ActivationStatsMonitor(Callback):
         return lambda module: module in modules
 
     def _tell_blindness(self, stage: str) -> None:
-        """Warn once a stage of the layers of which nothing is seen."""
+        """Warn of the layers of which nothing is seen, of each once a stage."""
         collector = self._collectors.get(stage)
-        if collector is None or stage in self._told:
+        if collector is None:
             return
-        # Without a sample nothing could be seen.
-        unseen = collector.unseen() if self._table.samples(stage) else []
-        left_out = collector.left_out()
-        if not unseen and not left_out:
-            return
-        self._told.add(stage)
+        told = self._told.setdefault(stage, set())
+        # Without a sample nothing could be seen; what a forward never called at first it may call later.
+        unseen = collector.unseen() if self._table.samples(stage) and not told else []
+        left_out = {name: reason for name, reason in collector.left_out().items() if name not in told}
+        told |= {*unseen, *left_out}
         if unseen:
             rank_zero_warn(
                 f"ActivationStatsMonitor sees nothing of {_names(unseen)} in {_STAGES[stage]}: no forward called them "

@@ -335,6 +335,93 @@ def test_reused_layers_widths_and_tuples() -> None:
     assert found["lstm"]["mean"] == pytest.approx(module.seen[2].mean().item())
 
 
+class Makes(nn.Module):
+    """A layer that gives another kind of tensor than it is given; `back` makes of that what the next layer takes."""
+
+    def __init__(self, make: Any, back: Any) -> None:
+        super().__init__()
+        self.make, self.back = make, back
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.make(inputs)
+
+
+class Odd(Small):
+    """Goes through `odd` behind the first batch norm, which it calls by keyword."""
+
+    def __init__(self, odd: Makes) -> None:
+        super().__init__()
+        self.odd = odd
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.bn1(input=self.first(inputs))
+        return self.rest(self.odd.back(self.odd(hidden), hidden))
+
+
+class Unreadable(Tensor):
+    """A third-party tensor, which has its own idea of what can be done with it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("aminmax", "nan_to_num"):
+            raise NotImplementedError(f"no {func.__name__} here\nnor anywhere")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+ODD: dict[str, tuple[Any, Any, str]] = {
+    "sparse": (lambda x: x.to_sparse(), lambda y, x: y.to_dense(), "sparse_coo"),
+    "compressed": (lambda x: x.detach().to_sparse_csr(), lambda y, x: y.to_dense() + x, "sparse_csr"),
+    "nested": (lambda x: torch.nested.nested_tensor(list(x)), lambda y, x: x, "nested"),
+    "jagged": (lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged), lambda y, x: x, "nested"),
+    "float8": (lambda x: x.detach().to(torch.float8_e4m3fn), lambda y, x: y.float() + x, "float8_e4m3fn"),
+    "meta": (lambda x: x.to("meta"), lambda y, x: x, "on the meta device"),
+    "integer": (lambda x: x.round().int(), lambda y, x: y + x, "int32"),
+    "complex": (lambda x: x.to(torch.complex64), lambda y, x: y.real, "complex64"),
+    "another failure": (lambda x: x.as_subclass(Unreadable), lambda y, x: x, "NotImplementedError: no aminmax here"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested tensors", "ignore:Lazy modules")
+@pytest.mark.parametrize("kind", ODD)
+def test_what_cannot_be_read_is_left_out(kind: str) -> None:
+    """A layer whose output no kernel can read, in validation as in training, is named once a stage with the reason,
+    and the fit goes on, gradients and histograms included; a batch norm called by keyword is seen."""
+    make, back, reason = ODD[kind]
+    monitor = ActivationStatsMonitor(
+        layers=[Makes, nn.BatchNorm1d], every_n_steps=1, gradients=True, histograms=True, verbose=False
+    )
+    with pytest.warns(UserWarning, match="leaves out what it can't read") as told:
+        fit(monitor, module=Odd(Makes(make, back)))
+    told_of = [str(one.message).partition("can't read in ")[2] for one in told if "leaves out" in str(one.message)]
+    assert told_of == [f"{stage}: odd ({reason})." for stage in ("validation", "training")]
+    for stage in ("train", "val"):
+        assert {row["layer"] for row in monitor.table() if row["stage"] == stage} == {"input", "bn1", "rest.3"}
+    found = rows(monitor, "train", 5)["bn1"]
+    assert found["std"] == pytest.approx(1, abs=0.2)
+    assert found["drift_mean"] > 0
+
+
+def test_a_failure_that_comes_later_is_told_too() -> None:
+    """A layer that can't be read from the second epoch on is named then, though others were named before."""
+
+    class Later(Odd):
+        def __init__(self) -> None:
+            super().__init__(Makes(lambda x: x.to_sparse(), lambda y, x: y.to_dense()))
+            self.late = Makes(lambda x: x.to("meta") if self.current_epoch else x, None)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.late(inputs)
+            return super().forward(inputs)
+
+    monitor = ActivationStatsMonitor(layers=Makes, every_n_steps=1, verbose=False)
+    with pytest.warns(UserWarning, match="leaves out what it can't read") as told:
+        fit(monitor, module=Later(), val=None, max_epochs=3)
+    assert [str(one.message).partition(" in training: ")[2] for one in told if "leaves out" in str(one.message)] == [
+        "odd (sparse_coo).",
+        "late (on the meta device).",
+    ]
+
+
 def test_a_length_is_no_width() -> None:
     """A layer whose dimension 1 is another at each step is told apart from one with channels, once, with the mend."""
 
