@@ -17,19 +17,19 @@ from lightning_bn.callbacks.both_lightnings import (
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.recalibration.keeping import kept
 
-__all__ = ["BatchInput", "SizedBatches", "WayIn", "ways_in"]
+__all__ = ["BatchInput", "InputStyle", "SizedBatches", "input_styles"]
 
 
 @dataclass(frozen=True)
-class WayIn:
+class InputStyle:
     """One way to run a batch through the module."""
 
     call: str  # as a user would write it
     run: Callable[[LightningModule, Any], Any]
 
 
-def ways_in(module: LightningModule, batch: Any) -> list[WayIn]:
-    """Return the ways that the signatures allow for a batch of this form, the preferred one first.
+def input_styles(module: LightningModule, batch: Any) -> list[InputStyle]:
+    """Return the styles that the signatures allow for a batch of this form, the preferred one first.
 
     | batch               | first                                   | then             | then            |
     |---------------------|-----------------------------------------|------------------|-----------------|
@@ -37,10 +37,10 @@ def ways_in(module: LightningModule, batch: Any) -> list[WayIn]:
     | mapping             | `forward(**batch)`, of the keys it names| `forward(batch)` | `training_step` |
     | tensor, other object| `forward(batch)`                        |                  | `training_step` |
     """
-    ways = _ways_through_forward(module, batch)
-    if module.automatic_optimization and (step := _way_through_training_step(module)):
-        ways.append(step)
-    return ways
+    styles = _styles_of_forward(module, batch)
+    if module.automatic_optimization and (step := _style_of_training_step(module)):
+        styles.append(step)
+    return styles
 
 
 class SizedBatches(Iterator[Any]):
@@ -64,10 +64,10 @@ class BatchInput:
     """Knows how batches go into the module, once it has seen the first one.
 
     Args:
-        forward: the user's own ``forward(module, batch)``, or None to find a way.
+        forward: the user's own ``forward(module, batch)``, or None to find one.
         call: the user's call that needs it, for the error.
         advice: the call that would do without it, or with another.
-        takes_forward: whether that call has a ``forward=``, for a way that was not tried.
+        takes_forward: whether that call has a ``forward=``, for a call that was not tried.
     """
 
     def __init__(
@@ -78,28 +78,28 @@ class BatchInput:
         advice: str,
         takes_forward: bool = False,
     ) -> None:
-        self._way = None if forward is None else WayIn("forward=", forward)
+        self._style = None if forward is None else InputStyle("forward=", forward)
         self._call = call
         self._advice = advice
         self._takes_forward = takes_forward
 
     @property
     def known(self) -> bool:
-        return self._way is not None
+        return self._style is not None
 
     def learn_from(self, trainer: Trainer, module: LightningModule, batches: Iterator[Any]) -> Iterator[Any]:
-        """Find the way by the first batch, where it is not known; return all the batches again. The module is to be
+        """Find the call by the first batch, where it is not known; return all the batches again. The module is to be
         quiet meanwhile.
 
         Raises:
-            MisconfigurationException: the batch goes in on no way; what each raised is in the message.
+            MisconfigurationException: no call takes the batch; what each raised is in the message.
         """
         if self.known:
             return batches
         with kept(module=module):  # the module's transfer hooks see each batch
             first = list(islice(batches, 1))
         for batch in first:
-            self._way = self._find(trainer, module, batch)
+            self._style = self._find(trainer, module, batch)
         return SizedBatches(chain(first, batches), batches)
 
     def run(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
@@ -107,33 +107,33 @@ class BatchInput:
         # The precision context is around the forward alone: true half precision would also halve the tensors that
         # moments are kept in.
         with trainer.precision_plugin.forward_context():
-            self._way.run(module, batch)
+            self._style.run(module, batch)
 
-    def _find(self, trainer: Trainer, module: LightningModule, batch: Any) -> WayIn:
-        # A signature tells which arguments a forward takes, not whether it can do with them: so each way is tried.
+    def _find(self, trainer: Trainer, module: LightningModule, batch: Any) -> InputStyle:
+        # A signature tells which arguments a forward takes, not whether it can do with them: so each call is tried.
         failures: list[str] = []
         last: Exception | None = None
-        for way in ways_in(module, batch):
+        for style in input_styles(module, batch):
             # The batch is the fit's own, and the step is about to be run on it.
             with kept(module=module, batch=batch):
                 try:
                     module.eval()
                     with trainer.precision_plugin.forward_context():
-                        way.run(module, batch)
-                    return way
+                        style.run(module, batch)
+                    return style
                 except Exception as error:  # a user's forward may raise anything; all of it is passed on below
-                    failures.append(f"{way.call} raised {type(error).__name__}: {error}")
+                    failures.append(f"{style.call} raised {type(error).__name__}: {error}")
                     last = error
         if not module.automatic_optimization:
             failures.append("training_step was not tried, since it optimises by hand")
         raise MisconfigurationException(
             f"{self._call} can't put a batch ({_form(batch)}) into {type(module).__name__}: "
             f"{'; '.join(failures) or 'no forward takes it'}. "
-            f"{(_another_way(module, batch) if self._takes_forward else None) or self._advice}"
+            f"{(_another_style(module, batch) if self._takes_forward else None) or self._advice}"
         ) from last
 
 
-def _another_way(module: LightningModule, batch: Any) -> str | None:
+def _another_style(module: LightningModule, batch: Any) -> str | None:
     """Suggest a call of the parts that hold batch-norm layers: the module itself was tried."""
     parts = dict.fromkeys(layer.name.split(".")[0] for layer in find_batch_norms(module) if "." in layer.name)
     if not parts:
@@ -148,35 +148,39 @@ def _another_way(module: LightningModule, batch: Any) -> str | None:
     )
 
 
-def _ways_through_forward(module: LightningModule, batch: Any) -> list[WayIn]:
+def _styles_of_forward(module: LightningModule, batch: Any) -> list[InputStyle]:
     if not is_overridden("forward", module):
         return []
     signature = inspect.signature(module.forward)
     if isinstance(batch, Mapping):
         names = _named(signature, batch)
-        keywords = WayIn("forward(**batch)", lambda module, batch: module(**{name: batch[name] for name in names}))
+        keywords = InputStyle("forward(**batch)", lambda module, batch: module(**{name: batch[name] for name in names}))
         return [
             *([keywords] if names and _takes(signature, **{name: batch[name] for name in names}) else []),
-            *([WayIn("forward(batch)", lambda module, batch: module(batch))] if _takes(signature, batch) else []),
+            *([InputStyle("forward(batch)", lambda module, batch: module(batch))] if _takes(signature, batch) else []),
         ]
     if isinstance(batch, Sequence) and batch and not isinstance(batch, (str, bytes)):
         return [
             *(
-                [WayIn("forward(batch[0])", lambda module, batch: module(batch[0]))]
+                [InputStyle("forward(batch[0])", lambda module, batch: module(batch[0]))]
                 if _takes(signature, batch[0])
                 else []
             ),
-            *([WayIn("forward(*batch)", lambda module, batch: module(*batch))] if _takes(signature, *batch) else []),
+            *(
+                [InputStyle("forward(*batch)", lambda module, batch: module(*batch))]
+                if _takes(signature, *batch)
+                else []
+            ),
         ]
-    return [WayIn("forward(batch)", lambda module, batch: module(batch))] if _takes(signature, batch) else []
+    return [InputStyle("forward(batch)", lambda module, batch: module(batch))] if _takes(signature, batch) else []
 
 
-def _way_through_training_step(module: LightningModule) -> WayIn | None:
+def _style_of_training_step(module: LightningModule) -> InputStyle | None:
     signature = inspect.signature(module.training_step)
     if "dataloader_iter" in signature.parameters:
         return None  # it asks for the loader itself
     arguments: tuple[Any, ...] = (0,) if _takes(signature, None, 0) else ()
-    return WayIn("training_step(batch)", lambda module, batch: module.training_step(batch, *arguments))
+    return InputStyle("training_step(batch)", lambda module, batch: module.training_step(batch, *arguments))
 
 
 def _named(signature: inspect.Signature, batch: Mapping[Any, Any]) -> list[str]:

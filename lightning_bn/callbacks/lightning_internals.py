@@ -30,7 +30,7 @@ __all__ = [
     "iterates_itself",
     "layer_sync_of",
     "logging_step",
-    "to_device",
+    "batch_to_device",
     "training_loader",
     "validation_loader",
     "validation_metrics",
@@ -48,7 +48,7 @@ def logging_step(trainer: Trainer) -> int:
     return int(getattr(epoch_loop, "_batches_that_stepped", trainer.global_step))
 
 
-def to_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+def batch_to_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """Take a loader's batch through the precision plugin's conversion, all transfer hooks, and onto the module's
     device.
 

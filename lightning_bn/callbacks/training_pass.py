@@ -17,7 +17,7 @@ from lightning_bn.callbacks.both_lightnings import CombinedLoader, LightningModu
 from lightning_bn.callbacks.isolation import in_stage, isolated, muted
 from lightning_bn.callbacks.lightning_internals import (
     afresh,
-    to_device,
+    batch_to_device,
     training_loader,
     validation_loader,
     validation_metrics,
@@ -67,7 +67,7 @@ def training_pass(trainer: Trainer, module: LightningModule, dataloader: Any = N
         if isinstance(loader, CombinedLoader):
             stack.callback(loader.reset)  # ends the workers
         # No batch is fetched before the first is asked for.
-        batches = (to_device(trainer, module, batch) for batch in _batches(loader))
+        batches = (batch_to_device(trainer, module, batch) for batch in _batches(loader))
         yield SizedBatches(batches, loader)
 
 

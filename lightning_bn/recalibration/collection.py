@@ -16,7 +16,7 @@ from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.pace import in_step
 from lightning_bn.recalibration.tally import Row, Summary, Tally
 
-__all__ = ["Estimate", "OnePass", "Seen", "Tallies", "merged", "merged_summary", "progress_bar"]
+__all__ = ["Estimate", "OnePass", "PassResult", "Tallies", "merged", "merged_summary", "progress_bar"]
 
 Estimate = Callable[[int, Summary], tuple[Tensor, Tensor]]
 """The statistics that the layer of that place gets for what it saw: mean and variance, (C,)."""
@@ -27,7 +27,7 @@ _PENDING = 32
 _MIN_BATCHES = 8
 
 
-class Seen(NamedTuple):
+class PassResult(NamedTuple):
     """The outcome of a pass: of one rank, or merged over all."""
 
     summaries: list[Summary | None]
@@ -67,7 +67,7 @@ class Tallies:
         errors = [error.cpu() for part in self._parts for error in part.standard_errors()]
         return torch.stack(errors).max().item() if errors else float("nan")
 
-    def seen(self, num_batches: int | None, *, tolerance_met: bool = False) -> Seen:
+    def seen(self, num_batches: int | None, *, tolerance_met: bool = False) -> PassResult:
         """Return the outcome, on the CPU."""
         closed = {part: part.tally.close() for part in self._parts}
         summaries = {
@@ -76,7 +76,7 @@ class Tallies:
             for place, found in zip(part.places, found_all, strict=True)
         }
         ended = "num_batches" if self.batches == num_batches else "end"
-        return Seen(
+        return PassResult(
             summaries=[summaries[place] for place in sorted(summaries)],
             batches=self.batches,
             samples=sum(self._samples.values()),
@@ -139,13 +139,13 @@ class OnePass:
         self._progress = progress
         self._tallies = Tallies(layers, pending=_PENDING)
 
-    def station(self, place: int, row: Row) -> tuple[Tensor, Tensor]:
+    def on_input(self, place: int, row: Row) -> tuple[Tensor, Tensor]:
         """What a layer does with its input; see `measured`, inside which `collect` is to be called."""
         if self._counts:
             self._tallies.add(self._tallies.batches, place, row)
         return row.mean, row.var
 
-    def collect(self, batches: Iterable[Any], run: Callable[[Any], object]) -> Seen:
+    def collect(self, batches: Iterable[Any], run: Callable[[Any], object]) -> PassResult:
         """Run every batch, until the tolerance is met."""
         with progress_bar(batches, self._num_batches, self._layers, self._progress and self._ranks.is_first) as bar:
             for batch, counts in self._taken(islice(batches, self._num_batches)):
@@ -193,7 +193,7 @@ def progress_bar(
     )
 
 
-def merged(seen: Seen, ranks: Ranks) -> Seen:
+def merged(seen: PassResult, ranks: Ranks) -> PassResult:
     """Return what all ranks have seen; every rank must call it."""
     if not ranks.are_several:
         return seen

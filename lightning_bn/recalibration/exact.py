@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.ranks.collective import Ranks
-from lightning_bn.recalibration.collection import Estimate, Seen, Tallies, merged_summary, progress_bar
+from lightning_bn.recalibration.collection import Estimate, PassResult, Tallies, merged_summary, progress_bar
 from lightning_bn.recalibration.lockstep import Lockstep, Stop
 from lightning_bn.recalibration.tally import Row
 
@@ -38,7 +38,7 @@ class ExactPass:
         self._new: dict[int, tuple[Tensor, Tensor]] = {}
         self._lockstep = Lockstep(self._first_of_all_ranks, self._arrived)
 
-    def station(self, place: int, row: Row) -> tuple[Tensor, Tensor]:
+    def on_input(self, place: int, row: Row) -> tuple[Tensor, Tensor]:
         """What a layer does with its input; see `measured`, inside which `collect` is to be called."""
         self._tallies.add(self._lockstep.current(), place, row)
         self._lockstep.stop(place)
@@ -50,7 +50,7 @@ class ExactPass:
             self._new[place] = self._estimate(place, summary)
         self._bar.set_postfix_str(f"layer {len(self._new)} of {len(self._layers)}")
 
-    def collect(self, batches: Iterable[Any], run: Callable[[Any], object]) -> Seen:
+    def collect(self, batches: Iterable[Any], run: Callable[[Any], object]) -> PassResult:
         """Run all batches."""
         with progress_bar(
             batches, self._num_batches, self._layers, self._progress and self._ranks.is_first

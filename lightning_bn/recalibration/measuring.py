@@ -20,9 +20,9 @@ from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import unsynchronised
 from lightning_bn.recalibration.tally import Row
 
-__all__ = ["Station", "measured"]
+__all__ = ["OnInput", "measured"]
 
-Station = Callable[[int, Row], tuple[Tensor, Tensor]]
+OnInput = Callable[[int, Row], tuple[Tensor, Tensor]]
 """Called with a layer's place in the list and what goes into it; returns the mean and the variance to normalise with,
 (C,) each."""
 
@@ -31,9 +31,9 @@ _KNOWN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, AveragedBat
 
 
 @contextmanager
-def measured(layers: Sequence[_BatchNorm], station: Station) -> Iterator[None]:
-    """Stop every call of `layers` at `station`. The layers are in eval mode, so that they normalise with the buffers
-    they are given.
+def measured(layers: Sequence[_BatchNorm], on_input: OnInput) -> Iterator[None]:
+    """Call `on_input` with what goes into each call of `layers`, which then normalises with what it returned. The
+    layers are in eval mode, so that they use the buffers they are given.
 
     The layers' own buffers are not written: other tensors stand in their place, and whoever calls this puts them back
     (`kept`).
@@ -42,12 +42,12 @@ def measured(layers: Sequence[_BatchNorm], station: Station) -> Iterator[None]:
         # Ranks may run unequal numbers of batches, and what they see is merged by whoever calls this.
         stack.enter_context(unsynchronised(layers))
         for place, layer in enumerate(layers):
-            handle = layer.register_forward_pre_hook(_hook(place, layer, station), with_kwargs=True)
+            handle = layer.register_forward_pre_hook(_hook(place, layer, on_input), with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
-def _hook(place: int, layer: _BatchNorm, station: Station) -> Callable[..., None]:
+def _hook(place: int, layer: _BatchNorm, on_input: OnInput) -> Callable[..., None]:
     measure = _of_input if _normalises_its_input(layer) else _by_own_forward
     # Written over and over: small tensors that are kept between large ones break the heap up, and the model waits for
     # new pages.
@@ -59,7 +59,7 @@ def _hook(place: int, layer: _BatchNorm, station: Station) -> Callable[..., None
             row = measure(module, args, kwargs)
             if row is None:
                 return
-            statistics = station(place, row)
+            statistics = on_input(place, row)
             # A forward that turned grad on may go backward, and then needs the ones it ran with.
             mean, var = (torch.empty_like(one) for one in stand_ins) if with_graph else stand_ins
             mean.copy_(statistics[0])

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.moments import drift
 from lightning_bn.ranks.collective import Ranks
-from lightning_bn.recalibration.collection import Seen
+from lightning_bn.recalibration.collection import PassResult
 from lightning_bn.recalibration.histories import with_one_history
 from lightning_bn.recalibration.report import LayerReport
 from lightning_bn.recalibration.tally import Summary
@@ -58,7 +58,7 @@ class Estimator:
 
 
 def agreed_changes(
-    layers: list[BatchNormLayer], ranks: Ranks, estimate: Estimator, seen: Seen
+    layers: list[BatchNormLayer], ranks: Ranks, estimate: Estimator, seen: PassResult
 ) -> list[StatisticsChange | None]:
     """Return the change of each layer, None for one that saw no data; the same on all ranks, to the bit. Every rank
     must call it.
@@ -92,7 +92,7 @@ def _change(layer: BatchNormLayer, old: Statistics, new: Statistics) -> Statisti
     return StatisticsChange(layer.module, old, (new[0].to(old[0]), new[1].to(old[1])))
 
 
-def _nothing_seen(layers: list[BatchNormLayer], seen: Seen) -> str:
+def _nothing_seen(layers: list[BatchNormLayer], seen: PassResult) -> str:
     if not seen.batches:
         return (
             "recalibrate(model, batches): batches is empty. An iterator that was used before gives nothing more: pass "

@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager
 from lightning_bn.ranks.collective import Group, Ranks
-from lightning_bn.recalibration.collection import OnePass, Seen, merged
+from lightning_bn.recalibration.collection import OnePass, PassResult, merged
 from lightning_bn.recalibration.feeding import Forward, feed, to_device
 from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.keeping import Weights, kept
@@ -200,13 +200,13 @@ def _recalibrate(
     *,
     sharded: bool,
 ) -> RecalibrationReport:
-    way = _pass(chosen, ranks, estimator, options, sharded=sharded)
+    collection = _pass(chosen, ranks, estimator, options, sharded=sharded)
     with (
         _all_else_kept(model, batches) as weights,
-        measured([layer.module for layer in chosen], way.station),
+        measured([layer.module for layer in chosen], collection.on_input),
         interrupts.allowed(),
     ):
-        seen = _collected(way, ranks, batches, run, weights, sharded=sharded)
+        seen = _collected(collection, ranks, batches, run, weights, sharded=sharded)
         changes = agreed_changes(chosen, ranks, estimator, seen)
     report = _report(chosen, changes, seen, options)
     if not options.dry_run:
@@ -317,14 +317,14 @@ def _pass(
 
 
 def _collected(
-    way: OnePass | ExactPass,
+    collection: OnePass | ExactPass,
     ranks: Ranks,
     batches: Iterable[Any],
     run: Callable[[Any], object],
     weights: Weights,
     *,
     sharded: bool,
-) -> Seen:
+) -> PassResult:
     """Let the data through, and return what all ranks have seen together."""
 
     def run_with_the_weights_as_they_are(batch: Any) -> None:
@@ -333,7 +333,7 @@ def _collected(
 
     try:
         # In lockstep all batches are on their way at once: what they write into weights is undone when all are through.
-        seen = way.collect(batches, run_with_the_weights_as_they_are if isinstance(way, OnePass) else run)
+        seen = collection.collect(batches, run_with_the_weights_as_they_are if isinstance(collection, OnePass) else run)
     except BaseException as error:
         # Other ranks of a sharded model wait in a forward, for parameters, and would take a word for these.
         if not sharded:
@@ -343,7 +343,7 @@ def _collected(
 
 
 def _report(
-    chosen: list[BatchNormLayer], changes: list[StatisticsChange | None], seen: Seen, options: _Options
+    chosen: list[BatchNormLayer], changes: list[StatisticsChange | None], seen: PassResult, options: _Options
 ) -> RecalibrationReport:
     rows = zip(chosen, changes, seen.summaries, strict=True)
     changed = [

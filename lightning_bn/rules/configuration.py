@@ -9,7 +9,7 @@ from lightning_bn.layers.settlement import is_synchronised
 from lightning_bn.rules.adjacency import DeadBias, DropoutShift
 from lightning_bn.rules.fixes import expression, group_norms, listing
 from lightning_bn.rules.order import Order
-from lightning_bn.rules.rule import Batch, Configuration, Fix, Level, Rule, Seen, Setting
+from lightning_bn.rules.rule import BatchRecord, Configuration, Fix, Level, Rule, Seen, Setting
 
 __all__ = ["CONFIGURATION_RULES"]
 
@@ -54,7 +54,7 @@ class ExtremeMomentum(Rule):
             event = f"momentum is {momentum:g}. In Keras it is the weight of the old value: did you mean {other:g}?"
             yield Seen(list(large), event, "info", _with_momentum(at.setting, list(large), other))
 
-    def batch(self, batch: Batch) -> Iterator[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if not batch.training:
             return
         small = {}
@@ -76,7 +76,7 @@ class FewValues(Rule):
     title = "few values per channel in training"
     why = "the noise of so small a batch's mean and variance is part of what the layer computes, and of its statistics."
 
-    def batch(self, batch: Batch) -> Iterator[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if not batch.training:
             return
         alone: list[BatchNormLayer] = []
@@ -101,7 +101,9 @@ class FewValues(Rule):
             event = f"{batch.when} {min(few.values())} values per channel (fewer than {FEW_VALUES})."
             yield Seen(list(few), event, "info", Fix("a larger batch, or statistics over all devices", "advice"))
 
-    def _one_sample(self, batch: Batch, alone: list[BatchNormLayer], single: list[BatchNormLayer], fewest: int) -> Seen:
+    def _one_sample(
+        self, batch: BatchRecord, alone: list[BatchNormLayer], single: list[BatchNormLayer], fewest: int
+    ) -> Seen:
         """One cause, one finding: some layers of a network still have a whole image to normalise, others one value."""
         names = [layer.name for layer in alone]
         level: Level = "error" if single else "warning"
@@ -157,7 +159,7 @@ class BatchPerDevice(Rule):
         "the gradient sees more samples than the normalisation does; a larger effective batch does not help batch norm."
     )
 
-    def batch(self, batch: Batch) -> Iterator[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         setting = batch.setting
         if not batch.training:
             return

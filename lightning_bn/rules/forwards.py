@@ -6,18 +6,18 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-__all__ = ["Forward", "Trace", "forward_of"]
+__all__ = ["ForwardRecord", "Trace", "forward_of"]
 
 Trace = tuple[int, bool, bool, bool, bool, bool, bool, int, int, bool, tuple[int, ...]]
 """layer, training, moved, tracking, grad, recomputed, failed, call, source, reweighted, shape of the input. See
-`Forward`.
+`ForwardRecord`.
 
 Equal for two batches that did the same, so that the comparison of two lists of them tells whether there is anything to
 judge.
 """
 
 
-class Forward(NamedTuple):
+class ForwardRecord(NamedTuple):
     """One forward of one batch-norm layer. Nothing in it was read from a device."""
 
     layer: int
@@ -44,7 +44,7 @@ class Forward(NamedTuple):
     """Values per channel."""
 
 
-def forward_of(trace: Trace) -> Forward:
+def forward_of(trace: Trace) -> ForwardRecord:
     """Return the record of what a hook saw.
 
     Example:
@@ -52,6 +52,6 @@ def forward_of(trace: Trace) -> Forward:
         50
     """
     shape = trace[-1]
-    return Forward(
+    return ForwardRecord(
         *trace[:-1], samples=shape[0] if shape else 0, values=math.prod(shape[:1] + shape[2:]) if shape else 0
     )

@@ -24,7 +24,7 @@ from lightning_bn.rules.order import BatchOrder
 from lightning_bn.rules.probe import EvaluationProbe, vanishing
 from lightning_bn.rules.readings import Reading, ranks_apart
 from lightning_bn.rules.register import Moment, Register
-from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Exchange, Return, Seen, Setting
+from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Exchange, Return, Seen, Setting
 from lightning_bn.torch_internals import is_compiled
 
 __all__ = ["Inspection"]
@@ -81,7 +81,7 @@ class Inspection:
         self._gaps: list[Gap] = []
         self._begun: dict[int, torch.Tensor] = {}
         self._largest = 0
-        self._last: Batch | None = None
+        self._last: BatchRecord | None = None
         self._counts_before: dict[int, int] = {}
         self._probe: AdjacencyProbe | None = None
         self.tracing = False
@@ -421,9 +421,9 @@ class Inspection:
             self._last = batch
         self._ask(lambda rule: rule.batch(batch))
 
-    def _batch(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> Batch:
+    def _batch(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> BatchRecord:
         explained = {name for code in ("BN103", "BN105") for name in self._register.reported(code)}
-        batch = Batch(
+        batch = BatchRecord(
             self.observer,
             self.setting,
             self.stage,

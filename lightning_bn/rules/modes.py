@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.discovery import BatchNormLayer, user_name
 from lightning_bn.rules.fixes import allowed, call, expression, learns, mode_calls, modules_of
-from lightning_bn.rules.observer import Forward, Modes, Observer, ancestors
-from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Fix, Level, Return, Rule, Seen, Setting
+from lightning_bn.rules.observer import ForwardRecord, Modes, Observer, ancestors
+from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Fix, Level, Return, Rule, Seen, Setting
 from lightning_bn.torch_internals import is_compiled
 
 __all__ = ["MODE_RULES", "visits"]
@@ -27,7 +27,7 @@ class Unseen(Rule):
     )
     fix = Fix("fit once without torch.compile, so that every rule applies", "advice")
 
-    def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterator[Seen]:
+    def counts(self, batch: BatchRecord, moved: dict[int, int], batches: int) -> Iterator[Seen]:
         if moved:
             yield Seen(
                 [batch.observer.layers[index].name for index in moved],
@@ -42,7 +42,7 @@ class ModuleInEval(Rule):
     why = "dropout does nothing and batch norm normalises with running statistics that no batch moves."
     mendable = True
 
-    def batch(self, batch: Batch) -> Iterator[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         setting, observer = batch.setting, batch.observer
         if (
             not batch.training
@@ -70,7 +70,7 @@ class SubmoduleInEval(Rule):
     why = "its batch norm learns against fixed statistics and its dropout is off; pretrained models load in this mode."
     mendable = True
 
-    def batch(self, batch: Batch) -> Iterable[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterable[Seen]:
         if not batch.training or not batch.opened or not batch.opened[0]:
             return ()
         modes = tuple(one or other for one, other in zip(batch.opened, batch.after, strict=True))
@@ -121,7 +121,7 @@ class ModeChangedInStep(Rule):
     why = "every later batch runs in the changed mode, and the place that changed it is far from where it shows."
     mendable = True
 
-    def batch(self, batch: Batch) -> Iterator[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         observer, setting, before = batch.observer, batch.setting, batch.before
         if not batch.training or before == batch.after:
             return
@@ -148,7 +148,7 @@ class StatisticsWrittenInEvaluation(Rule):
     level = "error"
     why = "the model is fitted to the data it is judged on, and its predictions depend on the order of the batches."
 
-    def batch(self, batch: Batch) -> Iterator[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if batch.training:
             return
         moved = [layer for layer, forwards in batch.by_layer().items() if any(f.moved for f in forwards)]
@@ -211,7 +211,7 @@ class MovedWithoutGrad(Rule):
     title = "a forward that trains nothing moved the running statistics"
     why = "they become those of a mixture: of other inputs, or of weights that training only passes through."
 
-    def batch(self, batch: Batch) -> Iterator[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if not batch.training:
             return
         without_grad, copies, at_other_weights = [], [], []
@@ -239,7 +239,7 @@ class MovedWithoutGrad(Rule):
             "info" if repeats else "warning",
         )
 
-    def _seen(self, batch: Batch, names: list[str], event: str, level: Level) -> Iterator[Seen]:
+    def _seen(self, batch: BatchRecord, names: list[str], event: str, level: Level) -> Iterator[Seen]:
         if names:
             modules = modules_of(names, [layer.name for layer in batch.observer.layers])
             target = expression(batch.setting.root, modules[0] if len(modules) == 1 else "")
@@ -267,7 +267,7 @@ class MovedBetweenBatches(Rule):
         )
 
 
-def visits(forwards: Sequence[Forward], observer: Observer) -> list[Forward]:
+def visits(forwards: Sequence[ForwardRecord], observer: Observer) -> list[ForwardRecord]:
     """Return those of a layer's forwards that were a second one in sharpness-aware minimisation.
 
     That is: of the same input as an earlier one, at other weights, and with a backward of its own. A GAN's parts are

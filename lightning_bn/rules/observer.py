@@ -15,11 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, user_name
 from lightning_bn.layers.settlement import is_lent
-from lightning_bn.rules.forwards import Forward, Trace, forward_of
+from lightning_bn.rules.forwards import ForwardRecord, Trace, forward_of
 from lightning_bn.rules.routine import Routine, Sketch
 from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
 
-__all__ = ["Forward", "Modes", "Observer", "ancestors", "moves_later", "versions"]
+__all__ = ["ForwardRecord", "Modes", "Observer", "ancestors", "moves_later", "versions"]
 
 Modes = tuple[bool, ...]
 """The ``training`` flags of `Observer.modules`, in their order."""
@@ -70,7 +70,7 @@ class Observer:
         self._taps: list[_Tap] = []
 
     @property
-    def forwards(self) -> list[Forward]:
+    def forwards(self) -> list[ForwardRecord]:
         """The forwards of this batch, in their order."""
         return [forward_of(trace) for trace in self.trace]
 

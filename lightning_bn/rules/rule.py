@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.finding import Finding, Fix, Level, ModeCheckError
-from lightning_bn.rules.observer import Forward, Modes, Observer, ancestors
+from lightning_bn.rules.observer import ForwardRecord, Modes, Observer, ancestors
 
 if TYPE_CHECKING:
     from lightning_bn.rules.adjacency import DeadBias, DropoutShift
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lightning_bn.rules.readings import Values
 
 __all__ = [
-    "Batch",
+    "BatchRecord",
     "Configuration",
     "Evaluation",
     "Exchange",
@@ -82,7 +82,7 @@ class Setting:
 
 
 @dataclass
-class Batch:
+class BatchRecord:
     """What one batch did; in `stage` "train" it may hold several forwards and backwards."""
 
     observer: Observer
@@ -97,7 +97,7 @@ class Batch:
     after: Modes
     explained: Collection[str] = ()
     """Modules whose mode a finding has told of already."""
-    forwards: list[Forward] = field(default_factory=list)
+    forwards: list[ForwardRecord] = field(default_factory=list)
     learning: Learning | None = None
     averaged: Collection[str] = ()
     """Names of the layers that no optimizer holds and whose weights are written all the same: copies, such as an
@@ -115,7 +115,7 @@ class Batch:
     def when(self) -> str:
         return f"in batch {self.index}" if self.index >= 0 else "outside of a batch"
 
-    def by_layer(self) -> dict[BatchNormLayer, list[Forward]]:
+    def by_layer(self) -> dict[BatchNormLayer, list[ForwardRecord]]:
         grouped = defaultdict(list)
         for forward in self.forwards:
             grouped[self.observer.layers[forward.layer]].append(forward)
@@ -212,7 +212,7 @@ class Rule:
         """Look at a model at rest in `check` alone: for what a run shows with more certainty."""
         return ()
 
-    def batch(self, batch: Batch) -> Iterable[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterable[Seen]:
         """Look at a batch of any stage."""
         return ()
 
@@ -233,7 +233,7 @@ class Rule:
         called."""
         return ()
 
-    def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterable[Seen]:
+    def counts(self, batch: BatchRecord, moved: dict[int, int], batches: int) -> Iterable[Seen]:
         """Look at how often the layers that can't be seen `moved` in `batches` training batches."""
         return ()
 

@@ -11,9 +11,9 @@ from lightning_bn.averaging import Exponential
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.fixes import call, frozen_regions, modules_of
 from lightning_bn.rules.modes import visits
-from lightning_bn.rules.observer import Forward
+from lightning_bn.rules.observer import ForwardRecord
 from lightning_bn.rules.readings import LayerValues, Reading, Values, learned
-from lightning_bn.rules.rule import Batch, Configuration, Evaluation, Fix, Level, Rule, Seen, Setting
+from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Fix, Level, Rule, Seen, Setting
 
 __all__ = ["STATISTICS_RULES"]
 
@@ -27,7 +27,7 @@ class FrozenMoves(Rule):
     why = "requires_grad=False holds weights alone: the features below the head drift while it learns to read them."
     mendable = True
 
-    def batch(self, batch: Batch) -> Iterable[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterable[Seen]:
         moved = [
             layer
             for layer, forwards in (batch.by_layer().items() if batch.training else ())
@@ -35,7 +35,7 @@ class FrozenMoves(Rule):
         ]
         return self._seen(batch, moved, f"{batch.when} num_batches_tracked rose")
 
-    def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterable[Seen]:
+    def counts(self, batch: BatchRecord, moved: dict[int, int], batches: int) -> Iterable[Seen]:
         layers = [
             layer
             for index, rise in moved.items()
@@ -47,15 +47,15 @@ class FrozenMoves(Rule):
         layers = [layer for layer in at.observer.layers if layer.frozen and layer.tracks and layer.module.training]
         return self._seen(at, layers, "it is in train mode, so every training batch will move them")
 
-    def _stands_still(self, batch: Batch, layer: BatchNormLayer) -> bool:
+    def _stands_still(self, batch: BatchRecord, layer: BatchNormLayer) -> bool:
         frozen = layer.frozen if batch.learning is None else batch.learning.frozen(layer)
         return frozen and layer.name not in batch.averaged and layer.name not in batch.undecided
 
-    def _seen(self, at: Batch | Configuration, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
+    def _seen(self, at: BatchRecord | Configuration, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
         if not layers:
             return
         names = [layer.name for layer in layers]
-        learning = at.learning if isinstance(at, Batch) else None
+        learning = at.learning if isinstance(at, BatchRecord) else None
         left_out = learning is not None and all(learning.left_out(layer) for layer in layers)
         cause = "no optimizer holds a parameter of the layer" if left_out else "no parameter of the layer requires grad"
         modules = frozen_regions(names, at.observer, learning.parameter if learning is not None else None)
@@ -74,7 +74,7 @@ class MovedTwice(Rule):
     title = "statistics moved more than once per batch"
     why = "the effective momentum is higher than the one set, and what is averaged is not one batch after another."
 
-    def batch(self, batch: Batch) -> Iterator[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if not batch.training:
             return
         by_cause: dict[tuple[str, Level, Fix], list[str]] = defaultdict(list)
@@ -86,7 +86,7 @@ class MovedTwice(Rule):
         for (cause, level, fix), names in by_cause.items():
             yield Seen(names, f"{batch.when} {cause}.", level=level, fix=fix)
 
-    def counts(self, batch: Batch, moved: dict[int, int], batches: int) -> Iterator[Seen]:
+    def counts(self, batch: BatchRecord, moved: dict[int, int], batches: int) -> Iterator[Seen]:
         names = [batch.observer.layers[index].name for index, rise in moved.items() if rise > batches]
         if names:
             most = max(moved.values())
@@ -96,7 +96,7 @@ class MovedTwice(Rule):
                 f"here.",
             )
 
-    def _cause(self, batch: Batch, layer: BatchNormLayer, moved: list[Forward]) -> tuple[str, Level, Fix]:
+    def _cause(self, batch: BatchRecord, layer: BatchNormLayer, moved: list[ForwardRecord]) -> tuple[str, Level, Fix]:
         if any(f.recomputed for f in moved):
             fix = Fix(
                 f"convert_batch_norm({batch.setting.root})",
@@ -222,7 +222,7 @@ class StaleBuffers(Rule):
         "moves them."
     )
 
-    def batch(self, batch: Batch) -> Iterable[Seen]:
+    def batch(self, batch: BatchRecord) -> Iterable[Seen]:
         layers = [
             layer
             for layer, forwards in (batch.by_layer().items() if batch.training else ())
@@ -238,7 +238,7 @@ class StaleBuffers(Rule):
             "it is in train mode.",
         )
 
-    def _seen(self, at: Batch | Configuration, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
+    def _seen(self, at: BatchRecord | Configuration, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
         if layers:
             names = [layer.name for layer in layers]
             modules = modules_of(names, [layer.name for layer in at.observer.layers])
