@@ -157,7 +157,7 @@ def _events(journal: Journal, names: list[str], end: int) -> None:
     for number in range(1, 4):
         metrics = {
             n: {"val_loss": v / number, "val_acc": 1 - v / number}
-            for n, v in (("own", 0.9), ("window 20", 0.6), ("recalibrated", 0.4))
+            for n, v in (("own", 0.9), ("window 20", 0.6), ("recalibrated", 0.4), ("batch", 0.3))
         }
         journal.write(
             "averages",

@@ -24,12 +24,14 @@ from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.layers.batch_norm import check_averaging
 from lightning_bn.layers.ledger import settle_together
+from lightning_bn.modes import eager, normalising_with_batches
 from lightning_bn.recalibration.interrupts import HeldInterrupts
 
 __all__ = ["CompareAverages"]
 
 _OWN = "own"
 _RECALIBRATED = "recalibrated"
+_BATCH = "batch"
 # As many as BatchNormRecalibration takes by default, so that the row shows what that callback would give.
 _NUM_BATCHES = 200
 
@@ -39,10 +41,10 @@ class CompareAverages(Callback):
 
     Which running statistics a layer keeps does not touch training: only evaluation reads them. So one run can tell
     which average would have validated best. Every average sees the batches that the layers see, whatever the layers'
-    class. At each validation of the fit the validation set is evaluated under each of them, and with
-    ``recalibrated=True`` under statistics freshly estimated from up to 200 training batches, all with the weights that
-    Lightning validates. Training, the RNG, the layers' own statistics and the logged validation metrics stay what they
-    are without the callback, to the bit.
+    class. At each validation of the fit the validation set is evaluated under each of them, with ``recalibrated=True``
+    under statistics freshly estimated from up to 200 training batches, and with ``batch=True`` under each validation
+    batch's own, all with the weights that Lightning validates. Training, the RNG, the layers' own statistics and the
+    logged validation metrics stay what they are without the callback, to the bit.
 
     It logs ``batch_norm/compare/<name>/<metric>`` for every validation metric, with the layers' own statistics under
     the name ``own``, and at the end of training prints the table of `monitor`: the mean and the worst over the
@@ -53,13 +55,15 @@ class CompareAverages(Callback):
         monitor: the validation metric by which they are compared.
         mode: "min" where a small `monitor` is good, "max" where a large one is.
         recalibrated: also validate under recalibrated statistics; costs up to 200 forward passes a validation.
+        batch: also validate with each batch normalised by its own mean and *biased* variance, as in training; what it
+            has over ``own`` is the train/eval gap. It is no average, and never recommended.
 
     Attributes:
         scores: a `Scores`: the values of `monitor` for each name, one a validation; prints as the table.
         metrics: every metric of the last validation, by name of the average and of the metric.
         recommended: the name with the best mean over the validations, None before the first.
 
-    Cost: a training step takes one pass more over each layer's input; a validation is run once more for each average.
+    Cost: a training step takes one pass more over each layer's input; a validation is run once more for each row.
 
     Raises:
         TypeError, ValueError: an argument that can't be served.
@@ -82,12 +86,14 @@ class CompareAverages(Callback):
         monitor: str = "val_loss",
         mode: Literal["min", "max"] = "min",
         recalibrated: bool = True,
+        batch: bool = True,
     ) -> None:
         _check_averages(averages)
         self.averages = dict(averages)
         self.monitor = monitor
         self.mode = mode
         self.recalibrated = recalibrated
+        self.batch = batch
         self.scores = Scores(monitor, mode)
         self._followers: Followers | None = None
         self._saved: dict[str, Any] | None = None
@@ -161,6 +167,10 @@ class CompareAverages(Callback):
             if self.recalibrated and self._learning:
                 with self._recalibrated(trainer, pl_module):
                     self._pending[_RECALIBRATED] = validate_once_more(trainer, pl_module)
+            if self.batch and self._learning:
+                layers = [layer.module for layer in find_batch_norms(pl_module) if layer.name in self._learning]
+                with eager(pl_module), normalising_with_batches(layers):
+                    self._pending[_BATCH] = validate_once_more(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._pending:
@@ -179,7 +189,7 @@ class CompareAverages(Callback):
             name: {key: float(trainer.strategy.reduce(value, reduce_op="mean")) for key, value in metrics.items()}
             for name, metrics in rows.items()
         }
-        self.scores.add({name: metrics[self.monitor] for name, metrics in self.metrics.items()})
+        self.scores.add({name: metrics[self.monitor] for name, metrics in self.metrics.items() if name != _BATCH})
         tags = {
             f"batch_norm/compare/{name}/{key}": value
             for name, metrics in self.metrics.items()
@@ -263,7 +273,7 @@ def _check_averages(averages: Mapping[str, Averaging]) -> None:
         )
     for name, averaging in averages.items():
         check_averaging(averaging, f"CompareAverages({{{name!r}: {averaging!r}}})")
-        if name in (_OWN, _RECALIBRATED):
+        if name in (_OWN, _RECALIBRATED, _BATCH):
             raise ValueError(
                 f"CompareAverages({{{name!r}: ...}}): {name!r} is the name of a row that the callback adds; choose "
                 f"another."

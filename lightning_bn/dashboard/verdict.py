@@ -11,8 +11,8 @@ from lightning_bn.journal.reader import JournalReader
 
 __all__ = ["gap_of", "nearest_limit", "verdict_of"]
 
-MEASURE = "lightning-bn validate --config config.yaml --ckpt_path last.ckpt --compare"
-"""The command that measures the gap where no callback did."""
+MEASURE = 'Trainer(callbacks=[CompareAverages({"window 20": Window(20)}, monitor="val_loss"), ...])'
+"""What measures the gap, for the next run."""
 
 
 def verdict_of(journal: JournalReader, findings: list[dict[str, Any]]) -> dict[str, Any]:
@@ -88,21 +88,21 @@ def gap_of(journal: JournalReader) -> dict[str, Any]:
     averages, recalibrations = journal.events["averages"], journal.events["recalibration"]
     if averages:
         metrics, monitor = averages[-1].get("metrics", {}), averages[-1].get("monitor")
-        rows = {name: metrics.get(name, {}).get(monitor) for name in ("own", "recalibrated")}
+        rows = {name: metrics.get(name, {}).get(monitor) for name in ("own", "recalibrated", "batch")}
         return _gap(monitor, rows, "CompareAverages", averages[-1]["step"])
     for event in reversed(recalibrations):
         if event.get("before") is not None:
-            rows = {"own": event["before"], "recalibrated": event.get("after")}
+            rows = {"own": event["before"], "recalibrated": event.get("after"), "batch": None}
             return _gap(event.get("metric"), rows, "BatchNormRecalibration", event["step"])
     return {"metric": None, "rows": {}, "gap": None, "how": MEASURE}
 
 
 def _gap(metric: Any, rows: dict[str, Any], source: str, step: int) -> dict[str, Any]:
-    known = [value for value in rows.values() if isinstance(value, (int, float))]
-    gap = known[0] - known[1] if len(known) == 2 else None
+    known = [value for value in rows.values() if isinstance(value, (int, float))]  # recalibrated, else the batches'
+    gap = known[0] - known[1] if len(known) > 1 and rows["own"] is not None else None
     return {
         "metric": metric,
-        "rows": {**rows, "batch": None},
+        "rows": rows,
         "gap": gap,
         "source": source,
         "step": step,

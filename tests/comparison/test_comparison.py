@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_bn import BatchNormRecalibration, CompareAverages, Cumulative, Exponential, Window, convert_batch_norm
+from lightning_bn import (
+    ActivationStatsMonitor,
+    BatchNormRecalibration,
+    CompareAverages,
+    Cumulative,
+    Exponential,
+    Window,
+    convert_batch_norm,
+)
 
 AVERAGES = {"ema 0.1": Exponential(0.1), "window 3": Window(3), "all": Cumulative()}
 
@@ -58,6 +67,35 @@ def test_the_recalibrated_row_is_what_the_recalibration_callback_would_give() ->
     fit(own)
     assert compare.scores.values["recalibrated"] == pytest.approx(recalibrated.losses, rel=1e-5)
     assert compare.scores.values["own"] == own.losses
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_the_batch_row_is_validation_with_each_batch_by_itself(convert: bool) -> None:
+    """The loss is that of copies whose norms are in training mode; a batch of one, which has no variance, is normalised
+    with the running statistics."""
+    compare, validation = CompareAverages({"all": Cumulative()}), DataLoader(training_data(33), 16)
+
+    class Looks(Small):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            assert self.bn1.running_mean is not None  # between the forwards the layer has its buffers
+
+    module, _ = fit(
+        compare,
+        ActivationStatsMonitor(verbose=False),
+        module=convert_batch_norm(Looks()) if convert else Looks(),
+        val=validation,
+    )
+    total = 0.0
+    module.requires_grad_(False)
+    for inputs, labels in validation:
+        copied = copy.deepcopy(module).double().eval()
+        for layer in (copied.bn1, copied.rest[3]):
+            layer.training = len(inputs) > 1
+        total += len(inputs) * float(F.cross_entropy(copied(inputs.double()), labels))
+    assert compare.metrics["batch"]["val_loss"] == pytest.approx(total / 33, rel=1e-5)
+    assert compare.metrics["batch"]["val_loss"] != pytest.approx(compare.metrics["own"]["val_loss"], rel=1e-3)
+    assert "batch" not in compare.scores.values  # no average, and never recommended
 
 
 @pytest.mark.parametrize(
@@ -114,7 +152,9 @@ def test_the_log_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
     events.Reload()
     tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("batch_norm/")}
     names = [*AVERAGES, "own", "recalibrated"]
-    assert tags == {f"batch_norm/compare/{name}/{metric}" for name in names for metric in ("val_loss", "val_acc")}
+    assert tags == {
+        f"batch_norm/compare/{name}/{metric}" for name in [*names, "batch"] for metric in ("val_loss", "val_acc")
+    }
     own = [(event.step, event.value) for event in events.Scalars("val_acc")]
     assert [(event.step, event.value) for event in events.Scalars("batch_norm/compare/own/val_acc")] == own
     printed = capsys.readouterr().out
@@ -373,7 +413,7 @@ def test_an_averaged_copy_with_buffers_is_left_as_it_is(training: bool) -> None:
             seen.append(self.copy.bn1.running_mean.clone())
 
     module = Averaged()
-    compare = CompareAverages({"window": Window(2)}, recalibrated=False)
+    compare = CompareAverages({"window": Window(2)}, recalibrated=False, batch=False)
     fit(compare, module=module, num_sanity_val_steps=0, max_epochs=1)
     half = len(seen) // 2
     assert half > 0

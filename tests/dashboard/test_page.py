@@ -37,6 +37,7 @@ def test_the_header_and_the_findings(show: Callable[..., Page]) -> None:
     assert "3 layers sick since step 200; 1 recovered; 1 mistake of train and eval mode" in page.text(".verdict")
     assert "own 0.3" in page.text(".gap")
     assert "recalibrated 0.1333" in page.text(".gap")
+    assert "batch 0.1" in page.text(".gap")
     assert page.texts(".findings .group > article .head .layer") == [
         "model.layer1.0.relu#1",
         "model.layer1.1.relu#1",
@@ -164,7 +165,7 @@ def test_recalibration_averages_and_comparison(show: Callable[..., Page], runs: 
     page.click(".views button", "Averages")
     page.until(lambda: page.js("return !!document.querySelector('.other .plot')?.data"), "the averages")
     assert "Recommended: recalibrated" in page.text(".other")
-    assert page.texts(".other tbody tr td:first-child") == ["recalibrated", "window 20", "own"]
+    assert page.texts(".other tbody tr td:first-child") == ["batch", "recalibrated", "window 20", "own"]
     assert page.js("return document.querySelector('.other .plot').data[0].y") == pytest.approx([0.9, 0.45, 0.3])
     page = show("sick", "healthy", address="#view=compare&other=healthy")
     page.until(lambda: page.js("return !!document.querySelector('.difference .plot')?.data"), "the difference")

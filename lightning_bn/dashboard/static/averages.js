@@ -13,6 +13,7 @@ export function averages(page, holder, width) {
   replace(holder, h("section", { class: "block" },
     h("h3", {}, `${averages.monitor} under each average`),
     averages.recommended ? h("p", {}, "Recommended: ", h("strong", {}, averages.recommended), ", the best mean over the validations. ", averages.advice && h("span", { class: "code" }, h("code", {}, averages.advice), copyButton(averages.advice))) : null,
+    averages.values.batch && h("p", { class: "muted" }, "batch: each validation batch normalised by its own statistics, as in training. It is no average that a layer could keep."),
     plot,
     sortable([
       { key: "name", label: "average", left: true }, { key: "mean", label: "mean" }, { key: "worst", label: "worst" }, { key: "last", label: "last" },
