@@ -74,7 +74,7 @@ class ExtremeMomentum(Rule):
 class FewValues(Rule):
     code = "BN302"
     title = "few values per channel in training"
-    why = "the noise of so small a batch's mean and variance is part of what the layer computes, and of its statistics."
+    why = "so small a batch has a noisy mean and variance; the noise goes into the outputs and the running statistics."
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if not batch.training:
@@ -130,7 +130,7 @@ class FewValues(Rule):
 
 class BiasBeforeBatchNorm(Rule):
     code = "BN303"
-    title = "a bias straight before a batch norm is dead weight"
+    title = "a bias directly before a batch norm has no effect"
     level = "info"
     why = (
         "batch norm subtracts the mean, and with it whatever was added to all values of a channel: the bias has no "
@@ -177,17 +177,17 @@ class BatchPerDevice(Rule):
                 fix=Fix(
                     "sync_batchnorm=True",
                     "in the Trainer",
-                    "joins the devices; accumulated batches only a larger batch joins",
+                    "joins the devices; only a larger batch joins accumulated ones",
                 ),
             )
 
 
 class DropoutBeforeBatchNorm(Rule):
     code = "BN305"
-    title = "dropout straight before a batch norm"
+    title = "dropout directly before a batch norm"
     level = "info"
     why = (
-        "dropout raises the variance in training alone; in eval the layer divides by one its input does not have (Li "
+        "dropout raises the variance only in training; in eval the layer divides by one its input does not have (Li "
         "et al. 2019)."
     )
 
@@ -198,7 +198,7 @@ class DropoutBeforeBatchNorm(Rule):
                 [each.layer for each in dropouts],
                 f"behind {first.dropout} (p={first.p}) the variance was {first.ratio:.2f} times that before it.",
                 fix=Fix(
-                    f"recalibrate({root}, batches)", "after training", "or put the dropout behind the last batch norm"
+                    f"recalibrate({root}, batches)", "after training", "or put the dropout after the last batch norm"
                 ),
             )
 
@@ -216,9 +216,9 @@ def _ranks(layer: BatchNormLayer, setting: Setting) -> int:
 
 class RanksApart(Rule):
     code = "BN306"
-    title = "each rank evaluates with running statistics of its own"
+    title = "each rank evaluates with its own running statistics"
     why = (
-        "broadcast_buffers=False leaves them apart: every rank judges another network, and a checkpoint holds rank 0's."
+        "broadcast_buffers=False keeps them apart: each rank evaluates a different network; a checkpoint has rank 0's."
     )
     fix = Fix("plugins=[BatchNormSync()]", "in the Trainer", "or DDPStrategy() with its default broadcast_buffers=True")
 

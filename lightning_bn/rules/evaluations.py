@@ -56,10 +56,7 @@ class StaleCopy(Rule):
 class VanishingVariance(Rule):
     code = "BN210"
     title = "evaluation divides a channel by almost nothing"
-    why = (
-        "the channel stood still in training and varies now: what is noise there is multiplied by up to 1 / "
-        "sqrt(eps) here."
-    )
+    why = "the channel was constant in training and varies now: evaluation multiplies its input by up to 1 / sqrt(eps)."
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
         if evaluation.vanishing:

@@ -13,7 +13,7 @@ __all__ = ["Action", "Finding", "Fix", "Level", "ModeCheckError", "Place"]
 Level = Literal["error", "warning", "info"]
 
 Action = Literal["warn", "raise", "log"]
-"""What is done with a finding above information."""
+"""What to do with a finding above information."""
 
 Place = Literal[
     "before fit",

@@ -25,7 +25,7 @@ GAP_WARM_UP = 0.05
 
 class OtherWeights(Rule):
     code = "BN207"
-    title = "averaged weights beside statistics of other weights"
+    title = "averaged weights with statistics of other weights"
     level = "error"
     why = "the statistics were gathered with weights that are not the ones evaluated; accuracy can fall to chance."
 
@@ -33,7 +33,7 @@ class OtherWeights(Rule):
         if exchange.layers:
             yield Seen(
                 exchange.layers,
-                "weights were exchanged for others, as averaged ones are, and the running statistics stayed.",
+                "the weights were exchanged, as weight averaging does, and the running statistics were not.",
                 fix=self._fix(exchange),
             )
         if exchange.far:
@@ -62,7 +62,7 @@ class OtherWeights(Rule):
 class TrainEvalGap(Rule):
     code = "BN208"
     title = "the running statistics are far from the batches'"
-    why = "the model that is evaluated normalises otherwise than the one that learns: the train/eval gap."
+    why = "evaluation normalises differently from training: the train/eval gap."
 
     def gaps(self, gaps: Sequence[Gap], observer: Observer) -> Iterator[Seen]:
         for level in ("warning", "info"):

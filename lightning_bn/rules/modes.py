@@ -19,7 +19,7 @@ __all__ = ["MODE_RULES", "visits"]
 
 class Unseen(Rule):
     code = "BN100"
-    title = "compiled layers are known only by the count of their batches"
+    title = "compiled layers are judged only by the count of their batches"
     level = "info"
     why = (
         "no hook fires inside compiled code: the rules that look at single forwards (BN106, BN205, BN3xx) say "
@@ -146,7 +146,7 @@ class StatisticsWrittenInEvaluation(Rule):
     code = "BN104"
     title = "running statistics were written outside of training"
     level = "error"
-    why = "the model is fitted to the data it is judged on, and its predictions depend on the order of the batches."
+    why = "the model is fitted to the data it is evaluated on, and its predictions depend on the order of the batches."
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if batch.training:
@@ -177,7 +177,7 @@ class StatisticsWrittenInEvaluation(Rule):
 
 class ModesNotPutBack(Rule):
     code = "BN105"
-    title = "validation did not put the modes back as they were"
+    title = "validation did not restore the modes"
     why = (
         "training goes on in the mode of the evaluation: in eval mode statistics stand still, in train mode a freeze "
         "is undone."
@@ -209,7 +209,7 @@ class ModesNotPutBack(Rule):
 class MovedWithoutGrad(Rule):
     code = "BN106"
     title = "a forward that trains nothing moved the running statistics"
-    why = "they become those of a mixture: of other inputs, or of weights that training only passes through."
+    why = "they become a mixture with those of other inputs, or of weights that are never evaluated."
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if not batch.training:
@@ -250,7 +250,7 @@ class MovedWithoutGrad(Rule):
 class MovedBetweenBatches(Rule):
     code = "BN107"
     title = "a forward between two batches moved the running statistics"
-    why = "they become those of a mixture: of training batches and of whatever else was run in training mode."
+    why = "they become a mixture of training batches and of what else was run in training mode."
 
     def between(self, layers: Sequence[str], when: str, at: Configuration) -> Iterator[Seen]:
         modules = modules_of(layers, [layer.name for layer in at.observer.layers])

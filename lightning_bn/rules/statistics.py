@@ -24,7 +24,7 @@ DEAD_ZONE = 0.05
 class FrozenMoves(Rule):
     code = "BN201"
     title = "a frozen layer still moves its statistics"
-    why = "requires_grad=False holds weights alone: the features below the head drift while it learns to read them."
+    why = "requires_grad=False fixes only the weights: the features below the head drift while it learns to read them."
     mendable = True
 
     def batch(self, batch: BatchRecord) -> Iterable[Seen]:
@@ -72,7 +72,7 @@ class FrozenMoves(Rule):
 class MovedTwice(Rule):
     code = "BN202"
     title = "statistics moved more than once per batch"
-    why = "the effective momentum is higher than the one set, and what is averaged is not one batch after another."
+    why = "the effective momentum is higher than the one that was set, and a batch counts more than once."
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if not batch.training:
@@ -129,7 +129,7 @@ class NotFinite(Rule):
     level = "error"
     why = (
         "an average never forgets a NaN: every evaluation from here on is NaN, while training, which uses the batch, "
-        "looks well."
+        "looks fine."
     )
 
     def values(self, values: Values, last: str, root: str) -> Iterator[Seen]:
@@ -154,8 +154,8 @@ class NeverUpdated(Rule):
     title = "evaluation with statistics that were never updated"
     level = "error"
     why = (
-        "the layer normalises with mean 0 and variance 1, which no data had: it evaluates another network than was "
-        "trained."
+        "the layer normalises with mean 0 and variance 1, which no data had: the evaluated network is not the one that "
+        "was trained."
     )
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
@@ -206,8 +206,8 @@ class NeverUpdated(Rule):
         if layers:
             yield Seen(
                 [layer.name for layer in layers],
-                "weight and bias were trained, and mean is 0 and variance 1 in all channels: a state of parameters "
-                "alone was loaded.",
+                "weight and bias were trained, and mean is 0 and variance 1 in all channels: parameters were loaded "
+                "without buffers.",
                 fix=Fix(
                     f"recalibrate({setting.root}, batches)", "after training", "or load the checkpoint's buffers too"
                 ),

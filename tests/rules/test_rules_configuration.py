@@ -137,7 +137,7 @@ class TestBN304:
 
 
 class Dropped(nn.Sequential):
-    """A dropout straight before a batch norm, or a layer further away."""
+    """A dropout directly before a batch norm, or a layer further away."""
 
     def __init__(self, *, straight: bool) -> None:
         dropout = nn.Dropout(0.5)
