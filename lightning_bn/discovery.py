@@ -9,6 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["BatchNormLayer", "find_batch_norms", "parts_called_by", "user_name"]
 
+# What torch names the module inside of one that it puts around it.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 
 @dataclass(frozen=True)
 class BatchNormLayer:
@@ -71,14 +74,14 @@ def find_batch_norms(model: nn.Module) -> list[BatchNormLayer]:
 
 
 def user_name(path: str) -> str:
-    """Return the path of a module as the user wrote it: without the module of its own that torch.compile puts around
-    one.
+    """Return the path of a module as the user wrote it: without the modules of their own that torch.compile, FSDP 1 and
+    activation checkpointing put around one.
 
     Example:
-        >>> user_name("model._orig_mod.norm._orig_mod")
+        >>> user_name("model._orig_mod.norm._fsdp_wrapped_module")
         'model.norm'
     """
-    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+    return ".".join(part for part in path.split(".") if part not in _WRAPPED)
 
 
 def parts_called_by(step: nn.Module) -> list[nn.Module]:

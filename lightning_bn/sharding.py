@@ -8,19 +8,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.discovery import BatchNormLayer
 
-__all__ = ["check_not_distributed", "full_value", "is_sharded", "local_value"]
+__all__ = ["check_not_distributed", "full_value", "is_fsdp1", "is_lent", "is_sharded", "local_value", "unwrapped"]
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether a forward of `model` fetches parameters from other ranks, so that all ranks must run it together:
     ``fully_shard``, ``FullyShardedDataParallel``, tensor parallelism, DeepSpeed's stage 3."""
-    wrapper = _known("torch.distributed.fsdp", "FullyShardedDataParallel")
-    return any(isinstance(module, wrapper) for module in model.modules()) or any(
-        _is_dtensor(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters()
+    return any(is_fsdp1(module) for module in model.modules()) or any(
+        _is_dtensor(parameter) or is_lent(parameter) for parameter in model.parameters()
     )
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Tell whether `module` is a ``FullyShardedDataParallel``: parameters are there inside of its forward alone."""
+    return isinstance(module, _known("torch.distributed.fsdp", "FullyShardedDataParallel"))
+
+
+def is_lent(parameter: Tensor) -> bool:
+    """Tell whether ``FullyShardedDataParallel`` or DeepSpeed's stage 3 puts storage under `parameter` for a while, and
+    keeps account of it elsewhere: whoever puts back what was there before breaks that."""
+    # Both mark each parameter; the wrapper may be around the model, out of its sight.
+    return hasattr(parameter, "ds_id") or getattr(parameter, "_fsdp_flattened", False)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside of a ``DataParallel``, ``DistributedDataParallel`` or DeepSpeed engine, any other as it
+    is."""
+    wrappers = (DataParallel, DistributedDataParallel, _known("deepspeed", "DeepSpeedEngine"))
+    return model.module if isinstance(model, wrappers) else model
 
 
 def full_value(parameter: Tensor, shape: tuple[int, ...]) -> Tensor | None:

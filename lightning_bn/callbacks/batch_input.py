@@ -14,6 +14,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
     is_overridden,
 )
+from lightning_bn.callbacks.lightning_internals import inside_wrapper
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.recalibration.keeping import kept
 
@@ -107,7 +108,7 @@ class BatchInput:
         # The precision context is around the forward alone: true half precision would also halve the tensors that
         # moments are kept in.
         with trainer.precision_plugin.forward_context():
-            self._style.run(module, batch)
+            inside_wrapper(trainer, module, self._style.run, batch)
 
     def _find(self, trainer: Trainer, module: LightningModule, batch: Any) -> InputStyle:
         # A signature tells which arguments a forward takes, not whether it can do with them: so each call is tried.
@@ -119,7 +120,7 @@ class BatchInput:
                 try:
                     module.eval()
                     with trainer.precision_plugin.forward_context():
-                        style.run(module, batch)
+                        inside_wrapper(trainer, module, style.run, batch)
                     return style
                 except Exception as error:  # a user's forward may raise anything; all of it is passed on below
                     failures.append(f"{style.call} raised {type(error).__name__}: {error}")

@@ -8,7 +8,7 @@ changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,10 +23,12 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
     package_of,
 )
+from lightning_bn.sharding import is_fsdp1
 
 __all__ = [
     "afresh",
     "data_parallel_group",
+    "inside_wrapper",
     "iterates_itself",
     "layer_sync_of",
     "logging_step",
@@ -126,6 +128,37 @@ def layer_sync_of(trainer: Trainer) -> Any:
     unnoticed.
     """
     return getattr(getattr(trainer, "_accelerator_connector", None), "_layer_sync", None)
+
+
+def inside_wrapper(
+    trainer: Trainer, module: LightningModule, run: Callable[[LightningModule, Any], Any], batch: Any
+) -> None:
+    """Call ``run(module, batch)``; under FSDP 1 inside of a forward of the wrapper, since the parameters are there
+    inside of it alone.
+
+    As Lightning's own strategies do for a step, with a part of them that is not public.
+    """
+    wrapper = trainer.strategy.model
+    if wrapper is None or not is_fsdp1(wrapper):
+        run(module, batch)
+        return
+    own = vars(module).get("forward")
+
+    def forward(batch: Any) -> None:
+        _put_back()
+        run(module, batch)
+
+    def _put_back() -> None:
+        if own is None:
+            vars(module).pop("forward", None)
+        else:
+            vars(module)["forward"] = own
+
+    vars(module)["forward"] = forward
+    try:
+        wrapper(batch)
+    finally:
+        _put_back()
 
 
 def data_parallel_group(trainer: Trainer) -> Any:

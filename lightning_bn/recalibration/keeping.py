@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_bn.recalibration.kept_objects import KeptObjects
 from lightning_bn.recalibration.kept_tensors import KeptTensors
+from lightning_bn.sharding import is_lent
 
 __all__ = ["Weights", "kept"]
 
@@ -36,7 +37,8 @@ def kept(**roots: object) -> Iterator[Weights]:
     place.
 
     Parameters and their gradients, buffers, which of them there are, modes, hooks, plain attributes, lists, dicts,
-    metrics at any depth: see `KeptObjects` and `KeptTensors`. It takes the memory of a copy of all tensors.
+    metrics at any depth: see `KeptObjects` and `KeptTensors`. It takes the memory of a copy of all tensors. Not the
+    values of parameters that FSDP 1 or DeepSpeed's stage 3 lends for a forward: these forget what is written into them.
 
     Args:
         **roots: modules, optimizers, batches; named as an error is to name them.
@@ -50,7 +52,8 @@ def kept(**roots: object) -> Iterator[Weights]:
                 root.buffers()
             )  # those that are on their way from other ranks arrive, and the module has its own again
     objects = KeptObjects(roots)
-    parameters, tensors = KeptTensors(objects.parameters), KeptTensors(objects.tensors)
+    own = [parameter for parameter in objects.parameters if not is_lent(parameter)]
+    parameters, tensors = KeptTensors(own), KeptTensors(objects.tensors)
     try:
         objects.exchange()
         yield Weights(parameters)

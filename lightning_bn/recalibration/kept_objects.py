@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.recalibration.random_states import generator_keeper, is_generator
+from lightning_bn.sharding import is_fsdp1
 
 __all__ = ["KeptObjects"]
 
@@ -129,7 +130,11 @@ class KeptObjects:
 
     def _visit_module(self, name: str, module: nn.Module) -> None:
         attributes = vars(module)
-        self._undo.append(partial(_restore_dict, attributes, dict(attributes)))
+        if is_fsdp1(module):  # what it notes of its parameters must agree with them
+            attributes = {key: attributes[key] for key in ("_modules", *_HOOKS)}
+            self._undo.append(partial(setattr, module, "training", module.training))
+        else:
+            self._undo.append(partial(_restore_dict, attributes, dict(attributes)))
         if isinstance(module, torch.jit.ScriptModule):
             # Its attributes lie in C++; its training flag goes by the module's own setter.
             self._undo.append(partial(setattr, module, "training", module.training))

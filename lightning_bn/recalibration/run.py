@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager
@@ -25,7 +24,7 @@ from lightning_bn.recalibration.random_states import kept_random_states
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.selection import Layers, choose
 from lightning_bn.recalibration.transaction import StatisticsChange, commit
-from lightning_bn.sharding import check_not_distributed, is_sharded
+from lightning_bn.sharding import check_not_distributed, is_sharded, unwrapped
 
 if TYPE_CHECKING:
     from lightning_bn.recalibration.exact import ExactPass
@@ -136,7 +135,7 @@ def recalibrate(
         both estimators.
     """
     options = _Options(num_batches, tolerance, prior, exact, dry_run, progress)
-    core = model.module if isinstance(model, (DistributedDataParallel, DataParallel)) else model
+    core = unwrapped(model)
     ranks = Ranks(process_group, task=_CALL, afterwards="The statistics of all ranks are as before.")
     with ranks.told():
         options.check()

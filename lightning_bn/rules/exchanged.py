@@ -12,7 +12,7 @@ from torch import nn
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.gaps import LEAST_TRACKED
 from lightning_bn.rules.probe import EvaluationProbe, far
-from lightning_bn.rules.readings import Reading, weight_samples
+from lightning_bn.rules.readings import Reading, WeightSamples
 
 __all__ = ["ExchangedWeights"]
 
@@ -26,11 +26,11 @@ class ExchangedWeights:
 
     def __init__(self) -> None:
         self.seen = False
-        self._anchor: tuple[torch.Tensor, Reading] | None = None
+        self._anchor: tuple[WeightSamples, Reading] | None = None
 
     def anchor(self, model: nn.Module, layers: Sequence[BatchNormLayer]) -> None:
         """Remember weights and statistics for `since_anchor`."""
-        self._anchor = weight_samples(model), Reading(layers)
+        self._anchor = WeightSamples(model), Reading(layers)
 
     def forget(self) -> None:
         """Remember nothing."""
@@ -42,7 +42,7 @@ class ExchangedWeights:
         """Return which of the `moving` layers hold the statistics they held at `anchor`, None if no weights were
         exchanged since; waits for the device."""
         anchor, self._anchor = self._anchor, None
-        if anchor is None or torch.equal(anchor[0].cpu(), weight_samples(model).cpu()):
+        if anchor is None or not anchor[0].differ(WeightSamples(model)):
             return None
         self.seen = True
         before, now = anchor[1].values(), Reading(layers).values()

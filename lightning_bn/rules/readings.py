@@ -14,7 +14,7 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.sharding import local_value
 from lightning_bn.torch_internals import side_by_side
 
-__all__ = ["LayerValues", "Reading", "Values", "learned", "ranks_apart", "weight_samples"]
+__all__ = ["LayerValues", "Reading", "Values", "WeightSamples", "learned", "ranks_apart"]
 
 
 _STATISTICS = ("running_mean", "running_var")
@@ -106,13 +106,28 @@ def ranks_apart(of_ranks: Sequence[dict[int, tuple[Tensor, Tensor]]], eps: float
     return apart
 
 
-@torch.no_grad()
-def weight_samples(model: nn.Module) -> Tensor:
-    """Return a few values of each parameter, which differ after an exchange of the weights. Does not wait for the
-    device."""
-    parameters = [p for p in model.parameters() if p.is_floating_point() and not p.is_meta and not is_lazy(p)]
-    samples = [local_value(parameter).reshape(-1)[:8].float() for parameter in parameters]
-    return torch.cat([each.to(samples[0].device) for each in samples]) if samples else torch.zeros(0)
+class WeightSamples:
+    """A few values of each parameter of `model`, which differ after an exchange of the weights. Making one does not
+    wait for the device."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module) -> None:
+        parameters = [p for p in model.parameters() if p.is_floating_point() and not p.is_meta and not is_lazy(p)]
+        here = [local_value(parameter).reshape(-1) for parameter in parameters]
+        self._sizes = [len(part) for part in here]
+        samples = [part[:8].float() for part in here]
+        self._values = torch.cat([each.to(samples[0].device) for each in samples]) if samples else torch.zeros(0)
+
+    def differ(self, other: WeightSamples) -> bool:
+        """Tell whether any parameter has other values; waits for the device. One that is sharded is compared where the
+        same part of it was here both times: behind a forward it may be whole for a while."""
+        own, theirs = self._parts(), other._parts()
+        pairs = zip(self._sizes, other._sizes, own, theirs, strict=False)
+        return any(size == other_size and not torch.equal(one, two) for size, other_size, one, two in pairs)
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = self._values.cpu().split([min(size, 8) for size in self._sizes])
+        return parts
 
 
 def learned(layer: BatchNormLayer) -> bool:

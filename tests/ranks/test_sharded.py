@@ -4,121 +4,34 @@ package."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import ranks
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from recalibration_models import largest_errors, statistics
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_module
-from torch.utils.data import DataLoader
-
-from lightning_bn import (
-    ActivationStatsMonitor,
-    BatchNormRecalibration,
-    BatchNormSync,
-    CompareAverages,
-    ConvertBatchNorm,
-    ModeCheck,
-    Window,
-    convert_batch_norm,
-    recalibrate,
+from sharded_fits import (
+    BATCHES,
+    CALLBACKS,
+    DATA,
+    alone,
+    error_of,
+    fit,
+    fsdp2,
+    network,
+    on_own_batch,
+    own_batch,
+    sharded,
+    whole,
 )
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module
 
-STEPS = 6
-DATA = torch.randn(64, 4, generator=torch.Generator().manual_seed(3)).sort(0).values
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    hidden = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU())
-    return nn.Sequential(hidden, nn.Linear(6, 3), nn.BatchNorm1d(3), nn.Tanh())
-
-
-def sharded(model: nn.Module, mesh: Any = None) -> nn.Module:
-    """A block for itself and the rest around it."""
-    fully_shard(model[0], mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-class Module(pl.LightningModule):
-    """Calls its network from training_step; batches are those of the rank and the step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = network()
-
-    def configure_model(self) -> None:
-        mesh = self.device_mesh
-        if mesh is not None:
-            self.replica = mesh["data_parallel"].get_local_rank()
-            if not hasattr(self.net, "unshard"):
-                sharded(self.net, mesh["data_parallel"])
-
-    def forward(self, batch: Tensor) -> Tensor:
-        return self.net(batch)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.net(own_batch(self.replica, batch_idx)).square().mean()
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.net(DATA).square().mean(), sync_dist=True)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def own_batch(rank: int, step: int) -> Tensor:
-    return torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * step + rank)) * (1 + rank) + rank
-
-
-def fit(folder: str, *callbacks: pl.Callback, tensor_parallel: int = 1, **options: Any) -> dict[str, Any]:
-    strategy = ModelParallelStrategy(data_parallel_size=2 // tensor_parallel, tensor_parallel_size=tensor_parallel)
-    defaults: dict[str, Any] = {"enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in callbacks)}
-    trainer = pl.Trainer(
-        devices=2, accelerator="cpu", strategy=strategy, max_epochs=1, logger=False, enable_progress_bar=False,
-        default_root_dir=folder, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
-        callbacks=list(callbacks), **(defaults | options),
-    )  # fmt: skip
-    module = Module()
-    loader = DataLoader(torch.zeros(STEPS), batch_size=None)
-    trainer.fit(module, loader, DataLoader(torch.zeros(1), batch_size=None))
-    return {"state": whole(module.net)}
-
-
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v.clone() for k, v in model.state_dict().items()}
-
-
-def error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
-
-
-CALLBACKS: dict[str, Callable[[], list[pl.Callback]]] = {
-    "monitor": lambda: [ActivationStatsMonitor(every_n_steps=2)],
-    "check": lambda: [ModeCheck(action="raise"), BatchNormSync(statistics_only=True)],
-    "recalibration": lambda: [BatchNormRecalibration(forward=on_own_batch)],
-    "before validation": lambda: [BatchNormRecalibration(when="validation", forward=on_own_batch)],
-    "comparison": lambda: [CompareAverages({"window": Window(3)})],
-    "conversion": lambda: [ConvertBatchNorm(Window(3)), BatchNormSync(statistics_only=True)],
-}
-
-
-def on_own_batch(module: Module, batch: Tensor) -> None:
-    on_own_batch.step = getattr(on_own_batch, "step", -1) + 1
-    module.net(own_batch(module.replica, on_own_batch.step % STEPS))
+from lightning_bn import BatchNormRecalibration, BatchNormSync, Window, convert_batch_norm, recalibrate
 
 
 def parts(rank: int, sizes: tuple[int, int]) -> list[Tensor]:
@@ -149,30 +62,32 @@ def saved_and_loaded(rank: int, folder: str) -> dict[str, Any]:
     for step in range(4):
         model(own_batch(rank, step))
     report = recalibrate(model, [DATA], progress=False)
-    before = whole(model)
+    before = whole(model, model)
     dcp.save(model.state_dict(), checkpoint_id=f"{folder}/dcp")
     loaded = convert_batch_norm(network(), Window(3))
     state = sharded(loaded).state_dict()
     dcp.load(state, checkpoint_id=f"{folder}/dcp")
     loaded.load_state_dict(state)
     report.rollback()
-    return {"before": before, "loaded": whole(loaded), "undone": whole(model)}
+    return {"before": before, "loaded": whole(loaded, loaded), "undone": whole(model, model)}
 
 
 def _rank(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     ranks.environment(rank, world, port)
-    results: dict[str, Any] = {"plain": fit(folder)}
-    results["sync"] = fit(folder, BatchNormSync())
-    results["statistics only"] = fit(folder, BatchNormSync(statistics_only=True))
-    results["replicas"] = fit(folder, BatchNormSync(), BatchNormRecalibration(forward=on_own_batch), tensor_parallel=2)
+    results: dict[str, Any] = {"plain": fit(folder, strategy=fsdp2())}
+    results["sync"] = fit(folder, BatchNormSync(), strategy=fsdp2())
+    results["statistics only"] = fit(folder, BatchNormSync(statistics_only=True), strategy=fsdp2())
+    results["replicas"] = fit(folder, BatchNormSync(), BatchNormRecalibration(forward=on_own_batch), strategy=fsdp2(2))
     for name, make in CALLBACKS.items():
         callbacks = make()
-        results[name] = fit(folder, *callbacks)
-        results[name, "refused"] = error_of(lambda c=make: fit(folder, c()[0], plugins=[BatchNormSync()]))
+        results[name] = fit(folder, *callbacks, strategy=fsdp2())
+        results[name, "refused"] = error_of(
+            lambda c=make: fit(folder, c()[0], plugins=[BatchNormSync()], strategy=fsdp2())
+        )
         results[name, "table"] = callbacks[0].table() if name == "monitor" else None
     results["checkpoints"] = error_of(
-        lambda: fit(folder, BatchNormRecalibration(checkpoints=["best"]), ModelCheckpoint(folder))
+        lambda: fit(folder, BatchNormRecalibration(checkpoints=["best"]), ModelCheckpoint(folder), strategy=fsdp2())
     )
     for sizes in ((5, 3), (4, 0)):
         results["recalibrated", sizes] = recalibrated(rank, sizes)
@@ -195,21 +110,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     ranks.spawn(_rank, 2, str(folder), ranks.free_port())
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-def alone(batches: list[list[Tensor]], merge: bool) -> dict[str, Tensor]:
-    """Train one process on the batches of all ranks: as one batch, or each by itself, gradients averaged."""
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in batches:
-        optimizer.zero_grad()
-        for batch in [torch.cat(step)] if merge else step:
-            (model(batch).square().mean() / (1 if merge else len(step))).backward()
-        optimizer.step()
-    return model.state_dict()
-
-
-BATCHES = [[own_batch(rank, step) for rank in range(2)] for step in range(STEPS)]
 
 
 def test_synchronised_is_one_process_on_the_whole_batch(results: list[dict[Any, Any]]) -> None:
