@@ -48,6 +48,8 @@ def full_value(parameter: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     None where it can't be told: ``FullyShardedDataParallel`` and DeepSpeed leave an empty tensor, or a piece, between
     two forwards.
     """
+    if type(parameter) is nn.Parameter and parameter.shape == shape and not torch.is_grad_enabled():
+        return parameter if parameter.untyped_storage().size() else None
     # Where no graph is recorded there is nothing to detach from, and a layer costs one operation less.
     whole: Tensor = parameter.detach() if torch.is_grad_enabled() else parameter
     if _is_dtensor(whole):

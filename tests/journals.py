@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,16 @@ HOSTILE = ("<img src=x onerror=window.hacked=1>", '"><script>window.hacked=1</sc
 def layer_names(count: int) -> list[str]:
     """Names as a residual network has them: stages of blocks of a norm and an activation each."""
     return [f"model.layer{n // 24 + 1}.{n // 4 % 6}.{('bn1', 'relu#1', 'bn2', 'relu#2')[n % 4]}" for n in range(count)]
+
+
+def write_rows(
+    journal: Journal, stage: str, step: int, epoch: int, rows: Mapping[str, Mapping[str, float | None]], **places: Any
+) -> None:
+    """Write a sample that is given by row and statistic; None where a statistic does not apply."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    values = np.array([[row.get(name) for name in columns] for row in rows.values()], dtype=float)
+    has_value = np.array([[row.get(name) is not None for name in columns] for row in rows.values()], dtype=bool)
+    journal.write_sample(stage, step, epoch, list(rows), columns, values, has_value, **places)
 
 
 def write_run(
@@ -53,12 +63,12 @@ def write_run(
         rows = {name: _values(name, place, number, samples, sick, generator) for place, name in enumerate(names)}
         warming = {"drift_var": list(range(len(names)))} if number < 2 else {}
         rate = 0.1 if number < samples // 2 else 0.01
-        journal.write_sample("train", step, number * 6 // samples, rows, rates={"SGD": rate}, warming=warming)
+        write_rows(journal, "train", step, number * 6 // samples, rows, rates={"SGD": rate}, warming=warming)
         if journal.wants_channels("train", number + 1):
             journal.write_channels("train", step, number + 1, {name: _channels(generator) for name in names[:64]})
         if number % max(1, samples // 6) == max(1, samples // 6) - 1:
             journal.write("validation", step=step + 1, epoch=number * 6 // samples)
-            journal.write_sample("val", step + 1, number * 6 // samples, rows)
+            write_rows(journal, "val", step + 1, number * 6 // samples, rows)
     if sick == "dead" and len(names) > 8:
         _illness(journal, names, onset * every, samples, every)
     if events:

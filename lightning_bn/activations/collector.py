@@ -111,17 +111,18 @@ class LayerCollector:
         held = [*model.parameters(), *model.buffers()]
         self._is_abstract = bool(held) and all(tensor.is_meta for tensor in held)
         self._attached = ExitStack()
+        self._is_placed = False
         self._is_attached = False
 
     def attach(self) -> None:
         """Place the hooks; the first time since `collect`, drift begins to count."""
-        self.detach()
         if not self._is_open:
             self._open()
         self._is_attached = True
         self.begin_batch()
-        if not self._activations or not self.layers:
+        if self._is_placed or not self._activations or not self.layers:
             return
+        self._is_placed = True
         self._places.attach(self._attached)
         for name, layer in self.layers.items():
             see = partial(self._see, name)
@@ -145,8 +146,14 @@ class LayerCollector:
 
     def detach(self) -> None:
         """Remove the hooks."""
-        self._is_attached = False
+        self.pause()
+        self._is_placed = False
         self._attached.close()
+
+    def pause(self) -> None:
+        """Take nothing in until `attach`, which comes so soon that the hooks may stay: placing them costs a tenth of a
+        step."""
+        self._is_attached = False
         self._newest.clear()
 
     def forget_channels(self) -> None:
@@ -253,6 +260,8 @@ class LayerCollector:
         return self._meter.against(statistics, inputs)
 
     def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        if not self._is_attached:
+            return
         tensor = next(_tensors(output), None)
         if tensor is None:
             self._leave_out_if_unreadable(name, output)
@@ -276,7 +285,9 @@ class LayerCollector:
 
     def _see_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in what the model is given, the first tensor of a batch."""
-        given = None if self._is_given else next(_tensors((args, kwargs), with_bytes=True), None)
+        if self._is_given or not self._is_attached:
+            return
+        given = next(_tensors((args, kwargs), with_bytes=True), None)
         if given is None:
             return
         self._is_given = True
@@ -298,7 +309,6 @@ class LayerCollector:
         dim = 1 if name in self._norms else self._channel_dim
         return Key(what, place, tensor.shape[dim] if tensor.dim() > 1 else 1)
 
-    @torch.no_grad()
     def _take(self, what: str, name: str, place: Place, tensor: Tensor) -> bool:
         """Read a tensor, and tell whether that could be done; whatever prevents it, the fit goes on."""
         try:

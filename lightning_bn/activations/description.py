@@ -67,9 +67,7 @@ def unjudged(sample: Sample) -> dict[str, list[int]]:
 
 
 def _rows(flags: Mask) -> dict[str, list[int]]:
-    return {
-        name: np.flatnonzero(flags[:, place]).tolist() for place, name in enumerate(COLUMNS) if flags[:, place].any()
-    }
+    return {COLUMNS[place]: np.flatnonzero(flags[:, place]).tolist() for place in np.flatnonzero(flags.any(axis=0))}
 
 
 def _limit(value: float) -> float | None:

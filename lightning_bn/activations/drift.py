@@ -95,6 +95,7 @@ class DriftMeter:
         self._handed: list[dict[int, tuple[Tensor, Tensor]]] = []  # each layer's first batch since `start`, second, ...
         self._heard: dict[_BatchNorm, int] = {}  # the layers that tell of their batches
         self._end: Callable[[], None] = _nothing
+        self._rules: list[tuple[Averaging, list[int]]] = []  # of `start` or `statistics`, and their layers
         self._tells: dict[object, bool] = {}  # by rule, whether the statistics tell what the newest batch was like
         self._widths = np.array([layer.num_features for layer in self.layers], dtype=np.int64)
         self._eps = np.repeat([layer.eps for layer in self.layers], self._widths) if self.layers else np.zeros(0)
@@ -103,21 +104,34 @@ class DriftMeter:
     def unreadable(self) -> list[int]:
         """Return the indices of the layers of which nothing tells what their batches were like: torch's, if they are
         kept in 16 bits."""
+        self._rules = self._by_rule()
         return [index for index in self._silent() if not takes_loans(self.layers[index])]
+
+    def _by_rule(self) -> list[tuple[Averaging, list[int]]]:
+        """Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer."""
+        found: dict[object, tuple[Averaging, list[int]]] = {}
+        newest: Averaging | None = None
+        for index, layer in enumerate(self.layers):
+            rule = rule_of(layer)
+            if rule is not newest:  # plain layers share one
+                newest, (_, indices) = rule, found.setdefault(_key(rule), (rule, []))
+            indices.append(index)
+        return list(found.values())
 
     def _silent(self) -> list[int]:
         """The layers whose buffers don't tell, as their average is a window, pooled or a user's own, or is kept in 16
         bits."""
         found = []
-        for index, layer in enumerate(self.layers):
-            rule = rule_of(layer)
+        for rule, indices in self._rules:
             key = _key(rule)
             if key not in self._tells:
                 one = torch.ones((), dtype=torch.int64, device="cpu")
                 self._tells[key] = rule.newest_weight(one, one) is not None
-            if not self._tells[key] or buffers_of(layer)["running_mean"].itemsize < 4:
-                found.append(index)
-        return found
+            tells = self._tells[key]
+            found += [
+                index for index in indices if not tells or buffers_of(self.layers[index])["running_mean"].itemsize < 4
+            ]
+        return sorted(found)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -127,6 +141,7 @@ class DriftMeter:
         self._handed = []
         if self.layers:
             self._before = self._buffers()
+        self._rules = self._by_rule()
         self._heard = {self.layers[index]: index for index in self._silent() if takes_loans(self.layers[index])}
         if self._heard:
             self._end = listening(list(self._heard), self._hear)
@@ -205,6 +220,7 @@ class DriftMeter:
     @torch.no_grad()
     def statistics(self) -> list[Tensor]:
         """Return the running statistics as they are, still on the device, for one transfer and `against`."""
+        self._rules = self._by_rule()
         return self._buffers() if self.layers else []
 
     @silent_numbers()
@@ -284,13 +300,11 @@ class DriftMeter:
 
     def _newest_weight(self, step: Tensor, batches: Tensor) -> Array:
         """Weight of the newest batches in each layer's statistics: (L,), NaN where the layer's rule can't tell."""
+        if len(self._rules) == 1:  # as in most models: nothing to pick out
+            weight = self._rules[0][0].newest_weight(step, batches)
+            return np.full(len(step), np.nan) if weight is None else weight.double().numpy()
         weights = torch.full(step.shape, torch.nan, dtype=torch.float64)
-        # Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer.
-        rules: dict[object, tuple[Averaging, list[int]]] = {}
-        for index, layer in enumerate(self.layers):
-            rule = rule_of(layer)
-            rules.setdefault(_key(rule), (rule, []))[1].append(index)
-        for rule, indices in rules.values():
+        for rule, indices in self._rules:
             weight = rule.newest_weight(step[indices], batches[indices])
             if weight is not None:
                 weights[indices] = weight.double()

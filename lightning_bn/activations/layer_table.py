@@ -6,6 +6,7 @@ import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from lightning_bn.activations.episodes import Episode, Episodes, verdict
 from lightning_bn.activations.measured import Array, silent_numbers
 from lightning_bn.activations.registry import COLUMNS, STATISTICS, Statistic
 from lightning_bn.activations.sample import ABSENT, KNOWN, WARM_UP, Sample, States, dicts, is_judged, warm_ups
+from lightning_bn.number_blocks import NumberBlock
 
 __all__ = ["Grid", "LayerTable", "scalars", "worst_layers"]
 
 INDEX = ("layer", "stage", "step", "epoch")
+_PLACE = "\0"  # where stage, step and epoch go in the lines of a sample
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class LayerTable:
         self._order: list[str] = []
         self._episodes = Episodes()
         self._warm_up: int | None = None
+        self._block = NumberBlock(6, missing="")
 
     def append(self, stage: str, step: int, epoch: int, sample: Sample) -> None:
         """Add one sample."""
@@ -139,16 +143,26 @@ class LayerTable:
         is new. A statistic that does not apply is empty, one without a value is ``nan``."""
         taken = self._samples[-1]
         new = not path.exists() or path.stat().st_size == 0
+        has_value, warm = taken.states != ABSENT, (taken.states == WARM_UP).any(axis=1)
+        notes = tuple(warm_ups(states) if is_warm else "" for states, is_warm in zip(taken.states, warm, strict=True))
+        place = f",{taken.stage},{taken.step},{taken.epoch},"
+
+        def lay_out(cells: list[list[str]]) -> str:
+            rows = zip(taken.layers, cells, notes, strict=True)
+            return "".join(f"{_cell(layer)}{_PLACE}{','.join(each)},{note}\r\n" for layer, each, note in rows)
+
+        text = self._block.text(taken.values, has_value, (taken.layers, notes), lay_out).replace(_PLACE, place)
         with path.open("a", newline="") as file:
-            writer = csv.writer(file)
             if new:
-                writer.writerow((*INDEX, *COLUMNS, "warm_up"))
-            place = taken.stage, taken.step, taken.epoch
-            for layer, numbers, states in zip(taken.layers, taken.values.tolist(), taken.states.tolist(), strict=True):
-                cells = [
-                    "" if state == ABSENT else f"{number:.6g}" for number, state in zip(numbers, states, strict=True)
-                ]
-                writer.writerow((layer, *place, *cells, warm_ups(states) if WARM_UP in states else ""))
+                file.write(",".join((*INDEX, *COLUMNS, "warm_up")) + "\r\n")
+            file.write(text)
+
+
+def _cell(layer: str) -> str:
+    """A name as a cell of a CSV file, in a format string."""
+    text = StringIO()
+    csv.writer(text, lineterminator="").writerow([layer])
+    return text.getvalue().replace("%", "%%")
 
 
 def _merged(order: Sequence[str], newest: Sequence[str]) -> list[str]:

@@ -4,7 +4,9 @@ device."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ _LARGE = 1e15
 _BUCKETED = 2**20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reading:
     """One activation: what its kernels gave, not yet put together; C channels with `positions` values each.
 
@@ -61,11 +63,14 @@ def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None
         zeros: whether to count zeros.
         bounds: the least and the greatest value the layer can give.
     """
-    reading = (_read_on_host(data) if _may_look(data) else None) or _read_masked(data)
-    return replace(
-        reading,
-        zeros=_count_zeros(data, reading.positions) if zeros else None,
-        saturated=None if bounds is None else _count_saturated(data, *bounds),
+    positions = data.numel() // data.shape[1]
+    around = (_moments_on_host(data, positions) if _may_look(data) else None) or _masked_moments(data)
+    return Reading(
+        positions,
+        *around[:-1],
+        _count_zeros(data, positions) if zeros else None,
+        None if bounds is None else _count_saturated(data, *bounds),
+        around[-1],
     )
 
 
@@ -90,8 +95,12 @@ def finite_moments(positions: Tensor, count: Tensor, centre: Tensor, rest: Tenso
     return Moments(count, torch.where(some, centre + rest, 0.0), torch.where(some, m2.clamp(min=0), 0.0))
 
 
-def _read_on_host(data: Tensor) -> Reading | None:
-    """The reading of an activation on the CPU, None where a value is not finite."""
+# `Reading`'s count, centre, rest, variance, low, high and scale.
+_Around: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]
+
+
+def _moments_on_host(data: Tensor, positions: int) -> _Around | None:
+    """The moments of an activation on the CPU, None where a value is not finite."""
     mean, variance = channel_moments(data)
     low, high = data.aminmax()
     largest = max(abs(low.item()), abs(high.item()))
@@ -103,15 +112,20 @@ def _read_on_host(data: Tensor) -> Reading | None:
         mean, variance = channel_moments(data * scale)
     else:
         scale = 1.0
-    positions = data.numel() // data.shape[1]
-    count = torch.full((data.shape[1],), positions)
-    return Reading(positions, count, mean, torch.zeros_like(mean), variance, low, high, None, None, scale)
+    channels = data.shape[1]
+    return _filled(channels, positions), mean, _filled(channels, 0.0), variance, low, high, scale
 
 
-def _read_masked(data: Tensor) -> Reading:
+@lru_cache(maxsize=512)
+def _filled(channels: int, value: float) -> Tensor:
+    """One number for each channel, on the CPU; read, and never written."""
+    with torch.inference_mode(False):
+        return torch.full((channels,), value, device="cpu")
+
+
+def _masked_moments(data: Tensor) -> _Around:
     over = [dim for dim in range(data.dim()) if dim != 1]
     dtype = data.dtype if data.dtype in (torch.float32, torch.float64) else torch.float32
-    positions = data.numel() // data.shape[1]
     clean = torch.nan_to_num(data, 0.0, 0.0, 0.0)
     # NaN and infinity differ from the 0 in their place.
     # These keep the dimensions that they sum over: made flat again for all layers at once, that costs nothing.
@@ -124,7 +138,7 @@ def _read_masked(data: Tensor) -> Reading:
         del clean  # before the float32 copy is made, not after it
         centred = data.to(dtype).sub_(centre)
     rest, variance = kernel_moments(centred.nan_to_num_(0.0, 0.0, 0.0))
-    return Reading(positions, count, centre, rest, variance, low, high, None, None)
+    return count, centre, rest, variance, low, high, 1.0
 
 
 def _may_look(data: Tensor) -> bool:

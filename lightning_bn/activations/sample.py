@@ -16,6 +16,10 @@ __all__ = ["ABSENT", "KNOWN", "SHOWN", "WARM_UP", "Sample", "States", "dicts", "
 
 States = NDArray[np.int8]
 
+_PLACES = [COLUMNS.index(name) for name in STATISTICS]
+_LOW = np.array([statistic.low for statistic in STATISTICS.values()])
+_HIGH = np.array([statistic.high for statistic in STATISTICS.values()])
+
 ABSENT, KNOWN, WARM_UP, SHOWN = range(4)
 """States of a cell: the statistic does not apply to the row; it does; a known start explains its value; no limit holds
 for it."""
@@ -61,10 +65,8 @@ class Sample:
 
     def sick(self) -> Mask:
         """Return which cells are beyond their limits and not in warm-up: (R, len(STATISTICS))."""
-        found = np.zeros((len(self.layers), len(STATISTICS)), dtype=bool)
-        for place, (name, statistic) in enumerate(STATISTICS.items()):
-            column = COLUMNS.index(name)
-            found[:, place] = statistic.is_sick(self.values[:, column]) & (self.states[:, column] == KNOWN)
+        values, states = self.values[:, _PLACES], self.states[:, _PLACES]
+        found: Mask = ((values < _LOW) | (values > _HIGH)) & (states == KNOWN)
         return found
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.drift import Drift, distance, summarise_drift
 from lightning_bn.activations.layout import Layout, Names, lay_out
-from lightning_bn.activations.measured import Array, Channels, Flags, Mask, Memory, Norms, silent_numbers
+from lightning_bn.activations.measured import Array, Channels, Flags, Mask, Memory, Norms, pieces, silent_numbers
 from lightning_bn.activations.places import Place
 from lightning_bn.activations.pooling import Key, Pool
 from lightning_bn.activations.registry import COLUMNS, DRIFT_STATISTICS, ENTRIES, STATISTICS, Statistic
@@ -52,6 +52,10 @@ class Summariser:
         self._norms = {name: layer for name, layer in layers.items() if isinstance(layer, _BatchNorm)}
         self._tracks = np.array([name in tracking for name in self._norms], dtype=bool)
         self._widths = np.array([layer.num_features for layer in self._norms.values()], dtype=np.int64)
+        self._has_weight, self._has_bias = (
+            np.array([isinstance(getattr(layer, name), Tensor) for layer in self._norms.values()], dtype=bool)
+            for name in ("weight", "bias")
+        )
         self._names = Names()
         self._layouts: dict[object, Layout] = {}  # the newest alone
         self._zero_born: Mask | None = None  # norms whose weight has been 0 from the start
@@ -108,13 +112,9 @@ class Summariser:
         if found.drift is not None:
             drift[self._tracks], settled[self._tracks] = found.drift.values, found.drift.settled
             nonfinite[self._tracks], ran[self._tracks] = found.drift.nonfinite, found.drift.ran
-        norms = self._norms.values()
         return Norms(
             self._widths,
-            found.weights.double().numpy(),
-            np.array([isinstance(norm.weight, Tensor) for norm in norms], dtype=bool),
-            found.biases.double().numpy(),
-            np.array([isinstance(norm.bias, Tensor) for norm in norms], dtype=bool),
+            *(found.weights.double().numpy(), self._has_weight, found.biases.double().numpy(), self._has_bias),
             *(drift, settled, ran, nonfinite, self._tracks),
         )
 
@@ -183,7 +183,7 @@ def _part(pool: Pool | None, *kinds: str) -> Pool | None:
 
 
 def _by_row(found: Channels, labels: list[str]) -> dict[str, tuple[Array, Array]]:
-    parts = (np.split(vector, found.starts[1:]) for vector in (found.channel_mean, found.channel_std))
+    parts = (pieces(vector, found.widths) for vector in (found.channel_mean, found.channel_std))
     return dict(zip(labels, zip(*parts, strict=True), strict=True))
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_bn.activations.collector import LayerCollector
-from lightning_bn.activations.description import describe_episodes, describe_statistics, unjudged, warming
+from lightning_bn.activations.description import describe_episodes, describe_statistics
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable, scalars
@@ -227,10 +227,15 @@ class ActivationStatsMonitor(Callback):
     ) -> None:
         if self._sampled_step is None:
             return
-        self._collectors["train"].detach()
-        journal_of(trainer).modes(trainer)
         # The batches that one optimizer step accumulates are one sample.
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+        is_complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        collector = self._collectors["train"]
+        if trainer.is_last_batch or (is_complete and not self._is_due(trainer, logging_step(trainer) + 1)):
+            collector.detach()
+        else:
+            collector.pause()
+        journal_of(trainer).modes(trainer)
+        if is_complete:
             step, self._sampled_step = self._sampled_step, None
             self._take(trainer, "train", step)
 
@@ -327,6 +332,8 @@ class ActivationStatsMonitor(Callback):
         return chosen[:MAX_HISTOGRAMS]
 
     def _begin_evaluation(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if "train" in self._collectors:
+            self._collectors["train"].detach()
         collector = self._collector(trainer, pl_module, stage)
         collector.forget_channels()
         collector.attach()
@@ -377,7 +384,7 @@ class ActivationStatsMonitor(Callback):
         if run.journal.path is None:
             return
         self._describe(trainer)
-        run.sample(trainer, stage, step, sample.rows, warming=warming(sample), unjudged=unjudged(sample))
+        run.sample(trainer, stage, step, sample)
         run.channels(stage, step, self._table.samples(stage), sample.channels, sample.histograms)
         run.episodes(describe_episodes(self._table.episodes()))
 

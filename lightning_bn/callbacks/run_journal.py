@@ -11,7 +11,10 @@ import numpy as np
 from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 
+from lightning_bn.activations.description import unjudged, warming
 from lightning_bn.activations.layers import select_layers
+from lightning_bn.activations.registry import COLUMNS
+from lightning_bn.activations.sample import ABSENT, Sample
 from lightning_bn.callbacks.both_lightnings import LightningModule, Trainer
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.loggers import main_directory
@@ -21,7 +24,6 @@ from lightning_bn.layers.settlement import rule_of
 
 __all__ = ["RunJournal", "journal_of"]
 
-Rows: TypeAlias = Mapping[str, Mapping[str, float | None]]
 Vectors: TypeAlias = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 _JOURNALS: WeakKeyDictionary[Any, RunJournal] = WeakKeyDictionary()
@@ -80,10 +82,15 @@ class RunJournal:
         elif self.journal.path is not None:
             self._waiting.append((kind, fields))
 
-    def sample(self, trainer: Trainer, stage: str, step: int, rows: Rows, **places: Any) -> None:
+    def sample(self, trainer: Trainer, stage: str, step: int, sample: Sample) -> None:
         """Write what was measured of all layers."""
-        rates = rates_of(trainer) if stage == "train" else {}
-        self.journal.write_sample(stage, step, trainer.current_epoch, rows, rates=rates, **places)
+        self.journal.write_sample(
+            *(stage, step, trainer.current_epoch),
+            *(sample.layers, COLUMNS, sample.values, sample.states != ABSENT),
+            rates=rates_of(trainer) if stage == "train" else {},
+            warming=warming(sample),
+            unjudged=unjudged(sample),
+        )
 
     def channels(self, stage: str, step: int, samples: int, vectors: Vectors, histograms: Mapping[str, Any]) -> None:
         """Write the means and deviations of all channels, and the histograms, at the samples that are kept."""

@@ -7,11 +7,14 @@ import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from io import FileIO
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lightning_bn.journal.lines import FILE_NAME, VERSION, encode, encode_numbers, encode_object
+from lightning_bn.number_blocks import NumberBlock
 
 __all__ = ["Journal"]
 
@@ -43,7 +46,9 @@ class Journal:
         self.path = None if directory is None else directory / FILE_NAME
         self._begun = False
         self._told: dict[str, str] = {}
-        self._rows: str | None = None
+        self._head: dict[str, Any] = {}
+        self._rows = ""
+        self._block = NumberBlock(5, missing="null", quote='"')
         self._channels = 0
         self._next_channels: dict[str, int] = {}
 
@@ -75,7 +80,10 @@ class Journal:
         stage: str,
         step: int,
         epoch: int,
-        rows: Mapping[str, Mapping[str, float | None]],
+        rows: Sequence[str],
+        columns: Sequence[str],
+        values: NDArray[np.float64],
+        has_value: NDArray[np.bool_],
         *,
         rates: Mapping[str, float] | None = None,
         warming: Mapping[str, Sequence[int]] | None = None,
@@ -87,7 +95,10 @@ class Journal:
             stage: "train", "val" or "test".
             step: of the optimizer.
             epoch: the Trainer's.
-            rows: by layer, in forward order, the value of each statistic; None where it does not apply.
+            rows: R layers, in forward order.
+            columns: C statistics.
+            values: (R, C).
+            has_value: (R, C), False where a statistic does not apply.
             rates: learning rates by name.
             warming: by statistic, the places in `rows` whose values say nothing yet.
             unjudged: by statistic, the places in `rows` for which its limits do not hold.
@@ -95,16 +106,21 @@ class Journal:
         if self.path is None or not rows:
             return
         head = {"rows": list(rows), "unjudged": dict(unjudged or {})}
-        key = f"{zlib.crc32(encode('rows', head).encode()):08x}"
-        if key != self._rows:
-            self._rows = key
-            self.write("rows", id=key, **head)
-        columns = {name: [row.get(name) for row in rows.values()] for name in dict.fromkeys(chain(*rows.values()))}
-        known = ((name, each) for name, each in columns.items() if any(value is not None for value in each))
-        fields = {"stage": stage, "step": step, "epoch": epoch, "rows": key, "rates": rates or {}}
+        if head != self._head:
+            self._head = head
+            self._rows = f"{zlib.crc32(encode('rows', head).encode()):08x}"
+            self.write("rows", id=self._rows, **head)
+        known = has_value.any(axis=0)
+        names = tuple(name for name, is_known in zip(columns, known, strict=True) if is_known)
+
+        def lay_out(cells: list[list[str]]) -> str:
+            lists = (f"[{','.join(each)}]" for each in cells)
+            return encode_object((name.replace("%", "%%"), each) for name, each in zip(names, lists, strict=True))
+
+        fields = {"stage": stage, "step": step, "epoch": epoch, "rows": self._rows, "rates": rates or {}}
         fields["warming"] = {name: list(places) for name, places in (warming or {}).items() if places}
-        values = encode_object((name, encode_numbers(each)) for name, each in known)
-        self._append(encode("sample", fields, values=values))
+        text = self._block.text(values.T[known], has_value.T[known], names, lay_out)
+        self._append(encode("sample", fields, values=text))
 
     def wants_channels(self, stage: str, samples: int) -> bool:
         """Return whether the channels of this sample, the `samples`-th of its stage, are to be kept: each time the run
@@ -130,7 +146,7 @@ class Journal:
 
     def forget(self) -> None:
         """Begin as in a new file: nothing was told, and no channels were kept."""
-        self._told, self._rows, self._next_channels = {}, None, {}
+        self._told, self._head, self._next_channels = {}, {}, {}
 
     def _append(self, line: str) -> None:
         if self.path is None:

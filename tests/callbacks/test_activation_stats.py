@@ -16,7 +16,7 @@ from fits import Small, fit, parameters_equal, trainer, training_data
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import ActivationStatsMonitor, BatchNorm1d, Exponential, Window
 from lightning_bn.activations.collector import to_host
@@ -233,6 +233,28 @@ def test_hooks_are_there_only_while_they_are_wanted() -> None:
     module, _ = fit(ActivationStatsMonitor(every_n_steps=4), module=Counts(), max_epochs=1)
     assert [step for step, number in seen.items() if number] == [0, 4]
     assert hooks(module) == 0
+
+
+def test_forwards_between_two_sampled_steps_are_not_seen() -> None:
+    """Where every step is sampled, what the module runs between two of them, and an evaluation in the middle of the
+    epoch, are not in the samples of training."""
+
+    class Between(Small):
+        def on_train_batch_end(self, *args: Any) -> None:
+            with torch.no_grad():
+                self.eval()(1e3 * torch.ones(2, 4))
+                self.train()
+
+    far = DataLoader(TensorDataset(1e3 * torch.ones(8, 4), torch.zeros(8, dtype=torch.int64)), 4)
+    near = DataLoader(TensorDataset(torch.ones(8, 4), torch.zeros(8, dtype=torch.int64)), 4)
+    tables = []
+    for make, val in ((Small, near), (Between, far)):
+        torch.manual_seed(0)
+        monitor = ActivationStatsMonitor(every_n_steps=1)
+        fit(monitor, module=make(), val=val, max_epochs=1, val_check_interval=2)
+        tables.append([row for row in monitor.table() if row["stage"] == "train"])
+    assert len(tables[0]) > 6 * 4
+    assert str(tables[1]) == str(tables[0])
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
