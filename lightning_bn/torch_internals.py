@@ -22,6 +22,7 @@ __all__ = [
     "in_backward",
     "is_compiled",
     "is_replica",
+    "is_wrapper",
     "kernel_moments",
     "parameters_of",
     "saved_statistics",
