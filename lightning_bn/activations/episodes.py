@@ -39,6 +39,7 @@ class Episode:
         value: the value at `last`.
         limit: the limit that it is beyond.
         order: place of the layer in forward order, from 0.
+        before: step of the sample before `first`, None where it was the first one.
 
     Example:
         >>> from lightning_bn import Episode
@@ -59,6 +60,7 @@ class Episode:
     value: float = np.nan
     limit: float = np.nan
     order: int = 0
+    before: int | None = None
 
     @property
     def label(self) -> str:
@@ -68,7 +70,15 @@ class Episode:
     @property
     def advice(self) -> str:
         """What to do about it."""
-        return STATISTICS[self.statistic].remedy(self.peak)
+        advice = STATISTICS[self.statistic].remedy(self.peak)
+        is_between = self.before is not None and self.first - self.before > 1
+        if self.statistic == "nonfinite" and is_between and self.order <= 1:
+            # One optimizer step makes NaN of all weights; then the first layer has it, and where it began is lost.
+            advice += (
+                f" It came after step {self.before}, between two samples, and an optimizer step takes NaN to all layers: "
+                "every_n_steps=1 names the layer in which it begins."
+            )
+        return advice
 
     def __str__(self) -> str:
         when = f"from step {self.first} to {self.last}" if self.recovered else f"since step {self.first}"
@@ -82,6 +92,7 @@ class Episodes:
     def __init__(self) -> None:
         self._past: list[Episode] = []
         self._open: dict[tuple[str, str, str], Episode] = {}  # by stage, layer and statistic
+        self._newest: dict[str, int] = {}  # by stage, the step of its newest sample
         self.begun = 0
         """How many there have been."""
 
@@ -96,6 +107,7 @@ class Episodes:
             key = (stage, layer, statistic.name)
             now.add(key)
             self._extend(key, statistic, step, value)
+        self._newest[stage] = step
         ended = [key for key in self._open if key[0] == stage and key not in now]
         rows = {layer: row for row, layer in enumerate(sample.layers)} if ended else {}
         for key in ended:
@@ -109,7 +121,8 @@ class Episodes:
             self.begun += 1
             stage, layer, name = key
             limit = statistic.limit(value)
-            self._open[key] = Episode(layer, name, step, step, value, False, stage, value, limit)
+            before = self._newest.get(stage)
+            self._open[key] = Episode(layer, name, step, step, value, False, stage, value, limit, before=before)
         else:
             is_below = known.limit == statistic.low and known.peak < statistic.low
             peak = min(known.peak, value) if is_below else max(known.peak, value)

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from fits import trainer
 from healthy_networks import NETWORKS, Basic, head, stem
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
@@ -159,6 +162,47 @@ def test_a_sickness_is_named_first(sickness: str) -> None:
 def test_the_planted_network_is_healthy_without_a_plant() -> None:
     """What the tests above rest on."""
     assert found(None) == []
+
+
+class Plain(Network):
+    """The same without batch norm; an optimizer step whose gradient is not finite may be skipped, as a loss scaler
+    does."""
+
+    def __init__(self, plant: Callable[[Network], None], at: int, skips: bool) -> None:
+        super().__init__(plant, at)
+        self.skips = skips
+        for name, module in list(self.named_modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                holder, _, own = name.rpartition(".")
+                setattr(self.get_submodule(holder), own, nn.Identity())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.skips:
+            for parameter in self.parameters():
+                if parameter.grad is not None and not parameter.grad.isfinite().all():
+                    parameter.grad = None
+
+
+@pytest.mark.parametrize(
+    ("at", "skips", "layer"),
+    [(WHEN - 1, False, "block2.relu#1"), (WHEN, True, "block2.relu#1"), (WHEN, False, "stem.2")],
+    ids=["at a sampled step", "between two, step skipped", "between two"],
+)
+def test_nan_without_batch_norm(at: int, skips: bool, layer: str, tmp_path: Path) -> None:
+    """Named where it begins, as long as weights tell; once an optimizer step has made NaN of all weights, the first
+    layer in forward order is named, and that and how the origin is lost. No scalar of NaN activations is a number."""
+    torch.manual_seed(0)
+    module = Plain(lambda module: module.block2.conv1.weight.view(-1)[:1].fill_(math.nan), at, skips)
+    monitor = fit(module, limit_val_batches=0, logger=CSVLogger(tmp_path), log_every_n_steps=1)
+    first = monitor.episodes()[0]
+    assert (first.layer, first.statistic, first.first) == (layer, "nonfinite", at if at % EVERY == 0 else at + 1)
+    is_lost = "came after step 4, between two samples" in monitor.verdict()[2]
+    assert is_lost == (layer == "stem.2")
+    assert sum(line.startswith(("Sick", "Was sick")) for line in monitor.verdict()) == 1
+    metrics = pd.read_csv(next(tmp_path.rglob("metrics.csv")), keep_default_na=False, dtype=str).set_index("step")
+    for name in ("std", "abs_max", "zero_fraction", "dead_fraction", "saturated_fraction", "grad_std"):
+        told = metrics[f"activations/{name}/worst"]
+        assert told["10"] == "nan" != told["0"]
 
 
 @pytest.mark.parametrize(
