@@ -75,8 +75,8 @@ class Episode:
         if self.statistic == "nonfinite" and is_between and self.order <= 1:
             # One optimizer step makes NaN of all weights; then the first layer has it, and where it began is lost.
             advice += (
-                f" It came after step {self.before}, between two samples, and an optimizer step takes NaN to all layers: "
-                "every_n_steps=1 names the layer in which it begins."
+                f" It came after step {self.before}, between two samples, and an optimizer step takes NaN to all "
+                "layers: every_n_steps=1 names the layer in which it begins."
             )
         return advice
 
@@ -138,14 +138,18 @@ class Episodes:
         return sorted(found, key=_urgency)
 
 
-def _urgency(episode: Episode) -> tuple[int, int, int, int, int]:
+def _urgency(episode: Episode) -> tuple[int, int, bool, int, int, int]:
     stages = list(STAGES)
     stage = stages.index(episode.stage) if episode.stage in stages else len(stages)
     statistic = STATISTICS[episode.statistic]
+    # Where a layer dies its channels, and those below it, die one by one. So a lone channel waits for one sampling
+    # interval: what befalls a whole layer by then comes first.
+    is_lone = statistic.family == "channel"
+    waits = episode.first - episode.before if is_lone and episode.before is not None else 0
     # Of one sample: running statistics are looked at before its forward, gradients come after it, from below.
     is_before = episode.statistic == "running_nonfinite" or episode.layer == INPUT
     moment = 0 if is_before else 2 if statistic.of == "gradient" else 1
-    return episode.first, stage, moment, episode.order, statistic.rank
+    return episode.first + waits, stage, is_lone, moment, episode.order, statistic.rank
 
 
 @dataclass(frozen=True)
@@ -169,53 +173,91 @@ class Cause:
         return tuple(dict.fromkeys(each.layer for each in others))
 
 
-# What goes wrong below a layer because of what goes wrong in it, by family.
+# What goes wrong below a layer because of what goes wrong in it, by kind: a family, or "vanishing", too small a scale.
 _BELOW: dict[str, set[str]] = {
-    "scale": {"scale"},
-    "silence": {"scale", "silence", "drift", "channel"},
-    "saturation": {"scale", "saturation", "silence", "drift", "channel"},
+    "scale": {"scale", "vanishing"},
+    "vanishing": {"scale", "vanishing", "silence", "drift", "channel"},
+    "silence": {"scale", "vanishing", "silence", "drift", "channel"},
+    "saturation": {"scale", "vanishing", "saturation", "silence", "drift", "channel"},
     "drift": {"drift"},
-    "affine": {"scale", "silence", "affine", "channel"},
+    "affine": {"scale", "vanishing", "silence", "affine", "channel"},
     "channel": {"channel", "silence"},
 }
 # What goes wrong anywhere, since the gradient brings it up.
 _ANYWHERE: dict[str, set[str]] = {
     "scale": {"numbers", "saturation", "drift", "silence", "gradient", "channel"},
+    "vanishing": {"gradient"},
     "silence": {"gradient"},
     "saturation": {"gradient"},
     "affine": {"gradient"},
 }
+# What goes wrong anywhere at a later sample, as the gradient of exploded activations moves all weights.
+_LATER: dict[str, set[str]] = {"scale": {"scale", "vanishing"}}
+
+
+def _kind(episode: Episode) -> str:
+    family = STATISTICS[episode.statistic].family
+    return "vanishing" if family == "scale" and episode.peak < episode.limit else family
+
+
+class _Group:
+    """A cause and what follows from it, directly or by way of another follower."""
+
+    def __init__(self, cause: Episode) -> None:
+        self.members = [cause]
+        self.until = -np.inf  # the last step at which something of it was sick
+        # By kind and stage, the most upstream and the earliest member.
+        self._upstream: dict[tuple[str, str], int] = {}
+        self._earliest: dict[tuple[str, str], int] = {}
+        self._extend(cause)
+
+    def add(self, follower: Episode) -> None:
+        self.members.append(follower)
+        self._extend(follower)
+
+    def _extend(self, member: Episode) -> None:
+        self.until = max(self.until, float(member.last) if member.recovered else np.inf)
+        key = _kind(member), member.stage
+        self._upstream[key] = min(member.order, self._upstream.get(key, member.order))
+        self._earliest[key] = min(member.first, self._earliest.get(key, member.first))
+
+    def explains(self, later: Episode) -> bool:
+        """Whether an episode that begins while the group lasts follows from it."""
+        cause = self.members[0]
+        # What it brought about shows at the next sample, at which it may be over.
+        since = later.first if later.before is None or later.stage != cause.stage else later.before
+        if self.until < since:
+            return False
+        if cause.layer == later.layer and cause.stage in (later.stage, "train"):
+            return True
+        kind = _kind(later)
+        for (of, stage), order in self._upstream.items():
+            if stage not in (later.stage, "train"):
+                continue
+            if of in ("numbers", "input") or kind in _ANYWHERE.get(of, ()):
+                return True
+            if kind in _BELOW.get(of, ()) and later.order >= order:
+                return True
+            if kind in _LATER.get(of, ()) and later.first > self._earliest[of, stage]:
+                return True
+        return False
 
 
 def causes(episodes: Iterable[Episode]) -> list[Cause]:
     """Group episodes by their cause.
 
     The earliest, and of those that began together the most upstream, is a cause. While it or what follows from it
-    lasts, what begins in the same layer follows from it; so does what begins downstream and is of a kind that it brings
-    about, as a dead layer does silence; and from NaN, or an input that is wrong, everything does.
+    lasts, what begins in the same layer follows from it; so does what begins downstream and is of a kind that it or a
+    follower brings about, as a dead layer does silence; and from NaN, or an input that is wrong, everything does.
     """
-    groups: list[list[Episode]] = []
-    until: list[float] = []  # by group, the last step at which something of it was sick
+    groups: list[_Group] = []
     for episode in sorted(episodes, key=_urgency):
-        end = float(episode.last) if episode.recovered else np.inf
-        active = (place for place, last in enumerate(until) if last >= episode.first)
-        place = next((place for place in active if _explains(groups[place][0], episode)), None)
-        if place is None:
-            groups.append([episode])
-            until.append(end)
+        group = next((each for each in groups if each.explains(episode)), None)
+        if group is None:
+            groups.append(_Group(episode))
         else:
-            groups[place].append(episode)
-            until[place] = max(until[place], end)
-    return [Cause(cause, tuple(followers)) for cause, *followers in groups]
-
-
-def _explains(cause: Episode, later: Episode) -> bool:
-    if cause.stage not in (later.stage, "train"):
-        return False
-    of, family = (STATISTICS[each.statistic].family for each in (cause, later))
-    if cause.layer == later.layer or of in ("numbers", "input") or family in _ANYWHERE.get(of, ()):
-        return True
-    return family in _BELOW.get(of, ()) and later.order >= cause.order
+            group.add(episode)
+    return [Cause(each.members[0], tuple(each.members[1:])) for each in groups]
 
 
 def verdict(

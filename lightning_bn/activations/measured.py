@@ -15,6 +15,9 @@ from lightning_bn.activations.pooling import Pool
 
 __all__ = ["Array", "Channels", "Flags", "Mask", "Memory", "Norms", "pieces", "silent_numbers"]
 
+# The largest of many channels of one layer is a few times as large as their median by chance.
+RUNS_AWAY = 10.0
+
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
@@ -116,6 +119,16 @@ class Channels:
     def channel_rms(self) -> Array:
         """Root mean square of each channel: (S,)."""
         return np.sqrt(np.square(self.mean) + self.m2 / np.where(self.count > 0, self.count, np.nan))
+
+    def explodes_as_a_whole(self, limit: float) -> Mask:
+        """Return the rows whose largest channel is beyond a limit, and less than `RUNS_AWAY` times as large as the
+        median one: (K,)."""
+        largest = self.largest(self.channel_rms)
+        found: Mask = largest > limit
+        for row in np.flatnonzero(found):
+            own = self.channel_rms[self.starts[row] : self.starts[row] + self.widths[row]]
+            found[row] = largest[row] < RUNS_AWAY * np.nanmedian(own)
+        return found
 
     def of_finite(self, values: Array) -> Array:
         """Return the values of the rows that have a finite value at all, NaN for the others."""

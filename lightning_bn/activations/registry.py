@@ -17,6 +17,9 @@ __all__ = ["COLUMNS", "DRIFT_STATISTICS", "ENTRIES", "STATISTICS", "Entry", "Sca
 # A batch norm's weight starts at 1; below a hundredth of that the channel hardly reaches the next layer.
 NEAR_ZERO = 0.01
 
+# A root mean square, or a standard deviation, that no healthy layer reaches.
+LARGE = 1e3
+
 # Channels of which a share tells nothing.
 FEW = 8
 
@@ -210,10 +213,12 @@ ENTRIES: tuple[Entry, ...] = (
         "activation",
         lambda found: found.largest(found.channel_rms),
         _layers,
+        # Where the others are as large it is the layer that explodes, and no channel by itself.
+        judged=lambda found: _layers(found) & ~found.explodes_as_a_whole(LARGE),
         label="root mean square of the largest channel",
         scale=Scale(-3, 3, "RdBu_r", "root mean square; 1 is usual", log=True),
         family="scale",
-        high=1e3,
+        high=LARGE,
         healthy=1.0,
         log=True,
         rank=5,

@@ -31,6 +31,7 @@ from transformers import (
 
 from lightning_bn import ActivationStatsMonitor, Episode
 from lightning_bn.activations.collector import LayerCollector
+from lightning_bn.activations.episodes import causes
 from lightning_bn.activations.layer_table import LayerTable
 from lightning_bn.activations.layers import select_layers
 
@@ -203,6 +204,77 @@ def test_nan_without_batch_norm(at: int, skips: bool, layer: str, tmp_path: Path
     for name in ("std", "abs_max", "zero_fraction", "dead_fraction", "saturated_fraction", "grad_std"):
         told = metrics[f"activations/{name}/worst"]
         assert told["10"] == "nan" != told["0"]
+
+
+class InTurn(Network):
+    """Something is planted at each of several steps."""
+
+    def __init__(self, plants: dict[int, Callable[[Network], None]]) -> None:
+        super().__init__(lambda module: self.plants[module.global_step](module))
+        self.plants = plants
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.at = self.global_step if self.global_step in self.plants else -1
+        return super().training_step(batch, batch_idx)
+
+
+def larger(factor: float) -> Any:
+    """All convolutions of the blocks that many times as large, without batch norm to hold it."""
+
+    def plant(module: Network) -> None:
+        for layer in (module.block1, module.block2):
+            for each in layer.modules():
+                if isinstance(each, nn.Conv2d):
+                    each.weight *= factor
+
+    return plant
+
+
+# What befalls the network; the row and the statistic that come first; how many causes there are.
+TOGETHER: dict[str, tuple[Callable[[], Network], str, str]] = {
+    # A layer's channels begin to die before the layer counts as dead, and so do those below it.
+    "a lone channel downstream, then a layer": (
+        lambda: InTurn({3: fill("block2.bn1", None, -100.0, 30), 5: fill("block1.bn1", None, -100.0)}),
+        "block1.relu#1",
+        "dead_fraction",
+    ),
+    "two layers in one interval": (
+        lambda: InTurn({5: fill("block2.bn1", None, -100.0), 6: fill("block1.bn1", None, -100.0)}),
+        "block1.relu#1",
+        "dead_fraction",
+    ),
+    # 40 times in each of block1's two convolutions is not yet 1000 times what the small weights made before.
+    "the scale grows layer by layer": (lambda: Plain(larger(40.0), 5, False), "block2.relu#1", "std"),
+    "a lone channel and the layer below it": (
+        lambda: InTurn({5: fill("stem.1", None, -100.0, 3), 6: fill("block1.bn1", None, -100.0)}),
+        "block1.relu#1",
+        "dead_fraction",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TOGETHER)
+def test_the_cause_of_many_comes_first(what: str) -> None:
+    """Of what begins within one sampling interval the most upstream that befalls a whole layer; the rest follows."""
+    build, layer, statistic = TOGETHER[what]
+    torch.manual_seed(0)
+    monitor = fit(build(), limit_val_batches=0)
+    first = monitor.episodes()[0]
+    assert (first.layer, first.statistic, first.first) == (layer, statistic, 6)
+    told = [line for line in monitor.verdict() if line.startswith(("Sick", "Was sick"))]
+    assert len(told) == (2 if what == "a lone channel and the layer below it" else 1), told
+
+
+def test_a_cause_that_is_over_has_followers_at_the_next_sample() -> None:
+    """Activations explode once; the step that their gradient makes kills a layer above, which the next sample finds,
+    and by way of that layer another becomes NaN. A layer that vanishes long after is a cause of its own."""
+    explosion = Episode("relu7", "std", 0, 0, 1e13, True, value=1e13, limit=1e3, order=7)
+    death = Episode("relu1", "dead_fraction", 2, 8, 1.0, True, limit=0.25, order=1, before=0)
+    scale = Episode("relu3", "std", 4, 10, 1e4, True, limit=1e3, order=3, before=2)
+    nan = Episode("relu2", "nonfinite", 8, 12, 9.0, True, limit=0.0, order=2, before=6)
+    other = Episode("relu5", "std", 40, 44, 1e-9, False, limit=1e-3, order=5, before=38)
+    found = causes([other, nan, scale, death, explosion])
+    assert [(each.episode, each.followers) for each in found] == [(explosion, (death, scale, nan)), (other, ())]
 
 
 @pytest.mark.parametrize(
