@@ -4,7 +4,7 @@ activation."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -63,6 +63,11 @@ class Drift:
     nonfinite: (
         Array  # (L,), channels whose running statistics were NaN or infinite before the batches, or the evaluation
     )
+    shift: Array = field(default_factory=lambda: np.empty(0))  # (S,), of each channel, as `distance` has it
+    log_ratio: Array = field(default_factory=lambda: np.empty(0))  # (S,), likewise
+
+
+_NONE = Drift(np.empty((0, 4)), np.empty((0, 4)), np.empty(0, dtype=bool), np.empty(0))
 
 
 class DriftMeter:
@@ -201,7 +206,7 @@ class DriftMeter:
         several batches since then it is their mean.
         """
         if not self.layers:
-            return Drift(np.empty((0, 4)), np.empty((0, 4)), np.empty(0, dtype=bool), np.empty(0))
+            return _NONE
         before, after = _moments(host[0]), _moments(host[2])
         tracked, now = host[1], host[3]
         batches = now - tracked
@@ -210,12 +215,13 @@ class DriftMeter:
         batch = self._with_handed(batch, host[4:])
         ran = (batches > 0).numpy()
         share = self._share_of_start(before, tracked)
+        channels = self._distance(batch, before)
         values, settled = (
-            np.where(ran[:, None], self._compare(batch, each), np.nan)
-            for each in (before, self._less_start(before, share))
+            np.where(ran[:, None], summarise_drift(*each, self._widths), np.nan)
+            for each in (channels, self._distance(batch, self._less_start(before, share)))
         )
         settled[self._is_young(tracked, share) & ran] = 0
-        return Drift(values, settled, ran, self._nonfinite(before))
+        return Drift(values, settled, ran, self._nonfinite(before), *channels)
 
     @torch.no_grad()
     def statistics(self) -> list[Tensor]:
@@ -235,7 +241,7 @@ class DriftMeter:
             inputs: by index of the layer, mean and *unbiased* variance of its input per channel, (C,) each.
         """
         if not self.layers:
-            return Drift(np.empty((0, 4)), np.empty((0, 4)), np.empty(0, dtype=bool), np.empty(0))
+            return _NONE
         running, counts = _moments(host[0]), host[1]
         nothing = [np.full(width, np.nan) for width in self._widths]
         batch = tuple(
@@ -243,13 +249,16 @@ class DriftMeter:
             for part in (0, 1)
         )
         share = self._share_of_start(running, counts)
-        values = self._compare(batch, running)
-        settled = self._compare(batch, self._less_start(running, share))
+        channels = self._distance(batch, running)
+        values, settled = (
+            summarise_drift(*each, self._widths)
+            for each in (channels, self._distance(batch, self._less_start(running, share)))
+        )
         steps = counts.numpy()
         young = self._is_young(counts, share) & ((steps > 0) | (steps == 0).all())
         settled = np.where(young[:, None], 0.0, np.where(_is_quick(counts, share)[:, None], settled, values))
         ran = np.isin(np.arange(len(self.layers)), list(inputs))
-        return Drift(values, settled, ran, self._nonfinite(running))
+        return Drift(values, settled, ran, self._nonfinite(running), *channels)
 
     def _is_young(self, counts: Tensor, share: Array) -> Mask:
         """Which layers began with 0/1 and have seen so few batches that torch's own average would be in its start too;
@@ -257,8 +266,8 @@ class DriftMeter:
         young: Mask = self._from_zero_one & (counts.numpy() < YOUNG) & _is_quick(counts, share)
         return young
 
-    def _compare(self, batch: tuple[Array, ...], running: tuple[Array, ...]) -> Array:
-        return summarise_drift(*distance(batch[0], batch[1], running[0], running[1], self._eps), self._widths)
+    def _distance(self, batch: tuple[Array, ...], running: tuple[Array, ...]) -> tuple[Array, Array]:
+        return distance(batch[0], batch[1], running[0], running[1], self._eps)
 
     def _nonfinite(self, running: tuple[Array, ...]) -> Array:
         bad = ~(np.isfinite(running[0]) & np.isfinite(running[1]))

@@ -93,7 +93,8 @@ class Summariser:
             self._mark_warm_up(values, states, norms, layout)
         rows = dict(zip(layout.keys, layout.labels, strict=True))
         histograms = {rows[key]: counts for key, counts in found.histograms.items()}
-        return Sample(layout.labels, layout.modules, values, states, channels, histograms)
+        drift = self._drift_by_row(found.drift, layout)
+        return Sample(layout.labels, layout.modules, values, states, channels, drift, histograms)
 
     def _layout(self, found: Measured, keys: tuple[Key, ...]) -> Layout:
         # Hardly ever another from sample to sample.
@@ -116,6 +117,15 @@ class Summariser:
             self._widths,
             *(found.weights.double().numpy(), self._has_weight, found.biases.double().numpy(), self._has_bias),
             *(drift, settled, ran, nonfinite, self._tracks),
+        )
+
+    def _drift_by_row(self, drift: Drift | None, layout: Layout) -> dict[str, tuple[Array, Array]]:
+        if drift is None:
+            return {}
+        ends = np.cumsum(self._widths[self._tracks])[:-1]
+        labels = [layout.labels[row] for row in layout.norms[self._tracks]]
+        return dict(
+            zip(labels, zip(np.split(drift.shift, ends), np.split(drift.log_ratio, ends), strict=True), strict=True)
         )
 
     def _compare_input(

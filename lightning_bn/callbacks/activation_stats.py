@@ -385,7 +385,7 @@ class ActivationStatsMonitor(Callback):
             return
         self._describe(trainer)
         run.sample(trainer, stage, step, sample)
-        run.channels(stage, step, self._table.samples(stage), sample.channels, sample.histograms)
+        run.channels(stage, step, self._table.samples(stage), sample.channels, sample.channel_drift, sample.histograms)
         run.episodes(describe_episodes(self._table.episodes()))
 
     def _has_own_scalars(self, collector: LayerCollector) -> Any:

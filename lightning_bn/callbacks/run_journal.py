@@ -92,8 +92,16 @@ class RunJournal:
             unjudged=unjudged(sample),
         )
 
-    def channels(self, stage: str, step: int, samples: int, vectors: Vectors, histograms: Mapping[str, Any]) -> None:
-        """Write the means and deviations of all channels, and the histograms, at the samples that are kept."""
+    def channels(
+        self,
+        stage: str,
+        step: int,
+        samples: int,
+        vectors: Vectors,
+        drift: Vectors,
+        histograms: Mapping[str, Any],
+    ) -> None:
+        """Write means, deviations and drift of all channels, and the histograms, at the samples that are kept."""
         if not vectors or not self.journal.wants_channels(stage, samples):
             return
         layers = {
@@ -101,6 +109,7 @@ class RunJournal:
                 "mean": mean.tolist(),
                 "std": std.tolist(),
                 "dead": np.flatnonzero((mean == 0) & (std == 0)).tolist(),
+                **_named(drift.get(layer)),
             }
             for layer, (mean, std) in vectors.items()
         }
@@ -149,6 +158,12 @@ def rates_of(trainer: Trainer) -> dict[str, float]:
             if isinstance(rate, (int, float)):
                 found[f"{name}/{number}" if len(groups) > 1 else name] = float(f"{rate:.6g}")
     return found
+
+
+def _named(drift: tuple[NDArray[np.float64], NDArray[np.float64]] | None) -> dict[str, list[float]]:
+    if drift is None or np.isnan(drift[0]).all():
+        return {}
+    return {"drift_mean": drift[0].tolist(), "drift_var": drift[1].tolist()}
 
 
 def _describe_layers(module: LightningModule) -> list[dict[str, Any]]:

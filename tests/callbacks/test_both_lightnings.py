@@ -181,7 +181,7 @@ def test_compared_averages_are_the_same() -> None:
     for pl, each in zip(BOTH, compared, strict=True):
         fit(pl, each)
     assert compared[0].metrics == compared[1].metrics
-    assert set(compared[0].metrics) == {"own", "window", "recalibrated"}
+    assert set(compared[0].metrics) == {"own", "window", "recalibrated", "batch"}
 
 
 @each_package
