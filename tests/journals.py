@@ -16,6 +16,15 @@ from lightning_bn.journal.writer import Journal
 HOSTILE = ("<img src=x onerror=window.hacked=1>", '"><script>window.hacked=1</script>', "layer,with\nline")
 
 
+RULE = """### BN102 A submodule in eval mode
+
+Its `running_mean` stands still, see [the guide](guide.md).
+
+```python
+model.train()
+```"""
+
+
 def layer_names(count: int) -> list[str]:
     """Names as a residual network has them: stages of blocks of a norm and an activation each."""
     return [f"model.layer{n // 24 + 1}.{n // 4 % 6}.{('bn1', 'relu#1', 'bn2', 'relu#2')[n % 4]}" for n in range(count)]
@@ -111,7 +120,8 @@ def _values(
 
 
 def _channels(generator: np.random.Generator) -> dict[str, list[float]]:
-    return {"mean": generator.normal(size=16).tolist(), "std": generator.random(16).tolist(), "dead": [3.0]}
+    drift = {"drift_mean": [0.1] * 5 + [1.5] + [0.2] * 10, "drift_var": [0.0] * 16}
+    return {"mean": generator.normal(size=16).tolist(), "std": generator.random(16).tolist(), "dead": [3.0], **drift}
 
 
 def _illness(journal: Journal, names: list[str], onset: int, samples: int, every: int) -> None:
@@ -162,6 +172,8 @@ def _events(journal: Journal, names: list[str], end: int) -> None:
         mended=False,
         follows=None,
     )
+    journal.write("rule", step=end // 2, code="BN102", text=RULE)
+    journal.write("unseen", step=1, stage="train", layers={"model.head.relu": "no forward called it as a module"})
     journal.write("modes", step=end // 2, eval=names[:1])
     journal.write("modes", step=end * 2 // 3, eval=[])
     for number in range(1, 4):

@@ -48,12 +48,21 @@ def describe_episodes(episodes: Sequence[Episode]) -> Iterator[dict[str, Any]]:
                 "peak": each.peak,
                 "limit": each.limit,
                 "recovered": each.recovered,
-                "fix": {"code": each.advice, "place": "advice", "note": ""},
+                "fix": _fix(each),
+                "rule": STATISTICS[each.statistic].rule,
                 "cause": None
                 if each is cause.episode
                 else [cause.episode.layer, cause.episode.statistic, cause.episode.first],
                 "step": each.first,
             }
+
+
+def _fix(episode: Episode) -> dict[str, str]:
+    code = STATISTICS[episode.statistic].code
+    is_low = episode.peak < STATISTICS[episode.statistic].low
+    if not code or is_low:  # the line would mend the other side
+        return {"code": episode.advice, "place": "advice", "note": ""}
+    return {"code": code, "place": "", "note": episode.advice}
 
 
 def warming(sample: Sample) -> dict[str, list[int]]:

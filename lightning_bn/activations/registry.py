@@ -71,6 +71,10 @@ class Statistic(Entry):
     family: Family
     """What goes wrong, to tell which illnesses have one cause."""
     advice: str
+    code: str = ""
+    """Code that does so, where a line can."""
+    rule: str = ""
+    """The rule of `ModeCheck` whose page says more."""
     low: float = 0.0
     """Below it a layer is sick."""
     high: float = np.inf
@@ -190,6 +194,7 @@ ENTRIES: tuple[Entry, ...] = (
         f"{_LOWER_RATE.lower()}.",
         advice_low="Initialise so that the scale is kept (He et al. 2015) or normalise before this layer; see what "
         "feeds it.",
+        code="trainer = Trainer(gradient_clip_val=1.0)",
         chart="scale: standard deviation of the activations (median, smallest to largest layer)",
         band=True,
     ),
@@ -207,6 +212,7 @@ ENTRIES: tuple[Entry, ...] = (
         rank=6,
         mapped=False,
         advice=f"{_LOWER_RATE}; look for a value in the data that is far from the others.",
+        code="trainer = Trainer(gradient_clip_val=1.0)",
     ),
     Statistic(
         "channel_rms_max",
@@ -224,6 +230,7 @@ ENTRIES: tuple[Entry, ...] = (
         rank=5,
         mapped=False,
         advice=f"One channel runs away: {_LOWER_RATE.lower()}, or weigh its parameters down (weight decay).",
+        code="trainer = Trainer(gradient_clip_val=1.0)",
     ),
     Statistic(
         "zero_fraction",
@@ -236,6 +243,7 @@ ENTRIES: tuple[Entry, ...] = (
         high=0.95,
         rank=3,
         advice=f"{_LOWER_RATE}, normalise before this layer, or use a function that does not end at 0 (nn.LeakyReLU).",
+        code="nn.LeakyReLU(0.01)  # in place of nn.ReLU()",
         chart="zeros, share (worst layer, median)",
     ),
     Statistic(
@@ -251,6 +259,7 @@ ENTRIES: tuple[Entry, ...] = (
         judged=lambda found: found.widths >= FEW,
         rank=2,
         advice=f"{_LOWER_RATE}, normalise before this layer, or use a function that does not end at 0 (nn.LeakyReLU).",
+        code="nn.LeakyReLU(0.01)  # in place of nn.ReLU()",
         chart="dead channels, share (worst layer, median)",
     ),
     Statistic(
@@ -266,6 +275,7 @@ ENTRIES: tuple[Entry, ...] = (
         rank=7,
         mapped=False,
         advice=f"A channel that was alive gives 0 for every input: {_LOWER_RATE.lower()}, or use nn.LeakyReLU.",
+        code="nn.LeakyReLU(0.01)  # in place of nn.ReLU()",
     ),
     Statistic(
         "saturated_fraction",
@@ -281,6 +291,7 @@ ENTRIES: tuple[Entry, ...] = (
         # A classifier's last sigmoid is to be near 0 or 1.
         advice="No gradient passes a saturated function: normalise before it, initialise smaller, or take another one "
         "(nn.ReLU).",
+        code="nn.ReLU()  # in place of nn.Sigmoid() or nn.Tanh()",
     ),
     Statistic(
         "nonfinite",
@@ -295,6 +306,7 @@ ENTRIES: tuple[Entry, ...] = (
             "Find the operation before this layer that overflows or divides by zero "
             f"(torch.autograd.set_detect_anomaly); {_LOWER_RATE.lower()}, or leave 16-bit precision."
         ),
+        code="torch.autograd.set_detect_anomaly(True)",
         chart="NaN and infinite activations (worst layer, median)",
     ),
     Statistic(
@@ -344,6 +356,8 @@ ENTRIES: tuple[Entry, ...] = (
         family="drift",
         high=1.0,
         advice=f"The running statistics are not those of the batches: {_SLOW}.",
+        code="convert_batch_norm(model, Window(20))",
+        rule="BN208",
         chart="drift of the mean, in running standard deviations (worst layer, median)",
     ),
     Entry("drift_mean_max", "norm", _drift(1), _ran),
@@ -357,6 +371,8 @@ ENTRIES: tuple[Entry, ...] = (
         family="drift",
         high=1.0,
         advice=f"The running statistics are not those of the batches: {_SLOW}.",
+        code="convert_batch_norm(model, Window(20))",
+        rule="BN208",
         chart="drift of the variance, log ratio (worst layer, median)",
     ),
     Entry("drift_var_max", "norm", _drift(3), _ran),
@@ -375,6 +391,8 @@ ENTRIES: tuple[Entry, ...] = (
             "Evaluation will give NaN: convert_batch_norm(model) skips batches that are not finite; "
             "reset_running_stats() and recalibrate to mend what is there."
         ),
+        code="convert_batch_norm(model)",
+        rule="BN203",
     ),
     Entry("weight_min", "norm", lambda found: found.of_weight(np.minimum.reduceat), _weighted),
     Entry("weight_max", "norm", lambda found: found.of_weight(np.maximum.reduceat), _weighted),
@@ -392,6 +410,8 @@ ENTRIES: tuple[Entry, ...] = (
         rank=2,
         mapped=False,
         advice="Most channels of this norm reach nothing: leave its weight out of the weight decay, or prune them.",
+        code='torch.optim.SGD([{"params": norm_weights, "weight_decay": 0.0}, {"params": others}], lr=0.1, '
+        "weight_decay=1e-4)",
     ),
     # No scale of a gradient is healthy in itself: it goes with the loss. What vanishes or explodes is far from the
     # other layers.
@@ -410,6 +430,7 @@ ENTRIES: tuple[Entry, ...] = (
         rank=7,
         advice=f"Gradients explode: {_LOWER_RATE.lower()}.",
         advice_low="No gradient arrives here: look for what cuts it off above (detach, dead or saturated layers).",
+        code="trainer = Trainer(gradient_clip_val=1.0)",
     ),
     Statistic(
         "grad_nonfinite",
@@ -421,6 +442,7 @@ ENTRIES: tuple[Entry, ...] = (
         high=0,
         rank=8,
         advice=f"{_LOWER_RATE}, or let a GradScaler skip such steps.",
+        code="trainer = Trainer(gradient_clip_val=1.0)",
     ),
 )
 

@@ -268,7 +268,7 @@ class ActivationStatsMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not at the first sample: a part may be used later in the epoch.
-        self._tell_blindness("train")
+        self._tell_blindness(trainer, "train")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw()
@@ -341,7 +341,7 @@ class ActivationStatsMonitor(Callback):
     def _end_evaluation(self, trainer: Trainer, stage: str) -> None:
         self._collectors[stage].detach()
         self._take(trainer, stage, logging_step(trainer))
-        self._tell_blindness(stage)
+        self._tell_blindness(trainer, stage)
         if "train" not in self._collectors:
             self._speak(trainer)
 
@@ -386,7 +386,7 @@ class ActivationStatsMonitor(Callback):
         self._describe(trainer)
         run.sample(trainer, stage, step, sample)
         run.channels(stage, step, self._table.samples(stage), sample.channels, sample.channel_drift, sample.histograms)
-        run.episodes(describe_episodes(self._table.episodes()))
+        run.episodes(trainer, describe_episodes(self._table.episodes()))
 
     def _has_own_scalars(self, collector: LayerCollector) -> Any:
         if self.scalars == "worst":
@@ -396,7 +396,7 @@ class ActivationStatsMonitor(Callback):
         modules = {name: module for name, module in collector.layers.items() if is_chosen(self.scalars, name, module)}
         return lambda module: module in modules
 
-    def _tell_blindness(self, stage: str) -> None:
+    def _tell_blindness(self, trainer: Trainer, stage: str) -> None:
         """Warn of the layers of which nothing is seen, of each once a stage."""
         collector = self._collectors.get(stage)
         if collector is None:
@@ -406,6 +406,7 @@ class ActivationStatsMonitor(Callback):
         unseen = collector.unseen() if self._table.samples(stage) and not told else []
         left_out = {name: reason for name, reason in collector.left_out().items() if name not in told}
         told |= {*unseen, *left_out}
+        journal_of(trainer).unseen(trainer, stage, dict.fromkeys(unseen, _NOT_CALLED) | left_out)
         if unseen:
             rank_zero_warn(
                 f"ActivationStatsMonitor sees nothing of {_names(unseen)} in {_STAGES[stage]}: no forward called them "
@@ -428,6 +429,7 @@ class ActivationStatsMonitor(Callback):
             self._report.finish(self._table, self._newest, step)
 
 
+_NOT_CALLED = "no forward called it as a module: it has no part in this forward, or runs in compiled or scripted code"
 _STAGES = {"train": "training", "val": "validation", "test": "test"}
 
 

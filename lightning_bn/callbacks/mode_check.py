@@ -298,6 +298,7 @@ class ModeCheck(Callback):
         self._log(trainer)
         for finding in new:
             journal_of(trainer).write(trainer, "finding", **asdict(finding))
+            journal_of(trainer).rule(trainer, finding.code)
             if self.action == "warn" and finding.level != "info":
                 rank_zero_warn(str(finding), stacklevel=6)
         unmended = [finding for finding in new if finding.level != "info" and not finding.mended]

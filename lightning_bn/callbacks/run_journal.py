@@ -21,6 +21,7 @@ from lightning_bn.callbacks.loggers import main_directory
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.journal.writer import Journal
 from lightning_bn.layers.settlement import rule_of
+from lightning_bn.rules.page import section
 
 __all__ = ["RunJournal", "journal_of"]
 
@@ -42,13 +43,14 @@ class RunJournal:
         self._norms: list[BatchNormLayer] = []
         self._waiting: list[tuple[str, dict[str, Any]]] = []
         self._episodes: dict[tuple[Any, ...], tuple[str, ...]] = {}
+        self._rules: set[str] = set()
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin a fit, when the step at which it begins is known; what came before waited for this."""
         if self._begun:
             return
         self._begun = True
-        self._episodes = {}
+        self._episodes, self._rules = {}, set()
         self._norms = find_batch_norms(module)
         self.journal.forget()
         step, epoch = logging_step(trainer), trainer.current_epoch
@@ -119,13 +121,25 @@ class RunJournal:
                 "histograms", stage=stage, step=step, layers={n: each.tolist() for n, each in histograms.items()}
             )
 
-    def episodes(self, described: Iterable[dict[str, Any]]) -> None:
+    def rule(self, trainer: Trainer, code: str) -> None:
+        """Write the page of a rule that something refers to, once a fit: whoever reads the journal has it at hand."""
+        if code and code not in self._rules:
+            self._rules.add(code)
+            self.write(trainer, "rule", step=logging_step(trainer), code=code, text=section(code))
+
+    def unseen(self, trainer: Trainer, stage: str, layers: Mapping[str, str]) -> None:
+        """Write which layers can't be looked at, and why."""
+        if layers:
+            self.write(trainer, "unseen", step=logging_step(trainer), stage=stage, layers=dict(layers))
+
+    def episodes(self, trainer: Trainer, described: Iterable[dict[str, Any]]) -> None:
         """Write the episodes that are new or have changed in more than how long they last."""
         for each in described:
             key = (each["stage"], each["layer"], each["statistic"], each["first"])
             told = tuple(map(str, (each["recovered"], each["peak"], each["cause"])))
             if self._episodes.get(key) != told:
                 self._episodes[key] = told
+                self.rule(trainer, each["rule"])
                 self.journal.write("episode", **each)
 
     def end(self, trainer: Trainer, status: str = "finished") -> None:

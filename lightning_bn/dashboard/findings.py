@@ -65,6 +65,7 @@ def _episode(event: dict[str, Any], statistic: dict[str, Any], end: int) -> dict
         "fix": event.get("fix") or statistic.get("fix", ""),
         "link": event.get("link") or statistic.get("link", ""),
         "cause": event.get("cause"),
+        "rule": event.get("rule", ""),
     }
 
 
@@ -103,6 +104,7 @@ def _guard(journal: JournalReader) -> list[dict[str, Any]]:
             "fix": event.get("fix", ""),
             "link": event.get("link", ""),
             "cause": event.get("follows"),
+            "rule": event.get("code", ""),
         }
         for event in journal.events["finding"]
         if "step" in event

@@ -44,6 +44,8 @@ def overview_of(journal: JournalReader, name: str, directory: str, changed: floa
         "channels": {
             stage: [e["step"] for e in journal.events["channels"] if e.get("stage") == stage] for stage in _STAGES
         },
+        "rules": {each["code"]: each.get("text", "") for each in journal.events["rule"] if "code" in each},
+        "unseen": _unseen(journal),
         "notes": _notes(journal),
     }
 
@@ -214,6 +216,16 @@ def _averages(journal: JournalReader) -> dict[str, Any] | None:
         "recommended": events[-1].get("recommended"),
         "advice": events[-1].get("advice"),
     }
+
+
+def _unseen(journal: JournalReader) -> list[dict[str, str]]:
+    """Return the layers that could not be looked at: each once, with the stage and the reason."""
+    found = {
+        (name, event.get("stage", "train")): str(reason)
+        for event in journal.events["unseen"]
+        for name, reason in (event.get("layers") or {}).items()
+    }
+    return [{"layer": name, "stage": stage, "reason": reason} for (name, stage), reason in found.items()]
 
 
 def _notes(journal: JournalReader) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,43 @@ def test_a_fit_with_all_callbacks(tmp_path: Path) -> None:
     }
 
 
+def test_drift_of_each_channel(tmp_path: Path) -> None:
+    """Where channels are kept, a batch norm's drift is there channel by channel; its rms is the table's."""
+    trainer(tmp_path, ActivationStatsMonitor(every_n_steps=2)).fit(Small(), loader(), loader(shuffle=False))
+    reader = JournalReader.of_file(tmp_path / FILE_NAME)
+    for stage in ("train", "val"):
+        kept = [each for each in reader.events["channels"] if each["stage"] == stage]
+        assert kept
+        samples = {sample.step: sample for sample in reader.samples[stage]}
+        for event in kept:
+            for layer in ("bn1", "rest.3"):
+                for name in ("drift_mean", "drift_var"):
+                    channels = [float(value) for value in event["layers"][layer][name]]
+                    assert len(channels) == {"bn1": 5, "rest.3": 3}[layer]
+                    sample = samples[event["step"]]
+                    expected = sample.value(name, sample.place(layer))
+                    rms = math.sqrt(sum(value**2 for value in channels) / len(channels))
+                    assert rms == pytest.approx(expected, rel=1e-3)
+                    largest = sample.value(f"{name}_max", sample.place(layer))
+                    assert max(map(abs, channels)) == pytest.approx(largest, rel=1e-3)
+            assert "drift_mean" not in event["layers"]["rest.0"]
+
+
+def test_layers_that_can_not_be_looked_at(tmp_path: Path) -> None:
+    """A module that no forward calls is named with the reason."""
+
+    class Spare(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.ReLU()
+
+    with pytest.warns(UserWarning, match="sees nothing of spare"):
+        trainer(tmp_path, ActivationStatsMonitor(every_n_steps=2)).fit(Spare(), loader(), loader(shuffle=False))
+    found = [(each["stage"], each["layers"]) for each in lines(tmp_path) if each["kind"] == "unseen"]
+    assert [(stage, list(layers)) for stage, layers in found] == [("val", ["spare"]), ("train", ["spare"])]
+    assert all("no forward called it as a module" in layers["spare"] for _, layers in found)
+
+
 def test_findings_and_modes(tmp_path: Path) -> None:
     """What ModeCheck found is there as fields; a layer in eval mode is, from the step on."""
 
@@ -87,6 +125,9 @@ def test_findings_and_modes(tmp_path: Path) -> None:
         (finding.code, finding.step, finding.fix.code) for finding in check.findings
     ]
     assert written
+    rules = {line["code"]: line["text"] for line in lines(tmp_path) if line["kind"] == "rule"}
+    assert {line["code"] for line in written} <= set(rules)
+    assert all(text.startswith(f"### {code} ") for code, text in rules.items())
     modes = [(line["step"], line["eval"]) for line in lines(tmp_path) if line["kind"] == "modes"]
     assert modes[0][1] == ["bn1"]
     assert modes[0][0] in (4, 5)

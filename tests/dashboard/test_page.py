@@ -43,7 +43,7 @@ def test_the_header_and_the_findings(show: Callable[..., Page]) -> None:
         "model.layer1.1.relu#1",
         "model.layer1.0.bn1",
     ]
-    assert page.texts(".findings summary") == ["2 findings below it follow"]
+    assert page.texts(".findings .group > details > summary") == ["2 findings below it follow"]
     assert page.texts(".tabs:not(.views) button")[:2] == ["dead fraction3", "drift var1"]
     assert page.texts(".lane-label") == [
         "learning rate",
@@ -70,6 +70,40 @@ def test_a_click_selects_and_the_address_keeps_it(show: Callable[..., Page]) -> 
     again.click(".layer .neighbours button", "before")
     again.until(lambda: again.text(".layer h2") == "model.layer1.0.bn1", "its neighbour")
     assert "300 to 400" in again.text(".layer dl")  # it was in eval mode
+
+
+def test_what_to_do(show: Callable[..., Page]) -> None:
+    """A finding has its code to copy and leads to its rule, a layer that can't be looked at has the reason."""
+    page = show("sick")
+    page.click(".findings .head", "eval mode")
+    page.until(lambda: page.text(".layer h2") == "model.layer1.0.bn1", "the layer")
+    assert page.texts("section.layer .todo > .advice > .code code") == ["self.train()"]
+    page.click("section.layer .rule summary", "Rule BN102")
+    page.until(lambda: page.text("section.layer .markdown"), "the rule")
+    assert page.text("section.layer .markdown strong") == "BN102 A submodule in eval mode"
+    assert page.text("section.layer .markdown p") == "Its running_mean stands still, see the guide."
+    assert page.texts("section.layer .markdown pre") == ["model.train()"]
+    page.click(".note summary", "1 layer can't be looked at")
+    page.until(lambda: "no forward called it as a module" in page.text(".note"), "the reason")
+    assert page.complaints() == []
+
+
+def test_channels_are_sorted_and_marked(show: Callable[..., Page]) -> None:
+    """The channels of a layer stand in the order of their deviation; dead and drifting ones have marks of their own."""
+    page = show("sick", address="#layer=model.layer1.0.bn2")
+    drawn = page.until(
+        lambda: page.js(
+            """const plot = [...document.querySelectorAll('section.layer .plot')].find(
+            e => e.data?.some(trace => trace.name == 'standard deviation'));
+            const [std] = plot?.data ?? []; return std && {y: std.y, text: std.text, symbol: std.marker.symbol}"""
+        ),
+        "the channels",
+    )
+    assert drawn["y"] == sorted(drawn["y"])
+    symbols = dict(zip(drawn["text"], drawn["symbol"], strict=True))
+    marked = {text: symbol for text, symbol in symbols.items() if symbol != "circle"}
+    assert marked == {"channel 3, dead": "x", "channel 5, drifting": "diamond"}
+    assert "16 channels, 1 dead, 1 drifting" in page.text("section.layer")
 
 
 def test_filters_sorting_and_folds(show: Callable[..., Page]) -> None:

@@ -20,15 +20,18 @@ function append(element, children) {
   }
 }
 
-// Puts new children in the place of the old ones; the keyboard's place, and where a list was scrolled to, stay.
+// Puts new children in the place of the old ones; the keyboard's place, where a list was scrolled to, and what was
+// opened stay.
 export function replace(element, ...children) {
   const root = element.getRootNode();
   const active = root.activeElement;
   const key = active && element.contains(active) ? active.getAttribute("data-key") : null;
   const caret = key && active.selectionStart !== undefined ? active.selectionStart : null;
   const scrolled = [...element.querySelectorAll("[data-scroll]")].map((each) => [each.dataset.scroll, each.scrollTop]);
+  const opened = new Set([...element.querySelectorAll("details[open] > summary[data-key]")].map((each) => each.dataset.key));
   element.replaceChildren();
   append(element, children);
+  for (const each of opened.size ? element.querySelectorAll("summary[data-key]") : []) if (opened.has(each.dataset.key)) each.parentNode.open = true;
   for (const [name, top] of scrolled) {
     const again = element.querySelector(`[data-scroll="${name}"]`);
     if (again) again.scrollTop = top;

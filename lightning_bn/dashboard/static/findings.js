@@ -2,6 +2,7 @@
 import { h, button, link, select } from "./dom.js";
 import { code, count, plural } from "./format.js";
 import { matches } from "./rows.js";
+import { markdown } from "./markdown.js";
 
 export function shown(run, state) {
   const [level, rule, layer, time] = ["level", "rule", "where", "time"].map((name) => state.get(name));
@@ -46,7 +47,7 @@ function group(page, head, followers) {
   return h("div", { class: "group" }, item(page, head), below);
 }
 
-function item({ state }, finding) {
+function item({ state, run }, finding) {
   const layer = finding.layers[0] ?? "";
   const isChosen = state.get("layer") === layer && state.get("step") === String(finding.first) && layer !== "";
   const span = finding.last > finding.first ? `steps ${count(finding.first)} to ${finding.past ? count(finding.last) : "now"}` : `step ${count(finding.first)}`;
@@ -57,18 +58,19 @@ function item({ state }, finding) {
       h("span", { class: "title" }, finding.title),
       h("span", { class: "layer" }, layer || finding.where || "(the model)", finding.layers.length > 1 ? ` and ${finding.layers.length - 1} more` : ""),
       h("span", { class: "muted" }, [span, finding.stage && finding.stage !== "train" ? finding.stage : "", finding.text].filter(Boolean).join(": "))),
-    advice(finding));
+    advice(finding, run.rules));
 }
 
 // What to do: why it matters, code to copy, and where to read on.
-export function advice(finding) {
+export function advice(finding, rules = {}) {
   const fix = code(finding.fix);
   if (!fix.code && !fix.note && !finding.why && !finding.link) return null;
+  const page = rules[finding.rule];
   return h("div", { class: "advice" },
     finding.why && h("p", {}, finding.why),
     fix.code && h("div", { class: "code" }, h("code", {}, fix.code), copyButton(fix.code)),
     fix.note && h("p", { class: "muted" }, fix.note),
-    link(finding.link, finding.source === "guard" ? `Rule ${finding.code}` : "Read on"));
+    page ? h("details", { class: "rule" }, h("summary", { "data-key": `rule:${finding.rule}:${finding.layers[0]}` }, `Rule ${finding.rule}`), markdown(page)) : link(finding.link, finding.source === "guard" ? `Rule ${finding.code}` : "Read on"));
 }
 
 export function copyButton(text) {

@@ -23,8 +23,16 @@ export function header(page) {
       h("span", { class: "muted" }, `step ${count(run.step)} · ${plural(run.samples.train || 0, "sample")} of training${run.samples.val ? `, ${run.samples.val} of validation` : ""}`),
     ),
     h("div", { class: "bar" }, verdict(run), gap(run)),
+    run.unseen.length ? unseen(page) : null,
     run.notes.map((note) => h("div", { class: "note" }, note)),
   );
+}
+
+// A map without a layer is no word that the layer is well.
+function unseen({ state, run }) {
+  const names = [...new Set(run.unseen.map((each) => each.layer))];
+  return h("details", { class: "note" }, h("summary", { "data-key": "unseen" }, `${plural(names.length, "layer")} can't be looked at`),
+    run.unseen.map(({ layer, stage, reason }) => h("div", {}, h("button", { type: "button", class: "plain", onclick: () => state.set({ layer }) }, layer || "(the model)"), ` in ${{ train: "training", val: "validation" }[stage] ?? stage}: ${reason}`)));
 }
 
 function verdict(run) {

@@ -62,6 +62,7 @@ export class LayerPanel {
     }
     const spans = run.lanes.eval.filter((each) => each.layer === layer.name).map((each) => `${count(each.first)} to ${count(each.last)}`);
     if (spans.length) facts.push(["eval mode in training", `steps ${spans.join(", ")}`]);
+    for (const { stage, reason } of run.unseen.filter((each) => each.layer === layer.name)) facts.push([`not seen in ${{ train: "training", val: "validation" }[stage] ?? stage}`, reason]);
     // Training and validation often tell the same.
     const all = run.findings.filter((each) => each.layers.includes(layer.name));
     const own = all.filter((each, place) => all.findIndex((other) => other.code === each.code && other.past === each.past) === place);
@@ -70,7 +71,7 @@ export class LayerPanel {
       h("h2", { title: layer.name }, layer.name || "(the model)"),
       h("div", { class: "neighbours" }, go("↑ before", up), go("↓ after", down)),
       h("dl", {}, facts.map(([label, value]) => [h("dt", {}, label), h("dd", {}, value)])),
-      own.length ? h("div", {}, h("h3", {}, "What to do"), own.map((each) => h("div", { class: "todo" }, h("p", {}, h("strong", {}, each.title), ` since step ${count(each.first)}${each.stage === "val" ? ", in validation" : ""}${each.past ? ", over by now" : ""}`), advice(each)))) : h("p", { class: "muted" }, "Nothing was found here."));
+      own.length ? h("div", {}, h("h3", {}, "What to do"), own.map((each) => h("div", { class: "todo" }, h("p", {}, h("strong", {}, each.title), ` since step ${count(each.first)}${each.stage === "val" ? ", in validation" : ""}${each.past ? ", over by now" : ""}`), advice(each, run.rules)))) : h("p", { class: "muted" }, "Nothing was found here."));
   }
 
   _last(statistic) {
