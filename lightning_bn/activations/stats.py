@@ -23,10 +23,10 @@ class ActivationStats(Metric):
     * ``mean = sum(x) / n`` and ``std = sqrt(sum((x - mean)**2) / (n - 1))``, the *unbiased pooled* estimate: centred
       moments per channel are merged by Chan, Golub and LeVeque's formula (1979, eq. 2.1), in float64 where the device
       has it;
-    * ``abs_max = max(abs(x))``; * ``zero_fraction``: share of the values, finite or not, that are exactly 0; *
-    ``dead_fraction``: share of the *channels* that were 0 at every position of every input. Sparse is not dead: a ReLU
-    whose every
-      channel fires for some inputs has a zero fraction of one half and a dead fraction of 0;
+    * ``abs_max = max(abs(x))``;
+    * ``zero_fraction``: share of the values, finite or not, that are exactly 0;
+    * ``dead_fraction``: share of the *channels* that were 0 at every position of every input. Sparse is not dead: a
+      ReLU whose every channel fires for some inputs has a zero fraction of one half and a dead fraction of 0;
     * ``saturated_fraction``: share of the values within 2.5 % of the range of `bounds` from either bound, where the
       slope of a sigmoid or a tanh is below a tenth of its largest; only with `bounds`;
     * ``nonfinite``: number of NaN and infinite values, which are in none of the moments;

@@ -57,15 +57,15 @@ class Averaging(TrainingState, ABC):
     A layer keeps its own copy of the averaging it is given, so one object can configure a whole model.
 
     To write another, implement `update`. Where the rule needs more than the running statistics and the step number,
-    return its tensors from `initial_state`: they become attributes, travel with ``state_dict``, ``.to(device)``,
-    deepcopy and pickle, and stay untouched by ``.half()``, DDP broadcasts and weight averaging. Write them with
+    return its tensors from `initial_state`. They become attributes, are part of ``state_dict``, ``.to(device)``,
+    deepcopy and pickle, and are not changed by ``.half()``, DDP broadcasts and weight averaging. Write them with
     ``batch.write(target, value)``, so that a skipped batch leaves them alone.
 
-    A rule is *elementwise* if each channel's statistics depend on nothing but that channel's moments and state. Say so
-    with ``elementwise = True``: `update` is then called once for the channels of all layers that share the rule, in
-    place of once a layer, and a model of 50 layers launches a fiftieth of the kernels. It is never guessed, because a
-    rule that averages over channels would silently mix layers. What such an `update` gets, and what `initial_state`
-    returns, has the channels in its last dimension.
+    A rule is *elementwise* if each channel's statistics depend only on that channel's moments and state. Declare it
+    with ``elementwise = True``: `update` is then called once for the channels of all layers that share the rule,
+    instead of once per layer, and a model of 50 layers launches a fiftieth of the kernels. The package never guesses
+    it, because a rule that averages over channels would silently mix layers. What such an `update` gets, and what
+    `initial_state` returns, has the channels in its last dimension.
 
     Example:
         Polynomial decay averaging (Shamir & Zhang 2013, section 4), in which late batches weigh more:

@@ -44,27 +44,27 @@ FILE = "activation_stats.csv"
 
 
 class ActivationStatsMonitor(Callback):
-    """Name the layer that is sick, since when, and what to do: from the activations of every layer, what the model is
-    given, and how far batch-norm statistics lag behind.
+    """Name the layer that is sick, since when, and what to do, from the activations of every layer, the model's input,
+    and how far batch-norm statistics lag behind.
 
     Training is looked at on some optimizer steps (all batches of such a step together), validation and test over the
-    whole epoch. Of each call site of a layer: mean, standard deviation (*unbiased, pooled* over batches, channels and
-    ranks), range, share of zeros, dead channels, saturation, NaN and infinite values. Of each batch norm besides:
-    drift, which is the distance between the batch and the running statistics before it, and the range of its affine
+    whole epoch. For each call site of a layer it measures mean, standard deviation (*unbiased, pooled* over batches,
+    channels and ranks), range, share of zeros, dead channels, saturation, NaN and infinite values. For each batch norm
+    also drift, the distance between the batch and the running statistics before it, and the range of its affine
     parameters. Formulas: `ActivationStats`, `lightning_bn.activations.drift`.
 
-    A value beyond its limits is an illness, and its time is an `Episode`; at the end the verdict names the cause of
-    each, the earliest and most upstream. What a known start explains is no illness: running statistics that began with
-    0/1, and batch norms whose weight began with 0. TensorBoard gets a few scalars over all layers, one heat map a
-    statistic (layer x step), the verdict, and a layout for the Custom Scalars tab;
+    A value beyond its limits is an illness, and the time it lasts an `Episode`. The verdict at the end names the cause
+    of each: the earliest and most upstream one. What the start of training explains is not an illness: running
+    statistics that began with 0/1, and batch norms whose weight began with 0. TensorBoard gets a few scalars over all
+    layers, one heat map a statistic (layer x step), the verdict, and a layout for the Custom Scalars tab;
     `lightning_bn.activations.tensorboard` lists the tags. Other loggers get the scalars, and W&B, MLflow, Comet and
-    Neptune the heat maps. A CSV file of the whole table, ``activation_stats.csv``, lies beside each logger's files,
-    else in ``default_root_dir``, and `table` gives the same rows. Training computes the same to the bit with and
-    without this callback; steps at which a compiled model is looked at run without `torch.compile`.
+    Neptune the heat maps. A CSV file of the whole table, ``activation_stats.csv``, is next to each logger's files, or
+    else in ``default_root_dir``; `table` returns the same rows. Training is bit-identical with and without this
+    callback; a compiled model runs without `torch.compile` at sampled steps.
 
-    Functional activations (``F.relu(x)``) are no modules and can't be seen: use ``nn.ReLU()``, or name the module whose
-    output they make. On several ranks activations are exact over all of them; drift is rank 0's, whose statistics DDP
-    broadcasts and checkpoints save.
+    Functional activations (``F.relu(x)``) are not modules, so hooks can't see them: use ``nn.ReLU()``, or name the
+    module whose output they make. On several ranks activations are exact over all of them; drift is rank 0's, whose
+    statistics DDP broadcasts and checkpoints save.
 
     Args:
         layers: None: batch-norm layers and activation functions. Else a name or pattern (``"layer4.*"``), a class, a
@@ -305,7 +305,7 @@ class ActivationStatsMonitor(Callback):
                 rank_zero_warn(
                     f"ActivationStatsMonitor(layers={self.layers!r}) finds nothing to look at: "
                     f"{type(pl_module).__name__} has no {wanted}. Name what it has, as in layers=nn.Conv2d or "
-                    "layers='encoder.*'; functional activations (F.relu) are no modules."
+                    "layers='encoder.*'; functional activations (F.relu) are not modules."
                 )
             self._collectors[stage] = LayerCollector(
                 pl_module,

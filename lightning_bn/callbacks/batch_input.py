@@ -126,7 +126,7 @@ class BatchInput:
                     failures.append(f"{style.call} raised {type(error).__name__}: {error}")
                     last = error
         if not module.automatic_optimization:
-            failures.append("training_step was not tried, since it optimises by hand")
+            failures.append("training_step was not tried, since the module uses manual optimization")
         raise MisconfigurationException(
             f"{self._call} can't put a batch ({_form(batch)}) into {type(module).__name__}: "
             f"{'; '.join(failures) or 'no forward takes it'}. "

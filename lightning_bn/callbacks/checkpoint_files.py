@@ -86,10 +86,10 @@ def statistics_in(module: LightningModule) -> dict[str, Tensor]:
 def write_recalibrated_copy(
     trainer: Trainer, module: LightningModule, path: Path, recalibrate: Callable[[], object]
 ) -> None:
-    """Write ``<name>-recalibrated.ckpt`` beside `path`: the same checkpoint, with statistics that match its weights.
+    """Write ``<name>-recalibrated.ckpt`` next to `path`: the same checkpoint, with statistics that match its weights.
 
-    The module serves as the vessel in which the file's weights are recalibrated, and holds its own again at the end,
-    also on an exception. Every rank takes part; the first reads and writes.
+    The file's weights are recalibrated inside the module, which has its own again at the end, also on an exception.
+    Every rank takes part; the first reads and writes.
     """
     checkpoint: dict[str, Any] = {}
     if trainer.is_global_zero:

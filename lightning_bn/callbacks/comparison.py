@@ -39,12 +39,12 @@ _NUM_BATCHES = 200
 class CompareAverages(Callback):
     """Follow several averages of the batch statistics in one run, and validate under each of them.
 
-    Which running statistics a layer keeps does not touch training: only evaluation reads them. So one run can tell
-    which average would have validated best. Every average sees the batches that the layers see, whatever the layers'
-    class. At each validation of the fit the validation set is evaluated under each of them, with ``recalibrated=True``
-    under statistics freshly estimated from up to 200 training batches, and with ``batch=True`` under each validation
-    batch's own, all with the weights that Lightning validates. Training, the RNG, the layers' own statistics and the
-    logged validation metrics stay what they are without the callback, to the bit.
+    The choice of running statistics does not affect training: only evaluation reads them. So one run can show which
+    average would have validated best. Every average sees the batches that the layers see, whatever the layers' class.
+    At each validation of the fit the validation set is evaluated under each of them, with ``recalibrated=True`` under
+    statistics freshly estimated from up to 200 training batches, and with ``batch=True`` under each validation batch's
+    own, all with the weights that Lightning validates. Training, the RNG, the layers' own statistics and the logged
+    validation metrics are bit-identical with and without the callback.
 
     It logs ``batch_norm/compare/<name>/<metric>`` for every validation metric, with the layers' own statistics under
     the name ``own``, and at the end of training prints the table of `monitor`: the mean and the worst over the
@@ -63,10 +63,10 @@ class CompareAverages(Callback):
         metrics: every metric of the last validation, by name of the average and of the metric.
         recommended: the name with the best mean over the validations, None before the first.
 
-    Cost: a training step takes one pass more over each layer's input; a validation is run once more for each row.
+    Cost: one more pass over each layer's input per training step, and one more validation per row.
 
     Raises:
-        TypeError, ValueError: an argument that can't be served.
+        TypeError, ValueError: an invalid argument.
         MisconfigurationException: the fit has no validation, or the model no batch-norm layer that keeps running
             statistics.
 

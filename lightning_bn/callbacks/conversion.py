@@ -26,13 +26,12 @@ __all__ = ["ConvertBatchNorm"]
 
 
 class ConvertBatchNorm(Callback):
-    """Give every batch-norm layer of the model the averaging, by `convert_batch_norm`, without a line of Python in the
-    model.
+    """Give every batch-norm layer of the model the averaging, by `convert_batch_norm`, without a change to the model's
+    code.
 
     The layers are converted in place, before a checkpoint is loaded and before the optimizer is built: a checkpoint
-    that was written under this callback brings the average's history along, and a plain one loads too. A layer that has
-    the very averaging already is left alone, so that a second fit, or a resumed one, goes on with the history of the
-    first.
+    that was written under this callback contains the average's history, and a plain one loads too. A layer that already
+    has this averaging is left alone, so a second or resumed fit continues with the history of the first.
 
     Args:
         averaging: what `convert_batch_norm` takes; each layer keeps its own copy.

@@ -80,8 +80,8 @@ def iterates_itself(trainer: Trainer) -> bool:
 
 
 def afresh(loader: Any) -> Any:
-    """Return a loader of the user's that can be iterated beside one that is running: a `DataLoader` or `CombinedLoader`
-    is copied."""
+    """Return a loader of the user's that can be iterated while another one is running: a `DataLoader` or
+    `CombinedLoader` is copied."""
     return _anew(loader) if isinstance(loader, CombinedLoader) else _copy(loader)
 
 
@@ -208,8 +208,8 @@ def _reach(trainer: Trainer, path: str, advice: str) -> Any:
         part = getattr(part, name, None)
     if part is None:
         raise RuntimeError(
-            f"trainer.{path} is missing: Lightning {package_of(trainer).__version__} is not known here; {advice} to do "
-            f"without it."
+            f"trainer.{path} is missing: Lightning {package_of(trainer).__version__} is not supported here; {advice} "
+            f"to do without it."
         )
     return part
 

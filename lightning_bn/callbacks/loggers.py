@@ -1,4 +1,4 @@
-"""The one place that speaks to loggers: where their files lie, and how each of them takes a picture or a text."""
+"""The one place that talks to loggers: where their files lie, and how each of them takes a picture or a text."""
 
 from __future__ import annotations
 

@@ -39,8 +39,7 @@ _TAG = "batch_norm/mode_check"
 
 
 class ModeCheck(Callback):
-    """Watch the modes of all modules and what the batch-norm statistics really did, and name every mistake with its
-    fix.
+    """Watch the modes of all modules and the updates of the batch-norm statistics, and name every mistake with its fix.
 
     ``lightning-bn rules`` lists every rule, ``lightning-bn rules BN101`` explains one. What happens in a forward is
     seen by hooks on the batch-norm layers and by the version of ``num_batches_tracked``, which the host keeps; only
@@ -52,13 +51,12 @@ class ModeCheck(Callback):
         action: "warn": a warning for each finding above information, once per rule and layer; layers with one cause
             share one. "raise": a `ModeCheckError` at the first of them. "log": neither. All findings are in `findings`
             and go to the loggers in any case.
-        ignore: codes of rules that are not looked at.
+        ignore: codes of rules to leave out.
         allow_eval: modules kept in eval mode on purpose, with all below them: a name, a pattern of names
             (``backbone.*``), a class, a function of name and module, or several of these.
-        fix: codes of rules whose findings are mended on the spot, by putting modules into the mode they were meant to
-            be in: BN101, BN102, BN103, BN105, BN201. This changes what training computes, and a mended finding does not
-            raise.
-        every_n_steps: training batches from one look at the statistics' values to the next; None: the Trainer's
+        fix: codes of rules whose findings are fixed at once, by putting modules into the mode they should be in: BN101,
+            BN102, BN103, BN105, BN201. This changes what training computes; a finding that was fixed does not raise.
+        every_n_steps: training batches between two reads of the statistics' values; None: the Trainer's
             ``log_every_n_steps``.
 
     Attributes:
@@ -170,7 +168,7 @@ class ModeCheck(Callback):
         self._report(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Averaged weights are put in here for good.
+        # Averaged weights are put in here permanently.
         self._look().end_training()
         self._report(trainer)
 

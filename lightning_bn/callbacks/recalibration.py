@@ -37,8 +37,7 @@ __all__ = ["BatchNormRecalibration"]
 
 
 class BatchNormRecalibration(Callback):
-    """Re-estimate the running statistics from training batches with the weights as they are, by
-    `lightning_bn.recalibrate`.
+    """Re-estimate the running statistics from training batches with the current weights, by `lightning_bn.recalibrate`.
 
     It recalibrates the layers that were learning: those that keep running statistics, are not frozen (some affine
     parameter requires grad) and were in training mode in the last training step. It takes no step, logs no training
@@ -47,9 +46,9 @@ class BatchNormRecalibration(Callback):
     `StochasticWeightAveraging` have put their weights in and before `ModelCheckpoint` saves.
 
     Args:
-        when: "fit_end", once, after the last training step. "validation", before the validations of a fit, the sanity
-            check aside: what is validated and checkpointed then are the precise statistics, and training goes on
-            averaging from them.
+        when: "fit_end", once, after the last training step. "validation", before the validations of a fit, except the
+            sanity check: the precise statistics are then validated and checkpointed, and training continues to average
+            from them.
         every_n_epochs: with ``when="validation"``, only in every n-th epoch.
         num_batches: training batches to look at, at most; None for all.
         tolerance: stop when the standard error of every layer's mean, in units of its standard deviation, is below it.
@@ -60,9 +59,9 @@ class BatchNormRecalibration(Callback):
         forward: ``forward(module, batch)`` runs a batch, on the module's device, through the module. None: the module's
             ``forward`` where the batch fits it, else its ``training_step``, without grad and with logging muted.
         monitor: a metric that validation logs. The validation set is then evaluated before and after, and the new
-            statistics are kept only where it has become better.
+            statistics are kept only if it improved.
         mode: "min" where a small `monitor` is good, "max" where a large one is.
-        checkpoints: "best", "last" or both: after the fit, each such file gets a recalibrated copy beside it,
+        checkpoints: "best", "last" or both: after the fit, each such file gets a recalibrated copy next to it,
             ``<name>-recalibrated.ckpt``. Not under strategies that spread the parameters over ranks.
         process_group: the ranks whose data is taken together. None: all, or under tensor parallelism those that see
             different data.
@@ -72,8 +71,8 @@ class BatchNormRecalibration(Callback):
         kept: whether the last recalibration was kept; always True without `monitor`.
 
     Raises:
-        ValueError, TypeError: an argument that can't be served.
-        MisconfigurationException: at the start of the fit, where the module, its data or the checkpoints can't be.
+        ValueError, TypeError: an invalid argument.
+        MisconfigurationException: at the start of the fit, where the module, its data or the checkpoints can't be used.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -150,9 +149,9 @@ class BatchNormRecalibration(Callback):
             )
         if self.forward is None and not pl_module.automatic_optimization and not is_overridden("forward", pl_module):
             raise MisconfigurationException(
-                f"BatchNormRecalibration: {type(pl_module).__name__} optimises by hand, so its training_step can't be "
-                "run, and it has no forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda module, "
-                "batch: module.model(batch[0]))."
+                f"BatchNormRecalibration: {type(pl_module).__name__} uses manual optimization, so its training_step "
+                "can't be run, and it has no forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda "
+                "module, batch: module.model(batch[0]))."
             )
         if self.monitor is not None and not trainer.enable_validation:
             raise MisconfigurationException(

@@ -214,7 +214,7 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> Any:
         )
         raise CheckpointRefusedError(f"{path} is refused, and nothing in it was run: {reason}") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointRefusedError(f"{path} is not a whole checkpoint: {error}") from error
+        raise CheckpointRefusedError(f"{path} is not a complete checkpoint: {error}") from error
 
 
 def _layers_in(path: Path, unjudged: list[str] | None = None) -> dict[str, dict[str, Tensor]]:
@@ -238,7 +238,7 @@ def _layers_in(path: Path, unjudged: list[str] | None = None) -> dict[str, dict[
                 }
     if not found:
         raise CheckpointRefusedError(
-            f"{path} has no batch-norm layer: no state_dict in it has a running_mean beside a running_var."
+            f"{path} has no batch-norm layer: no state_dict in it has a running_mean with a running_var."
         )
     return found
 

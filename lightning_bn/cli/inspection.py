@@ -56,7 +56,7 @@ def rules(code: str | None = None, *, json: bool = False) -> int:
         print(f"{rule.code} ({rule.level}): {rule.title}\n\nWhy: {rule.why}")
         print(f"Fix: {rule.fix}" if rule.fix.code else "Fix: the finding says it, since it depends on what was seen.")
         if rule.mendable:
-            print(f"ModeCheck(fix=['{rule.code}']) mends it on the spot.")
+            print(f"ModeCheck(fix=['{rule.code}']) fixes it at once.")
         print(f"\n{section(rule.code)}")
     return OK
 

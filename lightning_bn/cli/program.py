@@ -160,7 +160,7 @@ def _recalibrate(parser: Any) -> None:
     _add_run(parser)
     _add_recalibration(parser)
     parser.add_argument(
-        "--output", type=str | None, help="the new file; default: <ckpt_path>-recalibrated.ckpt beside the old one"
+        "--output", type=str | None, help="the new file; default: <ckpt_path>-recalibrated.ckpt next to the old one"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="let the new file replace one that is there, be it the input"

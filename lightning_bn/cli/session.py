@@ -73,7 +73,7 @@ def load_checkpoint(path: Path, *, weights_only: bool) -> dict[str, Any]:
     except CheckpointRefusedError as error:
         raise RefusedError(f"{error} If you trust the file, pass --weights_only false.") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise RefusedError(f"{path} is no Lightning checkpoint: it has no state_dict.")
+        raise RefusedError(f"{path} is not a Lightning checkpoint: it has no state_dict.")
     return checkpoint
 
 

@@ -1,4 +1,4 @@
-"""Several averages of the batch statistics beside the one that a model's layers keep themselves.
+"""Several averages of the batch statistics, in addition to the one that a model's layers keep.
 
 Running statistics are read by evaluation alone, so what a layer would hold under another average can be followed in the
 same run.

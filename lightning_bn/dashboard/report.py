@@ -44,7 +44,7 @@ def find_journal(run: Path) -> Path:
         return found[0]
     if not found:
         raise FileNotFoundError(
-            f"{run}: there is no {FILE_NAME} in it or below it. ActivationStatsMonitor and ModeCheck write one beside "
+            f"{run}: there is no {FILE_NAME} in it or below it. ActivationStatsMonitor and ModeCheck write one next to "
             "the logger's files."
         )
     listed = ", ".join(str(each.parent) for each in found[-5:])
@@ -67,7 +67,7 @@ def report_html(journals: Mapping[str, Path]) -> str:
     """
     plotly = plotly_file()
     if plotly is None:
-        raise ModuleNotFoundError(f"The report is drawn by plotly.js, which the package plotly brings: {INSTALL}.")
+        raise ModuleNotFoundError(f"The report is drawn by plotly.js, which comes with the package plotly: {INSTALL}.")
     readers = {name: JournalReader.of_file(path) for name, path in journals.items()}
     parts = _parts(readers, journals)
     return "\n".join(

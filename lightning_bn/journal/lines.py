@@ -52,7 +52,7 @@ def decode(line: bytes) -> dict[str, Any]:
     """
     fields = json.loads(line)
     if not isinstance(fields, dict) or not isinstance(fields.get("kind"), str):
-        raise ValueError(f"no line of a journal: {line[:80]!r}")
+        raise ValueError(f"not a line of a journal: {line[:80]!r}")
     return fields
 
 

@@ -40,8 +40,8 @@ class AveragedBatchNorm(_BatchNorm):
 
     ``output = (input - mean) / sqrt(var + eps) * weight + bias``, per channel. In training mean and *biased* variance
     are the batch's. In eval they are the running statistics, which `averaging` makes of the batches' means and
-    *unbiased* variances. What is averaged does not touch training: outputs and gradients in training are torch's,
-    whatever the average.
+    *unbiased* variances. The average does not affect training: outputs and gradients in training are torch's, with
+    every average.
 
     Args:
         num_features: number of channels C.
@@ -54,7 +54,7 @@ class AveragedBatchNorm(_BatchNorm):
         dtype: of parameters and buffers. With an averaging the running statistics are float32 at least, and stay so
             when the model is cast to 16 bits: an average kept in bfloat16 stalls long before it arrives.
         averaging: how batches become running statistics; the layer keeps its own copy. None: torch's rule, by
-            `momentum`, and the layer is then a drop-in for torch's, to the bit.
+            `momentum`, and the layer is then bit-identical to torch's.
         skip_nonfinite: whether a batch whose mean or variance is NaN or infinite leaves the running statistics as they
             are. The device decides; the host does not wait for it.
 

@@ -44,7 +44,7 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
             package's layers.
 
     Returns:
-        `module` itself. A module without batch norm is warned of.
+        `module` itself. A module without batch norm causes a warning.
 
     Raises:
         TypeError: a layer is not supported; it is named, with the reason, and nothing was changed.

@@ -24,13 +24,13 @@ class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see 
     """Batch norm over the batches of all ranks, on any backend, without replacing a module.
 
     Torch's conversion makes new layers and drops subclasses, buffers, hooks and the ``training`` flag, and Lightning's
-    way back leaves another class. Here every layer stays itself (torch's, this package's with any average, anybody's
+    reversal leaves another class. Here every layer stays the same object (torch's, this package's with any average, any
     subclass): in training it normalises with the mean and *biased* variance of all ranks' batches, masks and empty
     batches included, and its average takes their mean and *unbiased* variance. Cost per layer and step: one all_gather
     of ``2 C + 1`` numbers forward, one all_reduce of ``2 C`` backward.
 
-    As a callback it acts under every strategy. As a plugin it acts where Lightning applies plugins of this kind, which
-    is in DDP and in FSDP 1; elsewhere this package's callbacks stop the fit and say so. Outside a Trainer, `apply` it.
+    As a callback it works with every strategy. As a plugin it works where Lightning applies plugins of this kind, in
+    DDP and in FSDP 1; elsewhere this package's callbacks stop the fit with an error. Outside a Trainer, call `apply`.
 
     Args:
         statistics_only: each rank normalises with its own batch, as plain DDP does, but the running statistics are the

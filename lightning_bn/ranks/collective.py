@@ -42,7 +42,7 @@ class Ranks:
             if self.rank < 0:
                 raise ValueError(
                     f"{task}: process_group does not contain this process, rank {dist.get_rank()} of "
-                    f"{dist.get_world_size()}. Call it on the ranks of the group alone, or pass each rank the group "
+                    f"{dist.get_world_size()}. Call it only on the ranks of the group, or pass each rank the group "
                     "that it is in."
                 )
 
@@ -53,7 +53,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for all: the first rank, or the only one."""
+        """Whether this process acts for all: the first rank, or the only one."""
         return self.rank == 0
 
     def share(self, value: T) -> list[T]:

@@ -41,7 +41,7 @@ class ShiftedSums:
             values: (C,), the same for each channel.
             mean: (C,).
             m2: (C,).
-            shift: (C,), the same on all ranks to the bit.
+            shift: (C,), bit-identical on all ranks.
         """
         # A rank without data may hold anything as its mean.
         offset = torch.where(values > 0, mean - shift, 0.0)

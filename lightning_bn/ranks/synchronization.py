@@ -2,7 +2,7 @@
 
 A layer's own forward runs with another meaning of ``F.batch_norm``: a `TorchFunctionMode` around it exchanges that one
 call for the synchronised computation. So torch's layers, this package's, and subclasses with a forward of their own are
-all served.
+all supported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["merge_over_ranks", "merge_statistics", "synchronise", "unsynchronise
 def merge_over_ranks(parts: Sequence[Moments], group: Group = None) -> list[Moments]:
     """Return each of `parts` merged with those of the other ranks, in the widest dtype: one all_gather for all of them.
 
-    Every rank merges in the order of the ranks, so that all get the same to the bit. A rank without data has empty
+    Every rank merges in the order of the ranks, so that all results are bit-identical. A rank without data has empty
     moments.
     """
     own = [part.wide().to_row() for part in parts]

@@ -20,7 +20,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class KeptTensors:
-    """Copies of `tensors`, by which what was written into them is found and undone, to the bit.
+    """Copies of `tensors`, by which writes into them are found and undone, bit for bit.
 
     A tensor's version counter tells of most writes at no cost, but neither of those through ``.data``, as averages of
     weights are often updated, nor of those of batch norm's kernel. So in the end values are compared. What is undone:

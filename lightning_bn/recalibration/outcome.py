@@ -60,8 +60,8 @@ class Estimator:
 def agreed_changes(
     layers: list[BatchNormLayer], ranks: Ranks, estimate: Estimator, seen: PassResult
 ) -> list[StatisticsChange | None]:
-    """Return the change of each layer, None for one that saw no data; the same on all ranks, to the bit. Every rank
-    must call it.
+    """Return the change of each layer, None for one that saw no data; bit-identical on all ranks. Every rank must call
+    it.
 
     Where ranks have kept averages of different batches, the histories of these become those of the first rank: a
     distributed checkpoint takes each tensor from another rank, and would mix them.

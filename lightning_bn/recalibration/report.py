@@ -73,7 +73,7 @@ class RecalibrationReport:
     _changes: tuple[StatisticsChange, ...] = field(repr=False, compare=False)
 
     def rollback(self) -> None:
-        """Write the statistics from before the recalibration back into the layers, in place and to the bit.
+        """Write the statistics from before the recalibration back into the layers, in place and bit-identical.
 
         Nothing else was changed, so the model is what it was; an averaging's history was never touched. After a dry run
         there is nothing to undo and nothing happens. Under several ranks each calls it for itself.

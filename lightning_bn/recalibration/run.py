@@ -67,7 +67,7 @@ def recalibrate(
             ``DistributedDataParallel`` the module inside.
         batches: an iterable. A tensor goes into the model as it is, of a tuple or list the first element, a mapping as
             keyword arguments. An iterator is used up as far as it is read.
-        forward: ``forward(model, batch)``, for any other way in.
+        forward: ``forward(model, batch)``, for any other call.
         num_batches: read at most that many, on each rank. None: all.
         tolerance: stop as soon as the standard error of every layer's mean, in units of its standard deviation (rms
             over channels), is below it, after 8 batches at the soonest. It is estimated from the spread between
@@ -99,7 +99,8 @@ def recalibrate(
             under tensor parallelism, one each belongs into it.
 
     Returns:
-        A `RecalibrationReport`: prints as a table, has ``as_dict()``, and ``rollback()`` undoes the change to the bit.
+        A `RecalibrationReport`: prints as a table, has ``as_dict()``, and ``rollback()`` restores the old statistics
+        bit for bit.
 
     Raises:
         TypeError: an argument or a batch of the wrong kind.
@@ -115,8 +116,8 @@ def recalibrate(
     batch into the new statistics.
 
     In a process group every rank calls it, with its own batches, of which some may have none; their data is merged, and
-    all ranks end with the same statistics to the bit. Model, layers and arguments are compared first, and what fails on
-    one rank is raised on all. Where the ranks have averaged different batches, the averages' histories and
+    all ranks end with bit-identical statistics. Model, layers and arguments are compared first, and what fails on one
+    rank is raised on all. Where the ranks have averaged different batches, the averages' histories and
     ``num_batches_tracked`` become the first rank's. A rank of a sharded model that has no batch left runs along with
     its last one, which does not count; a forward that raises there ends the other ranks by the group's timeout.
 
@@ -155,7 +156,7 @@ def recalibrate(
 
 @contextmanager
 def recalibrated(model: nn.Module, batches: Iterable[Any], **options: Any) -> Iterator[RecalibrationReport]:
-    """Recalibrate `model` for the block: the new statistics inside, the old ones after it, to the bit, also on an
+    """Recalibrate `model` inside the block, and restore the old statistics bit for bit afterwards, also on an
     exception.
 
     For evaluation on another domain than that of training.
@@ -249,7 +250,7 @@ def _check_exact(exact: bool, sharded: bool) -> None:
     if exact and sharded:
         raise ValueError(
             "recalibrate(exact=True): the model's parameters are spread over the ranks (fully_shard, FSDP, tensor "
-            "parallelism or DeepSpeed) and are there during one forward at a time, while exact has all batches in "
+            "parallelism or DeepSpeed) and are gathered for one forward at a time, while exact has all batches in "
             "their forwards at once. Leave out exact=True, and take larger batches."
         )
 

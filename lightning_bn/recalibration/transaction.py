@@ -14,7 +14,7 @@ __all__ = ["StatisticsChange", "commit", "undo"]
 
 @dataclass(frozen=True)
 class StatisticsChange:
-    """New running statistics of one layer, beside the ones it had."""
+    """New running statistics of one layer, with the ones it had."""
 
     layer: _BatchNorm
     old: tuple[Tensor, Tensor]  # copies of running_mean and running_var, (C,)

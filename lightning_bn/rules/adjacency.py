@@ -1,5 +1,5 @@
-"""What stands straight before a batch norm, proved by the autograd graph of one training batch and not guessed from the
-module tree."""
+"""What directly feeds a batch norm, proved by the autograd graph of one training batch and not guessed from the module
+tree."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Boundaries:
         self._left = None
 
     def untouched(self, index: int) -> bool:
-        """Whether nobody has written a layer's mean since `leave`."""
+        """Whether a layer's mean is unwritten since `leave`."""
         return self._left is not None and self._left.same_mean(self._state(), index)
 
     def back(self) -> list[int]:

@@ -84,7 +84,7 @@ class Finding:
     quiet: str
     """The argument that silences the rule."""
     mended: bool = False
-    """Whether it was mended on the spot, as `fix` asked."""
+    """Whether it was fixed at once, as `fix` asked."""
     follows: str | None = None
     """The code of the finding that this one is a consequence of; it is then information."""
 
@@ -94,7 +94,7 @@ class Finding:
         when = "" if self.stage == "check" else f"; {self.stage}, step {self.step}"
         return "\n".join(
             (
-                f"{self.code} {self.level}: {self.title}{' (mended on the spot)' if self.mended else ''}",
+                f"{self.code} {self.level}: {self.title}{' (fixed at once)' if self.mended else ''}",
                 f"  where: {self.where}{when}",
                 f"  seen:  {f'follows from {self.follows}: ' if self.follows else ''}{self.seen}",
                 f"  why:   {self.why}",

@@ -94,7 +94,7 @@ class Marks:
         self._marks = []
 
     def take(self, index: int, batches: float) -> None:
-        """Batch number `index` of `batches` begins (infinity: nobody knows): take a reading at the start of the epoch,
+        """Batch number `index` of `batches` begins (infinity: unknown): take a reading at the start of the epoch,
         as it may be cut short, and shortly before its end."""
         near = index == batches - _BATCHES_A_READING if math.isfinite(batches) else index % _BATCHES_A_READING == 0
         if near and math.isfinite(batches):

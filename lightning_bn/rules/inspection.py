@@ -38,9 +38,9 @@ class Inspection:
 
     Args:
         model: its modules are found now.
-        setting: what is known of the run beside the model.
-        ignore: codes of rules that are not looked at.
-        fix: codes of rules whose findings are mended on the spot.
+        setting: what is known of the run apart from the model.
+        ignore: codes of rules to leave out.
+        fix: codes of rules whose findings are fixed at once.
 
     Attributes:
         modes_from: which modes a training step found: those at `begin_batch`; those at the first forward, where someone

@@ -9,7 +9,7 @@ from pathlib import Path
 __all__ = ["section"]
 
 _HERE = Path(__file__).parent
-# In a checkout the page lies with the docs; a wheel has a copy of it beside this file.
+# In a checkout the page is in docs/; a wheel has a copy of it next to this file.
 _PLACES = (_HERE / "rules.md", _HERE.parent.parent / "docs" / "rules.md")
 
 

@@ -41,7 +41,7 @@ class LayerValues:
         return bool((self.mean == 0).all() and (self.var == 1).all())
 
     def equals(self, other: LayerValues) -> bool:
-        """Whether mean and variance are the same to the bit."""
+        """Whether mean and variance are bit-identical."""
         return torch.equal(self.mean, other.mean) and torch.equal(self.var, other.var)
 
 

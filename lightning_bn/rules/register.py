@@ -45,7 +45,7 @@ class Register:
 
     Args:
         ignore: codes of rules that are not asked.
-        fix: codes of rules whose findings are mended on the spot.
+        fix: codes of rules whose findings are fixed at once.
     """
 
     def __init__(self, ignore: Collection[str], fix: Collection[str]) -> None:
@@ -57,7 +57,7 @@ class Register:
 
     @property
     def mends(self) -> bool:
-        """Whether anything is mended on the spot."""
+        """Whether anything is fixed at once."""
         return bool(self._fix)
 
     def new(self) -> list[Finding]:

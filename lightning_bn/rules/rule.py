@@ -56,7 +56,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a run beside the model."""
+    """What is known of a run apart from the model."""
 
     root: str = "model"
     """How the user's code calls the model."""
@@ -74,7 +74,7 @@ class Setting:
     """Whether nothing makes the running statistics of one rank those of the others (DDP with
     ``broadcast_buffers=False``)."""
     optimizers: Callable[[], Sequence[Optimizer]] | None = None
-    """Asked anew each time, since parameters are added while a model is unfrozen; None where nobody knows."""
+    """Asked anew each time, since parameters are added while a model is unfrozen; None if that is unknown."""
 
     def allows_eval(self, name: str) -> bool:
         """Whether the module, or one above it, is kept in eval mode on purpose."""
@@ -202,7 +202,7 @@ class Rule:
     why: ClassVar[str]
     fix: ClassVar[Fix] = Fix("", "advice")
     mendable: ClassVar[bool] = False
-    """Whether it can be mended on the spot, safely: by putting modules into the mode they were meant to be in."""
+    """Whether it can be fixed at once, safely: by putting modules into the mode they were meant to be in."""
 
     def configuration(self, at: Configuration) -> Iterable[Seen]:
         """Look at a model at rest, before a run or in `check`."""

@@ -51,10 +51,10 @@ def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Choices =
 def watch(
     model: nn.Module, *, action: Action = "warn", ignore: Sequence[str] = (), allow_eval: Choices = ()
 ) -> Iterator[list[Finding]]:
-    """Observe the forwards of `model` in a loop of one's own, and report at exit.
+    """Observe the forwards of `model` in your own training loop, and report at exit.
 
     A step of any optimizer that holds one of the model's parameters ends a training batch. What only a Trainer knows
-    (stages, batches, who changed a mode) is not looked at. No hook is left, on any way out.
+    (stages, batches, who changed a mode) is not checked. No hook is left, also after an exception.
 
     Args:
         model: the module that the loop calls; for Fabric, the one that ``fabric.setup`` returned.

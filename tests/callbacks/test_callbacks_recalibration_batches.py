@@ -214,7 +214,7 @@ class Manual(Small):
 
 
 def test_manual_optimisation_with_a_forward() -> None:
-    """A module that optimises by hand goes through forward, and its training is not run again."""
+    """A module with manual optimization goes through forward, and its training is not run again."""
     plain, _ = fit(module=Manual(), val=None)
     module, _ = fit(BatchNormRecalibration(), module=Manual(), val=None)
     assert matches_weights(module.state_dict())
@@ -390,7 +390,7 @@ def test_the_error_of_a_gan_suggests_a_call_that_was_not_tried_and_that_works() 
         fit(BatchNormRecalibration(), module=Adversaries(), val=None)
     message = str(raised.value)
     assert "forward(batch[0]) raised RuntimeError" in message
-    assert "training_step was not tried, since it optimises by hand" in message
+    assert "training_step was not tried, since the module uses manual optimization" in message
     suggested = "forward=lambda module, batch: (module.rest(batch[0]), module.generator(...))"
     assert suggested in message
     callback = BatchNormRecalibration(forward=lambda module, batch: module.generator(batch[0][:, :3]))

@@ -271,7 +271,7 @@ def test_refusals_say_what_is_wrong(run: Run, tmp_path: Path, capsys: pytest.Cap
     torch.save({"state_dict": {"weight": torch.ones(1)}}, other)
     config = str(run.config)
     for arguments, code, message in (
-        (["--config", config, "--ckpt_path", str(plain)], 1, "is no Lightning checkpoint"),
+        (["--config", config, "--ckpt_path", str(plain)], 1, "is not a Lightning checkpoint"),
         (["--config", config, "--ckpt_path", str(other)], 1, "the checkpoint is not of the config's model"),
         ([*run.options, "--model", "cli_models.Nothing"], 2, "--model cli_models.Nothing"),
         ([*run.options, "--layers", "nothing.*"], 1, "it means none of the 2 batch-norm layers"),

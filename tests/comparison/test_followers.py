@@ -200,7 +200,7 @@ def test_an_average_that_was_not_saved_starts_with_the_layers() -> None:
 
 
 def test_own_statistics_come_back_after_an_exception() -> None:
-    """applied() is undone on any way out."""
+    """applied() is undone also after an exception."""
     layer = nn.BatchNorm2d(3)
     followers = Followers(layer, {"window": Window(1)})
     with followers.following():
