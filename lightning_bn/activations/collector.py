@@ -26,7 +26,7 @@ from lightning_bn.activations.summary import Measured, Summariser
 from lightning_bn.activations.transfer import joined, to_host
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager
-from lightning_bn.ranks.collective import share
+from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.sharding import full_value
 from lightning_bn.torch_internals import in_backward, is_wrapper, parameters_of
 
@@ -60,6 +60,7 @@ class LayerCollector:
         histograms: names of the layers to count into buckets.
         channel_dim: which dimension holds the channels, but a batch norm's, whose channels are in dimension 1.
         step_is_forward: whether the model's own forward stands for a whole training step, as under DDP.
+        group: the process group whose ranks share a model, None for all.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class LayerCollector:
         histograms: Collection[str] = (),
         channel_dim: int = 1,
         step_is_forward: bool = False,
+        group: Group = None,
     ) -> None:
         self.layers = dict(layers)
+        self._ranks = Ranks(group, task="ActivationStatsMonitor")
         self._model = model
         self._training = training
         self._activations = activations
@@ -181,7 +184,7 @@ class LayerCollector:
         weights, biases, statistics = host[start], host[start + 1], host[start + 2 :]
         own = self._meter.evaluate(statistics) if self._meter is not None and self._training and self._is_open else None
         # As objects, since a layer may have run on one rank alone.
-        ranks = share(
+        ranks = self._ranks.share(
             (pool, histograms, dict(self._order), self._outputs, self._images, (weights, biases, own, statistics))
         )
         pools = [each for each, *_ in ranks if each is not None]

@@ -25,7 +25,7 @@ from lightning_bn.callbacks.both_lightnings import (
     LightningModule,
     Trainer,
 )
-from lightning_bn.callbacks.lightning_internals import logging_step
+from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
 from lightning_bn.callbacks.loggers import directories, sinks
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronised import check_plugin_is_applied
@@ -84,6 +84,8 @@ class ActivationStatsMonitor(Callback):
             batch norm's is 1.
         prefix: of the tags.
         verbose: whether to print the verdict at the end of a fit, a validation and a test.
+        process_group: the ranks whose activations are taken together. None: all, or under tensor parallelism those that
+            see different data.
 
     Raises:
         ValueError: every_n_steps below 1; scalars neither "worst", "all" nor patterns.
@@ -110,6 +112,7 @@ class ActivationStatsMonitor(Callback):
         channel_dim: int = 1,
         prefix: str = "activations",
         verbose: bool = True,
+        process_group: Any = None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(
@@ -133,6 +136,7 @@ class ActivationStatsMonitor(Callback):
         self.channel_dim = channel_dim
         self.prefix = prefix
         self.verbose = verbose
+        self.process_group = process_group
         self._table = LayerTable()
         self._collectors: dict[str, LayerCollector] = {}
         self._report = Report([])
@@ -316,6 +320,7 @@ class ActivationStatsMonitor(Callback):
                 histograms=self._histogram_layers(layers) if stage == "train" else (),
                 channel_dim=self.channel_dim,
                 step_is_forward=trainer.strategy.model is not pl_module,
+                group=self.process_group or data_parallel_group(trainer),
             )
         return self._collectors[stage]
 

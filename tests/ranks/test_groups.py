@@ -11,14 +11,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import ranks
 import torch
 import torch.distributed as dist
 from recalibration_models import largest_errors, mlp, statistics
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_bn import Averaging, BatchNormSync, Cumulative, Exponential, Window, convert_batch_norm, recalibrate
+from lightning_bn import (
+    ActivationStatsMonitor,
+    Averaging,
+    BatchNormRecalibration,
+    BatchNormSync,
+    Cumulative,
+    Exponential,
+    Window,
+    convert_batch_norm,
+    recalibrate,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 from communication import sent
@@ -60,6 +72,33 @@ def recalibrated(rank: int, group: Any, exact: bool) -> dict[str, Any]:
     model = network()
     recalibrate(model, [data(rank), data(rank, 1)], exact=exact, progress=False, process_group=group)
     return statistics(model)
+
+
+class Module(pl.LightningModule):
+    """Stands still, so that all ranks keep the same weights without telling each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def fitted(rank: int, group: Any) -> dict[str, Any]:
+    """A Trainer for each process, which knows of no other: the callbacks' group alone tells who shares a model."""
+    monitor = ActivationStatsMonitor(every_n_steps=1, verbose=False, process_group=group)
+    recalibration = BatchNormRecalibration(forward=lambda module, batch: module.net(batch), process_group=group)
+    module = Module()
+    trainer = pl.Trainer(
+        devices=1, accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[monitor, recalibration],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([data(rank, step) for step in range(2)], batch_size=None))
+    return {"table": monitor.table(), "statistics": statistics(module.net)}
 
 
 def wrong_on_one(rank: int) -> dict[str, tuple[str, float]]:
@@ -188,8 +227,10 @@ def _rank(rank: int, world: int, folder: str) -> None:
     groups = [dist.new_group(members) for members in NAMES]
     own, other = groups[rank // 2], groups[1 - rank // 2]
     results: dict[str, Any] = {f"recalibrated, {exact}": recalibrated(rank, own, exact) for exact in (False, True)}
+    results["fitted"] = fitted(rank, own)
     if rank < 2:
         results["one group alone"] = recalibrated(rank, own, False)
+        results["one group's fit alone"] = fitted(rank, own)
     results["outside"] = [
         error_of(lambda: recalibrate(network(), [data(rank)], process_group=other, progress=False)),
         error_of(lambda: BatchNormSync(process_group=other).apply(network())),
@@ -221,6 +262,24 @@ def test_groups_recalibrate_apart(results: list[dict[str, Any]], name: str) -> N
             recalibrate(model, batches, exact="True" in name, progress=False)
             assert max(largest_errors(result[name], statistics(model))) < 1e-5
     assert sum(name in result for result in results) == (2 if name == "one group alone" else 4)
+
+
+@pytest.mark.parametrize("name", ["fitted", "one group's fit alone"])
+def test_groups_fit_apart(results: list[dict[str, Any]], name: str) -> None:
+    """Two models in two groups of one job, each process with a Trainer of its own: the monitor's rows and the
+    recalibrated statistics are of the group's data."""
+    for rank, result in enumerate(results):
+        if name in result:
+            batches = [data(other, step) for other in NAMES[rank // 2] for step in range(2)]
+            model = network()
+            recalibrate(model, batches, progress=False)
+            assert max(largest_errors(result[name]["statistics"], statistics(model))) < 1e-5
+            rows = [row for row in result[name]["table"] if row["layer"] == "net.0.2"]
+            for step, row in enumerate(rows):
+                activations = [network()[0](data(other, step)).detach().double() for other in NAMES[rank // 2]]
+                assert row["mean"] == pytest.approx(torch.cat(activations).mean().item())
+            assert len(rows) == 2
+    assert sum(name in result for result in results) == (2 if name == "one group's fit alone" else 4)
 
 
 def test_a_rank_outside_of_the_group_is_an_error(results: list[dict[str, Any]]) -> None:
