@@ -18,7 +18,7 @@ from lightning_bn.callbacks.lightning_internals import data_parallel_group, logg
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronised import check_plugin_is_applied
-from lightning_bn.callbacks.training_pass import learning, quiet, training_pass, validate_once_more
+from lightning_bn.callbacks.training_pass import asleep, learning, quiet, training_pass, validate_once_more
 from lightning_bn.comparison.followers import Followers
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import find_batch_norms
@@ -136,7 +136,7 @@ class CompareAverages(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         journal_of(trainer).begin(trainer, pl_module)
         self._layers = find_batch_norms(pl_module)
-        self._learning = learning(self._layers)
+        self._asleep = asleep(self._layers)
         self._looked = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -147,9 +147,7 @@ class CompareAverages(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the
-        # others.
-        self._learning = learning(self._layers)
+        self._asleep = asleep(self._layers)
         if not self._looked:
             self._check_sight()
             self._looked = True
@@ -164,11 +162,12 @@ class CompareAverages(Callback):
             for name in self.averages:
                 with self._followers.applied(name):
                     self._pending[name] = validate_once_more(trainer, pl_module)
-            if self.recalibrated and self._learning:
+            chosen = learning(self._layers, self._asleep)
+            if self.recalibrated and chosen:
                 with self._recalibrated(trainer, pl_module):
                     self._pending[_RECALIBRATED] = validate_once_more(trainer, pl_module)
-            if self.batch and self._learning:
-                layers = [layer.module for layer in find_batch_norms(pl_module) if layer.name in self._learning]
+            if self.batch and chosen:
+                layers = [layer.module for layer in find_batch_norms(pl_module) if layer.name in chosen]
                 with eager(pl_module), normalising_with_batches(layers):
                     self._pending[_BATCH] = validate_once_more(trainer, pl_module)
 
@@ -239,6 +238,7 @@ class CompareAverages(Callback):
 
     @contextmanager
     def _recalibrated(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
+        chosen = learning(self._layers, self._asleep)
         with ExitStack() as stack:
             with training_pass(trainer, module) as batches:
                 stack.enter_context(
@@ -247,7 +247,7 @@ class CompareAverages(Callback):
                         self._input.learn_from(trainer, module, batches),
                         forward=partial(self._input.run, trainer),
                         num_batches=_NUM_BATCHES,
-                        layers=lambda name, layer: name in self._learning,
+                        layers=lambda name, layer: name in chosen,
                         device=module.device,
                         process_group=data_parallel_group(trainer),
                         progress=False,

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn import Module
 
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.both_lightnings import (
@@ -25,7 +26,14 @@ from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronised import check_plugin_is_applied
-from lightning_bn.callbacks.training_pass import learning, on_training_device, quiet, training_pass, validate_once_more
+from lightning_bn.callbacks.training_pass import (
+    asleep,
+    learning,
+    on_training_device,
+    quiet,
+    training_pass,
+    validate_once_more,
+)
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.recalibration import recalibrate
@@ -124,7 +132,7 @@ class BatchNormRecalibration(Callback):
         self._last_step: int | None = None
         self._input = self._new_input()
         self._layers: list[BatchNormLayer] = []
-        self._learning: set[str] = set()
+        self._asleep: set[Module] = set()
         self._gone: set[str] = set()
         self._final = False
 
@@ -139,7 +147,7 @@ class BatchNormRecalibration(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
-        self._final, self._learning, self._gone = False, set(), set()
+        self._final, self._layers, self._asleep, self._gone = False, [], set(), set()
         self._input = self._new_input()
         # One that is frozen may not track for now (`BaseFinetuning` tells its layers so), and will when it is unfrozen.
         if not any(layer.module.running_mean is not None for layer in find_batch_norms(pl_module)):
@@ -185,9 +193,7 @@ class BatchNormRecalibration(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Once validation begins every layer is in eval mode, and those that the user put there can't be told from the
-        # others.
-        self._learning = learning(self._layers)
+        self._asleep = asleep(self._layers)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -200,9 +206,9 @@ class BatchNormRecalibration(Callback):
             self._final = self.kept
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._learning = self._learning or learning(
-            find_batch_norms(pl_module)
-        )  # nothing was trained in a fit that was resumed at its end
+        if not self._layers:  # nothing was trained in a fit that was resumed at its end
+            self._layers = find_batch_norms(pl_module)
+            self._asleep = asleep(self._layers)
         with on_training_device(trainer, pl_module):
             # A fit resumed from a checkpoint with no step left to train ends without on_train_end.
             if self.when == "fit_end" and 0 < trainer.global_step != self._last_step:
@@ -229,17 +235,19 @@ class BatchNormRecalibration(Callback):
 
     def _look_again(self, module: LightningModule) -> None:
         """Find the layers as they are now; how they train is read off when a batch has been trained."""
-        self._layers = find_batch_norms(module)
-        self._gone |= self._learning - {layer.name for layer in self._layers}
-        self._learning = learning(self._layers)
+        self._take_in_new_layers(module)
+        self._asleep = asleep(self._layers)
 
     def _take_in_new_layers(self, module: LightningModule) -> None:
         """Let layers that came since the layers were last looked at be recalibrated too, unless they are frozen."""
-        known = {layer.module for layer in self._layers}
         now = find_batch_norms(module)
         self._gone |= self._learning - {layer.name for layer in now}
-        new = {layer.name for layer in now if layer.module not in known and layer.tracks and not layer.frozen}
-        self._layers, self._learning = now, (self._learning & {layer.name for layer in now}) | new
+        self._layers = now
+
+    @property
+    def _learning(self) -> set[str]:
+        """The names of the layers to recalibrate."""
+        return learning(self._layers, self._asleep)
 
     def _act(self, trainer: Trainer, module: LightningModule) -> None:
         self._take_in_new_layers(module)
@@ -283,6 +291,7 @@ class BatchNormRecalibration(Callback):
         )
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> RecalibrationReport:
+        chosen = self._learning
         with training_pass(trainer, module, self.dataloader) as batches:
             return recalibrate(
                 module,
@@ -291,7 +300,7 @@ class BatchNormRecalibration(Callback):
                 num_batches=self.num_batches,
                 tolerance=self.tolerance,
                 exact=self.exact,
-                layers=lambda name, layer: name in self._learning,
+                layers=lambda name, layer: name in chosen,
                 device=module.device,
                 process_group=self.process_group or data_parallel_group(trainer),
                 progress=trainer.progress_bar_callback is not None,
@@ -299,7 +308,7 @@ class BatchNormRecalibration(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # What the fit has found out about its module is of no use elsewhere, and functions can't be pickled.
-        return {**vars(self), "_input": None, "_layers": [], "_learning": set()}
+        return {**vars(self), "_input": None, "_layers": [], "_asleep": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

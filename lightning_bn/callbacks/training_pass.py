@@ -27,12 +27,18 @@ from lightning_bn.modes import eager, kept_attribute
 from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.keeping import kept
 
-__all__ = ["learning", "on_training_device", "quiet", "training_pass", "validate_once_more"]
+__all__ = ["asleep", "learning", "on_training_device", "quiet", "training_pass", "validate_once_more"]
 
 
-def learning(layers: Iterable[BatchNormLayer]) -> set[str]:
-    """Return the names of the layers whose statistics a training step moves now, without those that are frozen."""
-    return {layer.name for layer in layers if layer.tracks and not layer.frozen and layer.module.training}
+def asleep(layers: Iterable[BatchNormLayer]) -> set[nn.Module]:
+    """Return the layers that are in eval mode. To be asked in training: once validation begins all are, and those that
+    the user put there can't be told from the others."""
+    return {layer.module for layer in layers if not layer.module.training}
+
+
+def learning(layers: Iterable[BatchNormLayer], asleep: set[nn.Module]) -> set[str]:
+    """Return the names of the layers whose statistics a training step moves: which are not `asleep`, and not frozen."""
+    return {layer.name for layer in layers if layer.module not in asleep and layer.tracks and not layer.frozen}
 
 
 @contextmanager

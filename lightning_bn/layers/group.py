@@ -174,7 +174,8 @@ class Group:
         """
         both = self._statistics() if rows.before is None else rows.before
         before = self._halves(both)
-        self._tell(rows, batch, before)
+        if self._tied is None:  # nobody listens to the private ones
+            self._tell(rows, batch, before)
         if self.rules:
             new = torch.cat(self._updated(rows, before))
         else:
