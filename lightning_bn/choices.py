@@ -20,7 +20,7 @@ Choices: TypeAlias = Choice | Iterable[Choice]
 """One `Choice` or several."""
 
 
-def check_choices(call: str, choices: object) -> None:
+def check_choices(call: str, choices: Choices) -> None:
     """Raise a TypeError that shows `call` unless `choices` are one `Choice` or several."""
     for choice in as_list(choices):
         if not isinstance(choice, str) and not callable(choice):

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.buffers import running_statistics
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.torch_internals import is_compiled
 
@@ -88,7 +90,7 @@ def paused_statistics(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 @torch.no_grad()
-def normalising_with_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
+def normalising_with_batches(layers: Iterable[_BatchNorm]) -> Iterator[None]:
     """Let batch-norm layers in eval mode normalise with each batch's own mean and *biased* variance.
 
     No running statistics move and no rank waits for another. An input with one value a channel has no variance and is
@@ -97,7 +99,7 @@ def normalising_with_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
     Args:
         layers: those that keep running statistics; their buffers are as before at exit.
     """
-    held = [(layer, layer.running_mean, layer.running_var) for layer in layers]
+    held = [(layer, *running_statistics(layer)) for layer in layers]
     before = [(mean.clone(), var.clone()) for _, mean, var in held]  # DDP may write into them inside
     with ExitStack() as stack:
         for layer, mean, var in held:
@@ -113,14 +115,14 @@ def normalising_with_batches(layers: Iterable[nn.Module]) -> Iterator[None]:
                 var.copy_(old_var)
 
 
-def _hide(layer: nn.Module, args: Any, kwargs: Any) -> None:
+def _hide(layer: _BatchNorm, args: Any, kwargs: Any) -> None:
     """An eval forward without buffers takes the batch's statistics, without the meeting of ranks that training has."""
     input = args[0] if args else kwargs.get("input")
     if isinstance(input, Tensor) and input.numel() > layer.num_features:
         layer._buffers.update(running_mean=None, running_var=None)
 
 
-def _show(layer: nn.Module, args: Any, output: Any, *, mean: Tensor, var: Tensor) -> None:
+def _show(layer: _BatchNorm, args: Any, output: Any, *, mean: Tensor, var: Tensor) -> None:
     layer._buffers.update(running_mean=mean, running_var=var)
 
 

@@ -98,6 +98,7 @@ def own(path: Path) -> set[str]:
 # adapters.
 GROUND = {
     "torch_internals",
+    "buffers",
     "discovery",
     "choices",
     "modes",
@@ -111,11 +112,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "journal": {"number_blocks"},  # nor torch: see the test below
     "dashboard": {"journal"},
     "torch_internals": set(),
+    "buffers": set(),
     "discovery": set(),
     "choices": {"discovery"},
     "tables": set(),
     "number_blocks": set(),
-    "modes": {"torch_internals", "discovery"},
+    "modes": {"torch_internals", "buffers", "discovery"},
     "moments": {"torch_internals"},
     "channel_moments": {"torch_internals", "moments"},
     "sharding": {"discovery"},

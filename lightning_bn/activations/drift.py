@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.activations.measured import Array, Mask, silent_numbers
 from lightning_bn.activations.transfer import joined, to_host
 from lightning_bn.averaging import Averaging, Cumulative, Exponential
+from lightning_bn.buffers import running_mean
 from lightning_bn.layers.ledger import takes_loans
 from lightning_bn.layers.settlement import Settled, listening, rule_of
 from lightning_bn.torch_internals import buffers_of
@@ -133,9 +134,7 @@ class DriftMeter:
                 one = torch.ones((), dtype=torch.int64, device="cpu")
                 self._tells[key] = rule.newest_weight(one, one) is not None
             tells = self._tells[key]
-            found += [
-                index for index in indices if not tells or buffers_of(self.layers[index])["running_mean"].itemsize < 4
-            ]
+            found += [index for index in indices if not tells or running_mean(self.layers[index]).itemsize < 4]
         return sorted(found)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lightning_bn.activations.episodes import Episode, Episodes, verdict
-from lightning_bn.activations.measured import Array, silent_numbers
+from lightning_bn.activations.measured import Array, Mask, silent_numbers
 from lightning_bn.activations.registry import COLUMNS, STATISTICS, Statistic
 from lightning_bn.activations.sample import ABSENT, KNOWN, WARM_UP, Sample, States, dicts, is_judged, warm_ups
 from lightning_bn.number_blocks import NumberBlock
@@ -119,7 +119,7 @@ class LayerTable:
         for index, taken in enumerate(samples):
             rows = [places[layer] for layer in taken.layers]
             values[rows, index], states[rows, index] = taken.values[:, column], taken.states[:, column]
-        applies = is_judged(states).any(axis=1)
+        applies: Mask = np.any(is_judged(states), axis=1)
         kept = tuple(layer for layer, does in zip(self._order, applies, strict=True) if does)
         steps = tuple(taken.step for taken in samples)
         return Grid(STATISTICS[name], kept, steps, values[applies], states[applies])

@@ -15,7 +15,7 @@ from lightning_bn.activations.measured import Flags
 from lightning_bn.activations.places import Place, label_of
 from lightning_bn.activations.pooling import Key
 
-__all__ = ["Layout", "Names", "lay_out"]
+__all__ = ["Indices", "Layout", "Names", "lay_out"]
 
 Indices = NDArray[np.int64]
 

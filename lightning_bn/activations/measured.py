@@ -175,7 +175,8 @@ class Memory:
         since = np.where(silent, since + positions, 0.0)
         known = list(zip(pieces(rate, widths), pieces(since, widths), strict=True))
         self._known.update(zip(pool.keys, known, strict=True))
-        wholly = np.logical_and.reduceat(silent, np.cumsum(widths) - widths).repeat(widths)
+        starts = np.cumsum(widths, dtype=np.int64) - np.array(widths, dtype=np.int64)
+        wholly = np.logical_and.reduceat(silent, starts).repeat(widths)
         is_long = since >= self.POSITIONS
         died = silent & (rate > 0) & (wholly | (is_long & (rate * since >= self.EVIDENCE)))
         dead = died | (silent & (rate == 0))

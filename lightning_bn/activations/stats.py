@@ -133,7 +133,8 @@ class ActivationStats(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the statistics of all that was taken in, by name."""
-        return _summarise(self.metric_state)
+        state = self.metric_state
+        return _summarise({name: value for name, value in state.items() if isinstance(value, Tensor)})
 
 
 def by_channel(activation: Tensor, num_channels: int, channel_dim: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.drift import Drift, distance, summarise_drift
-from lightning_bn.activations.layout import Layout, Names, lay_out
+from lightning_bn.activations.layout import Indices, Layout, Names, lay_out
 from lightning_bn.activations.measured import Array, Channels, Flags, Mask, Memory, Norms, pieces, silent_numbers
 from lightning_bn.activations.places import Place
 from lightning_bn.activations.pooling import Key, Pool
@@ -144,7 +144,7 @@ class Summariser:
     def _mark_warm_up(self, values: Array, states: States, norms: Norms, layout: Layout) -> None:
         """Mark what a known start explains: statistics that begin with 0/1, norms whose weight begins with 0."""
 
-        def mark(name: str, rows: Array | Mask, explained: Mask) -> None:
+        def mark(name: str, rows: Indices | Mask, explained: Mask) -> None:
             column = COLUMNS.index(name)
             sick = STATISTICS[name].is_sick(values[rows, column])
             states[rows, column] = np.where(sick & explained, WARM_UP, states[rows, column])
@@ -165,7 +165,7 @@ class Summariser:
             mark("grad_std", np.arange(len(gradients)), gradients == 0)
 
 
-def _fill(values: Array, states: States, source: str, found: object, rows: Array) -> None:
+def _fill(values: Array, states: States, source: str, found: object, rows: Indices) -> None:
     """Write all columns that are measured of one source."""
     for column, entry in enumerate(ENTRIES):
         if entry.of == source:

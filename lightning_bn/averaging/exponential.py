@@ -67,32 +67,22 @@ class Exponential(Averaging):
         return _weight_sums(num_features, device) if self.pooled else {}
 
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        if self.momentum is None:
+        momentum = self.momentum
+        if momentum is None:
             return _cumulate(running_mean, running_var, batch, self.weight_sums if self.pooled else None)
         if not self.pooled:
-            weight = self._weight(batch.step) if self.debias else torch.full_like(batch.count, self.momentum)
+            weight = _debiased(batch.step, momentum) if self.debias else torch.full_like(batch.count, momentum)
             return _blend(running_mean, running_var, batch, weight)
-        past = self._memory(batch.step - 1) if self.debias else 1.0
-        return _pool(running_mean, running_var, batch, self.weight_sums, past, 1 - self.momentum, self.momentum)
+        past = _memory(batch.step - 1, momentum) if self.debias else 1.0
+        return _pool(running_mean, running_var, batch, self.weight_sums, past, 1 - momentum, momentum)
 
     def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
         if self.pooled:
             return None
         if self.momentum is None:
             return batches / step
-        fresh = self._memory(batches)
-        return fresh / self._memory(step).clamp(min=1e-12) if self.debias else fresh
-
-    def _memory(self, step: Tensor) -> Tensor:
-        """``1 - (1 - momentum)**step``: how much of the average is data after `step` batches."""
-        # expm1 and log1p, in the wide dtype: the plain power leaves 6e-5 of the 0/1 start in the first step at momentum
-        # 0.001.
-        decay = torch.full_like(step, self.momentum, dtype=wide_dtype(step.device)).neg().log1p()
-        return torch.where(step == 0, 0.0, -torch.expm1(step * decay))
-
-    def _weight(self, step: Tensor) -> Tensor:
-        memory = self._memory(step)
-        return self.momentum / torch.where(memory == 0, 1.0, memory)
+        fresh = _memory(batches, self.momentum)
+        return fresh / _memory(step, self.momentum).clamp(min=1e-12) if self.debias else fresh
 
     @property
     def state_meaning(self) -> str:
@@ -213,3 +203,17 @@ def _freedom(weights: Tensor) -> Tensor:
     """Degrees of freedom ``V1 - V2 / V1`` of data whose weights sum to V1 and their squares to V2."""
     first, second = weights.unbind()
     return first - second / torch.where(first == 0, 1.0, first)
+
+
+def _memory(step: Tensor, momentum: float) -> Tensor:
+    """``1 - (1 - momentum)**step``: how much of an exponential average is data after `step` batches."""
+    # expm1 and log1p, in the wide dtype: the plain power leaves 6e-5 of the 0/1 start in the first step at momentum
+    # 0.001.
+    decay = torch.full_like(step, momentum, dtype=wide_dtype(step.device)).neg().log1p()
+    return torch.where(step == 0, 0.0, -torch.expm1(step * decay))
+
+
+def _debiased(step: Tensor, momentum: float) -> Tensor:
+    """The weight of batch number `step` in an exponential average in which the start never weighs in."""
+    memory = _memory(step, momentum)
+    return momentum / torch.where(memory == 0, 1.0, memory)

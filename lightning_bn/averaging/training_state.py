@@ -34,12 +34,16 @@ class TrainingState(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        super().__setattr__("tie", None)  # not by __dict__, into which torch.compile before 2.12 can't write
+        self._untie()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "training":  # what .train() and .eval() assign
-            super().__setattr__("tie", None)
+            self._untie()
         super().__setattr__(name, value)
+
+    def _untie(self) -> None:
+        # Not by __dict__, into which torch.compile before 2.12 can't write. torch allows for no None in its types.
+        super().__setattr__("tie", None)  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
         # A view is saved with the whole of what it is a view of, so one layer's copy would carry the state of all.
@@ -86,7 +90,7 @@ class TrainingState(nn.Module):
         return {name: getattr(self, name) for name in self._state_names}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainingState:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in self._state_names:
             setattr(self, name, apply_without_narrowing(fn, getattr(self, name)))
         return self

@@ -24,6 +24,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Callback,
     LightningModule,
     Trainer,
+    logging_interval,
 )
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
 from lightning_bn.callbacks.loggers import directories, sinks
@@ -221,7 +222,7 @@ class ActivationStatsMonitor(Callback):
             self._collectors["train"].attach()
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
-        longest = trainer.log_every_n_steps
+        longest = logging_interval(trainer)
         if self.every_n_steps is not None:
             return step % self.every_n_steps == 0
         return bool(longest) and step % interval_at(step, longest) == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import lightning.pytorch
 import lightning_utilities.core.rank_zero
@@ -57,8 +57,11 @@ __all__ = [
     "TorchSyncBatchNorm",
     "Trainer",
     "WeightAveraging",
+    "callbacks_of",
     "is_overridden",
+    "logging_interval",
     "package_of",
+    "set_callbacks",
 ]
 
 lightning_utilities.core.rank_zero.log = LOG_BEFORE or logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -105,6 +108,21 @@ def package_of(owner: Trainer | LightningModule) -> ModuleType:
     """Return the package that the object's class is from: ``lightning.pytorch`` or ``pytorch_lightning``."""
     ours = isinstance(owner, (lightning.pytorch.Trainer, lightning.pytorch.LightningModule))
     return lightning.pytorch if ours else pytorch_lightning
+
+
+def callbacks_of(trainer: Any) -> list[Callback]:
+    """Return ``trainer.callbacks``. Lightning assigns it from another class, so no type checker knows of it."""
+    return list(trainer.callbacks)
+
+
+def set_callbacks(trainer: Any, callbacks: list[Callback]) -> None:
+    """Assign ``trainer.callbacks``: a new list, since Lightning may be iterating over the old one."""
+    trainer.callbacks = callbacks
+
+
+def logging_interval(trainer: Any) -> int:
+    """Return ``trainer.log_every_n_steps``, 0 for never; assigned as the callbacks are."""
+    return int(trainer.log_every_n_steps or 0)
 
 
 def is_overridden(name: str, module: LightningModule) -> bool:

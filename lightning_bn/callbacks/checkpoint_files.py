@@ -95,7 +95,7 @@ def write_recalibrated_copy(
     if trainer.is_global_zero:
         # The file is this very run's.
         checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-    state = trainer.strategy.broadcast(checkpoint.get("state_dict"))
+    state: dict[str, Tensor] = trainer.strategy.broadcast(checkpoint.get("state_dict", {}))
     with _holding(module, state):
         recalibrate()
         statistics = {key: value.detach().cpu().clone() for key, value in statistics_in(module).items()}

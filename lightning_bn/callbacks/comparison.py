@@ -160,7 +160,7 @@ class CompareAverages(Callback):
         self._check_sight()
         with HeldInterrupts():  # a Ctrl-C ends a validation or a pass, and comes nowhere else
             for name in self.averages:
-                with self._followers.applied(name):
+                with self._following().applied(name):
                     self._pending[name] = validate_once_more(trainer, pl_module)
             chosen = learning(self._layers, self._asleep)
             if self.recalibrated and chosen:
@@ -227,8 +227,13 @@ class CompareAverages(Callback):
         self._saved = state_dict["followers"]
         self.scores.values = state_dict["values"]
 
+    def _following(self) -> Followers:
+        if self._followers is None:
+            raise MisconfigurationException("CompareAverages follows no fit yet: give it to a Trainer, and call fit().")
+        return self._followers
+
     def _check_sight(self) -> None:
-        missed = self._followers.missed()
+        missed = self._following().missed()
         if missed:
             raise MisconfigurationException(
                 f"CompareAverages did not see {', '.join(missed)} run in training: they were compiled in this process "

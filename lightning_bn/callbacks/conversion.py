@@ -72,7 +72,9 @@ class ConvertBatchNorm(Callback):
         if is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module):
             # What those two build comes after this hook and before the checkpoint, and no callback is called in
             # between.
-            self._before_load = pl_module.register_load_state_dict_pre_hook(lambda module, *_: self._convert(module))
+            self._before_load = pl_module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
+                lambda module, *_: self._convert(module)
+            )
         elif not find_batch_norms(pl_module):
             raise MisconfigurationException(_nothing_to_convert(pl_module))
         self._convert(pl_module)

@@ -28,7 +28,7 @@ def directories(trainer: Trainer) -> list[Path]:
 def main_directory(trainer: Trainer) -> Path | None:
     """Return the one directory of a run: TensorBoard's, else another logger's, else ``default_root_dir``; None for one
     that is not on a disk of this machine."""
-    loggers = sorted(trainer.loggers, key=lambda each: not isinstance(each, TensorBoardLogger))
+    loggers: list[Logger] = sorted(trainer.loggers, key=lambda each: not isinstance(each, TensorBoardLogger))
     found = _places(trainer, loggers)[0]
     return None if "://" in found else Path(found)
 

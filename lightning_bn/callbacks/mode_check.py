@@ -16,7 +16,10 @@ from lightning_bn.callbacks.both_lightnings import (
     Checkpoint,
     LightningModule,
     Trainer,
+    callbacks_of,
     is_overridden,
+    logging_interval,
+    set_callbacks,
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.loggers import log_markdown
@@ -103,10 +106,10 @@ class ModeCheck(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Behind all others but those that save: what they do to modes before a batch is not the training step's doing.
-        callbacks: list[Callback] = trainer.callbacks
+        callbacks = callbacks_of(trainer)
         savers = [each for each in callbacks if isinstance(each, Checkpoint)]
         others = [each for each in callbacks if each is not self and each not in savers]
-        trainer.callbacks = [*others, self, *savers]  # a new list: Lightning iterates over the old one
+        set_callbacks(trainer, [*others, self, *savers])
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
@@ -155,7 +158,7 @@ class ModeCheck(Callback):
         if is_overridden("on_validation_model_eval", pl_module):
             inspection.anchor()  # the hook comes before any of a callback's
         self._batches += 1
-        if self._batches % (self.every_n_steps or trainer.log_every_n_steps or 50) == 0:
+        if self._batches % (self.every_n_steps or logging_interval(trainer) or 50) == 0:
             inspection.examine()
         self._report(trainer)
 
@@ -244,7 +247,7 @@ class ModeCheck(Callback):
             ranks=trainer.world_size,
             accumulated=trainer.accumulate_grad_batches,
             manual=not module.automatic_optimization,
-            scheduled=any(isinstance(each, BaseFinetuning) for each in trainer.callbacks),
+            scheduled=any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer)),
             own_statistics=trainer.world_size > 1 and getattr(trainer.model, "broadcast_buffers", True) is False,
             optimizers=(lambda: trainer.optimizers) if trainer.state.fn == TrainerFn.FITTING else None,
         )

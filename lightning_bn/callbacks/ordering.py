@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from lightning_bn.callbacks.both_lightnings import Callback, StochasticWeightAveraging, Trainer, WeightAveraging
+from lightning_bn.callbacks.both_lightnings import (
+    Callback,
+    StochasticWeightAveraging,
+    Trainer,
+    WeightAveraging,
+    callbacks_of,
+    set_callbacks,
+)
 
 __all__ = ["take_turn_after_weight_averaging"]
 
@@ -15,7 +22,7 @@ def take_turn_after_weight_averaging(trainer: Trainer, callback: Callback) -> No
     A callback that must see the averaged weights therefore needs no more than this one move; among all others it stays
     where the user put it.
     """
-    order: list[Callback] = list(trainer.callbacks)
+    order = callbacks_of(trainer)
     averaging = [
         place for place, other in enumerate(order) if isinstance(other, (WeightAveraging, StochasticWeightAveraging))
     ]
@@ -24,4 +31,4 @@ def take_turn_after_weight_averaging(trainer: Trainer, callback: Callback) -> No
     # Inserted before it is removed, so that the place is counted in the order as it was.
     order.insert(averaging[-1] + 1, callback)
     order.remove(callback)
-    trainer.callbacks = order  # a new list: Lightning is iterating over the old one
+    set_callbacks(trainer, order)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_bn.callbacks.both_lightnings import LightningModule, MisconfigurationException, Trainer
+from lightning_bn.callbacks.both_lightnings import LightningModule, MisconfigurationException, Trainer, callbacks_of
 from lightning_bn.callbacks.lightning_internals import layer_sync_of
 from lightning_bn.plugins.layer_sync import BatchNormSync
 
@@ -19,7 +19,7 @@ def check_plugin_is_applied(trainer: Trainer, module: LightningModule) -> None:
     plugin = layer_sync_of(trainer)
     if not isinstance(plugin, BatchNormSync) or trainer.world_size < 2:
         return
-    if plugin.is_applied_to(module) or plugin in trainer.callbacks:
+    if plugin.is_applied_to(module) or plugin in callbacks_of(trainer):
         return
     raise MisconfigurationException(
         f"Trainer(plugins=[BatchNormSync(...)]): {type(trainer.strategy).__name__} applies no plugin of this kind, so "

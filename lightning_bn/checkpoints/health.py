@@ -271,11 +271,9 @@ def _layer_health(name: str, entries: Mapping[str, Tensor]) -> LayerHealth:
     tracked = entries.get("num_batches_tracked")
     mean, var = (entries[part].double() for part in ("running_mean", "running_var"))
     values = [entries[part].double() for part in _ENTRIES if part in entries]
-    ranges = {
-        f"{label}_{end}": value
-        for label, part in (("mean", "running_mean"), ("var", "running_var"), ("weight", "weight"), ("bias", "bias"))
-        for end, value in zip(("min", "max"), _range(entries.get(part)), strict=True)
-    }
+    (mean_min, mean_max), (var_min, var_max) = _range(mean), _range(var)
+    weight_min, weight_max = _range(entries["weight"]) if "weight" in entries else (None, None)
+    bias_min, bias_max = _range(entries["bias"]) if "bias" in entries else (None, None)
     return LayerHealth(
         name=name,
         channels=mean.numel(),
@@ -287,7 +285,14 @@ def _layer_health(name: str, entries: Mapping[str, Tensor]) -> LayerHealth:
         averaging=_meaning(entries.get(_MEANING)),
         dtype=str(entries["running_var"].dtype).removeprefix("torch."),
         untouched=bool((mean == 0).all() and (var == 1).all()),
-        **ranges,
+        mean_min=mean_min,
+        mean_max=mean_max,
+        var_min=var_min,
+        var_max=var_max,
+        weight_min=weight_min,
+        weight_max=weight_max,
+        bias_min=bias_min,
+        bias_max=bias_max,
     )
 
 
@@ -296,9 +301,7 @@ def _meaning(saved: Tensor | None) -> str | None:
     return None if saved is None else bytes(saved.tolist()).decode()
 
 
-def _range(values: Tensor | None) -> tuple[float | None, float | None]:
-    if values is None:
-        return None, None
+def _range(values: Tensor) -> tuple[float, float]:
     finite = values.double()[values.isfinite()]
     return (finite.min().item(), finite.max().item()) if finite.numel() else (math.nan, math.nan)
 

@@ -106,12 +106,11 @@ def _run(command: str, options: dict[str, Any], overrides: list[str]) -> int:
 
 def _parser() -> Any:
     description = "Recalibrate, look at and compare batch-norm statistics in checkpoints; show a run on one page."
-    shown = {"description": description, "epilog": _EXIT_CODES}
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
-        return _parser_without_configs(shown)
-    parser = ArgumentParser(prog="lightning-bn", version=_version(), **shown)
+        return _parser_without_configs(description)
+    parser = ArgumentParser(prog="lightning-bn", version=_version(), description=description, epilog=_EXIT_CODES)
     commands = parser.add_subcommands(required=False, metavar="COMMAND")
     for name, build in _COMMANDS.items():
         command = ArgumentParser(description=build.__doc__, epilog=_EXIT_CODES)
@@ -120,9 +119,9 @@ def _parser() -> Any:
     return parser
 
 
-def _parser_without_configs(shown: dict[str, str]) -> argparse.ArgumentParser:
+def _parser_without_configs(description: str) -> argparse.ArgumentParser:
     """Return a parser of what needs no config, and so no jsonargparse; the other commands say how to install it."""
-    parser = argparse.ArgumentParser(prog="lightning-bn", **shown)
+    parser = argparse.ArgumentParser(prog="lightning-bn", description=description, epilog=_EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"lightning-bn {_version()}")
     commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND")
     for name in _WITHOUT_CONFIG:

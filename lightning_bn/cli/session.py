@@ -27,6 +27,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Callback,
     LightningModule,
     Trainer,
+    set_callbacks,
 )
 from lightning_bn.callbacks.checkpoint_files import statistics_in
 from lightning_bn.callbacks.conversion import ConvertBatchNorm
@@ -139,7 +140,7 @@ class Session:
 
     def _run(self, start: Any, statistics: dict[str, Tensor], *extra: Callback) -> Any:
         weights = _Weights(self._checkpoint, statistics)
-        self.trainer.callbacks = [*self._callbacks, weights, *extra]
+        set_callbacks(self.trainer, [*self._callbacks, weights, *extra])
         try:
             with warnings.catch_warnings():
                 # Lightning's own use of torch's pytree; and its advice on the speed of training, which this is not.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
+from lightning_bn.buffers import next_step, running_mean, running_statistics
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging
 from lightning_bn.layers.calls import input_and_mask
@@ -120,7 +121,8 @@ class Followers:
         """The layers' names, those together whose shadows have the same dtype and device."""
         alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
         for path, shadow in next(iter(self._shadows.values()), {}).items():
-            alike.setdefault((shadow.running_mean.dtype, shadow.running_mean.device), []).append(path)
+            mean = running_mean(shadow)
+            alike.setdefault((mean.dtype, mean.device), []).append(path)
         return list(alike.values())
 
     def missed(self) -> list[str]:
@@ -150,17 +152,14 @@ class Followers:
         their own again."""
         self._flush()
         followed = {path: layer for path, layer in self._layers.items() if self._follows(path)}
-        before = [(layer, layer.running_mean.clone(), layer.running_var.clone()) for layer in followed.values()]
+        before = [(buffer, buffer.clone()) for layer in followed.values() for buffer in running_statistics(layer)]
         try:
             for path, layer in followed.items():
-                shadow = self._shadows[name][path]
-                layer.running_mean.copy_(shadow.running_mean)
-                layer.running_var.copy_(shadow.running_var)
+                _copy(self._shadows[name][path], layer)
             yield
         finally:
-            for layer, mean, var in before:
-                layer.running_mean.copy_(mean)
-                layer.running_var.copy_(var)
+            for buffer, value in before:
+                buffer.copy_(value)
 
     def state_dict(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """Return, by average and layer, all that the averages need to go on."""
@@ -253,7 +252,7 @@ class _Wide:
         self._groups = [
             Group(row, [rule_of(shadow) for shadow in row], skip_nonfinite=True, private=True) for row in shadows
         ]
-        like = shadows[0][0].running_mean
+        like = running_mean(shadows[0][0])
         self._eps = torch.tensor([layer.eps for layer in layers], dtype=like.dtype, device="cpu").to(
             like.device, non_blocking=True
         )
@@ -316,19 +315,23 @@ def _settle_each(shadows: list[BatchNorm1d], moments: Moments) -> None:
     var = moments.variance(unbiased=True)
     valid = is_finite(var) & (moments.count > 1)
     for shadow in shadows:
-        advance(shadow, rule_of(shadow), Batch(moments.mean, var, moments.count, shadow.num_batches_tracked + 1, valid))
+        advance(shadow, rule_of(shadow), Batch(moments.mean, var, moments.count, next_step(shadow), valid))
 
 
 def _shadow(layer: _BatchNorm, averaging: Averaging) -> BatchNorm1d:
-    dtype = torch.promote_types(layer.running_mean.dtype, torch.float32)
-    shadow = BatchNorm1d(
-        layer.num_features, affine=False, device=layer.running_mean.device, dtype=dtype, averaging=averaging
-    )
-    shadow.running_mean.copy_(layer.running_mean)
-    shadow.running_var.copy_(layer.running_var)
-    if layer.num_batches_tracked is not None:
+    mean = running_mean(layer)
+    dtype = torch.promote_types(mean.dtype, torch.float32)
+    shadow = BatchNorm1d(layer.num_features, affine=False, device=mean.device, dtype=dtype, averaging=averaging)
+    _copy(layer, shadow)
+    if layer.num_batches_tracked is not None and shadow.num_batches_tracked is not None:
         shadow.num_batches_tracked.copy_(layer.num_batches_tracked)
     return shadow
+
+
+def _copy(source: _BatchNorm, target: _BatchNorm) -> None:
+    """Write the running statistics of one layer into another's, in place."""
+    for buffer, value in zip(running_statistics(target), running_statistics(source), strict=True):
+        buffer.copy_(value)
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

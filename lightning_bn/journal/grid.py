@@ -127,7 +127,9 @@ def make_grid(samples: Sequence[Sample], statistic: str) -> Grid:
         warm = [row for row in sample.warming.get(statistic, ()) if 0 <= row < len(to)]
         if warm:
             warming[to[warm], at] = True
-    kept = ~(np.isnan(values) & ~nans).all(axis=1) if having else np.zeros(len(layers), dtype=bool)
+    kept: NDArray[np.bool_] = np.zeros(len(layers), dtype=bool)
+    if having:
+        kept = np.any(~np.isnan(values) | nans, axis=1)
     steps = np.array([sample.step for sample, _ in having], dtype=np.int64)
     names = tuple(name for name, keep in zip(layers, kept, strict=True) if keep)
     return Grid(names, steps, steps, values[kept], nans[kept], warming[kept], len(having))

@@ -60,9 +60,14 @@ class Sample:
         if not found or not line.endswith(b"}}"):
             raise ValueError("half a sample")
         fields: dict[str, Any] = json.loads(head + b"}")
-        numbers = {"step": int(fields["step"]), "epoch": int(fields["epoch"])}
-        known = {name: fields.get(name) or {} for name in ("rates", "warming")}
-        return str(fields["stage"]), cls(layout=rows[fields["rows"]], _text=text[:-2], **numbers, **known)
+        return str(fields["stage"]), cls(
+            step=int(fields["step"]),
+            epoch=int(fields["epoch"]),
+            layout=rows[fields["rows"]],
+            rates=fields.get("rates") or {},
+            warming=fields.get("warming") or {},
+            _text=text[:-2],
+        )
 
     @property
     def rows(self) -> tuple[str, ...]:

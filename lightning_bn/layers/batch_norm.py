@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_bn.averaging import Averaging, Batch, Exponential
 from lightning_bn.averaging.training_state import apply_to_statistics
+from lightning_bn.buffers import next_step, running_mean, running_statistics, running_var
 from lightning_bn.layers.settlement import (
     LISTENERS,
     LOAN,
@@ -21,6 +22,7 @@ from lightning_bn.layers.settlement import (
     advance,
     batch_moments,
     borrowed,
+    count_like,
     exclusive,
     is_finite,
     is_synchronised,
@@ -105,9 +107,9 @@ class AveragedBatchNorm(_BatchNorm):
         ``momentum``."""
         self._modules.pop("averaging", None)  # a module assigned None would stay in the repr
         if averaging is not None:
-            for buffer in (self.running_mean, self.running_var):
+            for buffer in running_statistics(self):
                 buffer.data = buffer.data.to(torch.promote_types(buffer.dtype, torch.float32))
-        self.averaging = None if averaging is None else averaging.for_layer(self.running_mean)
+        self.averaging = None if averaging is None else averaging.for_layer(running_mean(self))
         self.momentum = (
             self.momentum
         )  # an exponential averaging's, for whoever reads the instance's __dict__, as torch's repr does
@@ -157,7 +159,7 @@ class AveragedBatchNorm(_BatchNorm):
         if not isinstance(self, AveragedBatchNorm):
             # A bound method that somebody took, as accelerate's hooks do, before `to_torch` changed the class.
             return type(self).forward(self, input)
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if mask is not None:
             _check_mask(input, mask)
         elif self.training and self.track_running_stats and not torch.compiler.is_compiling():
@@ -187,7 +189,7 @@ class AveragedBatchNorm(_BatchNorm):
         return self.training and self.track_running_stats and self._buffers["running_mean"] is not None
 
     def _normalise_with_running(self, input: Tensor) -> Tensor:
-        mean, var = self.running_mean, self.running_var
+        mean, var = running_statistics(self)
         if torch.is_grad_enabled():
             # Backward needs these very values, and a training batch may come before it and write into the buffers.
             mean, var = mean.clone(), var.clone()
@@ -226,18 +228,13 @@ class AveragedBatchNorm(_BatchNorm):
 
         They start as zeros, since a NaN in fresh memory would survive being multiplied by 0.
         """
-        dtype = self.running_mean.dtype
+        dtype = running_mean(self).dtype
         mean, var = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind()
         output = F.batch_norm(input, mean, var, *self._affine(dtype), True, 1.0, self.eps)
         count = self._values_per_channel(input)
         if (isinstance(count, Tensor) or count > 0) and not in_backward():
             valid = is_finite(var) if self.skip_nonfinite else None
-            values = (
-                count.to(dtype)
-                if isinstance(count, Tensor)
-                else torch.full((), count, dtype=dtype, device=input.device)
-            )
-            advance(self, rule_of(self), Batch(mean, var, values, self.num_batches_tracked + 1, valid))
+            advance(self, rule_of(self), Batch(mean, var, count_like(count, mean), next_step(self), valid))
         return output
 
     def _forward_in_kernel(self, input: Tensor, momentum: float) -> Tensor:
@@ -248,7 +245,7 @@ class AveragedBatchNorm(_BatchNorm):
         saves.
         """
         again = in_backward()
-        mean, var = self.running_mean, self.running_var
+        mean, var = running_statistics(self)
         if self.skip_nonfinite or again or LISTENERS in self.__dict__:
             mean, var = mean.clone(), var.clone()
         output = F.batch_norm(input, mean, var, *self._affine(mean.dtype), True, momentum, self.eps)
@@ -256,9 +253,9 @@ class AveragedBatchNorm(_BatchNorm):
             return output
         with torch.no_grad():
             if LISTENERS in self.__dict__:
-                values = torch.full((), self._values_per_channel(input), dtype=mean.dtype, device=mean.device)
-                batch = Batch(*batch_moments(self, input, output), values, self.num_batches_tracked + 1, None)
-                tell(self, batch, (self.running_mean, self.running_var))
+                values = count_like(self._values_per_channel(input), mean)
+                batch = Batch(*batch_moments(self, input, output), values, next_step(self), None)
+                tell(self, batch, running_statistics(self))
             if mean is not self.running_mean:
                 write(self, mean, var, is_finite(var) if self.skip_nonfinite else None)
             elif self.num_batches_tracked is not None:
@@ -287,10 +284,10 @@ class AveragedBatchNorm(_BatchNorm):
         valid = moments.count > 1
         if self.skip_nonfinite:
             valid = valid & is_finite(var)
-        batch = Batch(moments.mean, var, moments.count, self.num_batches_tracked + 1, valid)
+        batch = Batch(moments.mean, var, moments.count, next_step(self), valid)
         loan = None if torch.compiler.is_compiling() else borrowed(self)
         if loan is not None:
-            loan.repay_moments(batch, (self.running_mean, self.running_var))
+            loan.repay_moments(batch, running_statistics(self))
         else:
             advance(self, rule_of(self), batch)
 
@@ -299,11 +296,9 @@ class AveragedBatchNorm(_BatchNorm):
         # the way from 0 to 5, at 3.34. _apply is what .to(), .half() and Lightning's bf16-true call; torch's own
         # modules override it too.
         wide = (
-            {name: self._buffers[name] for name in ("running_mean", "running_var")}
-            if self.averaging is not None
-            else {}
+            {"running_mean": running_mean(self), "running_var": running_var(self)} if self.averaging is not None else {}
         )
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update({name: apply_to_statistics(fn, buffer) for name, buffer in wide.items()})
         return self
 
@@ -318,7 +313,7 @@ class AveragedBatchNorm(_BatchNorm):
         return weight, bias
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         averaging = self._modules.get("averaging")
         if isinstance(averaging, Averaging):
             averaging.upgrade(self.num_features)
@@ -333,7 +328,8 @@ class AveragedBatchNorm(_BatchNorm):
             averaging.clear()
 
     def extra_repr(self) -> str:
-        shown = str(super().extra_repr()) + ", skip_nonfinite=False" * (not self.skip_nonfinite)
+        shown = str(super().extra_repr())  # type: ignore[no-untyped-call]
+        shown += ", skip_nonfinite=False" * (not self.skip_nonfinite)
         # With an averaging, the momentum is that one's, or is not used.
         return shown if self.averaging is None else shown.replace(f", momentum={self.__dict__['momentum']}", "")
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging
+from lightning_bn.buffers import running_statistics
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_averaging
@@ -157,7 +158,7 @@ def _revert(layer: _BatchNorm) -> None:
         layer.momentum = momentum
         if layer.weight is not None:
             # torch's kernel takes 16-bit parameters beside no other statistics than 16-bit ones.
-            for buffer in (layer.running_mean, layer.running_var):
+            for buffer in running_statistics(layer):
                 buffer.data = buffer.data.to(layer.weight.dtype)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
+from lightning_bn.buffers import running_mean
 from lightning_bn.layers.settlement import ATTACHED, LISTENERS, OBSERVED, Loan, Settled, kernel_momentum
 from lightning_bn.torch_internals import add_each, buffers_of, copy_each
 
@@ -102,7 +103,7 @@ class Group:
         self.skip_nonfinite = skip_nonfinite
         self._sizes = [layer.num_features for layer in self.layers]
         self._channels = sum(self._sizes)
-        like = self.layers[0].running_mean
+        like = running_mean(self.layers[0])
         self.dtype, self.device = like.dtype, like.device
         places, sizes = torch.arange(len(self._sizes), device="cpu"), torch.tensor(self._sizes, device="cpu")
         owner = torch.repeat_interleave(places, sizes, output_size=self._channels)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
+from lightning_bn.buffers import next_step
 from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.forwards import OutermostForward
 from lightning_bn.layers.group import Group, Lent
@@ -66,7 +67,8 @@ def settle_together(model: M) -> M:
         >>> model[1].num_batches_tracked.item()
         1
     """
-    for module in dict.fromkeys([model, *parts_called_by(model)]):
+    modules: list[nn.Module] = [model, *parts_called_by(model)]
+    for module in dict.fromkeys(modules):
         release(module)
         layers = [layer.module for layer in find_batch_norms(module) if takes_loans(layer.module)]
         if layers and layers != [module]:
@@ -171,9 +173,7 @@ class Ledger(OutermostForward):
         self._groups = []
         later, self.later = self.later, []
         for layer, averaging, batch in later:
-            advance(
-                layer, averaging, Batch(batch.mean, batch.var, batch.count, layer.num_batches_tracked + 1, batch.valid)
-            )
+            advance(layer, averaging, Batch(batch.mean, batch.var, batch.count, next_step(layer), batch.valid))
 
     def another(self, layer: _BatchNorm) -> Loan:
         """Begin a second round, for a layer that is called again; the first is settled now."""
@@ -204,11 +204,11 @@ class Ledger(OutermostForward):
         rule_told = rule_of if merging else rule_unless_kernel
         found: list[Any] = []
         for layer in self.layers:
-            attributes = layer.__dict__
-            if not (attributes["training"] and layer.track_running_stats) or (not merging and MERGED in attributes):
+            attributes, mean = layer.__dict__, buffers_of(layer)["running_mean"]
+            moves = attributes["training"] and layer.track_running_stats
+            if mean is None or not moves or (not merging and MERGED in attributes):
                 found.append(None)
             else:
-                mean = buffers_of(layer)["running_mean"]
                 found.append((rule_told(layer), mean.dtype, mean.device))
         return tuple(found)
 

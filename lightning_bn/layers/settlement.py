@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
+from lightning_bn.buffers import running_mean, running_statistics, running_var
 from lightning_bn.moments import Moments
 from lightning_bn.torch_internals import in_backward, kernel_moments, saved_statistics
 
@@ -39,6 +40,7 @@ __all__ = [
     "advance",
     "batch_moments",
     "borrowed",
+    "count_like",
     "exclusive",
     "is_finite",
     "is_lent",
@@ -216,7 +218,7 @@ def batch_moments(layer: _BatchNorm, input: Tensor, output: Tensor) -> tuple[Ten
         return synchronised.mean, synchronised.variance(unbiased=True)
     count = input.numel() // layer.num_features
     if count == 0:
-        return torch.zeros_like(layer.running_mean), torch.zeros_like(layer.running_var)
+        return torch.zeros_like(running_mean(layer)), torch.zeros_like(running_var(layer))
     with torch.no_grad():
         kept = kept_statistics(layer, output) if count > 1 else None
         if kept is not None:
@@ -262,13 +264,21 @@ def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
 
 
 def _advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
-    if any(value.device != layer.running_mean.device for value in averaging.state().values()):
+    mean, var = running_statistics(layer)
+    if any(value.device != mean.device for value in averaging.state().values()):
         return  # a replica that `DataParallel` throws away after the forward, buffers and all
     dtype = batch.mean.dtype
-    running = layer.running_mean.to(dtype), layer.running_var.to(dtype)
+    running = mean.to(dtype), var.to(dtype)
     tell(layer, batch, running)
     mean, var = averaging.update(*running, per_channel(batch) if averaging.elementwise else batch)
     write(layer, mean, var, batch.valid)
+
+
+def count_like(count: int | Tensor, moments: Tensor) -> Tensor:
+    """Return the number of values per channel as `Batch` has it, (), in the dtype and on the device of its moments."""
+    if isinstance(count, Tensor):
+        return count.to(moments.dtype)
+    return torch.full((), count, dtype=moments.dtype, device=moments.device)
 
 
 def per_channel(batch: Batch) -> Batch:
@@ -280,7 +290,7 @@ def per_channel(batch: Batch) -> Batch:
 def write(layer: _BatchNorm, mean: Tensor, var: Tensor, valid: Tensor | None) -> None:
     """Write new running statistics in place and count the batch, both only where `valid`; the device alone knows
     whether."""
-    for buffer, value in ((layer.running_mean, mean), (layer.running_var, var)):
+    for buffer, value in zip(running_statistics(layer), (mean, var), strict=True):
         buffer.copy_(value if valid is None else torch.where(valid, value.to(buffer.dtype), buffer))
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1 if valid is None else valid)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.averaging.training_state import apply_to_statistics
+from lightning_bn.buffers import next_step, running_mean, running_statistics
 from lightning_bn.layers.calls import input_and_mask
 from lightning_bn.layers.settlement import (
     ATTACHED,
@@ -23,6 +24,7 @@ from lightning_bn.layers.settlement import (
     advance,
     batch_moments,
     borrowed,
+    count_like,
     is_finite,
     is_synchronised,
     kernel_momentum,
@@ -48,14 +50,13 @@ class Exchange:
         self.thread = threading.get_ident()
         self.loan = loan
         self.scratch = scratch
-        self.buffers = {name: layer._buffers[name] for name in _BUFFERS}
-        self.parameters = {
-            name: layer._parameters[name] for name in ("weight", "bias") if layer._parameters.get(name) is not None
-        }
+        self.buffers: dict[str, Tensor | None] = {name: layer._buffers[name] for name in _BUFFERS}
+        named = ((name, layer._parameters.get(name)) for name in ("weight", "bias"))
+        self.parameters = {name: parameter for name, parameter in named if parameter is not None}
         self.momentum = layer.momentum
 
     def make(self, layer: _BatchNorm) -> None:
-        mean, var, tracked = self.buffers.values()
+        (mean, var), tracked = running_statistics(layer), layer.num_batches_tracked
         if self.loan is not None:
             mean, var = self.loan.mean, self.loan.var
         elif self.scratch:
@@ -63,7 +64,11 @@ class Exchange:
             mean, var = torch.zeros(2, layer.num_features, dtype=dtype, device=mean.device).unbind()
         else:
             mean, var = mean.clone(), var.clone()
-        layer._buffers |= {"running_mean": mean, "running_var": var, "num_batches_tracked": tracked.clone()}
+        layer._buffers |= {
+            "running_mean": mean,
+            "running_var": var,
+            "num_batches_tracked": None if tracked is None else tracked.clone(),
+        }
         if self.scratch:
             layer.momentum = 1.0
         for name, parameter in self.parameters.items():
@@ -108,7 +113,9 @@ class _Service:
         if not layer.track_running_stats:
             return
         if self.__dict__.pop("_unpickled", False):
-            layer.averaging.upgrade(layer.num_features)
+            averaging = layer._modules["averaging"]
+            if isinstance(averaging, Averaging):
+                averaging.upgrade(layer.num_features)
         self._lock.acquire()
         interrupted: Exchange | None = layer.__dict__.pop(_EXCHANGED, None)
         if interrupted is not None:  # by a BaseException, of which no hook is told
@@ -165,7 +172,7 @@ def _take(layer: _BatchNorm, exchange: Exchange, mean: Tensor, var: Tensor, inpu
         return
     if not exchange.scratch:
         if batch is not None:
-            tell(layer, _batch(layer, *batch, count, None), (layer.running_mean, layer.running_var))
+            tell(layer, _batch(layer, *batch, count, None), running_statistics(layer))
         write(layer, mean, var, is_finite(var))
     elif isinstance(count, Tensor) or count > 0:
         advance(layer, rule_of(layer), _batch(layer, mean, var, count, is_finite(var)))
@@ -173,8 +180,8 @@ def _take(layer: _BatchNorm, exchange: Exchange, mean: Tensor, var: Tensor, inpu
 
 def _batch(layer: _BatchNorm, mean: Tensor, var: Tensor, count: int | Tensor, valid: Tensor | None) -> Batch:
     dtype = torch.promote_types(mean.dtype, torch.float32)
-    values = count.to(dtype) if isinstance(count, Tensor) else torch.full((), count, dtype=dtype, device=mean.device)
-    return Batch(mean.to(dtype), var.to(dtype), values, layer.num_batches_tracked + 1, valid)
+    mean, var = mean.to(dtype), var.to(dtype)
+    return Batch(mean, var, count_like(count, mean), next_step(layer), valid)
 
 
 class _WideStatistics:
@@ -215,7 +222,7 @@ def attach_averaging(layer: _BatchNorm, averaging: Averaging) -> None:
     for name in ("running_mean", "running_var"):
         buffer = getattr(layer, name)
         layer._buffers[name] = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
-    layer.averaging = averaging.for_layer(layer.running_mean)
+    layer.averaging = averaging.for_layer(running_mean(layer))
     if averaging.by_momentum:
         layer.momentum = averaging.kernel_momentum
     layer.__dict__["_apply"] = _WideStatistics(layer)
@@ -231,5 +238,7 @@ def detach_averaging(layer: _BatchNorm) -> None:
         layer.__dict__.pop("_apply", None)
         if layer.weight is not None:
             # torch's kernel takes 16-bit parameters next to no other statistics than 16-bit ones.
-            for name in ("running_mean", "running_var"):
-                layer._buffers[name] = layer._buffers[name].to(layer.weight.dtype)
+            layer._buffers |= {
+                name: buffer.to(layer.weight.dtype)
+                for name, buffer in zip(_BUFFERS, running_statistics(layer), strict=False)
+            }

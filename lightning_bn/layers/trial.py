@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.buffers import running_mean, running_var
 from lightning_bn.layers.subclasses import Exchange
 from lightning_bn.modes import kept_attribute
 
@@ -25,7 +26,7 @@ def why_unsupported(layer: _BatchNorm) -> str | None:
     """
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "it is lazy and has no buffers yet; run a batch through the model first"
-    if layer.running_mean is None:
+    if running_mean(layer) is None:
         return "it keeps no running statistics"
     if layer.num_batches_tracked is None:
         return "it does not count its batches (num_batches_tracked is None)"
@@ -49,14 +50,14 @@ _TRIED: WeakKeyDictionary[type, dict[frozenset[tuple[str, bool | str]], str | No
 
 def _tried(layer: _BatchNorm) -> str | None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        if "forward" in layer.__dict__ and not layer.running_mean.is_meta:
+        if "forward" in layer.__dict__ and not running_mean(layer).is_meta:
             return _try_in_place(layer)
         return _try_out(_plain_copy(layer))
 
 
 def _plain_copy(layer: _BatchNorm) -> _BatchNorm:
     twin = copy.deepcopy(layer)
-    if layer.running_mean.is_meta:
+    if running_mean(layer).is_meta:
         twin = twin.to_empty(device="cpu")
     twin = twin.cpu().float().train()
     twin.track_running_stats = True
@@ -79,26 +80,21 @@ def _try_in_place(layer: _BatchNorm) -> str | None:
 
 
 def _try_out(layer: _BatchNorm) -> str | None:
-    layer.running_mean.zero_()
-    layer.running_var.zero_()
+    running_mean(layer).zero_()
+    running_var(layer).zero_()
     layer.momentum = 1.0
     return _judge(layer, layer)
 
 
 def _judge(layer: _BatchNorm, forward: Callable[[Tensor], Any]) -> str | None:
-    rank = {nn.BatchNorm1d: 2, nn.BatchNorm3d: 5}.get(
-        next((c for c in type(layer).__mro__ if c in _TORCH_LAYERS), None), 4
-    )
+    rank = 2 if isinstance(layer, nn.BatchNorm1d) else 5 if isinstance(layer, nn.BatchNorm3d) else 4
     data = torch.randn(4, layer.num_features, *[3] * (rank - 2)) + torch.arange(4.0).reshape(4, *[1] * (rank - 1))
-    data = data.to(layer.running_mean.device)
+    data = data.to(running_mean(layer).device)
     try:
         forward(data)
     except Exception as error:  # another's forward may raise anything; the reason is passed on
         return f"its forward, tried on a batch of shape {tuple(data.shape)}, raised {type(error).__name__}: {error}"
     var, mean = torch.var_mean(data, [0, *range(2, rank)], unbiased=True)
-    if torch.allclose(layer.running_mean, mean, atol=1e-4) and torch.allclose(layer.running_var, var, rtol=1e-3):
+    if torch.allclose(running_mean(layer), mean, atol=1e-4) and torch.allclose(running_var(layer), var, rtol=1e-3):
         return None
     return "its forward does not leave the batch's mean and unbiased variance in its buffers when momentum is 1"
-
-
-_TORCH_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -159,7 +159,9 @@ class _OverRanks(TorchFunctionMode):
     def _normalise(
         self, input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Moments]:
-        output, count, mean, m2 = _NormaliseOverRanks.apply(input, mask, weight, bias, eps, self._group)
+        output, count, mean, m2 = _NormaliseOverRanks.apply(  # type: ignore[no-untyped-call]
+            input, mask, weight, bias, eps, self._group
+        )
         dtype = torch.promote_types(input.dtype, torch.float32)
         moments = Moments(count.to(dtype), mean.to(dtype), m2.to(dtype))
         self._layer.__dict__[SYNCHRONISED] = moments.detach()

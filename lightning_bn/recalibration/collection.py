@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from lightning_bn.buffers import running_mean
 from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.pace import in_step
 from lightning_bn.recalibration.tally import Row, Summary, Tally
@@ -42,7 +43,7 @@ class Tallies:
     """What every layer of a list has seen so far: one tally for the layers of each device."""
 
     def __init__(self, layers: Sequence[_BatchNorm], *, pending: int | None) -> None:
-        devices = [layer.running_mean.device for layer in layers]
+        devices = [running_mean(layer).device for layer in layers]
         places = {device: [place for place, own in enumerate(devices) if own == device] for device in devices}
         self._parts = [_Part(layers, own, device, pending) for device, own in places.items()]
         self._home = {place: (part.tally, number) for part in self._parts for number, place in enumerate(part.places)}
@@ -92,7 +93,7 @@ class _Part:
         self, layers: Sequence[_BatchNorm], places: list[int], device: torch.device, pending: int | None
     ) -> None:
         self.places = places
-        self._sizes = [len(layers[place].running_mean) for place in places]
+        self._sizes = [layers[place].num_features for place in places]
         self._eps = torch.tensor([layers[place].eps for place in places], dtype=torch.float64)
         self.tally = Tally(self._sizes, device, pending)
 

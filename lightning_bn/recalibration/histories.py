@@ -44,7 +44,7 @@ def _history(layer: _BatchNorm) -> dict[str, Tensor]:
 def _fingerprint(history: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in history.values():
-        found.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

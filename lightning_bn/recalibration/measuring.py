@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.buffers import running_mean, running_statistics, running_var
 from lightning_bn.channel_moments import channel_moments
 from lightning_bn.layers.batch_norm import AveragedBatchNorm
 from lightning_bn.layers.calls import input_and_mask
@@ -51,7 +52,7 @@ def _hook(place: int, layer: _BatchNorm, on_input: OnInput) -> Callable[..., Non
     measure = _of_input if _normalises_its_input(layer) else _by_own_forward
     # Written over and over: small tensors that are kept between large ones break the heap up, and the model waits for
     # new pages.
-    stand_ins = (torch.empty_like(layer.running_mean), torch.empty_like(layer.running_var))
+    stand_ins = tuple(torch.empty_like(buffer) for buffer in running_statistics(layer))
 
     def hook(module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with_graph = torch.is_grad_enabled()
@@ -99,7 +100,7 @@ def _by_own_forward(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, 
         return None
     # A variance that no data has: still there afterwards, nothing was written. (The kernel does not count its writes in
     # ``_version``.)
-    mean, var = torch.zeros_like(layer.running_mean), torch.full_like(layer.running_var, -1.0)
+    mean, var = torch.zeros_like(running_mean(layer)), torch.full_like(running_var(layer), -1.0)
     instead = {
         **(
             {"averaging": None} if hasattr(layer, "averaging") else {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_bn.buffers import running_mean, running_var
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.moments import drift
 from lightning_bn.ranks.collective import Ranks
@@ -31,7 +32,7 @@ class Estimator:
 
     def __init__(self, layers: list[BatchNormLayer], ranks: Ranks, *, pooled: bool, prior: float) -> None:
         self.old: list[Statistics] = [
-            (layer.module.running_mean.clone(), layer.module.running_var.clone()) for layer in layers
+            (running_mean(layer.module).clone(), running_var(layer.module).clone()) for layer in layers
         ]
         self._pooled = pooled
         self._prior = prior

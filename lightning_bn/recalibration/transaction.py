@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.buffers import running_statistics
+
 __all__ = ["StatisticsChange", "commit", "undo"]
 
 
@@ -28,8 +30,8 @@ class StatisticsChange:
     def write(self, statistics: tuple[Tensor, Tensor], history: Mapping[str, Tensor]) -> None:
         """Write mean and variance into the layer's buffers, and the history where it is, in place."""
         with torch.no_grad():
-            self.layer.running_mean.copy_(statistics[0])
-            self.layer.running_var.copy_(statistics[1])
+            for buffer, value in zip(running_statistics(self.layer), statistics, strict=True):
+                buffer.copy_(value)
             for name, tensor in self.tensors.items():
                 tensor.copy_(history[name])
 

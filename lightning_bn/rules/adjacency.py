@@ -112,7 +112,7 @@ class AdjacencyProbe:
         node = input.grad_fn
         place = _BIAS_PLACE.get(node.name()) if node is not None else None
         # A linear layer's bias lies along the last dimension, which is a batch norm's channels in (N, C) alone.
-        if place is None or (place == 0 and input.dim() != 2):
+        if node is None or place is None or (place == 0 and input.dim() != 2):
             return None
         bias = _leaf(node.next_functions[place][0])
         return self._parameters.get(bias) if bias is not None and bias.shape == input.shape[1:2] else None

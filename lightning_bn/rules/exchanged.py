@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.gaps import LEAST_TRACKED
 from lightning_bn.rules.probe import EvaluationProbe, far
@@ -61,7 +62,7 @@ class ExchangedWeights:
         stayed = [
             layers[index].name
             for index in inside
-            if torch.equal(look.looks[index].mean, layers[index].module.running_mean)
+            if torch.equal(look.looks[index].mean, running_mean(layers[index].module))
         ]
         self.seen = self.seen or bool(inside)
         apart: dict[str, float] = {}

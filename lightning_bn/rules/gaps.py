@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.layers.settlement import rule_of
 from lightning_bn.moments import drift
@@ -62,7 +63,7 @@ def gaps(earlier: Reading, now: Reading) -> dict[int, Gap]:
         if (
             old is None
             or updates < LEAST_UPDATES
-            or module.running_mean.dtype.itemsize < 4
+            or running_mean(module).dtype.itemsize < 4
             or new.unsound
             or old.unsound
         ):

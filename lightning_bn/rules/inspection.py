@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lightning_bn.buffers import running_mean
 from lightning_bn.ranks.collective import share
 from lightning_bn.rules import RULES, Finding, Rule
 from lightning_bn.rules.adjacency import AdjacencyProbe
@@ -240,7 +241,7 @@ class Inspection:
             # batches any more.
             found = {index: gap for index, gap in self._marks.gaps().items() if fresh[index]}
             self._gaps = list(found.values())
-            self._begun = {index: self.observer.layers[index].module.running_mean.clone() for index in found}
+            self._begun = {index: running_mean(self.observer.layers[index].module).clone() for index in found}
         if not all(fresh):
             self._marks.forget()
         if self.setting.own_statistics:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_bn.buffers import running_mean, running_var
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.sharding import local_value
 
@@ -107,7 +108,7 @@ class EvaluationProbe:
                 over = [dim for dim in range(input.dim()) if dim != 1]
                 weight = None if layer.weight is None else layer.weight.detach().clone()
                 self.looks[index] = Look(
-                    weight, layer.running_mean.clone(), layer.running_var.clone(), input.float().var(over)
+                    weight, running_mean(layer).clone(), running_var(layer).clone(), input.float().var(over)
                 )
 
         return look

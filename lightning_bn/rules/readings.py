@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.sharding import local_value
 from lightning_bn.torch_internals import side_by_side
@@ -62,7 +63,7 @@ class Reading:
         if not self.layers:
             return
         modules = [layer.module for layer in self.layers.values()]
-        device = modules[0].running_mean.device
+        device = running_mean(modules[0]).device
         self._statistics = torch.stack([_flat([getattr(m, name) for m in modules], device) for name in _STATISTICS])
         self._tracked = torch.stack([_count(m).to(device) for m in modules])
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 
 from lightning_bn.averaging import Exponential
+from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.fixes import call, frozen_regions, modules_of
 from lightning_bn.rules.modes import visits
@@ -65,7 +67,7 @@ class FrozenMoves(Rule):
             f"{event}; {cause}.",
             level="info" if at.setting.scheduled else None,
             fix=Fix(call(at.setting.root, modules, "eval"), note="once: Lightning keeps the mode"),
-            mend=lambda: [layer.module.eval() for layer in layers] and None,
+            mend=partial(_put_into_eval, layers),
         )
 
 
@@ -286,14 +288,19 @@ def dead_zone(layer: BatchNormLayer) -> float:
     than ``eps / 2`` rounds to nothing. A cumulative average's weight ends up smaller than any number.
     """
     module = layer.module
-    if not layer.tracks or module.running_mean.dtype not in (torch.float16, torch.bfloat16):
+    if not layer.tracks or running_mean(module).dtype not in (torch.float16, torch.bfloat16):
         return 0.0
     averaging, momentum = getattr(module, "averaging", None), module.momentum
     if averaging is not None and not isinstance(averaging, Exponential):
         return 0.0
     if momentum is None:
         return 1.0
-    return torch.finfo(module.running_mean.dtype).eps / (2 * momentum) if momentum else 0.0
+    return torch.finfo(running_mean(module).dtype).eps / (2 * momentum) if momentum else 0.0
+
+
+def _put_into_eval(layers: Sequence[BatchNormLayer]) -> None:
+    for layer in layers:
+        layer.module.eval()
 
 
 def _stale(layer: BatchNormLayer) -> bool:
