@@ -1,4 +1,4 @@
-"""What type checkers say from a user's side."""
+"""What type checkers say from a user's side. `make types` asks mypy about the same program."""
 
 from __future__ import annotations
 
