@@ -110,7 +110,7 @@ class Journal:
             self._head = head
             self._rows = f"{zlib.crc32(encode('rows', head).encode()):08x}"
             self.write("rows", id=self._rows, **head)
-        known = has_value.any(axis=0)
+        known: NDArray[np.bool_] = np.any(has_value, axis=0)
         names = tuple(name for name, is_known in zip(columns, known, strict=True) if is_known)
 
         def lay_out(cells: list[list[str]]) -> str:
