@@ -120,7 +120,7 @@ class Summariser:
         )
 
     def _drift_by_row(self, drift: Drift | None, layout: Layout) -> dict[str, tuple[Array, Array]]:
-        if drift is None:
+        if drift is None or not self._tracks.any():
             return {}
         ends = np.cumsum(self._widths[self._tracks])[:-1]
         labels = [layout.labels[row] for row in layout.norms[self._tracks]]

@@ -96,6 +96,16 @@ def test_drift_of_each_channel(tmp_path: Path) -> None:
             assert "drift_mean" not in event["layers"]["rest.0"]
 
 
+def test_a_model_without_batch_norm(tmp_path: Path) -> None:
+    """Its activations are in the journal, and there is no drift of a channel."""
+    module = Small()
+    module.bn1, module.rest[3] = nn.Identity(), nn.Identity()
+    trainer(tmp_path, ActivationStatsMonitor(every_n_steps=2)).fit(module, loader(), loader(shuffle=False))
+    kept = [each for each in lines(tmp_path) if each["kind"] == "channels"]
+    assert kept
+    assert all("drift_mean" not in vectors for each in kept for vectors in each["layers"].values())
+
+
 def test_layers_that_can_not_be_looked_at(tmp_path: Path) -> None:
     """A module that no forward calls is named with the reason."""
 
