@@ -12,7 +12,16 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.discovery import BatchNormLayer
 
-__all__ = ["check_not_distributed", "full_value", "is_fsdp1", "is_lent", "is_sharded", "local_value", "unwrapped"]
+__all__ = [
+    "check_each_sees_its_own",
+    "check_not_distributed",
+    "full_value",
+    "is_fsdp1",
+    "is_lent",
+    "is_sharded",
+    "local_value",
+    "unwrapped",
+]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -76,6 +85,26 @@ def check_not_distributed(layers: Iterable[BatchNormLayer], call: str) -> None:
                 "this package does not write. Leave the layer out of distribute_module; fully_shard and "
                 "parallelize_module leave buffers as they are."
             )
+
+
+def check_each_sees_its_own(model: nn.Module, call: str) -> None:
+    """Raise where ranks divide a layer of `model` between them, and so see the same batches: who merges the batches of
+    all ranks would count these several times.
+
+    Raises:
+        ValueError: with the argument that names the ranks to count.
+    """
+    meshes = {parameter.device_mesh for parameter in model.parameters() if _is_dtensor(parameter)}  # type: ignore[attr-defined]
+    fsdp2 = _known("torch.distributed.fsdp", "FSDPModule")
+    # fully_shard puts all on one mesh, all of whose ranks see batches of their own.
+    if len(meshes) > 1 or (meshes and not any(isinstance(module, fsdp2) for module in model.modules())):
+        named = " and ".join(sorted(f"{mesh.mesh_dim_names or 'unnamed'} of {mesh.size()} ranks" for mesh in meshes))
+        raise ValueError(
+            f"{call}: tensor parallelism divides layers of the model between ranks (device mesh {named}), which see "
+            "the same batches and would be counted several times. Pass the ranks that see different ones: "
+            "process_group=mesh['dp'].get_group(), by the name of that dimension of the mesh; where all ranks see the "
+            "same, process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True)."
+        )
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ from lightning_bn.callbacks.lightning_internals import data_parallel_group
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.ranks.synchronization import merge_statistics, synchronise
-from lightning_bn.sharding import check_not_distributed
+from lightning_bn.sharding import check_each_sees_its_own, check_not_distributed
 
 __all__ = ["BatchNormSync"]
 
@@ -106,6 +106,8 @@ class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see 
         layers = find_batch_norms(model)
         with ranks.told():
             check_not_distributed(layers, ranks.task)
+            if group is None:
+                check_each_sees_its_own(model, ranks.task)
             self._check_group_size(ranks.size)
         ranks.agree(
             {

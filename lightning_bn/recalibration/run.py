@@ -24,7 +24,7 @@ from lightning_bn.recalibration.random_states import kept_random_states
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.selection import Layers, choose
 from lightning_bn.recalibration.transaction import StatisticsChange, commit
-from lightning_bn.sharding import check_not_distributed, is_sharded, unwrapped
+from lightning_bn.sharding import check_each_sees_its_own, check_not_distributed, is_sharded, unwrapped
 
 if TYPE_CHECKING:
     from lightning_bn.recalibration.exact import ExactPass
@@ -143,6 +143,8 @@ def recalibrate(
         _check_batches(batches)
         chosen = choose(core, layers)
         check_not_distributed(chosen, _CALL)
+        if process_group is None:
+            check_each_sees_its_own(core, _CALL)
         sharded = is_sharded(core)
         _check_exact(exact, sharded)
         run = _runner(core, forward, device)

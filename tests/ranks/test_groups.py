@@ -18,6 +18,10 @@ import torch
 import torch.distributed as dist
 from recalibration_models import largest_errors, mlp, statistics
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
 from lightning_bn import (
@@ -217,6 +221,25 @@ def resumed(rank: int, pair: Any) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def in_tensor_parallel(rank: int) -> dict[str, Any]:
+    """Two pairs; the ranks of one divide two layers between them and see the same batches."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    found: dict[str, Any] = {}
+    for name in ("tp", "tp, fully_shard"):
+        model = network()
+        parallelize_module(model, mesh["tp"], {"0.0": ColwiseParallel(output_layouts=Replicate())})
+        if "fully_shard" in name:
+            fully_shard(model, mesh=mesh["dp"])
+        batches = [data(rank // 2, step) for step in range(2)]
+        found[name] = [
+            error_of(lambda m=model, b=batches: recalibrate(m, b, progress=False)),
+            error_of(lambda m=model: BatchNormSync().apply(m)),
+        ]
+        report = recalibrate(model, batches, progress=False, process_group=mesh["dp"].get_group())
+        found[name, "statistics"], found[name, "batches"] = statistics(model), report.batches
+    return found
+
+
 def whole(step: int) -> Tensor:
     return torch.cat([data(rank, step, 8 - rank) for rank in range(4)])
 
@@ -240,6 +263,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
     results["far away"] = far_away(rank)
     results["awaited"] = awaited(rank)
     results["one step"] = one_step(rank)
+    results["tensor parallel"] = in_tensor_parallel(rank)
     results["resumed"] = resumed(rank, own)
     torch.save(results, f"{folder}/{rank}.pt")
     ranks.leave_group()
@@ -262,6 +286,23 @@ def test_groups_recalibrate_apart(results: list[dict[str, Any]], name: str) -> N
             recalibrate(model, batches, exact="True" in name, progress=False)
             assert max(largest_errors(result[name], statistics(model))) < 1e-5
     assert sum(name in result for result in results) == (2 if name == "one group alone" else 4)
+
+
+@pytest.mark.parametrize("name", ["tp", "tp, fully_shard"])
+def test_tensor_parallel_replicas(results: list[dict[str, Any]], name: str) -> None:
+    """Without a Trainer, nobody says which ranks see the same batches: the error shows what to pass, and with it each
+    batch is counted once."""
+    model = network()
+    recalibrate(model, [data(pair, step) for pair in range(2) for step in range(2)], progress=False)
+    for result in results:
+        found = result["tensor parallel"]
+        for (error, seconds), call in zip(found[name], ("recalibrate(", "BatchNormSync.apply("), strict=True):
+            assert error.startswith(f"ValueError: {call}")
+            assert "('tp',)" in error or "('dp', 'tp')" in error
+            assert "process_group=mesh['dp'].get_group()" in error
+            assert seconds < 10
+        assert found[name, "batches"] == 4
+        assert max(largest_errors(found[name, "statistics"], statistics(model))) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["fitted", "one group's fit alone"])
