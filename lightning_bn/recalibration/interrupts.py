@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,10 @@ class HeldInterrupts:
     is set, nothing is held.
 
     Blocks nest: what is `allowed` in the inner one goes through, and what that one held comes at the end of the outer.
+
+    Python can't raise inside a callback of its garbage collector, a weak reference's callback or a ``__del__``: it
+    reports the exception and goes on. An interrupt that is lost in this way is held, and raised by `check` or at the
+    end.
     """
 
     def __init__(self) -> None:
@@ -28,13 +33,27 @@ class HeldInterrupts:
         self._held = True
         self._pending: tuple[int, FrameType | None] | None = None
         self._previous: Any = None
+        self._report: Callable[[sys.UnraisableHookArgs], object] = sys.unraisablehook
 
     def __enter__(self) -> HeldInterrupts:
         previous = signal.getsignal(signal.SIGINT)
         if callable(previous) and threading.current_thread() is threading.main_thread():
             self._previous = previous
             signal.signal(signal.SIGINT, self._handle)
+            self._report, sys.unraisablehook = sys.unraisablehook, self._hold_lost
         return self
+
+    def _hold_lost(self, lost: sys.UnraisableHookArgs) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            self._pending = (signal.SIGINT, None)
+        else:
+            self._report(lost)
+
+    def check(self) -> None:
+        """Raise an interrupt that was lost inside `allowed`."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._let_through(*pending)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._held:
@@ -53,9 +72,7 @@ class HeldInterrupts:
         """Let interrupts through inside, and at once one that was held before."""
         self._held = False
         try:
-            if self._pending is not None:
-                pending, self._pending = self._pending, None
-                self._let_through(*pending)
+            self.check()
             yield
         finally:
             self._held = True
@@ -71,12 +88,14 @@ class HeldInterrupts:
     ) -> None:
         if self._previous is None:
             return
+        sys.unraisablehook = self._report
         try:
-            self._deliver()
-            # The last call of all: a signal that comes before it is held, and Python looks for one that came at its
-            # end, inside the `try`. Behind it there are returns alone, at which Python looks for none; so what comes
-            # later comes to the caller.
             signal.signal(signal.SIGINT, self._previous)
+            # What came until then was held. The check comes last of all, since `signal.signal` is Python code with
+            # calls of its own; behind it there are returns alone, at which Python looks for no signal, so what comes
+            # later comes to the caller.
+            if self._pending is not None:
+                self._deliver()
         except BaseException:
             # A second one may not come in between.
             self._held = True

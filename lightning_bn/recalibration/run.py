@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -156,8 +157,9 @@ def recalibrate(
         return _recalibrate(core, chosen, ranks, batches, run, estimator, options, interrupts, sharded=sharded)
 
 
-@contextmanager
-def recalibrated(model: nn.Module, batches: Iterable[Any], **options: Any) -> Iterator[RecalibrationReport]:
+def recalibrated(
+    model: nn.Module, batches: Iterable[Any], **options: Any
+) -> AbstractContextManager[RecalibrationReport]:
     """Recalibrate `model` inside the block, and restore the old statistics bit for bit afterwards, also on an
     exception.
 
@@ -179,15 +181,23 @@ def recalibrated(model: nn.Module, batches: Iterable[Any], **options: Any) -> It
         >>> model[0].running_mean
         tensor([0.])
     """
-    report: RecalibrationReport | None = None
-    try:
+    return _Recalibrated(partial(recalibrate, model, batches, **options))
+
+
+class _Recalibrated(AbstractContextManager[RecalibrationReport]):
+    """A class, since a generator's block begins only after code of contextlib's in which a Ctrl-C is not held."""
+
+    def __init__(self, call: Callable[[], RecalibrationReport]) -> None:
+        self._call = call
+
+    def __enter__(self) -> RecalibrationReport:
         with HeldInterrupts() as interrupts:
-            report = recalibrate(model, batches, **options)
-            interrupts.undo = report.rollback
-        yield report
-    finally:
-        if report is not None:
-            report.rollback()
+            self._report = self._call()
+            interrupts.undo = self._report.rollback
+            return self._report  # between the end of `with` and the user's block Python looks for no signal
+
+    def __exit__(self, *_: object) -> None:
+        self._report.rollback()
 
 
 def _recalibrate(
@@ -208,7 +218,7 @@ def _recalibrate(
         measured([layer.module for layer in chosen], collection.on_input),
         interrupts.allowed(),
     ):
-        seen = _collected(collection, ranks, batches, run, weights, sharded=sharded)
+        seen = _collected(collection, ranks, batches, run, weights, interrupts, sharded=sharded)
         changes = agreed_changes(chosen, ranks, estimator, seen)
     report = _report(chosen, changes, seen, options)
     if not options.dry_run:
@@ -324,18 +334,25 @@ def _collected(
     batches: Iterable[Any],
     run: Callable[[Any], object],
     weights: Weights,
+    interrupts: HeldInterrupts,
     *,
     sharded: bool,
 ) -> PassResult:
     """Let the data through, and return what all ranks have seen together."""
 
-    def run_with_the_weights_as_they_are(batch: Any) -> None:
+    def run_one(batch: Any) -> None:
         run(batch)
+        interrupts.check()
+
+    def run_with_the_weights_as_they_are(batch: Any) -> None:
+        run_one(batch)
         weights.batch_is_done()
 
     try:
         # In lockstep all batches are on their way at once: what they write into weights is undone when all are through.
-        seen = collection.collect(batches, run_with_the_weights_as_they_are if isinstance(collection, OnePass) else run)
+        seen = collection.collect(
+            batches, run_with_the_weights_as_they_are if isinstance(collection, OnePass) else run_one
+        )
     except BaseException as error:
         # Other ranks of a sharded model wait in a forward, for parameters, and would take a word for these.
         if not sharded:

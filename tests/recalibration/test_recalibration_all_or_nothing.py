@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import random
 import signal
 import sys
@@ -258,6 +260,13 @@ def count_lines(call: Callable[[], Any]) -> int:
 def interrupt_at(line: int, call: Callable[[], Any], within: tuple[str, ...] = (PACKAGE,)) -> bool:
     """Send this process a SIGINT when the package reaches its line number `line`, counted as it runs; tell whether that
     ended the call."""
+    return interruption_at(line, call, within) is not None
+
+
+def interruption_at(
+    line: int, call: Callable[[], Any], within: tuple[str, ...] = (PACKAGE,)
+) -> KeyboardInterrupt | None:
+    """Likewise, but return what ended the call, whose traceback holds all that the call's frames hold."""
     lines = iter(range(10**9))
 
     def each_line() -> None:
@@ -266,9 +275,9 @@ def interrupt_at(line: int, call: Callable[[], Any], within: tuple[str, ...] = (
 
     try:
         traced(each_line, call, within)
-    except KeyboardInterrupt:
-        return True
-    return False
+    except KeyboardInterrupt as error:
+        return error
+    return None
 
 
 def test_a_second_interrupt_does_not_stop_the_undoing() -> None:
@@ -300,14 +309,87 @@ def test_recalibrated_undoes_under_an_interrupt() -> None:
     assert before == everything(model)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_interrupt_while_garbage_is_collected_ends_the_pass(exact: bool) -> None:
+    """Python can't raise there, and drops it; the pass ends with that batch, and all is as before."""
+    model, batches, ran = busy(), list(torch.randn(3, 4, 3)), []
+
+    def collects(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            signal.raise_signal(signal.SIGINT)
+
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        model(batch)
+        ran.append(True)
+        gc.callbacks.append(collects)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(collects)
+
+    before, report = everything(model), sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt):
+        recalibrate(model, batches, forward=forward, exact=exact, progress=False)
+    assert len(ran) == 1
+    assert before == everything(model)
+    assert sys.unraisablehook is report
+
+
+def test_other_exceptions_while_garbage_is_collected_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are outside of a pass."""
+    reported: list[Any] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda lost: reported.append(lost.exc_type))
+
+    class Bad:
+        def __del__(self) -> None:
+            raise OSError
+
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        model(batch)
+        Bad()
+
+    recalibrate(busy(), [torch.randn(4, 3)], forward=forward, progress=False)
+    assert reported == [OSError]
+
+
+def test_recalibrated_is_all_or_nothing_at_any_line() -> None:
+    """An interrupt at any of the last lines before the block: nothing has changed, while its traceback is still held.
+
+    contextlib's lines count too.
+    """
+    model, batches = nn.Sequential(nn.BatchNorm1d(3)), list(torch.randn(2, 4, 3))
+    before = everything(model)
+    within = (PACKAGE, contextlib.__file__)
+    inside: list[bool] = []
+
+    def enter() -> None:
+        with recalibrated(model, batches, progress=False):
+            sys.settrace(None)
+            inside.append(True)
+
+    enter()
+    lines: list[int] = []
+    traced(lambda: lines.append(0), enter, within)
+    for line in range(len(lines) - 60, len(lines)):
+        error = interruption_at(line, enter, within)
+        assert isinstance(error, KeyboardInterrupt), f"line {line}"
+        assert before == everything(model), f"after line {line}"
+    assert len(inside) == 2
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_interrupts_at_random_moments_change_nothing_or_the_report_is_returned(way: str) -> None:
     """A SIGINT from another thread, at any instruction, grad mode included; also in what the callback does within a
     fit. `benchmarks/interrupts.py` has more calls."""
     with quiet():
         call = WAYS[way]()
-    ended, wrong = stress(call, 60)
-    assert wrong == []
+    ended = 0
+    for _ in range(20):  # how many come within a call depends on what else the machine does
+        new, wrong = stress(call, 30)
+        assert wrong == []
+        ended += new
+        if ended > 5:
+            break
     assert ended > 5
 
 
