@@ -11,6 +11,9 @@ from typing import Any
 import griffe
 from mkdocs.structure.files import File, Files
 
+# What a record holds is all that it is for: its page has every public field.
+_ALL: list[str] = ["*"]
+
 # In the order of use. After a name: the members that its page shows besides the class.
 REFERENCE: dict[str, dict[str, list[str]]] = {
     "Callbacks": {
@@ -24,15 +27,15 @@ REFERENCE: dict[str, dict[str, list[str]]] = {
     "Checks": {
         "check": [],
         "watch": [],
-        "Finding": ["mended", "follows", "message"],
-        "Fix": ["place", "note"],
+        "Finding": _ALL,
+        "Fix": _ALL,
         "ModeCheckError": [],
     },
     "Recalibration": {
         "recalibrate": [],
         "recalibrated": [],
-        "RecalibrationReport": ["gone", "rollback", "as_dict"],
-        "LayerReport": ["shift"],
+        "RecalibrationReport": _ALL,
+        "LayerReport": _ALL,
     },
     "Activations": {
         "Episode": ["stage", "value", "limit", "label", "advice"],
@@ -52,16 +55,16 @@ REFERENCE: dict[str, dict[str, list[str]]] = {
         "Window": [],
         "Cumulative": [],
         "Averaging": ["elementwise", "update", "initial_state"],
-        "Batch": ["write"],
+        "Batch": _ALL,
     },
     "Checkpoints": {
         "checkpoints.health.inspect_checkpoint": [],
-        "checkpoints.health.CheckpointHealth": ["sound", "as_dict"],
-        "checkpoints.health.LayerHealth": [],
-        "checkpoints.health.HealthFinding": [],
+        "checkpoints.health.CheckpointHealth": _ALL,
+        "checkpoints.health.LayerHealth": _ALL,
+        "checkpoints.health.HealthFinding": _ALL,
         "checkpoints.health.compare_checkpoints": [],
-        "checkpoints.health.StateDrift": ["as_dict"],
-        "checkpoints.health.LayerDrift": [],
+        "checkpoints.health.StateDrift": _ALL,
+        "checkpoints.health.LayerDrift": _ALL,
         "checkpoints.health.CheckpointRefusedError": [],
     },
 }
@@ -74,7 +77,7 @@ title: {short}
     options:
       heading_level: 1
       show_root_full_path: true
-      members: [{members}]
+      {members}
 """
 
 
@@ -117,7 +120,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     files.append(File.generated(config, "reference/index.md", content=_index()))
     for names in REFERENCE.values():
         for name, members in names.items():
-            text = _PAGE.format(short=_short(name), name=name, members=", ".join(members))
+            shown = "show_if_no_docstring: true" if members is _ALL else f"members: [{', '.join(members)}]"
+            text = _PAGE.format(short=_short(name), name=name, members=shown)
             files.append(File.generated(config, f"reference/{_short(name)}.md", content=text))
     return files
 

@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,17 @@ def test_site_has_every_page(site: Path) -> None:
 @pytest.mark.parametrize("name", lightning_bn.__all__)
 def test_every_public_name_has_a_page(site: Path, name: str) -> None:
     """It is headed by the public name, has the signature, and is in the reference's list and in the navigation."""
+    public = getattr(lightning_bn, name)
     text = (site / "reference" / name / "index.html").read_text()
     assert f'id="lightning_bn.{name}"' in text
     words = html.unescape(re.sub(r"<[^>]*>", "", text))
     signature = re.search(rf"^{name}\((.*?)\)(?: -> .*)?$", words, re.MULTILINE | re.DOTALL)
     assert signature is not None
-    for parameter in inspect.signature(getattr(lightning_bn, name)).parameters:
+    for parameter in inspect.signature(public).parameters:
         assert re.search(rf"\b{parameter}\b", signature[1]), parameter
+    for field in fields(public) if is_dataclass(public) else ():
+        documented = f'id="lightning_bn.{name}.{field.name}"' in text or f" {field.name}: " in public.__doc__
+        assert documented or field.name.startswith("_"), field.name
     # A doctest that is not taken for one is rendered as a quotation.
     assert "<blockquote>" not in text
     for page in ("reference", "rules"):

@@ -32,13 +32,17 @@ class Batch:
 
     __module__ = "lightning_bn"
 
-    mean: Tensor  # (C,)
-    var: Tensor  # (C,), unbiased, within the batch
-    count: Tensor  # floating: values per channel; (), or (C,) for an elementwise averaging
-    step: Tensor  # int64: 1 for the first batch that counts; likewise
-    valid: (
-        Tensor | None
-    )  # bool: whether the batch counts, as a non-finite one does not; likewise; None if `skip_nonfinite=False`
+    mean: Tensor
+    """(C,)."""
+    var: Tensor
+    """(C,): *unbiased*, within the batch."""
+    count: Tensor
+    """Floating: values per channel. (), or (C,) for an elementwise averaging."""
+    step: Tensor
+    """int64: 1 for the first batch that counts. (), or (C,) likewise."""
+    valid: Tensor | None
+    """bool: whether the batch counts, which a non-finite one does not. (), or (C,) likewise. None if
+    ``skip_nonfinite=False``."""
 
     def write(self, target: Tensor, value: Tensor) -> None:
         """Write `value` into `target` in place, unless the batch is skipped; does not synchronise with the device.

@@ -55,7 +55,7 @@ class Fix:
 class Finding:
     """A mistake that was seen.
 
-    ``str(finding)`` is its message, of six lines: what happened, where and when; why it matters; the mend; how to
+    ``str(finding)`` is its message, of six lines: what happened, where and when; why it matters; the fix; how to
     silence it.
     """
 
@@ -78,7 +78,7 @@ class Finding:
     why: str
     """Why it matters."""
     fix: Fix
-    """The mend."""
+    """The fix."""
     link: str
     """Where to read on."""
     quiet: str
