@@ -107,7 +107,7 @@ class BatchInput:
         """Run the module on the batch, under the Trainer's precision."""
         # The precision context is around the forward alone: true half precision would also halve the tensors that
         # moments are kept in.
-        if self._way is None:
+        if self._style is None:
             raise RuntimeError("BatchInput.run: learn_from() finds out how a batch goes in, and comes first.")
         with trainer.precision_plugin.forward_context():
             inside_wrapper(trainer, module, self._style.run, batch)
