@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn import RecalibrationReport, recalibrate
+
 
 class Residual(nn.Module):
     """Two branches that meet: a convolution with batch norm twice, and the input itself."""
@@ -112,3 +114,16 @@ def everything(model: nn.Module) -> dict[str, Any]:
 def as_bytes(tensor: Tensor) -> bytes:
     """The bits of a tensor, NaN included."""
     return tensor.detach().cpu().contiguous().numpy().tobytes()
+
+
+def three() -> nn.Sequential:
+    return nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(3)])
+
+
+def quiet(model: nn.Module, batches: object, **options: object) -> RecalibrationReport:
+    return recalibrate(model, batches, progress=False, **options)  # type: ignore[arg-type]
+
+
+def close(layer: nn.Module, mean: object, var: object, rtol: float = 1e-6) -> None:
+    torch.testing.assert_close(layer.running_mean.double(), torch.as_tensor(mean), rtol=rtol, atol=rtol)
+    torch.testing.assert_close(layer.running_var.double(), torch.as_tensor(var), rtol=rtol, atol=rtol)
