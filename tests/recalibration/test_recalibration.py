@@ -1,4 +1,4 @@
-"""One pass: what goes in, which layers, the figures, and the report."""
+"""One pass: what goes in, and which layers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_bn
 from lightning_bn import Window, convert_batch_norm, recalibrate
+
+# --- what goes in
+# ---------------------------------------------------------------------------------------------------------------------
 
 Pair = namedtuple("Pair", "image label")
 
@@ -356,7 +359,3 @@ def test_a_layer_that_is_called_twice_is_merged_over_its_calls(pooled: bool) -> 
     close(shared, *oracles.cumulative(both, pooled))
     assert [(layer.name, layer.samples, layer.batches) for layer in report.layers] == [("one", 30, 3)]
     assert report.samples == 15
-
-
-# --- the figures
-# ----------------------------------------------------------------------------------------------------------------------
