@@ -87,8 +87,13 @@ class RunJournal:
     def sample(self, trainer: Trainer, stage: str, step: int, sample: Sample) -> None:
         """Write what was measured of all layers."""
         self.journal.write_sample(
-            *(stage, step, trainer.current_epoch),
-            *(sample.layers, COLUMNS, sample.values, sample.states != ABSENT),
+            stage,
+            step,
+            trainer.current_epoch,
+            rows=sample.layers,
+            columns=COLUMNS,
+            values=sample.values,
+            has_value=sample.states != ABSENT,
             rates=rates_of(trainer) if stage == "train" else {},
             warming=warming(sample),
             unjudged=unjudged(sample),
