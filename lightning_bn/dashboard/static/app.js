@@ -1,7 +1,7 @@
 // The page: loads what is selected, draws it, and looks for what is new.
 import { h, replace } from "./dom.js";
 import { header } from "./header.js";
-import { findings } from "./findings.js";
+import { findings, layerOf } from "./findings.js";
 import { Centre } from "./centre.js";
 import { LayerPanel } from "./layer.js";
 import { empty, failed, loading, missingPlotly } from "./states.js";
@@ -74,7 +74,8 @@ export class Page {
     if (this.state.get("layer")) return this.state.get("layer");
     const { findings, verdict, layers } = this.run;
     const sick = findings.filter((each) => each.layers.length);
-    return (sick.find((each) => !each.past && each.source === "monitor") ?? sick[0])?.layers[0] ?? verdict.nearest?.layer ?? layers[0]?.name ?? "";
+    const first = sick.find((each) => !each.past && each.source === "monitor") ?? sick[0];
+    return (first && layerOf(this.run, first)) ?? verdict.nearest?.layer ?? layers[0]?.name ?? "";
   }
 
   stage() {

@@ -33,7 +33,9 @@ export class Centre {
 
   choose() {
     const all = this.statistics();
-    return all.find((each) => each.name === this.page.state.get("statistic")) ?? all[0] ?? null;
+    const named = (name) => all.find((each) => each.name === name);
+    const nearest = all[0]?.sick || all[0]?.past ? null : this.page.run.verdict.nearest; // where all is well
+    return named(this.page.state.get("statistic")) ?? named(nearest?.statistic) ?? all[0] ?? null;
   }
 
   width() {

@@ -37,7 +37,7 @@ function filters({ run, state }) {
   return h("div", { class: "filters" },
     select("level", "Level", option(run.findings.map((each) => each.level), "all"), state.get("level"), (level) => state.set({ level })),
     select("rule", "Rule", option(run.findings.map((each) => each.code), "all"), state.get("rule"), (rule) => state.set({ rule })),
-    select("time", "When", [["", "now and past"], ["now", "now"], ["past", "past"]], state.get("time"), (time) => state.set({ time })),
+    select("time", "When", [["", "any"], ["now", "now"], ["past", "past"]], state.get("time"), (time) => state.set({ time })),
     h("label", { class: "field" }, h("span", {}, "Layer"), h("input", { type: "search", value: state.get("where"), placeholder: "layer4.*", "data-key": "where", oninput: (event) => state.set({ where: event.target.value }) })),
   );
 }
@@ -47,8 +47,15 @@ function group(page, head, followers) {
   return h("div", { class: "group" }, item(page, head), below);
 }
 
+// The layer to look at: of a finding on a module that has layers below, the first of these.
+export function layerOf(run, finding) {
+  const name = finding.layers[0] ?? "";
+  const known = run.layers.map((each) => each.name);
+  return known.includes(name) ? name : (known.find((each) => each.startsWith(`${name}.`)) ?? name);
+}
+
 function item({ state, run }, finding) {
-  const layer = finding.layers[0] ?? "";
+  const layer = layerOf(run, finding);
   const isChosen = state.get("layer") === layer && state.get("step") === String(finding.first) && layer !== "";
   const span = finding.last > finding.first ? `steps ${count(finding.first)} to ${finding.past ? count(finding.last) : "now"}` : `step ${count(finding.first)}`;
   const choose = () => state.set({ layer, step: finding.first, ...(finding.statistic ? { statistic: finding.statistic, stage: finding.stage, view: "map", from: "", to: "" } : {}) });
@@ -56,7 +63,7 @@ function item({ state, run }, finding) {
     h("button", { type: "button", class: "head", onclick: choose, "data-key": `finding:${finding.place}`, title: "Show the layer at this step" },
       h("span", { class: "level" }, finding.past && finding.source === "monitor" ? "recovered" : finding.past ? "mended" : finding.level),
       h("span", { class: "title" }, finding.title),
-      h("span", { class: "layer" }, layer || finding.where || "(the model)", finding.layers.length > 1 ? ` and ${finding.layers.length - 1} more` : ""),
+      h("span", { class: "layer" }, finding.layers[0] || finding.where || "(the model)", finding.layers.length > 1 ? ` and ${finding.layers.length - 1} more` : ""),
       h("span", { class: "muted" }, [span, finding.stage && finding.stage !== "train" ? finding.stage : "", finding.text].filter(Boolean).join(": "))),
     advice(finding, run.rules));
 }

@@ -4,6 +4,7 @@ import { colours } from "./theme.js";
 import { isNumber } from "./format.js";
 
 const HEIGHT = 16;
+const EDGE = 6; // a symbol at the first or the last step is whole
 
 // The rows of the lane, each with the steps at which something was, or spans of steps.
 export function laneRows(run) {
@@ -37,7 +38,7 @@ export function drawLane(map) {
     context.lineWidth = 1.5;
     if (row.rates) rates(context, row, middle, map, across);
     else if (row.spans) spans(context, row, middle, map, across);
-    else for (const step of row.at.filter(inside)) symbols[row.symbol](context, across(map.place(step)), middle);
+    else for (const step of row.at.filter(inside)) symbols[row.symbol](context, Math.max(EDGE, Math.min(width - EDGE, across(map.place(step)))), middle);
   });
 }
 

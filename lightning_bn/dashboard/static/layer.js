@@ -1,6 +1,6 @@
 // One layer: what it is, what to do about it, and its numbers over the run.
 import { h, button, replace } from "./dom.js";
-import { count, isNumber, number, isSick } from "./format.js";
+import { code, count, isNumber, number, isSick } from "./format.js";
 import { CONFIG, axis, colours, layout } from "./theme.js";
 import { advice } from "./findings.js";
 import { drawChannels } from "./channels.js";
@@ -64,14 +64,14 @@ export class LayerPanel {
     if (spans.length) facts.push(["eval mode in training", `steps ${spans.join(", ")}`]);
     for (const { stage, reason } of run.unseen.filter((each) => each.layer === layer.name)) facts.push([`not seen in ${{ train: "training", val: "validation" }[stage] ?? stage}`, reason]);
     // Training and validation often tell the same.
-    const all = run.findings.filter((each) => each.layers.includes(layer.name));
+    const all = run.findings.filter((each) => each.layers.some((name) => name === layer.name || (name && layer.name.startsWith(`${name}.`))));
     const own = all.filter((each, place) => all.findIndex((other) => other.code === each.code && other.past === each.past) === place);
     const go = (label, name) => button(label, () => state.set({ layer: name }), { title: name ?? "", disabled: name === undefined, "data-key": `go:${label}` });
     replace(this.facts,
       h("h2", { title: layer.name }, layer.name || "(the model)"),
       h("div", { class: "neighbours" }, go("↑ before", up), go("↓ after", down)),
       h("dl", {}, facts.map(([label, value]) => [h("dt", {}, label), h("dd", {}, value)])),
-      own.length ? h("div", {}, h("h3", {}, "What to do"), own.map((each) => h("div", { class: "todo" }, h("p", {}, h("strong", {}, each.title), ` since step ${count(each.first)}${each.stage === "val" ? ", in validation" : ""}${each.past ? ", over by now" : ""}`), advice(each, run.rules)))) : h("p", { class: "muted" }, "Nothing was found here."));
+      own.length ? h("div", {}, h("h3", {}, "What to do"), alike(own).map((same) => h("div", { class: "todo" }, same.map((each) => h("p", {}, h("strong", {}, each.title), ` since step ${count(each.first)}${each.stage === "val" ? ", in validation" : ""}${each.past ? ", over by now" : ""}`)), advice(same[0], run.rules)))) : h("p", { class: "muted" }, "Nothing was found here."));
   }
 
   _last(statistic) {
@@ -127,6 +127,17 @@ export class LayerPanel {
       width: this.width(), height: 76 * names.length + 24, margin: { l: 48, r: 6, t: 0, b: 24 }, annotations, xaxis: axis({ fixedrange: true, nticks: 5, anchor: names.length > 1 ? `y${names.length}` : "y" }), ...places,
     }), { ...CONFIG, staticPlot: true });
   }
+}
+
+// Several illnesses of a layer often have one remedy, which is told once.
+function alike(findings) {
+  const found = new Map();
+  for (const each of findings) {
+    const fix = code(each.fix);
+    const key = fix.code || fix.note;
+    found.set(key, [...(found.get(key) ?? []), each]);
+  }
+  return [...found.values()];
 }
 
 const line = (x, values, style) => ({ type: "scatter", mode: "lines", x, y: values.map((value) => (isNumber(value) ? value : null)), line: style, hoverinfo: "x+y", showlegend: false });
