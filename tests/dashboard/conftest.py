@@ -52,6 +52,7 @@ def show(runs: Path, browser: Any, tmp_path: Path) -> Callable[..., Page]:
         file.write_text(report_html({name: folder / name / FILE_NAME for name in names}), encoding="utf-8")
         resize(browser, 1280, 1000)
         browser.get("about:blank")
+        browser.get_log("browser")  # what a page said whose server is gone by now
         browser.get(f"file://{file}{address}")
         return Page(browser).ready()
 
