@@ -61,7 +61,7 @@ class Accuracies(pl.Callback):
 
 def fit(module: pl.LightningModule, epochs: int, **watch: Any) -> tuple[list[float], pd.DataFrame]:
     """Train from seed 0; return the validation accuracy after each epoch, and the monitor's table of training."""
-    accuracies, monitor = Accuracies(), ActivationStatsMonitor(every_n_steps=2, gradients=True, **watch)
+    accuracies, monitor = Accuracies(), ActivationStatsMonitor(every_n_steps=2, gradients=True, verbose=False, **watch)
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -85,6 +85,12 @@ def axes(title: str, panels: int = 1, sharey: bool = True) -> tuple[Figure, Any]
     return figure, figure.subplots(1, panels, sharey=sharey, squeeze=False)[0]
 
 
+def save(figure: Figure, panel: Any, path: Path, ncols: int) -> None:
+    """Save the figure with the panel's legend below all panels, where it covers no line."""
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=ncols, fontsize=8)
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=4)
@@ -106,8 +112,7 @@ def main() -> None:
             panel.plot(row.step, row["mean"], label=f"layer {number}")
             panel.fill_between(row.step, row["mean"] - row["std"], row["mean"] + row["std"], alpha=0.2)
         panel.set(title=kind, xlabel="training step")
-        panel.legend(fontsize=8)
-    figure.savefig(options.images / "bn_shift.png")
+    save(figure, panels[0], options.images / "bn_shift.png", ncols=3)
 
     figure, (panel,) = axes("Which learning rates still train")
     print(f"{'learning rate':<20}" + "".join(f"{rate:>8g}" for rate in RATES))
@@ -116,8 +121,7 @@ def main() -> None:
         print(f"{kind:<20}" + "".join(f"{accuracy:>8.3f}" for accuracy in found))
         panel.plot(RATES, found, "o-", label=kind)
     panel.set(xscale="log", xlabel="learning rate", ylabel=f"accuracy after {options.epochs} epochs", ylim=(0, 1))
-    panel.legend()
-    figure.savefig(options.images / "bn_learning_rates.png")
+    save(figure, panel, options.images / "bn_learning_rates.png", ncols=2)
 
     figure, (panel,) = axes("Gradient at the output of each ReLU, at the first step")
     print(f"\n{'gradient scale':<38}" + "".join(f"{'relu' + str(number):>9}" for number in range(1, DEPTH + 1)))
@@ -136,8 +140,7 @@ def main() -> None:
                 linewidth=1 + 2 * norm * (2 - gain),
             )
     panel.set(yscale="log", xlabel="layer, from the input to the output", ylabel="standard deviation")
-    panel.legend(fontsize=7)
-    figure.savefig(options.images / "bn_gradients.png")
+    save(figure, panel, options.images / "bn_gradients.png", ncols=2)
 
     # A larger rate, at which scale and shift learn enough to be seen.
     tables["with batch norm"] = fit(Classifier(network(True), lr=0.3), options.epochs)[1]
@@ -146,18 +149,16 @@ def main() -> None:
     for panel, (kind, table) in zip(panels, tables.items(), strict=False):
         share = table[table.layer.str.contains("relu")].pivot(index="step", columns="layer", values="zero_fraction")
         print(f"{kind:<20}{share.iloc[0].median():>12.3f}{share.iloc[-1].min():>20.3f}{share.iloc[-1].max():>10.3f}")
-        panel.plot(share.index, share, label=[name.removeprefix("model.") for name in share.columns])
+        panel.plot(share.index, share, label=[name.replace("model.relu", "layer ") for name in share.columns])
         panel.axhline(0.5, color="black", linestyle=":")
         panel.set(title=kind, xlabel="training step", ylim=(0, 1))
-        panel.legend(fontsize=7, ncols=2)
     trained = tables["with batch norm"]
     for number in range(1, DEPTH + 1):
         row = trained[trained.layer == f"model.bn{number}"]
-        (line,) = panels[2].plot(row.step, row.bias_min, label=f"bn{number}")
+        (line,) = panels[2].plot(row.step, row.bias_min)
         panels[2].plot(row.step, row.bias_max, color=line.get_color())
     panels[2].set(title="least and greatest shift of each layer", xlabel="training step")
-    panels[2].legend(fontsize=7, ncols=2)
-    figure.savefig(options.images / "bn_relu.png")
+    save(figure, panels[0], options.images / "bn_relu.png", ncols=6)
 
     figure, (panel,) = axes("The same training, evaluated with other statistics")
     averages = {
@@ -174,8 +175,7 @@ def main() -> None:
         print(f"{title:<28}" + " ".join(f"{accuracy:.3f}" for accuracy in found))
         panel.plot(range(1, len(found) + 1), found, "o-", label=title)
     panel.set(xlabel="epoch", ylabel="validation accuracy", ylim=(0, 1))
-    panel.legend(fontsize=8)
-    figure.savefig(options.images / "bn_statistics.png")
+    save(figure, panel, options.images / "bn_statistics.png", ncols=2)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def plot(table: pd.DataFrame) -> None:
         for name, style in (("torch's 0.1", ":"), ("recalibrated", "--")):
             panel.axhline(column[name], color="grey", linestyle=style, label=name)
         panel.set(title=f"learning rate {lr}", xlabel="window length in batches", ylabel="validation accuracy, %")
-        panel.legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig("which_average.png", dpi=120)
     print("\nThe curve is in which_average.png.")
 
