@@ -72,3 +72,10 @@ def test_one_sentence_a_line(page: Path) -> None:
         if line.strip() and after.strip() and not ITEM.match(after) and not re.search(r"""[.!?:]["')\]*`_]*$""", line)
     ]
     assert cut == []
+
+
+def test_readme_is_short() -> None:
+    """Less than 700 words before the links, and the first command within the first screen."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.partition("\n## Read on")[0].split()) < 700
+    assert text.splitlines().index("pip install lightning-bn") < 24
