@@ -59,8 +59,8 @@ class MergingLedger(Ledger):
 
     When the outermost forward ends, one sum over the ranks is begun, and waited for when somebody asks for a layer's
     buffers: the next forward, an evaluation, ``state_dict`` or whoever reads ``running_mean``. To wait is no meeting,
-    so ranks may do so at different times. The shift is the mean that the ranks found at the last forward, which is the
-    same on all of them to the bit, whatever their buffers hold; at the first forward a sum of its own finds it.
+    so ranks may do so at different times. The shift is the mean that the ranks found at the last forward, which is
+    bit-identical on all of them, whatever their buffers hold; at the first forward a sum of its own finds it.
 
     Args:
         layers: which are below the module that `attach` is given.

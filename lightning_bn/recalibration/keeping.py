@@ -33,8 +33,8 @@ class Weights:
 
 @contextmanager
 def kept(**roots: object) -> Iterator[Weights]:
-    """Put all back at exit that is written inside into `roots` and what hangs in them: values of tensors to the bit, in
-    place.
+    """Put all back at exit that is written inside into `roots` and what hangs in them: values of tensors bit for bit,
+    in place.
 
     Parameters and their gradients, buffers, which of them there are, modes, hooks, plain attributes, lists, dicts,
     metrics at any depth: see `KeptObjects` and `KeptTensors`. It takes the memory of a copy of all tensors. Not the
