@@ -48,6 +48,7 @@ bench: .venv/dev.installed
 	$(BIN)/python benchmarks/mode_check.py
 	$(BIN)/python benchmarks/communication.py
 	$(BIN)/python benchmarks/page.py
+	$(BIN)/python benchmarks/journal.py
 
 docs: .venv/docs.installed
 	$(BIN)/mkdocs build --strict --quiet

@@ -153,6 +153,31 @@ def test_zoom_and_hover(show: Callable[..., Page]) -> None:
         assert word in page.text(".tip")
 
 
+def test_what_happened_is_drawn_at_its_step(show: Callable[..., Page]) -> None:
+    """Under the map: spans in eval mode, epochs and findings lie below the columns of their steps, also in a zoom."""
+    seen = """const lane = document.querySelector('canvas.lane'), scale = lane.height / (16 * arguments[2]);
+    const {data} = lane.getContext('2d').getImageData(
+        Math.round(arguments[1] * lane.width), Math.round((16 * arguments[0] + 8) * scale), 1, 1);
+    return data[3] > 0"""
+
+    def drawn(row: str, column: float, columns: int) -> bool:
+        labels = page.texts(".lane-label")
+        return bool(page.js(seen, labels.index(row), (column + 0.5) / columns, len(labels)))
+
+    page = show("sick")  # 60 columns of 10 steps; a layer was in eval mode from step 300 to 400
+    assert [drawn("in eval mode", column, 60) for column in (25, 29, 31, 35, 39, 42)] == [
+        False,
+        False,
+        *[True] * 3,
+        False,
+    ]
+    assert [drawn("epochs", column - 0.5, 60) for column in (20, 30, 35)] == [True, True, False]
+    assert [drawn("guard findings", column - 0.5, 60) for column in (20, 30, 40)] == [False, True, False]
+    page = show("sick", address="#from=200&to=390")
+    page.until(lambda: page.columns() == 20, "the zoom")
+    assert [drawn("in eval mode", column, 20) for column in (5, 9, 11, 18)] == [False, False, True, True]
+
+
 def test_marks_besides_the_colour(show: Callable[..., Page]) -> None:
     """Beyond a limit, in warm-up and NaN, the map has a picture over its colours; a map of healthy cells has none."""
 

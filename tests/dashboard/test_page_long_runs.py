@@ -39,3 +39,17 @@ def test_a_short_illness_is_not_lost(show: Callable[..., Page], tmp_path: Path) 
     page.until(lambda: page.text(".tip"), "the words")
     assert "worst of steps" in page.text(".tip")
     assert "above the limit of 0.25" in page.text(".tip")
+
+
+def test_a_thousand_layers(show: Callable[..., Page], tmp_path: Path) -> None:
+    """They are folded until they are asked for; then each has a row, whose cells are the table's."""
+    write_run(tmp_path / "wide", layers=1000, samples=4, events=False)
+    page = show("wide", folder=tmp_path)
+    assert "3 layers sick" in page.text(".verdict")
+    assert len(page.rows()) < 60
+    page = show("wide", folder=tmp_path, address="#sort=worst")
+    names, values = table(tmp_path / "wide", "dead_fraction")
+    rows, drawn = page.rows(), page.drawn(0, 1)
+    assert len(rows) == 1000
+    np.testing.assert_allclose(drawn, [values[names.index(row)] for row in rows], atol=0.01)
+    assert page.complaints() == []
