@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,13 +33,18 @@ SETTINGS: dict[str, tuple[bool, BatchNormSync | None]] = {
     "Window(20), BatchNormSync(statistics_only=True)": (True, BatchNormSync(statistics_only=True)),
     "Window(20), BatchNormSync()": (True, BatchNormSync()),
 }
+SETTLES = 0.2  # seconds
 Sent = dict[str, tuple[int, int]]  # by collective: calls, and bytes that this rank hands in
 
 
 def sent(step: Callable[[], object]) -> Sent:
     """Return what one call of `step` makes this rank send."""
+    # A thread of gloo's ends its event a moment after whoever waited goes on, and torch 2.6 gives no shapes of an event
+    # that the profiler sees half of.
+    time.sleep(SETTLES)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
         step()
+        time.sleep(SETTLES)
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -24,6 +25,11 @@ from lightning_bn import (
     Window,
 )
 from lightning_bn.discovery import user_name
+
+needs_sharding_on_a_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="fully_shard of torch 2.6 records events of streams, which a CPU's have not",
+)
 
 STEPS = 6
 DATA = torch.randn(64, 4, generator=torch.Generator().manual_seed(3)).sort(0).values

@@ -13,6 +13,7 @@ import ranks
 import torch
 import torch.distributed.checkpoint as dcp
 from digits import Classifier, ConvNet
+from sharded_fits import needs_sharding_on_a_cpu
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -150,8 +151,14 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
     for number, case in enumerate(CASES):
         whole = fit(case, Path(folder, f"{number}.ckpt"))
         results[number] = whole, fit(case, Path(folder, f"{number}-again.ckpt"), Path(folder, f"{number}.ckpt"))
-    results["sharded"] = _sharded(rank, f"{folder}/sharded")
     torch.save(results, f"{folder}/{rank}.pt")
+    ranks.leave_group()
+
+
+def _sharded_rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    ranks.join_group(rank, world, f"{folder}/store")
+    torch.save(_sharded(rank, f"{folder}/sharded"), f"{folder}/{rank}.pt")
     ranks.leave_group()
 
 
@@ -208,6 +215,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("sharded")
+    ranks.spawn(_sharded_rank, 2, str(folder))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
 @pytest.mark.parametrize(
     "number", range(len(CASES)), ids=[f"{averaging}-{precision}-{only}" for averaging, precision, only in CASES]
 )
@@ -230,37 +244,38 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_sharded_is_replicated(results: list[dict[Any, Any]]) -> None:
+@needs_sharding_on_a_cpu
+def test_sharded_is_replicated(sharded: list[dict[str, Any]]) -> None:
     """With fully_shard (FSDP2, gloo) a windowed model trains as under DDP, statistics and history included; all ranks
     have the same."""
-    for result in results:
-        replicated, trained = result["sharded"]["replicated"], result["sharded"]["trained"]
+    for result in sharded:
+        replicated, trained = result["replicated"], result["trained"]
         assert set(trained) == set(replicated)
         for key, value in replicated.items():
             torch.testing.assert_close(trained[key], value, rtol=1e-5, atol=1e-6)
     statistics = [
-        {key: value for key, value in result["sharded"]["trained"].items() if key.startswith("1.")}
-        for result in results
+        {key: value for key, value in result["trained"].items() if key.startswith("1.")} for result in sharded
     ]
     assert equal(*statistics)
 
 
-def test_distributed_checkpoint(results: list[dict[Any, Any]]) -> None:
+@needs_sharding_on_a_cpu
+def test_distributed_checkpoint(sharded: list[dict[str, Any]]) -> None:
     """What torch.distributed.checkpoint saved loads into a fresh sharded model, which trains on bit for bit, and into a
     plain one."""
-    for result in results:
-        sharded = result["sharded"]
-        assert equal(sharded["loaded"], sharded["trained"])
-        assert equal(sharded["one process"], sharded["trained"])
-        assert equal(sharded["resumed"], sharded["went on"])
-        assert not equal(sharded["resumed"], sharded["loaded"])
+    for result in sharded:
+        assert equal(result["loaded"], result["trained"])
+        assert equal(result["one process"], result["trained"])
+        assert equal(result["resumed"], result["went on"])
+        assert not equal(result["resumed"], result["loaded"])
 
 
-def test_sharded_models_recalibrate(results: list[dict[Any, Any]]) -> None:
+@needs_sharding_on_a_cpu
+def test_sharded_models_recalibrate(sharded: list[dict[str, Any]]) -> None:
     """recalibrate() gives a sharded model the statistics of all ranks' data under its weights, whatever batches each
     rank has."""
     data = torch.cat([own_batch(rank, step) for rank in range(2) for step in range(3 - rank)]).double()
-    for result in results:
-        state = result["sharded"]["recalibrated"]
+    for result in sharded:
+        state = result["recalibrated"]
         mean = (data @ state["0.weight"].double().T + state["0.bias"].double()).mean(0)
         torch.testing.assert_close(state["1.running_mean"].double(), mean, rtol=1e-5, atol=1e-5)

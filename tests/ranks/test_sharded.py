@@ -21,6 +21,7 @@ from sharded_fits import (
     error_of,
     fit,
     fsdp2,
+    needs_sharding_on_a_cpu,
     network,
     on_own_batch,
     own_batch,
@@ -32,6 +33,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_module
 
 from lightning_bn import BatchNormRecalibration, BatchNormSync, Window, convert_batch_norm, recalibrate
+
+pytestmark = needs_sharding_on_a_cpu
 
 
 def parts(rank: int, sizes: tuple[int, int]) -> list[Tensor]:
