@@ -58,7 +58,7 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
         >>> from lightning_bn import Window, convert_batch_norm
         >>> convert_batch_norm(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8)), Window(20))[1]
         BatchNorm2d(
-          8, eps=1e-05, affine=True, bias=True, track_running_stats=True
+          8, eps=1e-05, affine=True, ...track_running_stats=True
           (averaging): Window(size=20)
         )
     """
@@ -102,7 +102,7 @@ def to_torch(module: M) -> M:
     Example:
         >>> from lightning_bn import BatchNorm2d, Window, to_torch
         >>> to_torch(BatchNorm2d(8, averaging=Window(20)))
-        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, ...track_running_stats=True)
     """
     layers = find_batch_norms(module)
     refused = [
