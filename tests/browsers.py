@@ -61,6 +61,12 @@ def resize(browser: Any, width: int, height: int) -> None:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
 
+def blank(browser: Any) -> None:
+    """Leave the page before, and forget what it said: its server may be gone by now."""
+    browser.get("about:blank")
+    browser.get_log("browser")
+
+
 @contextmanager
 def tensorboard(folder: Path, *arguments: str, prefix: str = "") -> Iterator[str]:
     """Start TensorBoard with those arguments; the address is where it answers."""

@@ -150,7 +150,7 @@ class TestFix:
         check = ModeCheck(action="raise", fix=["BN101"], allow_eval=["model.backbone.1"])
         (finding,) = of("BN101", findings(module, check=check))
         assert finding.mended
-        assert "mended" in finding.message
+        assert "fixed at once" in finding.message
         modes = {name: part.training for name, part in module.named_modules()}
         assert modes[""]
         assert modes["model.head.2"]

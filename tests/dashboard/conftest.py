@@ -44,15 +44,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def show(runs: Path, browser: Any, tmp_path: Path) -> Callable[..., Page]:
     """Open the report on runs: ``show("sick")``."""
-    from browsers import resize
+    from browsers import blank, resize
     from pages import Page
 
     def opened(*names: str, address: str = "", folder: Path = runs) -> Page:
         file = tmp_path / "report.html"
         file.write_text(report_html({name: folder / name / FILE_NAME for name in names}), encoding="utf-8")
         resize(browser, 1280, 1000)
-        browser.get("about:blank")
-        browser.get_log("browser")  # what a page said whose server is gone by now
+        blank(browser)
         browser.get(f"file://{file}{address}")
         return Page(browser).ready()
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from browsers import NEEDS_BROWSER, resize, tensorboard, wait
+from browsers import NEEDS_BROWSER, blank, resize, tensorboard, wait
 from limits import limit
 from pages import Page
 
@@ -53,7 +53,7 @@ def enter(browser: Any, address: str) -> Callable[[str], Page]:
     def opened(run: str, more: str = "") -> Page:
         resize(browser, 1280, 1000)
         browser.switch_to.default_content()
-        browser.get("about:blank")
+        blank(browser)
         browser.get(f"{address}/#lightning_bn&p.lightning_bn.run={run}{more}")
         frame = wait(lambda: browser.find_elements("tag name", "iframe"), "the tab")
         browser.switch_to.frame(frame[0])

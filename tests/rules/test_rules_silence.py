@@ -143,7 +143,7 @@ class TestParametersAlone:
         check_ = ModeCheck(action="log")
         with quiet():
             getattr(trainer(check_), stage)(self.loaded(), data(batches=2))
-        assert "parameters alone" in only("BN204", check_.findings).seen
+        assert "loaded without buffers" in only("BN204", check_.findings).seen
 
     def test_at_rest(self) -> None:
         """`check` sees it too, and says nothing of a fresh model, of one initialised as a GAN is, or of one that a fit
