@@ -92,7 +92,7 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def fitted(rank: int, group: Any) -> dict[str, Any]:
+def fitted(rank: int, group: Any, folder: str) -> dict[str, Any]:
     """A Trainer for each process, which knows of no other: the callbacks' group alone tells who shares a model."""
     monitor = ActivationStatsMonitor(every_n_steps=1, verbose=False, process_group=group)
     recalibration = BatchNormRecalibration(forward=lambda module, batch: module.net(batch), process_group=group)
@@ -100,6 +100,7 @@ def fitted(rank: int, group: Any) -> dict[str, Any]:
     trainer = pl.Trainer(
         devices=1, accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[monitor, recalibration],
+        default_root_dir=folder,
     )  # fmt: skip
     trainer.fit(module, DataLoader([data(rank, step) for step in range(2)], batch_size=None))
     return {"table": monitor.table(), "statistics": statistics(module.net)}
@@ -250,10 +251,10 @@ def _rank(rank: int, world: int, folder: str) -> None:
     groups = [dist.new_group(members) for members in NAMES]
     own, other = groups[rank // 2], groups[1 - rank // 2]
     results: dict[str, Any] = {f"recalibrated, {exact}": recalibrated(rank, own, exact) for exact in (False, True)}
-    results["fitted"] = fitted(rank, own)
+    results["fitted"] = fitted(rank, own, folder)
     if rank < 2:
         results["one group alone"] = recalibrated(rank, own, False)
-        results["one group's fit alone"] = fitted(rank, own)
+        results["one group's fit alone"] = fitted(rank, own, folder)
     results["outside"] = [
         error_of(lambda: recalibrate(network(), [data(rank)], process_group=other, progress=False)),
         error_of(lambda: BatchNormSync(process_group=other).apply(network())),
