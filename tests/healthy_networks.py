@@ -88,6 +88,60 @@ class Inverted(nn.Module):
         return x + self.project(out if self.excite is None else out * self.excite(out))
 
 
+class NormAct(nn.BatchNorm2d):
+    """timm's: a batch norm with its activation as a part of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(super().forward(input))
+
+
+class Zeroed(nn.Module):
+    """timm's zero-initialised last norm, with an activation as a part of it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.conv2, self.bn2 = (
+            conv(width, width),
+            NormAct(width),
+            conv(width, width),
+            NormAct(width),
+        )
+        nn.init.zeros_(self.bn2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bn2(self.conv2(self.bn1(self.conv1(x))))
+
+
+class Excited(nn.Module):
+    """Squeeze and excitation by a ReLU of many units, which are on or off for all images alike."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = conv(width, width), nn.BatchNorm2d(width), nn.ReLU()
+        self.reduce, self.se_act = nn.Conv2d(width, 32, 1), nn.ReLU()
+        self.expand, self.gate = nn.Conv2d(32, width, 1), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn(self.conv(x)))
+        return x * self.gate(self.expand(self.se_act(self.reduce(x.mean((2, 3), keepdim=True)))))
+
+
+class Scaled(nn.Module):
+    """A branch whose scale begins with almost nothing (LayerScale) or with nothing at all (SkipInit, ReZero)."""
+
+    def __init__(self, width: int, scale: float) -> None:
+        super().__init__()
+        self.conv1, self.act, self.conv2 = nn.Conv2d(width, width, 3, 1, 1), nn.GELU(), nn.Conv2d(width, width, 3, 1, 1)
+        self.scale, self.after = nn.Parameter(torch.tensor(scale)), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.after(self.conv2(self.act(self.conv1(x))) * self.scale)
+
+
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -121,6 +175,12 @@ class Recurrent(nn.Module):
 
 def head(width: int) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+
+
+def zero_head(width: int) -> nn.Sequential:
+    made = head(width)
+    nn.init.zeros_(made[-1].weight)
+    return made
 
 
 def stem(width: int) -> list[nn.Module]:
@@ -182,5 +242,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "recurrent": Recurrent,
     "shared activation": shared_activation,
     "plain": vgg,
+    "norms with activations, zero-initialised": lambda: nn.Sequential(*stem(8), Zeroed(8), Zeroed(8), head(8)),
+    "excited by ReLUs": lambda: nn.Sequential(*stem(16), Excited(16), Excited(16), head(16)),
+    "layer scale, zero head": lambda: nn.Sequential(*stem(8), Scaled(8, 1e-5), Scaled(8, 1e-5), zero_head(8)),
+    "skip initialisation": lambda: nn.Sequential(*stem(8), Scaled(8, 0.0), Scaled(8, 0.0), head(8)),
     "LeNet": lenet,
 }

@@ -29,7 +29,7 @@ class Layout:
     activations: Indices  # of each activation, and of what the model is given
     gradients: Indices  # of each gradient
     norms: Indices  # of each batch norm, its first row
-    follows: Indices  # of each batch norm, the row after it, or its own where it is the last
+    follows: Indices  # of each batch norm, the row after it or of its own activation, or its own where it is the last
     flags: Flags  # of the activations
     keys: tuple[Key, ...]  # of the rows; of a batch norm that did not run, one of width 0
 
@@ -95,10 +95,21 @@ def lay_out(
         np.array([row_of[key] for key in measured], dtype=np.int64),
         np.array([row_of[key._replace(what="activation")] for key in keys if key.what == "gradient"], dtype=np.int64),
         own_rows,
-        np.minimum(own_rows + 1, len(rows) - 1),
+        np.array(
+            [_row_after(name, row, module_of) for name, row in zip(norms, own_rows.tolist(), strict=True)],
+            dtype=np.int64,
+        ),
         _flags(rows, [row_of[key] for key in measured], module_of, layers, outputs, images),
         tuple(rows),
     )
+
+
+def _row_after(name: str, row: int, modules: Sequence[str]) -> int:
+    """The row of what a batch norm feeds: an activation that is a part of it, which runs before it ends, or the next
+    row."""
+    if row > 0 and modules[row - 1].startswith(f"{name}."):
+        return row - 1
+    return min(row + 1, len(modules) - 1)
 
 
 def _flags(
@@ -117,12 +128,10 @@ def _flags(
     bounded = [
         not given and bounds_of(layers[name]) is not None for name, given in zip(module_of, is_input, strict=True)
     ]
-    follows = [row > 0 and is_norm[row - 1] and rows[row - 1].width == key.width for row, key in enumerate(rows)]
     return Flags(
         is_function=each([not norm and not given for norm, given in zip(is_norm, is_input, strict=True)]),
         is_bounded=each(bounded),
         is_output=each([key.place in outputs for key in rows]),
         is_input=each(is_input),
         has_positions=each([key in images for key in rows]),
-        follows_norm=each(follows),
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_bn.activations.pooling import Pool
 
-__all__ = ["Array", "Channels", "Flags", "Mask", "Memory", "Norms", "pieces", "silent_numbers"]
+__all__ = ["Array", "Beginning", "Channels", "Flags", "Mask", "Memory", "Norms", "pieces", "silent_numbers"]
 
 # The largest of many channels of one layer is a few times as large as their median by chance.
 RUNS_AWAY = 10.0
@@ -52,7 +52,7 @@ class Channels:
     is_input: Mask  # (K,): what the model was given
     has_positions: Mask  # (K,): each channel has several values a sample, as in an image
     dead: Mask  # (S,): has been zero for so long that it won't fire again
-    died: Mask  # (S,): dead, and not from the start
+    lone: Mask  # (S,): dead, which chance does not explain for a channel by itself
 
     @classmethod
     def of(cls, pool: Pool, flags: Flags, memory: Memory | None = None) -> Channels:
@@ -63,12 +63,11 @@ class Channels:
         positions = np.array(pool.seen, dtype=np.float64)
         silent = zeros == positions.repeat(widths)
         nothing = np.zeros_like(silent)
-        dead, died, long_dead = (silent, nothing, nothing) if memory is None else memory.update(pool, silent)
-        follows_norm = flags.follows_norm.repeat(widths)
+        dead, lone = (silent, nothing) if memory is None else memory.update(pool, silent)
         return cls(
             *(widths, positions, count, mean, m2, zeros, low, high, saturated),
             *(flags.is_function, flags.is_bounded, flags.is_output, flags.is_input, flags.has_positions),
-            *(dead, died | (long_dead & follows_norm)),
+            *(dead, lone),
         )
 
     @cached_property
@@ -144,28 +143,34 @@ class Flags:
     is_output: Mask
     is_input: Mask
     has_positions: Mask
-    follows_norm: Mask  # whether the layer before it in the forward is a batch norm of the same width
 
 
 class Memory:
     """Which channels have fired, and how often, sample after sample.
 
     A channel is dead where it has been zero at every position since it last fired, and that for so many positions that
-    it would have fired `EVIDENCE` times among them at the rate that it had. One that has never fired is dead at once,
-    and so are all channels of a layer that gives nothing but zeros.
+    it would have fired `EVIDENCE` times among them at the rate that it had. The rate of one that has never fired is
+    not known: it is taken to be that of the layer's other channels, and where these are on or off whatever the input,
+    as in squeeze and excitation, one that is off tells nothing. All channels of a layer that gives nothing but zeros
+    are dead at once. Fewer than `POSITIONS`, which in a deep layer are much alike, tell nothing of a channel.
+
+    A channel that has never fired counts by itself where the others are `BALANCED`. What a channel is given has a
+    mean m and a deviation s, and it fires at the rate at which a normal variable exceeds -m/s. If the median of
+    min(rate, 1 - rate) over the channels is 0.3, half of all |m/s| are below 0.52, so m/s varies by 0.78; not to fire
+    at 256 positions takes -3.5, which is 4.5 of these: by chance, one channel in 300,000. After a batch norm m is 0. A
+    fresh layer without one may have channels that are off from the start, and its share of them alone counts.
     """
 
     EVIDENCE = 20.0
     POSITIONS = 256
-    """Of fewer positions, which in a deep layer are much alike, a channel by itself is not called dead."""
+    BALANCED = 0.3
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Array, Array]] = {}  # rate at which a channel fires, and silent positions since
 
-    def update(self, pool: Pool, silent: Mask) -> tuple[Mask, Mask, Mask]:
-        """Take a sample in, and return which of its channels are dead, which of these had fired before, and which of
-        these have been dead for many positions."""
-        widths = [key.width for key in pool.keys]
+    def update(self, pool: Pool, silent: Mask) -> tuple[Mask, Mask]:
+        """Take a sample in, and return which of its channels are dead, and which of these count by themselves."""
+        widths = np.array([key.width for key in pool.keys], dtype=np.int64)
         fresh = {key: (np.zeros(key.width), np.zeros(key.width)) for key in pool.keys if key not in self._known}
         known = [self._known.get(key) or fresh[key] for key in pool.keys]
         rate, since = (np.concatenate([pair[part] for pair in known]) for part in (0, 1))
@@ -173,18 +178,52 @@ class Memory:
         firing = 1 - pool.channels[3].double().numpy() / positions
         rate = np.where(silent, rate, np.where(rate > 0, (rate + firing) / 2, firing))
         since = np.where(silent, since + positions, 0.0)
+        ends = np.cumsum(widths)
         known = list(zip(pieces(rate, widths), pieces(since, widths), strict=True))
         self._known.update(zip(pool.keys, known, strict=True))
-        starts = np.cumsum(widths, dtype=np.int64) - np.array(widths, dtype=np.int64)
-        wholly = np.logical_and.reduceat(silent, starts).repeat(widths)
-        is_long = since >= self.POSITIONS
-        died = silent & (rate > 0) & (wholly | (is_long & (rate * since >= self.EVIDENCE)))
-        dead = died | (silent & (rate == 0))
-        return dead, died, dead & is_long
+        wholly = np.logical_and.reduceat(silent, ends - widths).repeat(widths)
+        has_fired = rate > 0
+        usual = self._usual(rate, widths, rows=np.logical_or.reduceat(silent & ~has_fired, ends - widths))
+        expected = np.where(has_fired, rate, usual.repeat(widths)) * since
+        is_long = (since >= self.POSITIONS) & (expected >= self.EVIDENCE)
+        dead = silent & (wholly | is_long)
+        return dead, dead & (has_fired | (usual >= self.BALANCED).repeat(widths))
+
+    def _usual(self, rate: Array, widths: NDArray[np.int64], rows: Mask) -> Array:
+        """By row, how often one of two things that a channel can do is done, the rarer: the median over those that
+        have fired, 0 where none has or nobody asks."""
+        found = np.zeros(len(widths))
+        starts = np.cumsum(widths) - widths
+        for row in np.flatnonzero(rows):
+            own = rate[starts[row] : starts[row] + widths[row]]
+            if (fired := own[own > 0]).size:
+                found[row] = np.median(np.minimum(fired, 1 - fired))
+        return found
 
     def clear(self) -> None:
         """Forget all: an evaluation begins."""
         self._known.clear()
+
+
+class Beginning:
+    """Which rows have given nothing but zeros since their first sample, at most `EXCUSED` of them: what is initialised
+    with zero has moved after a step or two."""
+
+    EXCUSED = 2
+
+    def __init__(self) -> None:
+        self._samples: dict[Any, int] = {}  # by row, how many samples it has been zero for since the first
+
+    def update(self, pool: Pool) -> Mask:
+        """Take a sample in, and return which of its rows are excused: (K,)."""
+        low, high, _ = pool.layers.numpy()
+        zero = (low == 0) & (high == 0)
+        for key, is_zero in zip(pool.keys, zero.tolist(), strict=True):
+            before = self._samples.get(key, 0)
+            self._samples[key] = before + 1 if is_zero and before >= 0 else -1
+        number = np.array([self._samples[key] for key in pool.keys])
+        found: Mask = (number > 0) & (number <= self.EXCUSED)
+        return found
 
 
 @dataclass(frozen=True)

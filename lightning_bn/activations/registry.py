@@ -20,6 +20,10 @@ NEAR_ZERO = 0.01
 # A root mean square, or a standard deviation, that no healthy layer reaches.
 LARGE = 1e3
 
+# Next to a value of 1, float32 hardly knows the difference: a network whose layers are that small has vanished. Gates,
+# and what a small initial scale multiplies (LayerScale), begin with 1e-5.
+TINY = 1e-7
+
 # Channels of which a share tells nothing.
 FEW = 8
 
@@ -184,7 +188,7 @@ ENTRIES: tuple[Entry, ...] = (
         label="standard deviation of the activations",
         scale=Scale(-3, 3, "RdBu_r", "standard deviation; 1 is healthy", log=True),
         family="scale",
-        low=1e-3,
+        low=TINY,
         high=1e3,
         healthy=1.0,
         log=True,
@@ -265,16 +269,17 @@ ENTRIES: tuple[Entry, ...] = (
     Statistic(
         "died_channels",
         "activation",
-        lambda found: found.of_finite(found.total(found.died)),
+        lambda found: found.of_finite(found.total(found.lone)),
         _functions,
-        label="number of channels that have died",
+        label="number of channels that are dead",
         scale=_CHANNELS,
         family="channel",
         high=0,
         judged=lambda found: found.widths >= FEW,
         rank=7,
         mapped=False,
-        advice=f"A channel that was alive gives 0 for every input: {_LOWER_RATE.lower()}, or use nn.LeakyReLU.",
+        advice=f"A channel gives 0 for every input: {_LOWER_RATE.lower()}, or use nn.LeakyReLU; if it was never alive, "
+        "initialise it anew.",
         code="nn.LeakyReLU(0.01)  # in place of nn.ReLU()",
     ),
     Statistic(
@@ -423,7 +428,8 @@ ENTRIES: tuple[Entry, ...] = (
         label="standard deviation of the gradient at the output",
         scale=_GRADIENT,
         family="gradient",
-        low=1e-12,
+        # The smallest whose square float32 can hold, which Adam divides by.
+        low=1e-19,
         high=1e3,
         healthy=None,
         log=True,

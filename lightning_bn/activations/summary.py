@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.drift import Drift, distance, summarise_drift
 from lightning_bn.activations.layout import Indices, Layout, Names, lay_out
-from lightning_bn.activations.measured import Array, Channels, Flags, Mask, Memory, Norms, pieces, silent_numbers
+from lightning_bn.activations.measured import (
+    Array,
+    Beginning,
+    Channels,
+    Flags,
+    Mask,
+    Memory,
+    Norms,
+    pieces,
+    silent_numbers,
+)
 from lightning_bn.activations.places import Place
 from lightning_bn.activations.pooling import Key, Pool
 from lightning_bn.activations.registry import COLUMNS, DRIFT_STATISTICS, ENTRIES, STATISTICS, Statistic
@@ -23,6 +34,9 @@ __all__ = ["Measured", "Summariser"]
 
 # A channel of the input that hardly varies in training is compared in units of a tenth of the whole input's deviation.
 INPUT_FLOOR = 0.01
+
+# In what a layer that gives nothing but zeros shows.
+SILENT = ("std", "zero_fraction", "dead_fraction", "died_channels")
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,7 @@ class Summariser:
         self._layouts: dict[object, Layout] = {}  # the newest alone
         self._zero_born: Mask | None = None  # norms whose weight has been 0 from the start
         self.memory = Memory()
+        self._beginning = Beginning()
         self.given: dict[int, Moments] = {}  # by width, of all inputs of the model
 
     @silent_numbers()
@@ -87,10 +102,12 @@ class Summariser:
             self._compare_input(pool, layout, reference, values, states)
         if (pool := _part(found.pool, "gradient")) is not None:
             nothing = np.zeros(len(pool.keys), dtype=bool)
-            flags = Flags(*[nothing] * 6)
+            flags = Flags(*[nothing] * 5)
             _fill(values, states, "gradient", Channels.of(pool, flags), layout.gradients)
         if norms is not None:
             self._mark_warm_up(values, states, norms, layout)
+        if found.pool is not None:
+            self._mark_beginning(values, states, found.pool, layout)
         rows = dict(zip(layout.keys, layout.labels, strict=True))
         histograms = {rows[key]: counts for key, counts in found.histograms.items()}
         drift = self._drift_by_row(found.drift, layout)
@@ -144,25 +161,39 @@ class Summariser:
     def _mark_warm_up(self, values: Array, states: States, norms: Norms, layout: Layout) -> None:
         """Mark what a known start explains: statistics that begin with 0/1, norms whose weight begins with 0."""
 
-        def mark(name: str, rows: Indices | Mask, explained: Mask) -> None:
-            column = COLUMNS.index(name)
-            sick = STATISTICS[name].is_sick(values[rows, column])
-            states[rows, column] = np.where(sick & explained, WARM_UP, states[rows, column])
-
         for place, name in enumerate(DRIFT_STATISTICS):
             if name in STATISTICS:
-                mark(name, layout.norms, ~STATISTICS[name].is_sick(norms.settled[:, place]))
+                _mark(values, states, name, layout.norms, ~STATISTICS[name].is_sick(norms.settled[:, place]))
         near = STATISTICS["weight_near_zero"]
         small = near.is_sick(near.value(norms))
         # Small from the first sample on, which an optimizer may have moved away from 0 by one step.
         self._zero_born = small if self._zero_born is None else self._zero_born & small
-        mark("weight_near_zero", layout.norms, self._zero_born)
+        _mark(values, states, "weight_near_zero", layout.norms, self._zero_born)
         if self._zero_born.any():
-            for name in ("std", "zero_fraction", "dead_fraction", "died_channels"):
-                mark(name, layout.norms, self._zero_born)
-                mark(name, layout.follows, self._zero_born)
-            gradients = values[:, COLUMNS.index("grad_std")]
-            mark("grad_std", np.arange(len(gradients)), gradients == 0)
+            for name in SILENT:
+                _mark(values, states, name, layout.norms, self._zero_born)
+                _mark(values, states, name, layout.follows, self._zero_born)
+            _mark(values, states, "grad_std", slice(None), values[:, COLUMNS.index("grad_std")] == 0)
+
+    def _mark_beginning(self, values: Array, states: States, pool: Pool, layout: Layout) -> None:
+        """Mark what is zero because it is initialised with zero."""
+        is_new = self._beginning.update(pool)
+        if not is_new.any():
+            return
+        what = np.array([key.what for key in pool.keys])
+        for kinds, rows, names in (
+            (("activation", "given"), layout.activations, SILENT),
+            (("gradient",), layout.gradients, ("grad_std",)),
+        ):
+            for name in names:
+                _mark(values, states, name, rows, is_new[np.isin(what, kinds)])
+
+
+def _mark(values: Array, states: States, name: str, rows: Any, explained: Mask | bool = True) -> None:
+    """Mark what is sick in some rows of a column, and explained, as warm-up."""
+    column = COLUMNS.index(name)
+    sick = STATISTICS[name].is_sick(values[rows, column]) & (states[rows, column] == KNOWN)
+    states[rows, column] = np.where(sick & explained, WARM_UP, states[rows, column])
 
 
 def _fill(values: Array, states: States, source: str, found: object, rows: Indices) -> None:

@@ -160,6 +160,18 @@ def test_a_sickness_is_named_first(sickness: str) -> None:
     assert WHEN <= first.first <= WHEN + EVERY
 
 
+@pytest.mark.parametrize(
+    ("channels", "statistic", "first"),
+    [(3, "died_channels", 0), (slice(5), "dead_fraction", 0), (slice(None), "dead_fraction", 2 * EVERY)],
+    ids=["one channel", "a third", "all"],
+)
+def test_what_is_dead_from_the_start_is_named(channels: Any, statistic: str, first: int) -> None:
+    """A channel that has never fired counts, also by itself; a whole layer might be initialised with zero, and counts
+    from the third sample on."""
+    episode = found(fill("block1.bn1", None, -100.0, channels), at=0)[0]
+    assert (episode.layer, episode.statistic, episode.first) == ("block1.relu#1", statistic, first)
+
+
 def test_the_planted_network_is_healthy_without_a_plant() -> None:
     """What the tests above rest on."""
     assert found(None) == []

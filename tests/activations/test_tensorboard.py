@@ -322,7 +322,7 @@ def test_text_of_a_healthy_run() -> None:
     table.append("train", 1500, 3, sample)
     text = tell(table, sample)
     assert "**Step 1,500.**\n\n- Healthy: 2 layers were within their limits at 1 sample of training." in text
-    assert "| standard deviation of the activations | `b` | 2 | 0.001 to 1000 |" in text
+    assert "| standard deviation of the activations | `b` | 2 | 1e-07 to 1000 |" in text
 
 
 def test_heat_maps_can_be_left_out(tmp_path: Path) -> None:
