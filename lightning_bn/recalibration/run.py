@@ -122,6 +122,11 @@ def recalibrate(
     ``num_batches_tracked`` become the first rank's. A rank of a sharded model that has no batch left runs along with
     its last one, which does not count; a forward that raises there ends the other ranks by the group's timeout.
 
+    What the forward writes elsewhere is restored too: parameters, gradients, buffers, and what the model's attributes
+    hold at any depth. For this all tensors of the model are copied when the pass begins, on their own device, and kept
+    until it ends: it takes the memory of a second model, gradients included. A value that can't be copied raises a
+    TypeError with its name, before the first batch runs.
+
     Example:
         >>> import torch
         >>> from lightning_bn import recalibrate

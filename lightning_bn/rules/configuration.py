@@ -174,12 +174,19 @@ class BatchPerDevice(Rule):
                 list(alone),
                 f"normalised with {samples} samples; the gradient has {samples * setting.ranks * setting.accumulated} "
                 f"({setting.ranks} devices, {setting.accumulated} accumulated batches).",
-                fix=Fix(
-                    "sync_batchnorm=True",
-                    "in the Trainer",
-                    "joins the devices; only a larger batch joins accumulated ones",
-                ),
+                fix=self._fix(setting, joined=all(_ranks(layer, setting) > 1 for layer in batch.by_layer())),
             )
+
+    def _fix(self, setting: Setting, *, joined: bool) -> Fix:
+        """Each cause has its own mend: nothing joins accumulated batches but a larger batch."""
+        code, notes = [], []
+        if setting.ranks > 1 and not joined:
+            code.append("callbacks=[..., BatchNormSync()]")
+            notes.append("or sync_batchnorm=True on GPUs")
+        if setting.accumulated > 1:
+            code.append("accumulate_grad_batches=1")
+            notes.append(f"with a batch {setting.accumulated} times as large, where the memory allows it")
+        return Fix(", ".join(code), "in the Trainer", "; ".join(notes))
 
 
 class DropoutBeforeBatchNorm(Rule):
