@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -18,12 +19,37 @@ from lightning_bn.torch_internals import is_compiled
 __all__ = [
     "eager",
     "evaluating",
+    "extra_pass",
+    "is_extra_pass",
     "kept_attribute",
     "kept_modes",
     "normalising_with_batches",
     "out_of_inference_mode",
     "paused_statistics",
 ]
+
+
+class _Passes(threading.local):
+    depth = 0
+
+
+_passes = _Passes()
+
+
+@contextmanager
+def extra_pass() -> Iterator[None]:
+    """Say that what runs inside is a pass of this package's own, which the monitor is not to take for training or
+    validation."""
+    _passes.depth += 1
+    try:
+        yield
+    finally:
+        _passes.depth -= 1
+
+
+def is_extra_pass() -> bool:
+    """Whether this thread is inside `extra_pass`."""
+    return _passes.depth > 0
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from lightning_bn.activations.stats import by_channel
 from lightning_bn.activations.summary import Measured, Summariser
 from lightning_bn.activations.transfer import joined, to_host
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.modes import eager
+from lightning_bn.modes import eager, is_extra_pass
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.sharding import full_value
 from lightning_bn.torch_internals import in_backward, is_wrapper, parameters_of
@@ -263,7 +263,7 @@ class LayerCollector:
         return self._meter.against(statistics, inputs)
 
     def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        if not self._is_attached:
+        if not self._is_attached or is_extra_pass():
             return
         tensor = next(_tensors(output), None)
         if tensor is None:
@@ -288,7 +288,7 @@ class LayerCollector:
 
     def _see_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in what the model is given, the first tensor of a batch."""
-        if self._is_given or not self._is_attached:
+        if self._is_given or not self._is_attached or is_extra_pass():
             return
         given = next(_tensors((args, kwargs), with_bytes=True), None)
         if given is None:

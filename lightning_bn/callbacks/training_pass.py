@@ -23,7 +23,7 @@ from lightning_bn.callbacks.lightning_internals import (
     validation_metrics,
 )
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.modes import eager, kept_attribute
+from lightning_bn.modes import eager, extra_pass, kept_attribute
 from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.keeping import kept
 
@@ -49,6 +49,7 @@ def quiet(trainer: Trainer, module: LightningModule, loader: Any = None) -> Iter
     """
     with (
         HeldInterrupts(),
+        extra_pass(),
         isolated(module, loader),
         muted(trainer, module),
         in_stage(trainer, RunningStage.TRAINING),
@@ -81,6 +82,7 @@ def validate_once_more(trainer: Trainer, module: LightningModule) -> dict[str, T
     """Return the metrics that validation would log now; nothing is logged, and no callback is called."""
     with HeldInterrupts() as interrupts, in_stage(trainer, RunningStage.VALIDATING), ExitStack() as stack:
         loader = validation_loader(trainer)
+        stack.enter_context(extra_pass())
         stack.enter_context(isolated(module, loader))
         stack.enter_context(kept(module=module))
         stack.enter_context(_kept_broadcast(trainer.strategy.model))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.modes import eager
+from lightning_bn.modes import eager, extra_pass
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.recalibration.collection import OnePass, PassResult, merged
 from lightning_bn.recalibration.feeding import Forward, feed, to_device
@@ -305,6 +305,7 @@ def _all_else_kept(model: nn.Module, batches: object) -> Iterator[Weights]:
     """Prepare the model for a pass over the data, and put back at exit what the preparation or the pass changes."""
     # Not inference mode, and out of the caller's: what the model caches on the way would be of no use for training.
     with (
+        extra_pass(),
         kept_random_states(batches),
         kept(model=model) as weights,
         eager(model),
