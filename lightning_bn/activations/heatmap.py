@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lightning_bn.activations.layer_table import Grid
 from lightning_bn.activations.measured import Array
 from lightning_bn.activations.registry import Scale
+from lightning_bn.activations.sample import KNOWN, WARM_UP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,19 +22,20 @@ Pixels = NDArray[np.uint8]
 
 MAX_COLUMNS = 100
 DPI = 100
+PALE = 0.6  # how far what is in warm-up is on its way to white
 
 
 def draw_grid(grid: Grid) -> Pixels:
     """Draw one statistic: layers downwards in forward order, steps to the right. Names in red are beyond the limits at
-    the last step.
+    the last step; what is in warm-up is pale, and its name is not red.
 
     Returns:
         (height, width, 3) uint8.
     """
     shown = grid.thinned(MAX_COLUMNS)
-    sick = grid.statistic.is_sick(grid.values[:, -1])
+    sick = grid.statistic.is_sick(grid.values[:, -1]) & (grid.states[:, -1] == KNOWN)
     axes, bar = _figure(shown.layers, grid.statistic.label[0].upper() + grid.statistic.label[1:])
-    _paint(axes, bar, shown.values, grid.statistic.scale)
+    _paint(axes, bar, shown.values, grid.statistic.scale, shown.states == WARM_UP)
     _name_layers(axes, shown.layers, sick)
     _name_steps(axes, shown.steps)
     return _pixels(axes)
@@ -55,7 +57,8 @@ def draw_channels(layers: Sequence[str], values: Sequence[Array], scale: Scale, 
         known = row[~np.isnan(row)]
         rows.append(np.quantile(known, share, method="nearest") if len(known) else np.full(len(share), np.nan))
     axes, bar = _figure(layers, title)
-    _paint(axes, bar, np.stack(rows), scale)
+    drawn = np.stack(rows)
+    _paint(axes, bar, drawn, scale, np.zeros(drawn.shape, dtype=bool))
     _name_layers(axes, layers, np.zeros(len(layers), dtype=bool))
     axes.set_xticks(range(0, 101, 25), [f"{percent} %" for percent in range(0, 101, 25)])
     axes.set_xlabel("channels of each layer, in ascending order")
@@ -82,20 +85,25 @@ def _figure(layers: Sequence[str], title: str) -> tuple[Axes, Axes]:
     return axes, bar
 
 
-def _paint(axes: Axes, bar_axes: Axes, values: Array, scale: Scale) -> None:
+def _paint(axes: Axes, bar_axes: Axes, values: Array, scale: Scale, is_warming: NDArray[np.bool_]) -> None:
     from matplotlib import colormaps
 
     # Few enough colours to tell apart beside the bar, and for a PNG of half the size.
     colours = colormaps[scale.colours].resampled(33).with_extremes(bad="0.75")
     placed = scale.place(values)
     image = axes.imshow(placed, aspect="auto", interpolation="nearest", cmap=colours, vmin=scale.low, vmax=scale.high)
+    if is_warming.any():
+        veil = np.zeros((*placed.shape, 4))
+        veil[is_warming] = (1, 1, 1, PALE)
+        axes.imshow(veil, aspect="auto", interpolation="nearest")
     known = placed[~np.isnan(placed)]
     below, above = bool((known < scale.low).any()), bool((known > scale.high).any())
     extend: Any = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[
         below, above
     ]
     bar = bar_axes.figure.colorbar(image, cax=bar_axes, orientation="horizontal", extend=extend)
-    bar.set_label(scale.unit + ("; grey: no finite value" if len(known) < placed.size else ""), fontsize=9)
+    notes = ["grey: no finite value"] * (len(known) < placed.size) + ["pale: warm-up"] * bool(is_warming.any())
+    bar.set_label("; ".join((scale.unit, *notes)), fontsize=9)
     bar.ax.xaxis.set_label_position("top")
     bar.ax.xaxis.labelpad = 3
     bar.ax.tick_params(labelsize=8, pad=1)

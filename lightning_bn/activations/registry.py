@@ -170,7 +170,7 @@ _ZEROS = Scale(0.5, 1, "OrRd", "share; up to a half is healthy")
 # One is half way up from none, so that a single NaN is seen.
 _COUNT = Scale(-6, 6, "OrRd", "NaN and infinite values", log=True, count=True)
 _CHANNELS = Scale(-3, 3, "OrRd", "channels", log=True, count=True)
-_GRADIENT = Scale(-9, 0, "viridis", "standard deviation", log=True)
+_GRADIENT = Scale(-12, 3, "viridis", "standard deviation", log=True)
 
 _LOWER_RATE = "Lower the learning rate, warm it up, or clip gradients"
 _SLOW = (

@@ -26,7 +26,7 @@ from lightning_bn.activations.layer_table import LayerTable
 from lightning_bn.activations.reading import histogram_edges
 from lightning_bn.activations.registry import COLUMNS, ENTRIES, STATISTICS, Scale
 from lightning_bn.activations.report import Report, image_names, tell
-from lightning_bn.activations.sample import ABSENT, KNOWN, Sample
+from lightning_bn.activations.sample import ABSENT, KNOWN, WARM_UP, Sample
 from lightning_bn.activations.tensorboard import TensorBoardSink
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -234,6 +234,37 @@ def test_pictures_are_as_tall_as_their_layers_need(layers: int) -> None:
     height, width, _ = draw_grid(table.grid("train", "std")).shape
     assert (height - 150) / layers >= 13
     assert width == 640
+
+
+def test_warm_up_is_pale() -> None:
+    """A cell in warm-up is drawn three fifths of the way to white, with a word in the legend, and its layer's name is
+    not red however large the value is."""
+    pictures = []
+    for state in (KNOWN, WARM_UP):
+        table = LayerTable()
+        sample = Sample.of({"a": {"drift_mean": 0.5}, "b": {"drift_mean": 1.9}})
+        sample.states[1, COLUMNS.index("drift_mean")] = state
+        table.append("train", 0, 0, sample)
+        pictures.append(draw_grid(table.grid("train", "drift_mean")).astype(float))
+    known, warm = pictures
+    y, x = known.shape[0] - 55 - round((known.shape[0] - 150) / 4), 400
+    assert known[y, x].tolist() != [255, 255, 255]
+    assert warm[y, x].tolist() == pytest.approx((known[y, x] + 0.6 * (255 - known[y, x])).tolist(), abs=2)
+    assert (known[:95] != warm[:95]).any()  # the legend
+    red = [int(((each[:, :30, 0] > 120) & (each[:, :30, 1] < 90)).sum()) for each in pictures]
+    assert red[0] > 0 == red[1]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, each in STATISTICS.items() if each.mapped and 0 < each.high < math.inf]
+)
+def test_a_limit_is_no_edge(name: str) -> None:
+    """What is at nine tenths of a limit is seen to be no longer healthy: at least three of the 33 colours away."""
+    statistic = STATISTICS[name]
+    scale = statistic.scale
+    healthy = 1.0 if statistic.healthy is None else statistic.healthy
+    here, there = np.clip(scale.place(np.array([healthy, 0.9 * statistic.high])), scale.low, scale.high)
+    assert abs(there - here) / (scale.high - scale.low) * 32 >= 3
 
 
 def test_nothing_is_nowhere_drawn_as_sick() -> None:
