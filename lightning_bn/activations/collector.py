@@ -100,7 +100,7 @@ class LayerCollector:
         self._widths: dict[tuple[str, Place], set[int]] = {}
         self._order: dict[Place, str] = {}  # of this sample, in the order of the calls, and the module's name
         self._called: set[str] = set()
-        self._summariser = Summariser(self.layers, self._tracking)
+        self._summariser = Summariser(self.layers, self._tracking, training=training)
         self._places = Places(
             model, self.layers, step_is_forward=step_is_forward, given=self._see_input, gave=self._see_result
         )

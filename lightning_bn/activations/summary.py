@@ -59,10 +59,12 @@ class Summariser:
     Args:
         layers: by name.
         tracking: names of the batch norms that keep running statistics.
+        training: whether it is training, in whose first steps a layer may be what it was initialised with.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], tracking: Mapping[str, _BatchNorm]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], tracking: Mapping[str, _BatchNorm], *, training: bool) -> None:
         self._layers = layers
+        self._training = training
         self._norms = {name: layer for name, layer in layers.items() if isinstance(layer, _BatchNorm)}
         self._tracks = np.array([name in tracking for name in self._norms], dtype=bool)
         self._widths = np.array([layer.num_features for layer in self._norms.values()], dtype=np.int64)
@@ -106,7 +108,7 @@ class Summariser:
             _fill(values, states, "gradient", Channels.of(pool, flags), layout.gradients)
         if norms is not None:
             self._mark_warm_up(values, states, norms, layout)
-        if found.pool is not None:
+        if found.pool is not None and self._training:
             self._mark_beginning(values, states, found.pool, layout)
         rows = dict(zip(layout.keys, layout.labels, strict=True))
         histograms = {rows[key]: counts for key, counts in found.histograms.items()}

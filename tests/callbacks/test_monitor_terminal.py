@@ -54,3 +54,27 @@ def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
 def test_nothing_to_say_of_nothing() -> None:
     """Before a run the monitor says that nothing was seen."""
     assert str(ActivationStatsMonitor()) == "Nothing was seen: no sample was taken."
+
+
+class InTest(Small):
+    """Its ReLU gets nothing but what is below 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.bn1.bias.fill_(-100.0)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_an_evaluation_by_itself_has_a_verdict(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`validate` and `test` print what was sick in them, with the name of the stage, once."""
+    monitor = ActivationStatsMonitor()
+    runner = trainer(monitor)
+    getattr(runner, stage)(InTest(), DataLoader(training_data(), 16), verbose=False)
+    out = capsys.readouterr().out
+    assert out.count("Sick: ") == out.count(str(monitor)) == 1
+    name = {"validate": "validation", "test": "test"}[stage]
+    assert f"Sick: rest.0: share of activations that are zero 1 (limit 0.95) since step 0 in {name}." in out
