@@ -45,7 +45,6 @@ bench: .venv/dev.installed
 	$(BIN)/python benchmarks/batch_norm.py
 	$(BIN)/python benchmarks/recalibration.py
 	$(BIN)/python benchmarks/activation_stats.py
-	$(BIN)/python benchmarks/mode_check.py
 	$(BIN)/python benchmarks/communication.py
 	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/journal.py
