@@ -26,7 +26,7 @@ def why_unsupported(layer: _BatchNorm) -> str | None:
     """
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return "it is lazy and has no buffers yet; run a batch through the model first"
-    if running_mean(layer) is None:
+    if layer.running_mean is None:
         return "it keeps no running statistics"
     if layer.num_batches_tracked is None:
         return "it does not count its batches (num_batches_tracked is None)"

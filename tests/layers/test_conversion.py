@@ -35,6 +35,13 @@ class OwnStatistics(nn.BatchNorm2d):
         return F.batch_norm(input, None, None, self.weight, self.bias, True)
 
 
+class Untracked(nn.BatchNorm2d):
+    """A subclass with a forward of its own, to be built without running statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
 class Failing(BatchNormAct2d):
     def forward(self, x: Tensor) -> Tensor:
         super().forward(x)
@@ -194,8 +201,9 @@ def test_sync_batch_norm_outside_a_group() -> None:
         (OwnStatistics(4), "does not leave the batch's mean"),
         (nn.LazyBatchNorm2d(), "lazy"),
         (nn.BatchNorm2d(4, track_running_stats=False), "keeps no running statistics"),
+        (Untracked(4, track_running_stats=False), "keeps no running statistics"),
     ],
-    ids=["own statistics", "lazy", "untracked"],
+    ids=["own statistics", "lazy", "untracked", "an untracked subclass"],
 )
 def test_refused_by_name(layer: nn.Module, reason: str) -> None:
     """What is not supported is named with the reason, and nothing in the model is changed."""
