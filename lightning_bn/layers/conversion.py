@@ -156,8 +156,8 @@ def _revert(layer: _BatchNorm) -> None:
         del layer.averaging, layer.skip_nonfinite, layer._momentum
         layer.__class__ = torchs
         layer.momentum = momentum
-        if layer.weight is not None:
-            # torch's kernel takes 16-bit parameters beside no other statistics than 16-bit ones.
+        if layer.weight is not None and layer.running_mean is not None:
+            # torch's kernel takes 16-bit parameters next to no other statistics than 16-bit ones.
             for buffer in running_statistics(layer):
                 buffer.data = buffer.data.to(layer.weight.dtype)
 

@@ -124,6 +124,14 @@ def test_to_torch_keeps_what_was_learned() -> None:
     model().load_state_dict(plain.state_dict(), strict=True)
 
 
+def test_to_torch_of_a_layer_without_statistics() -> None:
+    """A layer of this package's that keeps no running statistics becomes torch's like any other."""
+    layer = to_torch(BatchNorm2d(4, track_running_stats=False))
+    assert type(layer) is nn.BatchNorm2d
+    assert layer.running_mean is None
+    layer(torch.randn(2, 4, 3, 3))
+
+
 @each_average
 def test_a_subclass_gets_the_average(averaging: Averaging) -> None:
     """Its running statistics are, batch by batch, those of this package's own layer; its outputs are its own."""
