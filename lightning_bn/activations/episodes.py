@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lightning_bn.activations.places import INPUT
-from lightning_bn.activations.registry import STATISTICS, Statistic
+from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.sample import Sample
+from lightning_bn.activations.statistic import Statistic
 
 __all__ = ["Cause", "Episode", "Episodes", "causes", "verdict"]
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from lightning_bn.activations.layer_table import Grid
 from lightning_bn.activations.measured import Array
-from lightning_bn.activations.registry import Scale
 from lightning_bn.activations.sample import KNOWN, WARM_UP
+from lightning_bn.activations.statistic import Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_channels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable, worst_layers
-from lightning_bn.activations.registry import STATISTICS, Scale, Statistic
+from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.sample import Sample
+from lightning_bn.activations.statistic import Scale, Statistic
 from lightning_bn.tables import markdown_table
 
 __all__ = ["Report", "Sink", "image_names", "tell"]

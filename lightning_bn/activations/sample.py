@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_bn.activations.measured import Array, Mask
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
+from lightning_bn.activations.statistic import is_beyond
 
 __all__ = ["ABSENT", "KNOWN", "SHOWN", "WARM_UP", "Sample", "States", "dicts", "is_judged", "warm_ups"]
 
@@ -69,7 +70,7 @@ class Sample:
     def sick(self) -> Mask:
         """Return which cells are beyond their limits and not in warm-up: (R, len(STATISTICS))."""
         values, states = self.values[:, _PLACES], self.states[:, _PLACES]
-        found: Mask = ((values < _LOW) | (values > _HIGH)) & (states == KNOWN)
+        found: Mask = is_beyond(values, _LOW, _HIGH) & (states == KNOWN)
         return found
 
 

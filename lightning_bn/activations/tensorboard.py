@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lightning_bn.activations.heatmap import Pixels
 from lightning_bn.activations.reading import histogram_edges
-from lightning_bn.activations.registry import STATISTICS, Statistic
+from lightning_bn.activations.registry import STATISTICS
+from lightning_bn.activations.statistic import Statistic
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -24,9 +24,10 @@ from lightning_bn import ActivationStatsMonitor
 from lightning_bn.activations.heatmap import draw_channels, draw_grid
 from lightning_bn.activations.layer_table import LayerTable
 from lightning_bn.activations.reading import histogram_edges
-from lightning_bn.activations.registry import COLUMNS, ENTRIES, STATISTICS, Scale
+from lightning_bn.activations.registry import COLUMNS, ENTRIES, STATISTICS
 from lightning_bn.activations.report import Report, image_names, tell
 from lightning_bn.activations.sample import ABSENT, KNOWN, WARM_UP, Sample
+from lightning_bn.activations.statistic import Scale
 from lightning_bn.activations.tensorboard import TensorBoardSink
 
 matplotlib = pytest.importorskip("matplotlib")
