@@ -57,13 +57,11 @@ def full_value(parameter: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     None where it can't be told: ``FullyShardedDataParallel`` and DeepSpeed leave an empty tensor, or a piece, between
     two forwards.
     """
-    if type(parameter) is nn.Parameter and parameter.shape == shape and not torch.is_grad_enabled():
-        return parameter if parameter.untyped_storage().size() else None
     # Where no graph is recorded there is nothing to detach from, and a layer costs one operation less.
     whole: Tensor = parameter.detach() if torch.is_grad_enabled() else parameter
     if _is_dtensor(whole):
         whole = whole.full_tensor()  # type: ignore[attr-defined]
-    return whole if tuple(whole.shape) == shape and whole.untyped_storage().size() else None
+    return whole if whole.shape == shape and whole.untyped_storage().size() else None
 
 
 def local_value(parameter: Tensor) -> Tensor:
@@ -94,7 +92,8 @@ def check_each_sees_its_own(model: nn.Module, call: str) -> None:
     Raises:
         ValueError: with the argument that names the ranks to count.
     """
-    meshes = {parameter.device_mesh for parameter in model.parameters() if _is_dtensor(parameter)}  # type: ignore[attr-defined]
+    spread: list[Any] = [parameter for parameter in model.parameters() if _is_dtensor(parameter)]
+    meshes = {parameter.device_mesh for parameter in spread}
     fsdp2 = _known("torch.distributed.fsdp", "FSDPModule")
     # fully_shard puts all on one mesh, all of whose ranks see batches of their own.
     if len(meshes) > 1 or (meshes and not any(isinstance(module, fsdp2) for module in model.modules())):
@@ -108,7 +107,11 @@ def check_each_sees_its_own(model: nn.Module, call: str) -> None:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    return isinstance(tensor, _known("torch.distributed.tensor", "DTensor"))
+    # Most are not, which their class tells sooner.
+    return type(tensor) not in _PLAIN and isinstance(tensor, _known("torch.distributed.tensor", "DTensor"))
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _known(module: str, name: str) -> Any:

@@ -35,6 +35,7 @@ _group_norm = getattr(torch, "native_group_norm", None)
 _saved_tensors_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _foreach_copy = getattr(torch, "_foreach_copy_", None)
 _foreach_add = getattr(torch, "_foreach_add_", None)
+_is_wrapper = getattr(getattr(torch.utils, "_python_dispatch", None), "is_traceable_wrapper_subclass", None)
 _flatten_dense_tensors = getattr(torch._utils, "_flatten_dense_tensors", None)
 
 
@@ -61,12 +62,11 @@ def is_replica(module: nn.Module) -> bool:
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Tell whether a tensor holds others in place of values, as a DTensor does."""
-    try:
-        from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-    except ImportError:
-        return False
-    return is_traceable_wrapper_subclass(tensor)
+    """Tell whether a tensor holds others in place of values, as a DTensor does.
+
+    Nothing public says so; where the function is gone the answer is False, and reading such a tensor fails by itself.
+    """
+    return _is_wrapper is not None and bool(_is_wrapper(tensor))
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
@@ -177,7 +177,8 @@ def saved_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
     each; None if it keeps none.
 
     They are ``_saved_result1`` and ``_saved_result2`` of the output's graph node. The names that begin with ``_saved``
-    are not documented; without them, or without a graph, the moments must be computed from the input again."""
+    are not documented; without them, or without a graph, the moments must be computed from the input again. So they
+    must where nothing tells whether there are hooks on saved tensors, which has no public name either."""
     node = output.grad_fn
     # Hooks on saved tensors would be called, and those of activation checkpointing run the forward again.
     hooked = _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None

@@ -159,6 +159,10 @@ class LayerCollector:
         self._is_attached = False
         self._newest.clear()
 
+    @property
+    def _is_looking(self) -> bool:
+        return self._is_attached and not is_extra_pass()
+
     def forget_channels(self) -> None:
         """Let every channel count as never seen: an evaluation begins, whose dead channels are its own."""
         self._summariser.memory.clear()
@@ -263,7 +267,7 @@ class LayerCollector:
         return self._meter.against(statistics, inputs)
 
     def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        if not self._is_attached or is_extra_pass():
+        if not self._is_looking:
             return
         tensor = next(_tensors(output), None)
         if tensor is None:
@@ -288,7 +292,7 @@ class LayerCollector:
 
     def _see_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in what the model is given, the first tensor of a batch."""
-        if self._is_given or not self._is_attached or is_extra_pass():
+        if self._is_given or not self._is_looking:
             return
         given = next(_tensors((args, kwargs), with_bytes=True), None)
         if given is None:

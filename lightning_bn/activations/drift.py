@@ -110,8 +110,7 @@ class DriftMeter:
     def unreadable(self) -> list[int]:
         """Return the indices of the layers of which nothing tells what their batches were like: torch's, if they are
         kept in 16 bits."""
-        self._rules = self._by_rule()
-        return [index for index in self._silent() if not takes_loans(self.layers[index])]
+        return [index for index in self._silent(self._by_rule()) if not takes_loans(self.layers[index])]
 
     def _by_rule(self) -> list[tuple[Averaging, list[int]]]:
         """Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer."""
@@ -124,11 +123,11 @@ class DriftMeter:
             indices.append(index)
         return list(found.values())
 
-    def _silent(self) -> list[int]:
+    def _silent(self, rules: list[tuple[Averaging, list[int]]]) -> list[int]:
         """The layers whose buffers don't tell, as their average is a window, pooled or a user's own, or is kept in 16
         bits."""
         found = []
-        for rule, indices in self._rules:
+        for rule, indices in rules:
             key = _key(rule)
             if key not in self._tells:
                 one = torch.ones((), dtype=torch.int64, device="cpu")
@@ -146,7 +145,9 @@ class DriftMeter:
         if self.layers:
             self._before = self._buffers()
         self._rules = self._by_rule()
-        self._heard = {self.layers[index]: index for index in self._silent() if takes_loans(self.layers[index])}
+        self._heard = {
+            self.layers[index]: index for index in self._silent(self._rules) if takes_loans(self.layers[index])
+        }
         if self._heard:
             self._end = listening(list(self._heard), self._hear)
 

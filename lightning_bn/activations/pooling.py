@@ -53,11 +53,9 @@ def flatten(readings: Sequence[tuple[Key, Reading]], device: torch.device) -> Po
 
     def together(tensors: list[Tensor]) -> Tensor:
         here = [tensor if tensor.device == device else tensor.to(device) for tensor in tensors]
-        dims = {tensor.dim() for tensor in here}
-        if len(dims) > 1:
+        if len({tensor.dim() for tensor in here}) > 1:
             here = [tensor.flatten() for tensor in here]
-        joined = torch.cat(here) if dims == {1} else torch.cat(here, dim=min(here[0].dim() - 1, 1)).flatten()
-        return joined.to(dtype)
+        return torch.cat(here, dim=min(here[0].dim() - 1, 1)).flatten().to(dtype)
 
     positions, scale = _numbers([(reading.positions, reading.scale) for reading in each], keys, dtype, device)
     count = together([reading.count for reading in each])

@@ -45,9 +45,9 @@ class Reading:
     variance: Tensor  # (C,)
     low: Tensor  # (), least finite value, or 0
     high: Tensor  # (), greatest finite value, or 0
+    scale: float  # all values were multiplied by it, so that their squares don't overflow
     zeros: Tensor | None  # (C,); None if `zeros=False`
     saturated: Tensor | None  # (), int64; None without bounds
-    scale: float = 1.0  # all values were multiplied by it, so that their squares don't overflow
 
 
 @torch.no_grad()
@@ -67,10 +67,9 @@ def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None
     around = (_moments_on_host(data, positions) if _may_look(data) else None) or _masked_moments(data)
     return Reading(
         positions,
-        *around[:-1],
+        *around,
         _count_zeros(data, positions) if zeros else None,
         None if bounds is None else _count_saturated(data, *bounds),
-        around[-1],
     )
 
 

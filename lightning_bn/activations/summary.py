@@ -26,8 +26,9 @@ from lightning_bn.activations.measured import (
 )
 from lightning_bn.activations.places import Place
 from lightning_bn.activations.pooling import Key, Pool
-from lightning_bn.activations.registry import COLUMNS, DRIFT_STATISTICS, ENTRIES, STATISTICS, Statistic
+from lightning_bn.activations.registry import COLUMNS, DRIFT_STATISTICS, ENTRIES, STATISTICS
 from lightning_bn.activations.sample import ABSENT, KNOWN, SHOWN, WARM_UP, Sample, States
+from lightning_bn.activations.statistic import Statistic
 from lightning_bn.moments import Moments
 
 __all__ = ["Measured", "Summariser"]
@@ -100,7 +101,8 @@ class Summariser:
         if (pool := _part(found.pool, "activation", "given")) is not None:
             activations = Channels.of(pool, layout.flags, self.memory)
             _fill(values, states, "activation", activations, layout.activations)
-            channels = _by_row(activations, [layout.labels[row] for row in layout.activations])
+            labels = [layout.labels[row] for row in layout.activations]
+            channels = _by_row(labels, activations.widths, activations.channel_mean, activations.channel_std)
             self._compare_input(pool, layout, reference, values, states)
         if (pool := _part(found.pool, "gradient")) is not None:
             nothing = np.zeros(len(pool.keys), dtype=bool)
@@ -141,11 +143,8 @@ class Summariser:
     def _drift_by_row(self, drift: Drift | None, layout: Layout) -> dict[str, tuple[Array, Array]]:
         if drift is None or not self._tracks.any():
             return {}
-        ends = np.cumsum(self._widths[self._tracks])[:-1]
         labels = [layout.labels[row] for row in layout.norms[self._tracks]]
-        return dict(
-            zip(labels, zip(np.split(drift.shift, ends), np.split(drift.log_ratio, ends), strict=True), strict=True)
-        )
+        return _by_row(labels, self._widths[self._tracks], drift.shift, drift.log_ratio)
 
     def _compare_input(
         self, pool: Pool, layout: Layout, reference: Summariser | None, values: Array, states: States
@@ -225,9 +224,9 @@ def _part(pool: Pool | None, *kinds: str) -> Pool | None:
     return Pool(keys, seen, pool.channels[:, channels], pool.layers[:, which])
 
 
-def _by_row(found: Channels, labels: list[str]) -> dict[str, tuple[Array, Array]]:
-    parts = (pieces(vector, found.widths) for vector in (found.channel_mean, found.channel_std))
-    return dict(zip(labels, zip(*parts, strict=True), strict=True))
+def _by_row(labels: list[str], widths: Indices, one: Array, other: Array) -> dict[str, tuple[Array, Array]]:
+    """Return the rows' parts of two vectors over all channels."""
+    return dict(zip(labels, zip(pieces(one, widths), pieces(other, widths), strict=True), strict=True))
 
 
 def _input_drift(now: Moments, training: Moments) -> Array:

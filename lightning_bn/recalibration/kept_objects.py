@@ -238,10 +238,10 @@ _NOTHING = type("Nothing", (), {})  # stands for an attribute that is not there
 _HEAP_TYPE = 1 << 9  # of classes made by a class statement, whose instances hold what they have in attributes
 
 
-def _is_constant(value: object) -> bool:
+def _is_constant(value: Any) -> bool:
     """Whether nothing can change in `value`; of the attributes of a network's modules, most are so."""
     kind = type(value)
-    return kind in _ATOMS or (kind is tuple and all(type(each) in _ATOMS for each in value))  # type: ignore[attr-defined]
+    return kind in _ATOMS or (kind is tuple and all(type(each) in _ATOMS for each in value))
 
 
 def _is_left_alone(kind: type) -> bool:
