@@ -12,7 +12,7 @@ from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.statistic import Statistic
 
-__all__ = ["Cause", "Episode", "Episodes", "causes", "verdict"]
+__all__ = ["STAGES", "Cause", "Episode", "Episodes", "causes", "verdict"]
 
 STAGES = {"train": "training", "val": "validation", "test": "test"}
 

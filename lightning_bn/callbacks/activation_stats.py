@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_bn.activations.collector import LayerCollector
@@ -20,6 +19,7 @@ from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.report import Report
 from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.sampling import interval_at
+from lightning_bn.callbacks.blindness import Blindness
 from lightning_bn.callbacks.both_lightnings import (
     Callback,
     LightningModule,
@@ -37,9 +37,6 @@ from lightning_bn.layers.ledger import settle_together
 __all__ = ["ActivationStatsMonitor"]
 
 MAX_HISTOGRAMS = 32
-
-# Names in one warning.
-MAX_NAMED = 6
 
 FILE = "activation_stats.csv"
 
@@ -143,7 +140,7 @@ class ActivationStatsMonitor(Callback):
         self._report = Report([])
         self._newest = Sample()
         self._sampled_step: int | None = None
-        self._told: dict[str, set[str]] = {}  # by stage, the layers of which blindness has been told
+        self._blindness = Blindness()
         self._is_described = False  # in the journal, what the statistics mean
         self._is_fresh = True  # whether the table is that of a new run
 
@@ -196,7 +193,7 @@ class ActivationStatsMonitor(Callback):
         self._collectors = {}
         self._report = Report([])
         self._sampled_step = None
-        self._told = {}
+        self._blindness = Blindness()
         self._is_described = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -300,18 +297,8 @@ class ActivationStatsMonitor(Callback):
     def _collector(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> LayerCollector:
         if stage not in self._collectors:
             layers = select_layers(pl_module, self.layers)
-            if not layers and not self._told:
-                self._told[stage] = set()
-                wanted = (
-                    "batch-norm layer or activation function among its modules"
-                    if self.layers is None
-                    else f"module for {self.layers!r}"
-                )
-                rank_zero_warn(
-                    f"ActivationStatsMonitor(layers={self.layers!r}) finds nothing to look at: "
-                    f"{type(pl_module).__name__} has no {wanted}. Name what it has, as in layers=nn.Conv2d or "
-                    "layers='encoder.*'; functional activations (F.relu) are not modules."
-                )
+            if not layers:
+                self._blindness.of_all(pl_module, self.layers, stage)
             self._collectors[stage] = LayerCollector(
                 pl_module,
                 layers,
@@ -407,23 +394,8 @@ class ActivationStatsMonitor(Callback):
         collector = self._collectors.get(stage)
         if collector is None:
             return
-        told = self._told.setdefault(stage, set())
-        # Without a sample nothing could be seen; what a forward never called at first it may call later.
-        unseen = collector.unseen() if self._table.samples(stage) and not told else []
-        left_out = {name: reason for name, reason in collector.left_out().items() if name not in told}
-        told |= {*unseen, *left_out}
-        journal_of(trainer).unseen(trainer, stage, dict.fromkeys(unseen, _NOT_CALLED) | left_out)
-        if unseen:
-            rank_zero_warn(
-                f"ActivationStatsMonitor sees nothing of {_names(unseen)} in {_STAGES[stage]}: no forward called them "
-                "as modules. They are not part of this forward, or run inside compiled or scripted code that is not a "
-                "module of the model's."
-            )
-        if left_out:
-            found = [f"{name} ({reason})" for name, reason in left_out.items()]
-            rank_zero_warn(
-                f"ActivationStatsMonitor leaves out what it can't read in {_STAGES[stage]}: {_names(found)}."
-            )
+        found = self._blindness.of_layers(collector, stage, is_sampled=bool(self._table.samples(stage)))
+        journal_of(trainer).unseen(trainer, stage, found)
 
     def _speak(self, trainer: Trainer) -> None:
         if self.verbose and trainer.is_global_zero and self._table.last_step() is not None:
@@ -433,12 +405,3 @@ class ActivationStatsMonitor(Callback):
         step = self._table.last_step("train")
         if step is not None:
             self._report.finish(self._table, self._newest, step)
-
-
-_NOT_CALLED = "no forward called it as a module: it has no part in this forward, or runs in compiled or scripted code"
-_STAGES = {"train": "training", "val": "validation", "test": "test"}
-
-
-def _names(names: Sequence[str]) -> str:
-    more = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
