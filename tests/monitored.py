@@ -79,7 +79,8 @@ def drift_of(inputs: list[Tensor], buffers: dict[str, Tensor], eps: float = 1e-5
         scale = buffers["running_var"][channel].item() + eps
         shifts.append((mean - buffers["running_mean"][channel].item()) / math.sqrt(scale))
         ratios.append(math.log((std**2 + eps) / scale))
-    return tuple(math.sqrt(sum(value**2 for value in values) / len(values)) for values in (shifts, ratios))  # type: ignore[return-value]
+    shift, ratio = (math.sqrt(sum(value**2 for value in values) / len(values)) for values in (shifts, ratios))
+    return shift, ratio
 
 
 def rows(monitor: ActivationStatsMonitor, stage: str, step: int | None = None) -> dict[str, dict[str, Any]]:

@@ -146,3 +146,13 @@ def alone(batches: list[list[Tensor]], merge: bool) -> dict[str, Tensor]:
 
 
 BATCHES = [[own_batch(rank, step) for rank in range(2)] for step in range(STEPS)]
+
+
+def check_recalibrated(results: list[dict[Any, Any]], name: str) -> None:
+    """All ranks ended with the same statistics, of the batches of both under the weights at the end."""
+    one, two = (result[name]["state"] for result in results)
+    assert all(torch.equal(one[key], two[key]) for key in one if "running" in key)
+    rows = torch.cat([batch for step in BATCHES for batch in step]).double()
+    seen = rows @ one["0.0.weight"].double().T + one["0.0.bias"].double()
+    torch.testing.assert_close(one["0.1.running_mean"].double(), seen.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(one["0.1.running_var"].double(), seen.var(0), rtol=1e-5, atol=1e-5)

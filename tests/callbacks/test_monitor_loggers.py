@@ -84,8 +84,8 @@ def test_loggers_of_services(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
         import sys
         import types
 
-        module = types.ModuleType("neptune.types")
-        module.File = type("File", (), {"as_image": staticmethod(lambda data: ("image", float(data.max())))})  # type: ignore[attr-defined]
+        module: Any = types.ModuleType("neptune.types")
+        module.File = type("File", (), {"as_image": staticmethod(lambda data: ("image", float(data.max())))})
         monkeypatch.setitem(sys.modules, "neptune", types.ModuleType("neptune"))
         monkeypatch.setitem(sys.modules, "neptune.types", module)
         sink.image("activations_map/01_std", pixels, 7)

@@ -13,6 +13,7 @@ import ranks
 import torch
 import torch.distributed.checkpoint as dcp
 from digits import Classifier, ConvNet
+from fits import SaveAtStep7
 from sharded_fits import needs_sharding_on_a_cpu
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -99,17 +100,6 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-
-
-class SaveAtStep7(pl.Callback):
-    """In the middle of the second epoch and of a window."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.global_step == 7:
-            trainer.save_checkpoint(self.path)
 
 
 def fit(case: tuple[Averaging, str, bool | None], path: Path, ckpt_path: Path | None = None) -> dict[str, Tensor]:

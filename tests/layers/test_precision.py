@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from fits import SaveAtStep7
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -83,15 +84,6 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class SaveAtStep7(pl.Callback):
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.global_step == 7:
-            trainer.save_checkpoint(self.path)
 
 
 def fit(module: pl.LightningModule, folder: Path, precision: str, ckpt_path: Path | None = None) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from sharded_fits import (
     CALLBACKS,
     DATA,
     alone,
+    check_recalibrated,
     error_of,
     fit,
     fsdp2,
@@ -192,12 +193,7 @@ def test_the_monitor_sees_whole_parameters(results: list[dict[Any, Any]]) -> Non
 @pytest.mark.parametrize("name", ["recalibration", "before validation"])
 def test_recalibration_of_a_sharded_model(results: list[dict[Any, Any]], name: str) -> None:
     """All ranks end with the same statistics, of the batches of both under the weights at the end."""
-    one, two = (result[name]["state"] for result in results)
-    assert all(torch.equal(one[key], two[key]) for key in one if "running" in key)
-    rows = torch.cat([batch for step in BATCHES for batch in step]).double()
-    seen = rows @ one["0.0.weight"].double().T + one["0.0.bias"].double()
-    torch.testing.assert_close(one["0.1.running_mean"].double(), seen.mean(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(one["0.1.running_var"].double(), seen.var(0), rtol=1e-5, atol=1e-5)
+    check_recalibrated(results, name)
 
 
 def test_recalibrated_copies_of_checkpoints_are_refused_at_the_start(results: list[dict[Any, Any]]) -> None:

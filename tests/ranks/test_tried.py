@@ -112,7 +112,8 @@ def _fit(folder: str, strategy: str) -> None:
 def _start(rank: int, world: int, folder: str, strategy: str) -> None:
     import multiprocessing
 
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # a daemon has no children
+    process: Any = multiprocessing.current_process()
+    process._config["daemon"] = False  # a daemon has no children
     _fit(folder, strategy)
 
 
