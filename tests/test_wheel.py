@@ -44,12 +44,14 @@ def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
             for name in archive.namelist()
             if not name.startswith(f"lightning_bn-{lightning_bn.__version__}.dist-info/")
         }
+        page = archive.read("lightning_bn/rules/rules.md")
     files = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "lightning_bn").rglob("*")
         if path.suffix in (".py", ".typed", ".js", ".css")
     }
     assert inside == files | {"lightning_bn/rules/rules.md"}  # the page that messages send their reader to
+    assert page == (ROOT / "docs" / "rules.md").read_bytes()
     assert wheel.name == f"lightning_bn-{lightning_bn.__version__}-py3-none-any.whl"
 
 

@@ -1,0 +1,41 @@
+"""Every message sends its reader to a page that is installed with the package."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_bn import check
+from lightning_bn.cli.program import main
+from lightning_bn.rules import RULES
+from lightning_bn.rules.register import LINK
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "rules.md").read_text()
+
+
+@pytest.mark.parametrize("code", RULES)
+def test_the_link_prints_the_page_of_the_rule(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The link is a command, which prints the rule's section of docs/rules.md with both of its programs."""
+    command, *arguments = LINK.format(code=code).split()
+    assert command == "lightning-bn"
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{code} ({RULES[code].level})")
+    section, *_ = re.split(r"\n<a id=|\n## ", PAGE.partition(f"\n### {code} ")[2])
+    assert section.strip() in out
+    assert out.count("```python") == 2
+
+
+def test_findings_have_the_link() -> None:
+    """A finding's message ends with its rule's link."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, momentum=0.0))
+    model[1].running_var.fill_(torch.nan)
+    found = check(model)
+    assert {finding.code for finding in found} == {"BN203", "BN301"}
+    for finding in found:
+        assert finding.link == LINK.format(code=finding.code)
+        assert str(finding).endswith(f"more: {finding.link}")
