@@ -257,3 +257,52 @@ class DomainAdversarial(Module):
         return F.cross_entropy(self.model.head(features)[: len(batch[0])], batch[1]) + F.cross_entropy(
             self.domain(reversed_), domains
         )
+
+
+class ConditionalNorm(nn.Module):
+    """A batch norm without affine parameters, scaled by the class."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels, affine=False)
+        self.scale = nn.Embedding.from_pretrained(torch.ones(2, channels), freeze=False)
+
+    def forward(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        return self.norm(vectors) * self.scale(labels)
+
+
+class OfClasses(nn.Module):
+    """Makes an image of noise and a class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 16, bias=False), ConditionalNorm(16), nn.Linear(16, 36)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        labels = (noise[:, 0] > 0).long()
+        return self.last(self.norm(self.first(noise), labels).relu()).unflatten(1, (1, 6, 6))
+
+
+@program(forward=both)
+class BigGAN(GAN):
+    """Class-conditional batch norms, and an average of the generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = OfClasses()
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        average(self.ema, self.model, buffers=True)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.ema(self.source(batch[0]))
+
+
+@program(forward=both)
+class StandingStatistics(BigGAN):
+    """Before samples are drawn, the statistics of the averaged generator are estimated anew."""
+
+    def on_validation_start(self) -> None:
+        noise = [torch.randn(16, 4) for _ in range(4)]
+        recalibrate(self.ema, noise, layers="all", progress=False)

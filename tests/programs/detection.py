@@ -189,3 +189,43 @@ class SlowBackbone(Segmentation):
             {"params": self.model.head.parameters(), "lr": 1e-2},
         ]
         return torch.optim.SGD(groups, momentum=0.9)
+
+
+@program()
+class Pyramid(Segmentation):
+    """DeepLab: dilated convolutions next to each other, and the mean of the whole image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 2, 3, padding=rate, dilation=rate, bias=False), nn.BatchNorm2d(2), nn.ReLU())
+            for rate in (1, 2)
+        )
+        self.whole = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+        )
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        fine = self.model.backbone[0](batch[0])
+        parts = [branch(fine) for branch in self.branches]
+        output = self.model.head(torch.cat((*parts, self.whole(fine).expand(-1, -1, 6, 6)), 1))
+        return F.cross_entropy(output, (batch[0][:, 0] > 0).long())
+
+
+@program()
+class UnbiasedTeacher(Segmentation):
+    """Half of the images are labelled by a teacher of averaged weights and buffers, in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        labelled, unlabelled = batch[0].chunk(2)
+        with torch.no_grad():
+            targets = self.teacher(unlabelled).argmax(1)
+        outputs = self(torch.cat((labelled, unlabelled + 0.1 * torch.randn_like(unlabelled))))
+        return F.cross_entropy(outputs, torch.cat(((labelled[:, 0] > 0).long(), targets)))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        average(self.teacher, self.model, buffers=True)

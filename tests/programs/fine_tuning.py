@@ -170,3 +170,25 @@ class WithoutForgetting(Pretrained):
         features = self.backbone(batch[0])
         old = self.old(features.flatten(1))
         return F.cross_entropy(self.model.head(features), batch[1]) + 0.1 * F.mse_loss(old, old.detach().round())
+
+
+@program()
+class NormsOfDomains(Module):
+    """One network for two domains, with batch norms for each."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Module())
+        self.convolution = nn.Conv2d(1, 4, 3, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.head = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+
+    def forward(self, images: Tensor, domain: int = 1) -> Tensor:
+        return self.head(self.norms[domain](self.convolution(images)))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        domain = batch_idx % 2
+        return F.cross_entropy(self(batch[0] * (1 + domain) + domain, domain), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        for domain in range(2):
+            self(batch[0] * (1 + domain) + domain, domain)

@@ -147,3 +147,56 @@ class BehaviourCloning(Module):
     def loss(self, batch: list[Tensor]) -> Tensor:
         logits = self(batch[0])
         return F.cross_entropy(logits, batch[1]) + 0.01 * (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+
+
+@program()
+class TD3(DDPG):
+    """Two critics, noise on the target's action, and an actor that learns in every second step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = copy.deepcopy(self.critic)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        images, rewards = batch
+        actor, critic = self.optimizers()
+        with torch.no_grad():
+            action = self.targets[0](images) + 0.1 * torch.randn(len(images), 2)
+            target = rewards + 0.9 * self.value(self.targets[1], images, action)
+        taken = torch.randn(len(images), 2)
+        critic.zero_grad()
+        values = [self.value(each, images, taken) for each in (self.critic, self.second)]
+        self.manual_backward(sum(F.mse_loss(value, target) for value in values))
+        critic.step()
+        if batch_idx % 2 == 0:
+            actor.zero_grad()
+            self.manual_backward(-self.value(self.critic, images, self(images)).mean())
+            actor.step()
+            for own, other in zip(self.targets, (self.model, self.critic), strict=True):
+                average(own, other, buffers=True)
+
+    def configure_optimizers(self) -> Any:
+        critics = [*self.critic.parameters(), *self.second.parameters()]
+        return [torch.optim.Adam(parameters, 1e-3) for parameters in (self.model.parameters(), critics)], []
+
+
+@program()
+class SelfPlay(ActorCritic):
+    """AlphaZero: games that the network plays in eval mode before an epoch are what it learns from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.boards, self.moves = torch.empty(0), torch.empty(0)
+
+    def on_train_epoch_start(self) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            self.boards = torch.randn(32, 1, 6, 6)
+            self.moves = self(self.boards).softmax(1)
+        self.model.train()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        played = torch.randint(32, (16,))
+        features = self.model.backbone(self.boards[played])
+        policy = F.cross_entropy(self.model.head(features), self.moves[played])
+        return policy + F.mse_loss(self.value(features.flatten(1)).flatten(), batch[1].float())

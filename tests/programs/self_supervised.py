@@ -275,3 +275,15 @@ class DenoisingAutoencoder(Module):
 
     def loss(self, batch: list[Tensor]) -> Tensor:
         return F.mse_loss(self(batch[0] + 0.1 * torch.randn_like(batch[0])), batch[0].flatten(1))
+
+
+@program()
+class SupCon(TwoViews):
+    """Images of one class attract each other (Khosla et al. 2020)."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        vectors = F.normalize(self.model(torch.cat(views(batch[0]))), dim=1)
+        itself = torch.eye(len(vectors), dtype=torch.bool)
+        alike = batch[1].repeat(2)[:, None].eq(batch[1].repeat(2)) & ~itself
+        chances = (vectors @ vectors.T / 0.5).masked_fill(itself, -1e9).log_softmax(1)
+        return -(chances * alike).sum() / alike.sum()

@@ -199,3 +199,31 @@ class TemporalEnsembling(Consistency):
         loss = F.mse_loss(answer, self.answers.clone())
         self.answers.lerp_(answer.detach(), 0.4)
         return loss
+
+
+@program()
+class MetaPseudoLabels(Module):
+    """The teacher learns from how well its pupil does on labelled images (Pham et al. 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = Net()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        images, labels = batch[0], batch[1][:8]
+        pupil, teacher = self.optimizers()
+        answers, guesses = self.teacher(images), self(images)
+        targets = answers[8:].detach().argmax(1)
+        before = F.cross_entropy(guesses[:8].detach(), labels)
+        pupil.zero_grad()
+        self.manual_backward(F.cross_entropy(guesses[8:], targets))
+        pupil.step()
+        with torch.no_grad(), paused_statistics(self.model):
+            gain = before - F.cross_entropy(self(images[:8]), labels)
+        teacher.zero_grad()
+        self.manual_backward(F.cross_entropy(answers[:8], labels) + gain * F.cross_entropy(answers[8:], targets))
+        teacher.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 0.01) for part in (self.model, self.teacher)], []

@@ -200,3 +200,64 @@ class MetricOfTheBatch(Module):
             self.loss(batch)
         self.train()
         return loss
+
+
+@program()
+class CutMix(Module):
+    """A rectangle of each image is another's."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        height, width = (int(torch.randint(1, 6, ())) for _ in range(2))
+        top, left = (int(torch.randint(7 - side, ())) for side in (height, width))
+        mixed = images.clone()
+        mixed[:, :, top : top + height, left : left + width] = images.flip(0)[
+            :, :, top : top + height, left : left + width
+        ]
+        share = height * width / 36
+        logits = self(mixed)
+        return (1 - share) * F.cross_entropy(logits, labels) + share * F.cross_entropy(logits, labels.flip(0))
+
+
+@program()
+class CompiledPart(Module):
+    """`torch.compile` of the backbone alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.backbone = torch.compile(self.model.backbone, backend="aot_eager")
+
+
+@program()
+class AdvProp(Module):
+    """Adversarial images go through batch norms of their own, which an evaluation does not use."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Module())
+        self.convolution = nn.Conv2d(1, 4, 3, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.head = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+
+    def forward(self, images: Tensor, norm: int = 0) -> Tensor:
+        return self.head(self.norms[norm](self.convolution(images)))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images = batch[0].clone().requires_grad_()
+        loss = F.cross_entropy(self(images, 1), batch[1])
+        (direction,) = torch.autograd.grad(loss, images)
+        attacked = (images + 0.1 * direction.sign()).detach()
+        return self.loss(batch) + F.cross_entropy(self(attacked, 1), batch[1])
+
+
+@program()
+class ProgressiveResizing(Module):
+    """Images that are larger in the second epoch."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Sequential(Block(1, 4), Block(4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+        )
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images = F.interpolate(batch[0], size=6 + 4 * self.current_epoch)
+        return F.cross_entropy(self(images), batch[1])

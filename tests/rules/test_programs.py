@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import PROGRAMS
-from programs.running import PAGE, row, run
+from programs.running import BEGIN, END, PAGE, row, run
 
 # Their batch norms do not learn, or they recalibrate by themselves.
 NOTHING_NEW = {"NormsInEval", "FrozenNorms", "AveragedAndRecalibrated"}
@@ -28,6 +28,8 @@ def test_honest_program(name: str, tmp_path: Path) -> None:
     assert row(name, watched.found) in PAGE.read_text()
 
 
-def test_there_are_sixty() -> None:
-    """At least sixty, each with layers of batch norm that training runs."""
+def test_there_are_sixty_and_the_page_has_each() -> None:
+    """At least sixty, each with a row of its own on the page, which has no other."""
     assert len(PROGRAMS) >= 60
+    rows = PAGE.read_text().partition(BEGIN)[2].partition(END)[0].strip().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in PROGRAMS]
