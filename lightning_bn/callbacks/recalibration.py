@@ -53,6 +53,10 @@ class BatchNormRecalibration(Callback):
     are. Whatever the order in ``Trainer(callbacks=...)``, it acts after `WeightAveraging`, `EMAWeightAveraging` and
     `StochasticWeightAveraging` have put their weights in and before `ModelCheckpoint` saves.
 
+    To leave them so, each pass copies the tensors of the module, gradients included, and those of its optimizers, on
+    their own device, and puts back what was written: with Adam the memory of parameters and state once more, until the
+    pass ends. What can't be copied raises a TypeError at the start of the fit, by name.
+
     Args:
         when: "fit_end", once, after the last training step. "validation", before the validations of a fit, except the
             sanity check: the precise statistics are then validated and checkpointed, and training continues to average
