@@ -112,8 +112,10 @@ class Episodes:
         ended = [key for key in self._open if key[0] == stage and key not in now]
         rows = {layer: row for row, layer in enumerate(sample.layers)} if ended else {}
         for key in ended:
-            # A layer that was not called tells nothing, neither good nor bad.
-            if key[1] in rows and sample.column(key[2])[1][rows[key[1]]]:
+            # A layer that was not called, or that gave nothing but NaN, tells nothing, neither good nor bad.
+            values, told = sample.column(key[2])
+            row = rows.get(key[1])
+            if row is not None and told[row] and not np.isnan(values[row]):
                 self._past.append(replace(self._open.pop(key), recovered=True))
 
     def _extend(self, key: tuple[str, str, str], statistic: Statistic, step: int, value: float) -> None:

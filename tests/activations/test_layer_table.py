@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,17 @@ def test_a_layer_that_did_not_run_keeps_its_illness() -> None:
         table.append("train", step, 0, rows(a={"std": 1.0}, **({} if values is None else {"late": values})))
     (episode,) = table.episodes()
     assert (episode.layer, episode.first, episode.last, episode.peak, episode.recovered) == ("late", 0, 2, 1e5, True)
+
+
+def test_a_layer_of_which_only_nan_is_left_keeps_its_illness() -> None:
+    """An explosion that ends in NaN is not over."""
+    table = LayerTable()
+    for step, found in enumerate(({"std": 1e4}, {"std": math.nan, "nonfinite": 64.0})):
+        table.append("train", step, 0, rows(a=found))
+    assert [(e.statistic, e.first, e.last, e.recovered) for e in table.episodes()] == [
+        ("std", 0, 0, False),
+        ("nonfinite", 1, 1, False),
+    ]
 
 
 def test_new_layers_come_where_they_were_called() -> None:
