@@ -171,7 +171,7 @@ class OnePass:
         if self._tallies.batches < _MIN_BATCHES and bar.disable:
             return False
         error = self._tallies.standard_error()
-        bar.set_postfix_str(f"std error {error:.3g}, to reach {tolerance:g}")
+        bar.set_postfix_str(f"std error {error:.3g}, goal {tolerance:g}")
         return self._tallies.batches >= _MIN_BATCHES and error < tolerance
 
 
@@ -184,10 +184,11 @@ def progress_bar(
     except TypeError:  # a loader over an iterable dataset has a __len__ that raises
         length = None
     known = [number for number in (length, num_batches) if number is not None]
-    description = f"Recalibrating {len(layers)} batch-norm layers"
     return tqdm(
         total=min(known, default=None),
-        desc=description,
+        desc=f"Recalibrating {len(layers)} layers",
+        # Without the speed and the per cent, 80 columns hold the standard error too.
+        bar_format="{desc}: |{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}]",
         unit="batch",
         leave=False,
         disable=not progress,

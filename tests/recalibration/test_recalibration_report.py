@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -142,16 +143,20 @@ def test_recalibrated_lends_the_statistics_to_the_block() -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_bar_tells_the_layers_and_the_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    """`progress=False` is silent."""
+def test_the_bar_tells_the_layers_and_the_standard_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 80 columns too. `progress=False` is silent."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
     data = torch.randn(12, 4, 2)
     quiet(three(), data.unbind(), tolerance=0.01)
     assert capsys.readouterr() == ("", "")
     recalibrate(three(), data.unbind(), tolerance=0.01)
     shown = capsys.readouterr().err
-    assert "Recalibrating 3 batch-norm layers" in shown
+    assert "Recalibrating 3 layers: |" in shown
     assert "12/12" in shown
-    assert "std error 0." in shown
+    assert re.search(r"12/12, std error 0\.\d+, goal 0\.01 \[", shown)
     recalibrate(three(), data.unbind(), exact=True, num_batches=5)
     shown = capsys.readouterr().err
     assert "5/5" in shown
