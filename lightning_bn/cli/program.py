@@ -194,7 +194,7 @@ def _inspect(parser: Any) -> None:
 
 def _rules(parser: Any) -> None:
     """List the rules about batch norm, or explain one."""
-    parser.add_argument("code", type=str, default=None, nargs="?", metavar="CODE", help="the rule to explain, as BN104")
+    parser.add_argument("code", type=str, nargs="?", metavar="CODE", help="the rule to explain, as BN104")
     _add_json(parser)
 
 
