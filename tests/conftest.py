@@ -37,6 +37,13 @@ def _fixed_seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    """What earlier tests compiled counts towards the limit of recompilations."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
 def _own_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Trainer without a logger leaves its journal in the current directory."""
     monkeypatch.chdir(tmp_path_factory.mktemp("current"))

@@ -263,7 +263,6 @@ class TestCompiled:
     """Hooks are traced to nothing, and the counts of batches speak."""
 
     def run(self, module: Module) -> ModeCheck:
-        torch._dynamo.reset()  # what other tests compiled counts towards the limit of recompilations
         check = ModeCheck(action="log", every_n_steps=2)
         module.model = torch.compile(module.model, backend="aot_eager", fullgraph=True)
         findings(module, check=check)

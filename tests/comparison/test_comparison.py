@@ -309,7 +309,6 @@ def test_no_hook_is_left_when_the_fit_fails(stage: str) -> None:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiled_model_is_followed() -> None:
     """torch.compile before the fit: the hooks are compiled along at the first batch."""
-    torch.compiler.reset()
     module = Small()
     module.rest = torch.compile(module.rest, backend="eager")
     compare = CompareAverages({"ema": Exponential(0.1)}, recalibrated=False)
@@ -320,7 +319,6 @@ def test_a_compiled_model_is_followed() -> None:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_a_compiled_layer_that_is_not_seen_is_an_error() -> None:
     """Compiled and run before the fit: hooks that come later are never called, and no row would be right."""
-    torch.compiler.reset()
     module = Small()
     module.rest = torch.compile(module.rest, backend="eager")
     fit(module=module)

@@ -31,7 +31,6 @@ def test_one_graph_that_is_never_compiled_again(averaging: Averaging | None) -> 
     """fullgraph=True in training and eval, one compilation each for many steps, and eager's numbers."""
     eager = nn.Sequential(nn.Conv2d(2, 3, 1), BatchNorm2d(3, averaging=averaging), nn.ReLU())
     compiled_model = copy.deepcopy(eager)
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(compiled_model, fullgraph=True, backend=counter)
     for training, graphs in ((True, 1), (False, 2)):
@@ -51,7 +50,6 @@ def test_masked_input_in_one_graph(averaging: Averaging | None) -> None:
     """A mask whose valid positions change from step to step neither breaks the graph nor compiles it again."""
     eager = BatchNorm2d(3, averaging=averaging)
     twin = copy.deepcopy(eager)
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(twin, fullgraph=True, backend=counter)
     for _ in range(5):
@@ -65,7 +63,6 @@ def test_inductor() -> None:
     """The default backend trains a windowed layer with the numbers of eager, gradients included."""
     eager = nn.Sequential(nn.Conv2d(2, 3, 1), BatchNorm2d(3, averaging=Window(3)))
     twin = copy.deepcopy(eager)
-    torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=True)
     for _ in range(5):
         batch = torch.randn(4, 2, 3, 3)

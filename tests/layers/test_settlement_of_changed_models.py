@@ -144,7 +144,6 @@ def test_compiled_whole(name: str) -> None:
     """The hooks are traced to nothing, without a break in the graph, and the compiled layers settle at once."""
     model = net(name)
     twin = copy.deepcopy(model)
-    torch._dynamo.reset()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for batch in batches(4):
         torch.testing.assert_close(compiled(batch), model(batch), rtol=1e-4, atol=1e-4)
@@ -157,7 +156,6 @@ def test_a_compiled_part_in_an_eager_model(name: str) -> None:
     """What the eager layers are lent does not reach the compiled ones."""
     model = net(name)
     twin = copy.deepcopy(model)
-    torch._dynamo.reset()
     twin.body.compile(fullgraph=True, backend="aot_eager")
     for batch in batches(4):
         torch.testing.assert_close(twin(batch), model(batch), rtol=1e-4, atol=1e-4)
