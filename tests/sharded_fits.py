@@ -26,9 +26,9 @@ from lightning_bn import (
 )
 from lightning_bn.discovery import user_name
 
+SHARDS_ON_A_CPU = hasattr(torch.cpu.Stream, "record_event")
 needs_sharding_on_a_cpu = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"),
-    reason="fully_shard of torch 2.6 records events of streams, which a CPU's have not",
+    not SHARDS_ON_A_CPU, reason="fully_shard of torch 2.6 records events of streams, which a CPU's have not"
 )
 
 STEPS = 6
