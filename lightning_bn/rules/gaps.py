@@ -41,7 +41,7 @@ class Gap:
     shift: float
     """Of ``(mean - running_mean) / sqrt(running_var + eps)``: running standard deviations."""
     log_ratio: float
-    """Of ``log((var + eps) / (running_var + eps))``."""
+    """Of ``log((var + eps) / (running_var + eps))``; 0 for a channel whose batches have a variance below eps."""
     updates: int
     """How many updates the latest batches are."""
     tracked: int
@@ -75,6 +75,9 @@ def gaps(earlier: Reading, now: Reading) -> dict[int, Gap]:
             a.double() + (b.double() - a.double()) / weight for a, b in ((old.mean, new.mean), (old.var, new.var))
         )
         shift, log_ratio = drift(mean, var, new.mean.double(), new.var.double(), module.eps)
+        # A channel that is constant in the batches is near 0 whatever divides it, so a variance still on its way from 1
+        # to 0 costs nothing. BN210 sees an evaluation in which the channel varies.
+        log_ratio = log_ratio.where(var > module.eps, 0.0)
         found[index] = Gap(new.layer, _rms(shift), _rms(log_ratio), updates, new.tracked)
     return found
 

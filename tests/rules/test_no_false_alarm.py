@@ -256,6 +256,24 @@ def test_recalibration(when: str, exact: bool) -> None:
     assert serious(check.findings) == []
 
 
+def test_recalibration_behind_dropout() -> None:
+    """Recalibrated before each validation, statistics have no dropout's variance, as those of the batches do."""
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.8), nn.BatchNorm1d(36), nn.Linear(36, 2))
+    options = {"loader": data(batches=40), "max_epochs": 2}
+    assert said(Module(model), BatchNormRecalibration(when="validation"), **options) == []
+
+
+def test_channels_without_variance() -> None:
+    """Pixels that are always black: their running variance is on its way from 1 to 0, and divides 0 by it."""
+
+    class Framed(Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(F.pad(images, (3, 3, 3, 3)))
+
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(144), nn.Linear(144, 2))
+    assert said(Framed(model), loader=data(batches=40), max_epochs=2) == []
+
+
 def test_recalibration_beside_averaged_weights() -> None:
     """Averaged weights with stale buffers, which the recalibration replaces before each validation and at the end."""
     callbacks = (
