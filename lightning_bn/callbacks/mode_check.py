@@ -146,7 +146,7 @@ class ModeCheck(Callback):
         inspection.begin_batch("train", trainer.global_step, batch_idx, trainer.num_training_batches)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._look().trace(loss)
+        self._look().trace(loss, loss=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,5 +1,5 @@
-"""What directly feeds a batch norm, proved by the autograd graph of one training batch and not guessed from the module
-tree."""
+"""What directly feeds a batch norm, and how often a loss depends on it: proved by the autograd graph of one training
+batch and not guessed from the module tree."""
 
 from __future__ import annotations
 
@@ -57,10 +57,14 @@ class AdjacencyProbe:
         }
         self._candidates: dict[str, tuple[Node, str]] = {}  # by batch norm: the node before it, and the bias in that
         self._edges: Counter[Node] = Counter()
+        self.uses: Counter[str] = Counter()
+        """How often the loss depends on each layer that ran more than once."""
+        self._calls: Counter[str] = Counter()
+        self._layers = {layer.name: layer.module for layer in layers}
         self._dropped: list[tuple[weakref.ref[Tensor], str, float, Tensor]] = []
         self._shifts: list[tuple[str, str, float, Tensor]] = []
         self._handles: list[RemovableHandle] = [
-            layer.module.register_forward_pre_hook(self._before_batch_norm(layer.name)) for layer in layers
+            layer.register_forward_pre_hook(self._before_batch_norm(name)) for name, layer in self._layers.items()
         ]
         for name, module in model.named_modules():
             if isinstance(module, _DropoutNd):
@@ -72,14 +76,24 @@ class AdjacencyProbe:
             handle.remove()
         self._handles, self._candidates, self._dropped = [], {}, []
         self._edges.clear()
+        self._layers = {}
 
-    def trace(self, outputs: Any) -> None:
-        """Count, in the graph behind the tensors `outputs`, who else reads what goes into each batch norm."""
+    def trace(self, outputs: Any, *, loss: bool) -> None:
+        """Count, in the graph behind the tensors `outputs`, who else reads what goes into each batch norm, and in that
+        of a `loss` each use of the layers that ran more than once."""
         wanted = {node for node, _ in self._candidates.values()}
+        again: dict[Tensor, str] = {
+            layer.weight: name
+            for name, layer in self._layers.items()
+            if loss and self._calls[name] > 1 and layer.weight is not None
+        }
         todo = [tensor.grad_fn for tensor in _flat(outputs) if tensor.grad_fn is not None]
         known = set(todo)
-        while todo and wanted:
-            for node, _ in todo.pop().next_functions:
+        while todo and (wanted or again):
+            reader = todo.pop()
+            if again and "BatchNorm" in reader.name():
+                self.uses.update(again[weight] for weight in _parameters(reader) if weight in again)
+            for node, _ in reader.next_functions:
                 if node in wanted:
                     self._edges[node] += 1
                 if node is not None and node not in known:
@@ -99,6 +113,7 @@ class AdjacencyProbe:
             input = args[0] if args else None
             if torch.compiler.is_compiling() or not layer.training or not isinstance(input, Tensor):
                 return
+            self._calls[name] += torch.is_grad_enabled()
             for dropped, dropout, p, ratio in self._dropped:
                 if dropped() is input:
                     self._shifts.append((dropout, name, p, ratio))
@@ -141,6 +156,11 @@ def _leaf(node: Node | None) -> Tensor | None:
     while node is not None and node.name() == "ToCopyBackward0":
         node = node.next_functions[0][0]
     return getattr(node, "variable", None)
+
+
+def _parameters(node: Node) -> list[Tensor]:
+    """Return the parameters that a node reads."""
+    return [leaf for source, _ in node.next_functions if (leaf := _leaf(source)) is not None]
 
 
 def _flat(value: Any) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -85,6 +85,7 @@ class Inspection:
         self._last: BatchRecord | None = None
         self._counts_before: dict[int, int] = {}
         self._probe: AdjacencyProbe | None = None
+        self._uses: Mapping[str, int] = {}
         self.tracing = False
         """Whether `trace` is still to be told what the first training batch computed."""
 
@@ -222,11 +223,12 @@ class Inspection:
         """The modes of all modules after a training batch and what was mended in it."""
         return self.observer.snapshot() if self._after is None else self._after
 
-    def trace(self, outputs: Any) -> None:
-        """Look through the autograd graph behind `outputs`, a loss or what the model returned; only of the first
+    def trace(self, outputs: Any, *, loss: bool = False) -> None:
+        """Look through the autograd graph behind `outputs`, a `loss` or what the model returned; only of the first
         training batch."""
         if self.tracing and self._probe is not None:
-            self._probe.trace(outputs)
+            self._probe.trace(outputs, loss=loss)
+            self._uses = self._probe.uses
 
     def begin_evaluation(self, stage: str, step: int, modes: Modes | None = None) -> None:
         """Begin a validation, test or prediction; `modes` are those before it, where they shall be back after it."""
@@ -444,7 +446,7 @@ class Inspection:
             learning = batch.learning = Learning(self.observer, self.setting)
             self._copies.hold(index for index, layer in enumerate(self.observer.layers) if learning.frozen(layer))
             batch.averaged, batch.undecided = self._averaged(), self._copies.undecided(learning)
-        batch.largest = self._largest
+        batch.largest, batch.uses = self._largest, self._uses
         return batch
 
     def _remember(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -106,6 +106,8 @@ class BatchRecord:
     """Names of the layers that no optimizer holds and that may turn out to be such copies before the epoch ends."""
     largest: int = 0
     """Samples in the largest training batch so far."""
+    uses: Mapping[str, int] = field(default_factory=dict)
+    """Names of layers that the first batch ran more than once, and how often its loss depended on each."""
 
     @property
     def training(self) -> bool:

@@ -119,10 +119,12 @@ class MovedTwice(Rule):
         )
         what = "an extra forward" if moved[0].call > 0 else "an extra forward, or a second use of the layer,"
         # Two views of the data, real and generated images, or parts that learn in turn: nothing counts twice that
-        # should not.
+        # should not. Nor does a loss of both forwards, that differ in their dropout (R-Drop).
         repeats = batch.learning is not None and batch.learning.repeats
-        level: Level = "warning" if same_input and not batch.setting.manual and not repeats else "info"
-        return f"{what} of {'the same' if same_input else 'another'} input moved them", level, fix
+        both = same_input and batch.uses.get(layer.name, 0) >= len(moved)
+        level: Level = "warning" if same_input and not batch.setting.manual and not repeats and not both else "info"
+        of = "the same" if same_input else "another"
+        return f"{what} of {of} input moved them{', and the loss depends on each' if both else ''}", level, fix
 
 
 class NotFinite(Rule):

@@ -229,6 +229,16 @@ class CompiledPart(Module):
 
 
 @program()
+class RDrop(Module):
+    """Two forwards of one batch, that differ in their dropout."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        one, other = self(batch[0]), self(batch[0])
+        agreement = F.kl_div(one.log_softmax(1), other.softmax(1), reduction="batchmean")
+        return F.cross_entropy(one, batch[1]) + F.cross_entropy(other, batch[1]) + agreement
+
+
+@program()
 class AdvProp(Module):
     """Adversarial images go through batch norms of their own, which an evaluation does not use."""
 

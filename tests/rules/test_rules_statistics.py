@@ -164,6 +164,22 @@ class TestBN202:
         assert finding.level == "warning"
         assert "extra forward of the same input" in finding.message
 
+    def test_two_forwards_that_the_loss_depends_on(self) -> None:
+        """One tensor twice, as in R-Drop, is information, if the loss depends on both; also where later batches run
+        otherwise."""
+
+        class Both(Module):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                if batch_idx == 3:
+                    self.model.eval()
+                    self.model(batch[0])
+                    self.model.train()
+                return self.loss(batch) + self.loss(batch)
+
+        found = of("BN202", findings(Both()))
+        assert {finding.level for finding in found} == {"info"}
+        assert "of the same input moved them, and the loss depends on each" in found[0].seen
+
     def test_two_views(self) -> None:
         """Two inputs are two batches: information."""
         assert only("BN202", findings(TwoViews())).level == "info"
