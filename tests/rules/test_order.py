@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_bn.rules.order import LEAST_BATCHES, MOST_BATCHES, BatchOrder, Order, _normal_of_f
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
+
+from batch_order import HONEST, by_class, false_alarms
 
 SIZE, BATCHES = 16, 30
 NUMBER = SIZE * BATCHES
@@ -79,6 +85,22 @@ def test_shuffled_data_are_what_theory_says(features: int, same: bool) -> None:
     assert beyond_likeness <= most
     assert np.mean(spreads) == pytest.approx(1, abs=4 * math.sqrt(2 / (BATCHES - 1) / 200))
     assert np.mean(likenesses) == pytest.approx(-same / BATCHES, abs=4 / math.sqrt((BATCHES - 1) * 200))
+
+
+@pytest.mark.parametrize("order", HONEST)
+def test_false_alarms_of_honest_orders(order: str) -> None:
+    """Of 120 runs, with batches of 4 to 64 and 2 to 10 classes: not more alarms than one in a thousand and three
+    standard errors."""
+    torch.manual_seed(0)
+    alarms = [each.alarm for each in false_alarms(HONEST[order], 15)]
+    assert sum(alarms) <= 120 * 0.001 + 3 * math.sqrt(120 * 0.001)
+    assert len(alarms) == 120
+
+
+def test_the_measure_of_false_alarms_sees_alarms() -> None:
+    """Of the same images sorted by class BN307 speaks."""
+    torch.manual_seed(0)
+    assert any(each.alarm for each in false_alarms(by_class, 2))
 
 
 @pytest.mark.parametrize(("above", "below"), [(23, 24), (29, 450), (63, 2000)])
