@@ -276,8 +276,8 @@ class TooFewBits(Rule):
                 list(stuck),
                 f"they may stop {max(stuck.values()):.0%} away from the batches' statistics.",
                 fix=Fix(
-                    f"convert_batch_norm({at.setting.root}, Exponential({momentum}))",
-                    note="keeps them in float32, as bf16-mixed does",
+                    f"convert_batch_norm({at.setting.root}, Exponential({momentum}, debias=True))",
+                    note="keeps them in float32, as bf16-mixed does, and leaves out the initial 0 and 1",
                 ),
             )
 

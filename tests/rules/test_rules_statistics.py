@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import (
     BatchNormRecalibration,
+    Exponential,
     Finding,
     ModeCheck,
     Window,
@@ -331,6 +332,17 @@ class TestBN206:
         for layer in (model.backbone[0][1], model.backbone[1][1], model.head[2]):
             layer.momentum = 0.01
         assert only("BN206", findings(Module(model), precision="bf16-true")).layers == LAYERS
+
+    def test_fix_reaches_the_statistics_of_the_batches(self) -> None:
+        """With the printed fix the mean and variance are those of equal batches after ten of them already, and not on
+        their way from 0 and 1."""
+        model = nn.Sequential(nn.BatchNorm1d(1, momentum=0.01)).to(torch.bfloat16)
+        (finding,) = check(model)
+        names = {"model": model, "convert_batch_norm": convert_batch_norm, "Exponential": Exponential}
+        exec(finding.fix.code, names)
+        for _ in range(10):
+            model(torch.tensor([[4.0], [6.0]], dtype=torch.bfloat16))
+        torch.testing.assert_close((model[0].running_mean.item(), model[0].running_var.item()), (5.0, 2.0))
 
     def test_mixed_precision(self) -> None:
         """Mixed precision keeps the statistics in float32."""
