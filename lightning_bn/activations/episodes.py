@@ -114,8 +114,8 @@ class Episodes:
         for key in ended:
             # A layer that was not called, or that gave nothing but NaN, tells nothing, neither good nor bad.
             values, told = sample.column(key[2])
-            row = rows.get(key[1])
-            if row is not None and told[row] and not np.isnan(values[row]):
+            at = rows.get(key[1])
+            if at is not None and told[at] and not np.isnan(values[at]):
                 self._past.append(replace(self._open.pop(key), recovered=True))
 
     def _extend(self, key: tuple[str, str, str], statistic: Statistic, step: int, value: float) -> None:
