@@ -1,112 +1,22 @@
-"""Programs with a mistake each, and the printed fix applied where it says that it goes."""
+"""Programs with a mistake each, and whether it costs anything in a fit of a fifth of a second."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
+from applied_fixes import BATCHES, HELD_OUT, Fixed, Program, dataset
 from lightning.pytorch.callbacks import BaseFinetuning, WeightAveraging
-from tiny_runs import Block, Module, Net, quiet, trainer
+from tiny_runs import Block, Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import lightning_bn
-from lightning_bn import Finding, Fix, ModeCheck
-
-NAMES: dict[str, Any] = {name: getattr(lightning_bn, name) for name in lightning_bn.__all__} | {
-    "nn": nn,
-    "torch": torch,
-}
-
-
-def dataset(samples: int = 96) -> TensorDataset:
-    """Two classes that a tiny network learns: noise on top of a bright left or right half."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(samples) % 2
-    images = torch.randn(samples, 1, 6, 6, generator=generator)
-    images[labels == 0, :, :, :3] += 1.5
-    images[labels == 1, :, :, 3:] += 1.5
-    return TensorDataset(images, labels)
-
-
-BATCHES = [images for images, _ in DataLoader(dataset(), 16)]
-
-
-class Fixed:
-    """What a printed fix comes to, once it is applied where it says that it goes."""
-
-    def __init__(self, fix: Fix | None) -> None:
-        self.fix = fix
-        self.text = "" if fix is None else str(fix).split("  # ")[0]
-
-    def at(self, place: str, module: nn.Module) -> None:
-        """Run the statement, if it goes here."""
-        if self.fix is not None and self.fix.place == place and "=..." not in self.text:
-            exec(self.text, NAMES | {"self": module, "batches": BATCHES})
-
-    def around(self, module: nn.Module) -> Any:
-        """The context manager, if there is one."""
-        if self.fix is None or self.fix.place != "around that forward":
-            return nullcontext()
-        return eval(self.text.removeprefix("with ").removesuffix(":"), NAMES | {"self": module, "batches": BATCHES})
-
-    def arguments(self, place: str) -> dict[str, Any]:
-        """The arguments of a call; `...` stands for what is in a list already."""
-        if self.fix is None or self.fix.place != place:
-            return {}
-        return eval(f"dict({self.text})", NAMES)
-
-
-class Program(Module):
-    """A program with a mistake; the places where a fix may go are marked by `self.fixed`."""
-
-    def __init__(self, fixed: Fixed, model: nn.Module | None = None) -> None:
-        super().__init__(model)
-        self.fixed = fixed
-        self.judged: dict[int, float] = {}  # the losses of the last validation
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.judged[batch_idx] = self.loss(batch).item()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
-
-
-def run(program: Callable[[Fixed], Program], fix: Fix | None = None, **options: Any) -> tuple[list[Finding], float]:
-    """Fit, and return the findings and the loss of the last validation, or of the module after training where the fix
-    goes there."""
-    torch.manual_seed(1)
-    fixed, at_the_end = Fixed(fix), options.pop("at_the_end", False)
-    module = program(fixed)
-    fixed.at("before fit", module)
-    callbacks = [make() for make in options.pop("callbacks", ())]
-    arguments = fixed.arguments("in the Trainer")
-    callbacks += [each for each in arguments.pop("callbacks", []) if each is not ...]
-    loader = {"batch_size": 16, **options.pop("loader", {}), **fixed.arguments("in the training DataLoader")}
-    check = ModeCheck(action="log")
-    raises = (
-        pytest.raises(ValueError, match="more than 1 value per channel")
-        if options.pop("raises", False) and not fix
-        else nullcontext()
-    )
-    fit = DataLoader(options.pop("data", dataset()), **loader), DataLoader(dataset(), 48)
-    with quiet(), raises:
-        trainer(*callbacks, check, **{"max_epochs": 10, **options, **arguments}).fit(module, *fit)
-    if not at_the_end:
-        return check.findings, sum(module.judged.values())
-    fixed.at("after training", module)
-    with torch.no_grad():
-        images, labels = dataset().tensors
-        return check.findings, F.cross_entropy(module.eval()(images), labels).item()
-
-
-# The programs.
 
 
 def eval_before_fit(fixed: Fixed) -> Program:
@@ -116,8 +26,15 @@ def eval_before_fit(fixed: Fixed) -> Program:
     return module
 
 
+class Raw(Program):
+    """Images as they are stored, with a mean of many deviations, which the first batch norm takes away."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images + 10)
+
+
 def backbone_in_eval(fixed: Fixed) -> Program:
-    module = Program(fixed)
+    module = Raw(fixed)
     module.model.backbone.eval()
     return module
 
@@ -129,7 +46,7 @@ def all_in_eval_with_a_frozen_backbone(fixed: Fixed) -> Program:
     return module
 
 
-class Forgets(Program):
+class Forgets(Raw):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         self.model.eval()
@@ -140,13 +57,13 @@ class Forgets(Program):
 
 class WritesInValidation(Program):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        if self.fixed.fix is None:
+        if not self.fixed.text:
             self.train()
         self.fixed.at("at the start of the evaluation step", self)
         super().validation_step(batch, batch_idx)
 
 
-class RestoresNothing(Program):
+class RestoresNothing(Raw):
     def on_validation_model_train(self) -> None:
         self.fixed.at("instead of the override of on_validation_model_train", self)
 
@@ -209,10 +126,12 @@ class CountsTwice(Program):
         return loss
 
 
-class NotFinite(Program):
-    def on_fit_start(self) -> None:
-        if self.fixed.fix is None:
-            self.model.head[2].running_mean[1] = float("nan")
+class SkipsNonfinite(Program):
+    """Takes no step where the loss is not finite; the batch norms have taken the batch by then."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        loss = self.loss(batch)
+        return loss if loss.isfinite() else None
 
 
 class MeanTeacher(Program):
@@ -249,7 +168,7 @@ class SwapsInStep(Program):
         with torch.no_grad():
             saved = [parameter.data.clone() for parameter in self.parameters()]
             for parameter in self.parameters():
-                parameter.data.mul_(1.5)
+                parameter.data.mul_(3)
             with self.fixed.around(self):
                 super().validation_step(batch, batch_idx)
             for parameter, value in zip(self.parameters(), saved, strict=True):
@@ -263,7 +182,7 @@ class SwapsBefore(Program):
         super().on_validation_model_eval()
         self.saved = [parameter.data.clone() for parameter in self.parameters()]
         for parameter in self.parameters():
-            parameter.data.mul_(1.5)
+            parameter.data.mul_(3)
 
     def on_validation_model_train(self) -> None:
         super().on_validation_model_train()
@@ -274,25 +193,69 @@ class SwapsBefore(Program):
 class SwapsAtTheEnd(Program):
     def on_train_end(self) -> None:
         for parameter in self.parameters():
-            parameter.data.mul_(1.5)
+            parameter.data.mul_(3)
 
 
-def momentum(value: float) -> Callable[[Fixed], Program]:
-    def make(fixed: Fixed) -> Program:
-        module = Program(fixed)
+def momentum(value: float, make: Callable[[Fixed], Program] = Program) -> Callable[[Fixed], Program]:
+    def made(fixed: Fixed) -> Program:
+        module = make(fixed)
         for part in module.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
                 part.momentum = value
         return module
 
-    return make
+    return made
 
 
-def wide(fixed: Fixed) -> Program:
-    """48 channels, which 32 groups do not divide."""
-    return Program(
-        fixed, nn.Sequential(nn.Conv2d(1, 48, 3, bias=False), nn.BatchNorm2d(48), nn.Flatten(), nn.Linear(768, 2))
-    )
+class Contrasts(Program):
+    """Each image has a contrast of its own."""
+
+    def __init__(self, fixed: Fixed) -> None:  # 48 channels, which 32 groups do not divide
+        layers = nn.Conv2d(1, 48, 3, bias=False), nn.BatchNorm2d(48), nn.AvgPool2d(2), nn.Flatten()
+        super().__init__(fixed, nn.Sequential(*layers, nn.Linear(192, 2)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images * images[:, :, :1, :1].mul(2).exp())
+
+
+class OwnNormInEvaluation(Program):
+    """Evaluates with a batch norm of its own, as of clean images, which training never runs."""
+
+    def __init__(self, fixed: Fixed) -> None:
+        super().__init__(fixed, nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)))
+        self.conv = nn.Conv2d(1, 4, 3, bias=False)
+        self.norm, self.norm_of_clean = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        norm = self.norm if self.training else self.norm_of_clean
+        return self.model(norm(self.conv(images + 10)))
+
+
+class SensorOffInTraining(Program):
+    """Images of two channels, the second of which is zero in all training data."""
+
+    def __init__(self, fixed: Fixed) -> None:
+        layers = nn.BatchNorm2d(2, momentum=0.9), nn.Conv2d(2, 8, 3, bias=False), nn.ReLU(), nn.Flatten()
+        super().__init__(fixed, nn.Sequential(*layers, nn.Linear(128, 2)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
+        second = torch.zeros_like(images) if self.training else noise
+        return self.model(torch.cat((images, second), 1))
+
+
+def by_class(data: TensorDataset) -> TensorDataset:
+    """Class after class."""
+    images, labels = data.tensors
+    order = labels.argsort(stable=True)
+    return TensorDataset(images[order], labels[order])
+
+
+def with_infinity() -> TensorDataset:
+    """One value of all is infinite."""
+    data = dataset()
+    data.tensors[0][37, 0, 2, 2] = float("inf")
+    return data
 
 
 class Freezes(BaseFinetuning):
@@ -315,42 +278,57 @@ def dropout_first(fixed: Fixed) -> Program:
     return Program(fixed, nn.Sequential(*layers, nn.Linear(32, 2)))
 
 
-PROGRAMS: dict[str, tuple[str, Callable[[Fixed], Program], dict[str, Any]]] = {
-    "a module in eval mode with a frozen backbone": ("BN101", eval_before_fit, {}),
-    "a backbone in eval mode": ("BN102", backbone_in_eval, {}),
-    "model.eval() over a frozen backbone and a new head": ("BN102", all_in_eval_with_a_frozen_backbone, {}),
-    "eval mode forgotten in the step": ("BN103", Forgets, {}),
-    "train mode in validation": ("BN104", WritesInValidation, {}),
-    "a hook that restores nothing": ("BN105", RestoresNothing, {}),
-    "a forward under no_grad": ("BN106", ForwardsWithoutGrad, {}),
-    "a forward between batches": ("BN107", ForwardsBetween, {}),
-    "a frozen backbone beside a new head": ("BN201", frozen_backbone, {}),
-    "frozen blocks in the container of the head": (
-        "BN201",
-        lambda fixed: pretrained(Program(fixed, Interleaved())),
-        {},
+@dataclass(frozen=True)
+class Mistake:
+    """A program, the rule that names its mistake, and how it is fitted."""
+
+    code: str
+    program: Callable[[Fixed], Program]
+    costs: bool
+    """Whether it costs something in this fit, whatever the seed."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `run`."""
+
+
+PROGRAMS = {
+    "a module in eval mode with a frozen backbone": Mistake("BN101", eval_before_fit, False),
+    "a backbone in eval mode": Mistake("BN102", momentum(0.3, backbone_in_eval), False),
+    "model.eval() over a frozen backbone and a new head": Mistake("BN102", all_in_eval_with_a_frozen_backbone, False),
+    "eval mode forgotten in the step": Mistake("BN103", momentum(0.3, Forgets), True),
+    "train mode in validation": Mistake("BN104", WritesInValidation, True, {"held_out": by_class(HELD_OUT)}),
+    "a hook that restores nothing": Mistake("BN105", momentum(0.3, RestoresNothing), True),
+    "a forward under no_grad": Mistake("BN106", ForwardsWithoutGrad, True),
+    "a forward between batches": Mistake("BN107", ForwardsBetween, True),
+    "a frozen backbone beside a new head": Mistake("BN201", frozen_backbone, False),
+    "frozen blocks in the container of the head": Mistake(
+        "BN201", lambda fixed: pretrained(Program(fixed, Interleaved())), False
     ),
-    "a backbone that no optimizer holds": ("BN201", lambda fixed: pretrained(LeftOut(fixed)), {}),
-    "activation checkpointing": ("BN202", lambda fixed: Program(fixed, Checkpointed()), {}),
-    "a batch that counts twice": ("BN202", CountsTwice, {}),
-    "a NaN": ("BN203", NotFinite, {}),
-    "averaged weights": ("BN207", Program, {"callbacks": [lambda: WeightAveraging(use_buffers=False)]}),
-    "weights exchanged in the step": ("BN207", SwapsInStep, {}),
-    "weights exchanged in on_validation_model_eval": ("BN207", SwapsBefore, {}),
-    "weights exchanged in on_train_end": ("BN207", SwapsAtTheEnd, {"at_the_end": True}),
-    "a slow average": ("BN208", momentum(0.001), {}),
-    "a teacher in eval mode": ("BN209", lambda fixed: MeanTeacher(fixed, in_training=True), {}),
-    "a copy that validation alone reads": ("BN209", lambda fixed: MeanTeacher(fixed, in_training=False), {}),
-    "momentum 0": ("BN301", momentum(0.0), {}),
-    "batches of one": ("BN302", wide, {"loader": {"batch_size": 1}, "max_epochs": 1}),
-    "a last batch of one": ("BN302", Program, {"data": dataset(97), "raises": True}),
-    "BaseFinetuning.freeze(train_bn=False)": (
-        "BN205",
-        lambda fixed: pretrained(Program(fixed)),
-        {"callbacks": [Freezes]},
+    "a backbone that no optimizer holds": Mistake("BN201", lambda fixed: pretrained(LeftOut(fixed)), False),
+    "activation checkpointing": Mistake("BN202", momentum(0.5, lambda fixed: Program(fixed, Checkpointed())), False),
+    "a batch that counts twice": Mistake("BN202", momentum(0.5, CountsTwice), False),
+    "an infinity in the data": Mistake("BN203", SkipsNonfinite, True, {"data": with_infinity()}),
+    "a batch norm that evaluation alone runs": Mistake("BN204", OwnNormInEvaluation, True, {"at_the_end": True}),
+    "BaseFinetuning.freeze(train_bn=False)": Mistake(
+        "BN205", lambda fixed: pretrained(Program(fixed)), False, {"callbacks": [Freezes]}
     ),
-    "a bias": ("BN303", with_bias, {}),
-    "accumulated batches": ("BN304", Program, {"accumulate_grad_batches": 3}),
-    "dropout before a batch norm": ("BN305", dropout_first, {"at_the_end": True}),
-    "bfloat16 with a small momentum": ("BN206", momentum(0.01), {"precision": "bf16-true", "max_epochs": 4}),
+    "bfloat16 with a small momentum": Mistake(
+        "BN206", momentum(0.07), False, {"precision": "bf16-true", "max_epochs": 10}
+    ),
+    "averaged weights": Mistake("BN207", Program, False, {"callbacks": [lambda: WeightAveraging(use_buffers=False)]}),
+    "weights exchanged in the step": Mistake("BN207", SwapsInStep, True),
+    "weights exchanged in on_validation_model_eval": Mistake("BN207", SwapsBefore, True),
+    "weights exchanged in on_train_end": Mistake("BN207", SwapsAtTheEnd, True, {"at_the_end": True}),
+    "a slow average": Mistake("BN208", momentum(0.001), True),
+    "a teacher in eval mode": Mistake("BN209", lambda fixed: MeanTeacher(fixed, in_training=True), True),
+    "a copy that validation alone reads": Mistake("BN209", lambda fixed: MeanTeacher(fixed, in_training=False), True),
+    "a channel that lives in evaluation alone": Mistake("BN210", SensorOffInTraining, True, {"at_the_end": True}),
+    "momentum 0": Mistake("BN301", momentum(0.0), True),
+    "batches of one": Mistake("BN302", Contrasts, True, {"loader": {"batch_size": 1}, "max_epochs": 1}),
+    "a last batch of one": Mistake("BN302", Program, True, {"data": dataset(97), "raises": True}),
+    "a bias": Mistake("BN303", with_bias, False),
+    "accumulated batches": Mistake("BN304", Program, False, {"accumulate_grad_batches": 3}),
+    "dropout before a batch norm": Mistake("BN305", dropout_first, True, {"at_the_end": True}),
+    "sorted data": Mistake(
+        "BN307", Program, True, {"data": by_class(dataset(192)), "loader": {"batch_size": 8}, "max_epochs": 2}
+    ),
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
 import torch
-from fixable_programs import PROGRAMS, Fixed, MeanTeacher, frozen_backbone, momentum, run
+from applied_fixes import Fixed, run
+from fixable_programs import PROGRAMS, MeanTeacher, frozen_backbone, momentum
 from tiny_runs import Block, Module, findings, of, serious
 from torch import nn
 
@@ -16,20 +18,31 @@ from lightning_bn import ModeCheck
 INFORMATION = ("BN303", "BN304", "BN305")
 
 
+SEEDS = range(4)
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_fix_works(name: str) -> None:
-    """The finding comes; with its fix applied as printed nothing above information is said, and the loss is no
-    worse."""
-    code, program, options = PROGRAMS[name]
-    found, loss = run(program, **options)
-    told = [finding for finding in of(code, found) if finding.level != "info" or code in INFORMATION]
-    assert len(told) == 1, serious(found)
-    silent, mended = run(program, told[0].fix, **options)
-    # After training there is nothing left that a second run could be silent about: the loss alone tells.
-    if told[0].fix.place != "after training":
+    """The finding comes; with its fix applied as printed nothing above information is said, and the network is no worse
+    on data held out.
+
+    The loss depends on the seed, so several are fitted. Where the mistake costs something, the worst mended network is
+    better than the best other one. Elsewhere the mend costs less than another seed may.
+    """
+    mistake, wrong, mended = PROGRAMS[name], [], []
+    for seed in SEEDS:
+        found, loss = run(mistake.program, seed=seed, **mistake.options)
+        wrong.append(loss)
+        told = [each for each in of(mistake.code, found) if each.level != "info" or mistake.code in INFORMATION]
+        assert len(told) == 1, serious(found)
+        silent, loss = run(mistake.program, told[0], seed=seed, **mistake.options)
+        mended.append(loss)
         assert serious(silent) == [], "\n".join(map(str, silent))
-        assert code not in INFORMATION or of(code, silent) == []
-    assert not mended > loss * 1.05 + 0.05
+        assert mistake.code not in INFORMATION or of(mistake.code, silent) == []
+    if mistake.costs:
+        assert not min(wrong) <= max(mended)  # a loss of NaN is no good one
+    else:
+        assert mean(mended) - mean(wrong) <= stdev(wrong)
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -50,7 +63,7 @@ def test_printed_allow_eval_covers_all_layers(many: bool) -> None:
 def test_where_and_seen_name_the_same_layer() -> None:
     """BN208 and BN203 name in "seen" the layer that "where" begins with, also after other layers were told of
     before."""
-    found = run(momentum(0.001))[0]
+    found = run(momentum(0.001)).findings
     for finding in of("BN208", found):
         assert finding.layers[0] in finding.seen
         assert finding.where.startswith(finding.layers[0])
@@ -64,7 +77,7 @@ def test_averaged_teacher_in_train_mode() -> None:
             way = write
 
             def __init__(self) -> None:
-                super().__init__(Fixed(None), in_training=True)
+                super().__init__(Fixed(), in_training=True)
                 self.teacher.train()
 
             def on_before_zero_grad(self, optimizer: Any) -> None:
@@ -83,7 +96,7 @@ def test_averaged_teacher_in_train_mode() -> None:
 
 def test_fields_make_the_message() -> None:
     """Every field of a finding is in its message, and the message in no other place."""
-    (finding,) = of("BN201", findings(frozen_backbone(Fixed(None))))
+    (finding,) = of("BN201", findings(frozen_backbone(Fixed())))
     for part in (
         finding.code,
         finding.title,

@@ -1,0 +1,62 @@
+"""The printed fixes of mistakes that only several ranks can make, applied in two real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from applied_fixes import Program, Run, dataset, run
+from lightning.pytorch.strategies import DDPStrategy
+from tiny_runs import of, serious
+from torch.utils.data import TensorDataset
+
+SEEDS = range(3)
+MISTAKES = {"BN304": True, "BN306": False}
+"""The rules, and whether rank 0's buffers are sent to the others: they would not differ then."""
+
+
+def own_class(rank: int) -> TensorDataset:
+    """Each rank has the images of one class, as where each reads a folder of its own."""
+    images, labels = dataset(192).tensors
+    return TensorDataset(images[labels == rank], labels[labels == rank])
+
+
+def _rank(rank: int, world: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    ranks.environment(rank, world, port)
+    results: dict[tuple[str, int], tuple[Run, Run]] = {}
+    for code, broadcast in MISTAKES.items():
+        for seed in SEEDS:
+            options: dict[str, Any] = {"seed": seed, "data": own_class(rank), "devices": 2, "default_root_dir": folder}
+            options |= {"use_distributed_sampler": False, "num_sanity_val_steps": 0}
+
+            def strategy(broadcast: bool = broadcast) -> DDPStrategy:
+                return DDPStrategy(broadcast_buffers=broadcast)
+
+            wrong = run(Program, strategy=strategy(), **options)
+            (finding,) = of(code, wrong.findings)
+            results[code, seed] = wrong, run(Program, finding, strategy=strategy(), **options)
+    torch.save(results, f"{folder}/rank{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int], tuple[Run, Run]]]:
+    """What the fits of each rank came to, with the mistake and mended."""
+    folder: Path = tmp_path_factory.mktemp("fixes")
+    ranks.spawn(_rank, 2, str(folder), ranks.free_port())
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("code", MISTAKES)
+@pytest.mark.parametrize("rank", range(2))
+def test_fix_works_on_each_rank(results: list[dict[tuple[str, int], tuple[Run, Run]]], code: str, rank: int) -> None:
+    """With the printed fix nothing above information is said, nor this, and the worst mended network is better on data
+    held out than the best other one."""
+    runs = [results[rank][code, seed] for seed in SEEDS]
+    for _, mended in runs:
+        assert serious(mended.findings) == [], "\n".join(map(str, mended.findings))
+        assert of(code, mended.findings) == []
+    assert max(mended.loss for _, mended in runs) < min(wrong.loss for wrong, _ in runs)
