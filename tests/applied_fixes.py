@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tiny_runs import Module, quiet, trainer
+from runs import quiet, trainer
+from small_models import Module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from fits import Small, training_data
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from small_data import training_data
+from small_models import Small
 from torch.utils.data import DataLoader
 
 from lightning_bn import Averaging, BatchNorm1d

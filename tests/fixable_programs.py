@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from applied_fixes import BATCHES, HELD_OUT, Fixed, Program, dataset
 from lightning.pytorch.callbacks import BaseFinetuning, WeightAveraging
-from tiny_runs import Block, Net
+from small_models import Block, Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset

@@ -87,9 +87,3 @@ def rows(monitor: ActivationStatsMonitor, stage: str, step: int | None = None) -
     found = [row for row in monitor.table() if row["stage"] == stage]
     step = found[0]["step"] if step is None else step
     return {row["layer"]: row for row in found if row["step"] == step}
-
-
-def hooks(module: nn.Module) -> int:
-    return sum(
-        len(each._forward_hooks) + len(each._forward_pre_hooks) + len(each._backward_hooks) for each in module.modules()
-    )

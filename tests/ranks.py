@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from limits import limit
+from torch import Tensor
 
 # The processes are forks of one that has imported what takes seconds, and has done nothing with it.
 IMPORTED = ["lightning.pytorch", "lightning_bn.plugins.layer_sync", "torch.distributed.fsdp", "pandas", "pytest"]
@@ -59,3 +61,17 @@ def leave_group() -> None:
     """Leave the group together: gloo can hang in a member that is left behind with a message on the way."""
     dist.barrier()
     dist.destroy_process_group()
+
+
+def own_batch(rank: int, step: int) -> Tensor:
+    """Return the batch of a rank in a step: eight rows of four numbers, of another mean and spread in each rank."""
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * step + rank)) * (1 + rank) + rank
+
+
+def error_of(call: Callable[[], object]) -> str:
+    """Return what `call` raises, for a rank that has to go on and say so, or "none"."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"

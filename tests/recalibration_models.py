@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from states import as_bytes, norms
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -41,11 +42,6 @@ def mlp(layers: int = 8, width: int = 16, inputs: int = 10) -> nn.Sequential:
     widths = [inputs, *[width] * layers]
     blocks = [nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in pairwise(widths)]
     return nn.Sequential(*blocks)
-
-
-def norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Every batch-norm layer by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
 def statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -109,11 +105,6 @@ def everything(model: nn.Module) -> dict[str, Any]:
             {key: as_bytes(value) for key, value in averaging.state_dict().items()} if averaging is not None else None
         )
     return found
-
-
-def as_bytes(tensor: Tensor) -> bytes:
-    """The bits of a tensor, NaN included."""
-    return tensor.detach().cpu().contiguous().numpy().tobytes()
 
 
 def three() -> nn.Sequential:

@@ -8,6 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from states import norms
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -53,10 +54,6 @@ def net(name: str) -> Net:
     return convert_batch_norm(Net(), AVERAGES[name][0])  # type: ignore[return-value]
 
 
-def layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-
-
 def batches(count: int = 9) -> list[Tensor]:
     generator = torch.Generator().manual_seed(7)
     return [torch.randn(3 + t % 3, 2, 6, 6, generator=generator) * (1 + t % 4) + t % 2 for t in range(count)]
@@ -66,9 +63,9 @@ class Record:
     """What each layer of a model has been given in training, and whether it was lent rows then."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.inputs: dict[str, list[oracles.Array]] = {name: [] for name in layers(model)}
+        self.inputs: dict[str, list[oracles.Array]] = {name: [] for name in norms(model)}
         self.lent: list[bool] = []
-        for name, layer in layers(model).items():
+        for name, layer in norms(model).items():
             layer.register_forward_pre_hook(self._hook(name))
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -82,7 +79,7 @@ class Record:
 
 def agree(model: nn.Module, record: Record, oracle: Oracle) -> None:
     """Every layer holds what a float64 loop makes of the batches that it was given."""
-    for name, layer in layers(model).items():
+    for name, layer in norms(model).items():
         seen = [batch for batch in record.inputs[name] if np.isfinite(batch).all() and len(batch)]
         assert layer.num_batches_tracked == len(seen), name
         for buffer, expected in zip((layer.running_mean, layer.running_var), oracle(seen), strict=True):

@@ -9,8 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from ranks import own_batch
+from runs import trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader
@@ -78,27 +79,23 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def own_batch(rank: int, step: int) -> Tensor:
-    return torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * step + rank)) * (1 + rank) + rank
-
-
 def fsdp2(tensor_parallel: int = 1) -> Strategy:
     return ModelParallelStrategy(data_parallel_size=2 // tensor_parallel, tensor_parallel_size=tensor_parallel)
 
 
 def fit(folder: str, *callbacks: pl.Callback, strategy: Strategy, **options: Any) -> dict[str, Any]:
-    defaults: dict[str, Any] = {
-        "enable_checkpointing": any(isinstance(each, ModelCheckpoint) for each in callbacks),
-        "max_epochs": 1,
-    }
-    trainer = pl.Trainer(
-        devices=2, accelerator="cpu", strategy=strategy, logger=False, enable_progress_bar=False,
-        default_root_dir=folder, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
-        callbacks=list(callbacks), **(defaults | options),
-    )  # fmt: skip
+    runner = trainer(
+        *callbacks,
+        devices=2,
+        strategy=strategy,
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
     module = Module()
     loader = DataLoader(torch.zeros(STEPS), batch_size=None)
-    trainer.fit(module, loader, DataLoader(torch.zeros(1), batch_size=None))
+    runner.fit(module, loader, DataLoader(torch.zeros(1), batch_size=None))
     return {"state": module.state}
 
 
@@ -108,14 +105,6 @@ def whole(wrapper: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     with FullyShardedDataParallel.summon_full_params(wrapper, writeback=False) if fsdp1 else nullcontext():
         state = {user_name(key): value for key, value in model.state_dict().items()}
         return {k: v.full_tensor() if hasattr(v, "full_tensor") else v.clone() for k, v in state.items()}
-
-
-def error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 CALLBACKS: dict[str, Callable[[], list[pl.Callback]]] = {

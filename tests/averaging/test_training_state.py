@@ -13,6 +13,7 @@ import pytest
 import ranks
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from runs import trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -162,17 +163,8 @@ def test_lightnings_weight_averaging_leaves_it_alone(tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = Small()
         loader = DataLoader(torch.randn(48, 4), batch_size=8)
-        trainer = pl.Trainer(
-            max_epochs=2,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            accelerator="cpu",
-            default_root_dir=tmp_path,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, loader)
+        runner = trainer(*callbacks, max_epochs=2, default_root_dir=tmp_path)
+        runner.fit(module, loader)
         ends.append(history(module.layers[1]))
     assert same(*ends)
 

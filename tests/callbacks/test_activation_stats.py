@@ -8,8 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from fits import Small, fit, parameters_equal
-from monitored import LAYERS, ROWS, Recorder, drift_of, flat, hooks, mean_std, rows
+from monitored import LAYERS, ROWS, Recorder, drift_of, flat, mean_std, rows
+from runs import fit
+from small_models import Small
+from states import hooks, parameters_equal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset

@@ -13,13 +13,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import fits
 import lightning.pytorch
 import pytest
 import pytorch_lightning
 import ranks
 import torch
 import yaml
+from runs import trainer
+from small_data import loader, training_data
+from small_models import Small, SmallSteps
+from states import matches_weights, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -47,30 +50,29 @@ CALLBACKS = [
 each_package = pytest.mark.parametrize("pl", BOTH, ids=lambda pl: pl.__name__)
 
 
-class Other(fits.Steps, pytorch_lightning.LightningModule):
-    """`fits.Small` of the other package."""
+class Other(SmallSteps, pytorch_lightning.LightningModule):
+    """`Small` of the other package."""
 
 
 class OtherData(pytorch_lightning.LightningDataModule):
     """The tests' training data, and the same for validation."""
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return fits.loader()
+        return loader()
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(fits.training_data(), 16)
+        return DataLoader(training_data(), 16)
 
 
 def fit(pl: ModuleType, *callbacks: Any, ckpt_path: Path | None = None, **options: Any) -> tuple[Any, Any]:
     """Fit the same module from the same seed in a Trainer of the package."""
     torch.manual_seed(0)
-    module = fits.Small() if pl is lightning.pytorch else Other()
+    module = Small() if pl is lightning.pytorch else Other()
     torch.manual_seed(1)
-    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(**{**silent, "accelerator": "cpu", "max_epochs": 2, "callbacks": list(callbacks), **options})
-    data = (fits.loader(shuffle=False), DataLoader(fits.training_data(), 16))
-    trainer.fit(module, *data, ckpt_path=ckpt_path, weights_only=False)
-    return module, trainer
+    runner = trainer(*callbacks, package=pl, **{"max_epochs": 2, **options})
+    data = (loader(shuffle=False), DataLoader(training_data(), 16))
+    runner.fit(module, *data, ckpt_path=ckpt_path, weights_only=False)
+    return module, runner
 
 
 def assert_same(one: Any, other: Any) -> None:
@@ -116,9 +118,9 @@ def test_averaged_weights_are_recognised(pl: ModuleType, tmp_path: Path) -> None
     ema = pl.callbacks.EMAWeightAveraging(decay=0.9, use_buffers=False)
     module, trainer = fit(pl, BatchNormRecalibration(num_batches=None), ema)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
-    assert fits.matches_weights(module.state_dict())
+    assert matches_weights(module.state_dict())
     plain, _ = fit(pl, pl.callbacks.EMAWeightAveraging(decay=0.9, use_buffers=False))
-    assert not fits.matches_weights(plain.state_dict())
+    assert not matches_weights(plain.state_dict())
 
 
 @each_package
@@ -138,7 +140,7 @@ def test_nothing_is_logged_and_no_step_is_taken(pl: ModuleType, tmp_path: Path) 
         modules.append((list(module.parameters()), trainer.global_step))
     assert curves[0] == curves[1]
     assert len(curves[0]) == 12
-    assert fits.same(modules[0][0], modules[1][0])
+    assert same(modules[0][0], modules[1][0])
     assert modules[0][1] == modules[1][1]
 
 
@@ -233,7 +235,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["recalibrate", *options]) == 0
     assert json.loads(capsys.readouterr().out)["batches"] == 6
     state = torch.load(tmp_path / "run-recalibrated.ckpt", weights_only=True)["state_dict"]
-    assert fits.matches_weights(state)
+    assert matches_weights(state)
     assert lightning_bn.to_torch(Other()).load_state_dict(state, strict=False)
 
 

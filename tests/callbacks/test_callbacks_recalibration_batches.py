@@ -12,9 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from fits import Small, fit, loader, matches_weights, parameters_equal, same, training_data
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import CombinedLoader
+from runs import fit
+from small_data import loader, training_data
+from small_models import Small
+from states import matches_weights, parameters_equal, same
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 

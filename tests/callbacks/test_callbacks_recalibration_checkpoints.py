@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fits import Small, fit, matches_weights, same
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from runs import fit
+from small_models import Small
+from states import matches_weights, same
 from torch import Tensor
 
 from lightning_bn import BatchNormRecalibration

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch.nn.functional as F
-from fits import Small, fit
+from runs import fit
+from small_models import Small
 from torch import Tensor, nn
 
 from lightning_bn import BatchNormRecalibration

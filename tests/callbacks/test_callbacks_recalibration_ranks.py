@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import fits
 import pytest
 import ranks
 import torch
-from fits import fit, matches_weights, same, training_data
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from runs import fit
+from small_data import loader, training_data
+from states import matches_weights, same
 
 from lightning_bn import BatchNormRecalibration, CompareAverages, Cumulative, Exponential
 
@@ -29,7 +30,7 @@ def _fits(rank: int, world: int, folder: str, port: int) -> None:
     result: dict[str, Any] = {}
 
     def remember(name: str, *callbacks: Any, **options: Any) -> None:
-        module, runner = fit(*callbacks, train=fits.loader(), **(ddp | options))
+        module, runner = fit(*callbacks, train=loader(), **(ddp | options))
         result[name] = {
             "state": module.state_dict(),
             "step": runner.global_step,

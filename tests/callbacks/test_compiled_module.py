@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import fits
 import lightning.pytorch as pl
 import pytest
+import runs
 import torch
-from fits import matches_weights, parameters_equal
+from small_data import loader, training_data
+from small_models import Small
+from states import matches_weights, parameters_equal
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -18,7 +20,7 @@ from lightning_bn.layers.ledger import Ledger
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own, on its way through Lightning's code
 
 
-class Module(fits.Small):
+class Module(Small):
     """Without dropout, whose random numbers a compiled graph draws in another order."""
 
     # torch 2.13's compiler fails on the code by which Lightning 2.6 finds out from where it was called, with or without
@@ -44,8 +46,8 @@ def fit(module: pl.LightningModule, *callbacks: pl.Callback, compiled: bool = Tr
     torch.manual_seed(1)
     # aot_eager: all of the compiler but the generation of code, which takes a minute.
     model: Any = torch.compile(module, backend="aot_eager") if compiled else module
-    validation = DataLoader(fits.training_data(), 16)
-    fits.trainer(*callbacks, max_epochs=2).fit(model, fits.loader(), validation)
+    validation = DataLoader(training_data(), 16)
+    runs.trainer(*callbacks, max_epochs=2).fit(model, loader(), validation)
     return module
 
 

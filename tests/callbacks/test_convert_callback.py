@@ -8,10 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from fits import Small, fit, loader, parameters_equal, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from runs import fit, trainer
+from small_data import loader
+from small_models import Small
+from states import parameters_equal
 from torch import Tensor, nn
 
 from lightning_bn import Averaging, BatchNorm1d, ConvertBatchNorm, Cumulative, Exponential, Window

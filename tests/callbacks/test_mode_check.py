@@ -9,9 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from found import findings, of, serious
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from runs import quiet, trainer
+from small_data import BATCHES, data
+from small_models import Module, Net
+from states import hooks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import BATCHES, Module, Net, data, findings, of, quiet, serious, trainer
 from torch import Tensor, nn
 
 from lightning_bn import ModeCheck, ModeCheckError
@@ -24,13 +28,6 @@ def broken() -> Module:
     module.model.head[2].running_mean.fill_(0.1)  # as pretrained
     module.model.backbone.requires_grad_(False)
     return module
-
-
-def hooks(module: nn.Module) -> int:
-    """Return the number of hooks on all submodules."""
-    return sum(
-        len(part._forward_hooks) + len(part._forward_pre_hooks) + len(part._backward_hooks) for part in module.modules()
-    )
 
 
 class Raises(Module):

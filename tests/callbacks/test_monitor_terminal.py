@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from fits import Small, fit, trainer, training_data
+from runs import fit, trainer
+from small_data import training_data
+from small_models import Small
 from torch.utils.data import DataLoader
 
 from lightning_bn import ActivationStatsMonitor

@@ -8,7 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from fits import Small, fit
+from runs import fit
+from small_models import Small
 
 from lightning_bn import (
     ActivationStatsMonitor,

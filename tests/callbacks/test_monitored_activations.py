@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from fits import Small, fit
-from monitored import Recorder, drift_of, flat, hooks, mean_std, rows
+from monitored import Recorder, drift_of, flat, mean_std, rows
+from runs import fit
+from small_models import Small
+from states import hooks
 from torch import Tensor, nn
 
 from lightning_bn import ActivationStatsMonitor, BatchNorm1d, Exponential

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from recalibration_models import as_bytes
+from states import as_bytes
 from torch import Tensor, nn
 
 from lightning_bn import recalibrate

@@ -9,8 +9,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from fits import Small, loader
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from runs import trainer
+from small_data import loader
+from small_models import Small
 from torch import nn
 
 from lightning_bn import ActivationStatsMonitor, BatchNormRecalibration, CompareAverages, ModeCheck, Window
@@ -18,10 +20,9 @@ from lightning_bn.journal.lines import FILE_NAME
 from lightning_bn.journal.reader import JournalReader
 
 
-def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    defaults = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return pl.Trainer(callbacks=list(callbacks), default_root_dir=folder, **{**defaults, **quiet, **options})
+def journalled(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    """Return a Trainer of two epochs whose journal is in `folder`."""
+    return trainer(*callbacks, **{"default_root_dir": folder, "max_epochs": 2, "log_every_n_steps": 1, **options})
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -37,7 +38,7 @@ def test_a_fit_with_all_callbacks(tmp_path: Path) -> None:
     monitor = ActivationStatsMonitor(every_n_steps=2)
     repair = BatchNormRecalibration(monitor="val_loss", num_batches=2)
     compare = CompareAverages({"window 2": Window(2)})
-    fit = trainer(tmp_path, monitor, ModeCheck(), compare, repair)
+    fit = journalled(tmp_path, monitor, ModeCheck(), compare, repair)
     fit.fit(Small(), loader(), loader(shuffle=False))
     found = kinds(tmp_path)
     assert found[:3] == ["journal", "start", "layers"]
@@ -76,7 +77,7 @@ def test_a_fit_with_all_callbacks(tmp_path: Path) -> None:
 
 def test_drift_of_each_channel(tmp_path: Path) -> None:
     """Where channels are kept, a batch norm's drift is there channel by channel; its rms is the table's."""
-    trainer(tmp_path, ActivationStatsMonitor(every_n_steps=2)).fit(Small(), loader(), loader(shuffle=False))
+    journalled(tmp_path, ActivationStatsMonitor(every_n_steps=2)).fit(Small(), loader(), loader(shuffle=False))
     reader = JournalReader.of_file(tmp_path / FILE_NAME)
     for stage in ("train", "val"):
         kept = [each for each in reader.events["channels"] if each["stage"] == stage]
@@ -100,7 +101,7 @@ def test_a_model_without_batch_norm(tmp_path: Path) -> None:
     """Its activations are in the journal, and there is no drift of a channel."""
     module = Small()
     module.bn1, module.rest[3] = nn.Identity(), nn.Identity()
-    trainer(tmp_path, ActivationStatsMonitor(every_n_steps=2)).fit(module, loader(), loader(shuffle=False))
+    journalled(tmp_path, ActivationStatsMonitor(every_n_steps=2)).fit(module, loader(), loader(shuffle=False))
     kept = [each for each in lines(tmp_path) if each["kind"] == "channels"]
     assert kept
     assert all("drift_mean" not in vectors for each in kept for vectors in each["layers"].values())
@@ -115,7 +116,7 @@ def test_layers_that_can_not_be_looked_at(tmp_path: Path) -> None:
             self.spare = nn.ReLU()
 
     with pytest.warns(UserWarning, match="sees nothing of spare"):
-        trainer(tmp_path, ActivationStatsMonitor(every_n_steps=2)).fit(Spare(), loader(), loader(shuffle=False))
+        journalled(tmp_path, ActivationStatsMonitor(every_n_steps=2)).fit(Spare(), loader(), loader(shuffle=False))
     found = [(each["stage"], each["layers"]) for each in lines(tmp_path) if each["kind"] == "unseen"]
     assert [(stage, list(layers)) for stage, layers in found] == [("val", ["spare"]), ("train", ["spare"])]
     assert all("no forward called it as a module" in layers["spare"] for _, layers in found)
@@ -129,7 +130,7 @@ def test_findings_and_modes(tmp_path: Path) -> None:
             self.bn1.train(self.global_step < 4)
 
     check = ModeCheck(action="log")
-    trainer(tmp_path, check, ActivationStatsMonitor(every_n_steps=1)).fit(Frozen(), loader(), loader(shuffle=False))
+    journalled(tmp_path, check, ActivationStatsMonitor(every_n_steps=1)).fit(Frozen(), loader(), loader(shuffle=False))
     written = [line for line in lines(tmp_path) if line["kind"] == "finding"]
     assert [(line["code"], line["step"], line["fix"]["code"]) for line in written] == [
         (finding.code, finding.step, finding.fix.code) for finding in check.findings
@@ -152,7 +153,7 @@ def test_modes_of_a_layer_that_came(tmp_path: Path) -> None:
                 self.rest.append(nn.BatchNorm1d(2).eval())
 
     # The module's own hook comes after the callbacks'.
-    fit = trainer(tmp_path, ActivationStatsMonitor(every_n_steps=1), max_epochs=3)
+    fit = journalled(tmp_path, ActivationStatsMonitor(every_n_steps=1), max_epochs=3)
     fit.fit(Grown(), loader(), loader(shuffle=False))
     epochs = {line["epoch"]: line["step"] for line in lines(tmp_path) if line["kind"] == "epoch"}
     modes = [(line["step"], line["eval"]) for line in lines(tmp_path) if line["kind"] == "modes"]
@@ -164,7 +165,7 @@ def test_where_it_lies(tmp_path: Path) -> None:
     """Beside TensorBoard's files where there are any, else beside another logger's, else in default_root_dir."""
     both = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="board")]
     for loggers, place in ((both, "board/version_0"), ([both[0]], "csv/version_0"), (False, ".")):
-        trainer(tmp_path, ActivationStatsMonitor(), logger=loggers, max_epochs=1).fit(
+        journalled(tmp_path, ActivationStatsMonitor(), logger=loggers, max_epochs=1).fit(
             Small(), loader(), loader(shuffle=False)
         )
         assert (tmp_path / place / FILE_NAME).is_file(), place
@@ -172,7 +173,7 @@ def test_where_it_lies(tmp_path: Path) -> None:
 
 def test_no_trace_of_a_fast_dev_run(tmp_path: Path) -> None:
     """A fast_dev_run leaves no file."""
-    trainer(tmp_path, ActivationStatsMonitor(), ModeCheck(), fast_dev_run=True).fit(
+    journalled(tmp_path, ActivationStatsMonitor(), ModeCheck(), fast_dev_run=True).fit(
         Small(), loader(), loader(shuffle=False)
     )
     assert not list(tmp_path.rglob(FILE_NAME))
@@ -182,10 +183,10 @@ def test_no_trace_of_a_fast_dev_run(tmp_path: Path) -> None:
 def test_a_resumed_fit_continues(tmp_path: Path) -> None:
     """The second fit's lines take the place of what the first wrote behind the checkpoint."""
     callbacks = [ActivationStatsMonitor(every_n_steps=1)]
-    first = trainer(tmp_path, *callbacks, max_epochs=1)
+    first = journalled(tmp_path, *callbacks, max_epochs=1)
     first.fit(Small(), loader(), loader(shuffle=False))
     first.save_checkpoint(tmp_path / "first.ckpt")
-    second = trainer(tmp_path, ActivationStatsMonitor(every_n_steps=1), max_epochs=2)
+    second = journalled(tmp_path, ActivationStatsMonitor(every_n_steps=1), max_epochs=2)
     second.fit(Small(), loader(), loader(shuffle=False), ckpt_path=tmp_path / "first.ckpt")
     reader = JournalReader.of_file(tmp_path / FILE_NAME)
     assert [sample.step for sample in reader.samples["train"]] == list(range(12))
@@ -202,5 +203,5 @@ def test_how_it_ended(tmp_path: Path, error: type[BaseException]) -> None:
                 raise error
 
     with pytest.raises((ValueError, SystemExit, KeyboardInterrupt)):
-        trainer(tmp_path, ActivationStatsMonitor(), ModeCheck()).fit(Stopping(), loader(), loader(shuffle=False))
+        journalled(tmp_path, ActivationStatsMonitor(), ModeCheck()).fit(Stopping(), loader(), loader(shuffle=False))
     assert [line["status"] for line in lines(tmp_path) if line["kind"] == "end"] == [error.__name__]

@@ -11,9 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from fits import Small, fit, loader, matches_weights, training_data
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import CombinedLoader
+from runs import fit
+from small_data import loader, training_data
+from small_models import Small
+from states import matches_weights
 from torch import Tensor, nn
 
 from lightning_bn import BatchNormRecalibration

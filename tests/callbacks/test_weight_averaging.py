@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import fits
 import lightning.pytorch as pl
 import pytest
+import runs
 import torch
-from fits import matches_weights
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from small_data import training_data
+from small_models import Small
+from states import matches_weights
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -26,7 +28,7 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
 }
 
 
-class Module(fits.Small):
+class Module(Small):
     """Its batches come from the epoch and the place in it: Lightning does not take a plain loader up in the middle of
     an epoch."""
 
@@ -49,7 +51,7 @@ class Module(fits.Small):
 
 def data(epoch: int, place: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(100 * epoch + place)
-    rows = fits.training_data().tensors
+    rows = training_data().tensors
     chosen = torch.randperm(len(rows[0]), generator=generator)[:16]
     return [part[chosen] for part in rows]
 
@@ -69,7 +71,7 @@ class SaveInMidEpoch(pl.Callback):
 
 def run(name: str, path: Path, epoch: int, ckpt_path: Path | None = None) -> Module:
     module = Module()
-    trainer = fits.trainer(CALLBACKS[name](), SaveInMidEpoch(path, epoch), max_epochs=EPOCHS, num_sanity_val_steps=0)
+    trainer = runs.trainer(CALLBACKS[name](), SaveInMidEpoch(path, epoch), max_epochs=EPOCHS, num_sanity_val_steps=0)
     loader = DataLoader(torch.zeros(STEPS), batch_size=None)
     trainer.fit(module, loader, DataLoader(torch.zeros(1), batch_size=None), ckpt_path=ckpt_path, weights_only=False)
     return module
@@ -96,7 +98,7 @@ def test_resumed_in_mid_window(name: str, epoch: int, tmp_path: Path) -> None:
 def test_averaged_buffers_are_averages_of_the_windows() -> None:
     """use_buffers=True: the statistics that evaluate with averaged weights are averaged by the weights' own rule."""
     module = Module()
-    trainer = fits.trainer(EMAWeightAveraging(decay=0.7), max_epochs=2, num_sanity_val_steps=0)
+    trainer = runs.trainer(EMAWeightAveraging(decay=0.7), max_epochs=2, num_sanity_val_steps=0)
     loader = DataLoader(torch.zeros(STEPS), batch_size=None)
     trainer.fit(module, loader, DataLoader(torch.zeros(1), batch_size=None))
     average = module.statistics[0].double()
@@ -109,8 +111,8 @@ def test_averaged_buffers_are_averages_of_the_windows() -> None:
 def test_recalibrated_the_averaged_model_has_statistics_of_its_own(name: str) -> None:
     """With BatchNormRecalibration, whatever use_buffers is, they are those of the training data under the averaged
     weights."""
-    module = convert_batch_norm(fits.Small(), Window(WINDOW))
-    module, _ = fits.fit(CALLBACKS[name](), BatchNormRecalibration(), module=module)
+    module = convert_batch_norm(Small(), Window(WINDOW))
+    module, _ = runs.fit(CALLBACKS[name](), BatchNormRecalibration(), module=module)
     assert matches_weights(module.state_dict())
 
 

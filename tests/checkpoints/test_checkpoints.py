@@ -13,7 +13,8 @@ import ranks
 import torch
 import torch.distributed.checkpoint as dcp
 from digits import Classifier, ConvNet
-from fits import SaveAtStep7
+from ranks import own_batch
+from runs import SaveAtStep7, trainer
 from sharded_fits import needs_sharding_on_a_cpu
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -82,10 +83,6 @@ def network(averaging: Averaging) -> nn.Sequential:
     return convert_batch_norm(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 1)), averaging)
 
 
-def own_batch(rank: int, step: int) -> Tensor:
-    return torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * step + rank)) * (1 + rank) + rank
-
-
 class Module(pl.LightningModule):
     def __init__(self, averaging: Averaging) -> None:
         super().__init__()
@@ -107,17 +104,12 @@ def fit(case: tuple[Averaging, str, bool | None], path: Path, ckpt_path: Path | 
     options: dict[str, Any] = (
         {} if only is None else {"plugins": [BatchNormSync(statistics_only=only)], "sync_batchnorm": True}
     )
-    trainer = pl.Trainer(
+    runner = trainer(
+        SaveAtStep7(path),
         strategy="ddp",
         devices=2,
-        accelerator="cpu",
         max_epochs=2,
         precision=precision,
-        callbacks=[SaveAtStep7(path)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         **options,
@@ -125,7 +117,7 @@ def fit(case: tuple[Averaging, str, bool | None], path: Path, ckpt_path: Path | 
     module = Module(averaging)
     if precision == "64-true":
         module.double()  # Lightning loads the checkpoint before it casts the module, and would round it to float32
-    trainer.fit(
+    runner.fit(
         module,
         DataLoader(torch.zeros(STEPS), batch_size=None),
         DataLoader(torch.zeros(1), batch_size=None),

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from cli_models import Averaged, Data
-from fits import Small, matches_weights
 from lightning.pytorch.cli import LightningCLI
+from small_models import Small
+from states import matches_weights
 from torch import Tensor, nn
 
 import lightning_bn

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cost_of_mistakes import BEGIN, END, MISTAKES, measure
-from tiny_runs import quiet
+from runs import quiet
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "rules.md"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from fits import SaveAtStep7
+from runs import SaveAtStep7, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -89,17 +89,8 @@ class Module(pl.LightningModule):
 def fit(module: pl.LightningModule, folder: Path, precision: str, ckpt_path: Path | None = None) -> dict[str, Tensor]:
     """Train for two epochs of five steps, saving at step 7, in the middle of the second epoch and of a window."""
     torch.manual_seed(0)
-    trainer = pl.Trainer(
-        max_epochs=2,
-        precision=precision,
-        callbacks=[SaveAtStep7(folder / "step7.ckpt")],
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    trainer.fit(module, DataLoader(torch.zeros(5, 4)), ckpt_path=ckpt_path)
+    runner = trainer(SaveAtStep7(folder / "step7.ckpt"), max_epochs=2, precision=precision)
+    runner.fit(module, DataLoader(torch.zeros(5, 4)), ckpt_path=ckpt_path)
     return module.state_dict()
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from settlements import AVERAGES, Net, Record, agree, batches, each_average, few_averages, layers, net
+from settlements import AVERAGES, Net, Record, agree, batches, each_average, few_averages, net
+from states import norms
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,7 +66,7 @@ def test_plain_layers_are_torchs_to_the_bit(momentum: float) -> None:
     """With averaging=None, outputs, gradients and buffers are bit-identical to torch's own layers."""
     torch.manual_seed(0)
     theirs = Net()
-    for layer in layers(theirs).values():
+    for layer in norms(theirs).values():
         layer.momentum = momentum
     ours = convert_batch_norm(copy.deepcopy(theirs))
     for batch in batches():

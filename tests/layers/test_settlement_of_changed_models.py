@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from settlements import AVERAGES, Net, Record, agree, batches, each_average, few_averages, layers, net
+from settlements import AVERAGES, Net, Record, agree, batches, each_average, few_averages, net
+from states import norms
 from torch import nn
 from torch.func import functional_call
 
@@ -181,7 +182,7 @@ def test_threads_that_share_a_model(name: str) -> None:
     model(batches()[1])
     go_on.set()
     first.join()
-    assert all(layer.num_batches_tracked == 2 for layer in layers(model).values())
+    assert all(layer.num_batches_tracked == 2 for layer in norms(model).values())
     one_after_the_other = net(name)
     one_after_the_other(batches()[0]), one_after_the_other(batches()[1])
     for key, value in one_after_the_other.state_dict().items():

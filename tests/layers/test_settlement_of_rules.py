@@ -9,7 +9,8 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from settlements import AVERAGES, Net, Record, agree, batches, each_average, few_averages, layers, net
+from settlements import AVERAGES, Net, Record, agree, batches, each_average, few_averages, net
+from states import norms
 from third_party import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -74,7 +75,7 @@ def test_a_rule_that_averages_over_channels_is_called_layer_by_layer() -> None:
     model = convert_batch_norm(Net(), MeanOfLayer())
     record = Record(model)
     model(batches()[0])
-    for name, layer in layers(model).items():
+    for name, layer in norms(model).items():
         expected = oracles.window(record.inputs[name], 1, False)[0].mean()
         torch.testing.assert_close(
             layer.running_mean.double(), torch.full_like(layer.running_mean, expected).double(), rtol=1e-5, atol=1e-6

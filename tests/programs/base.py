@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from tiny_runs import Block, Module, Net
+from small_models import Block, Module, Net
 from torch import Tensor, nn
 
 __all__ = ["PROGRAMS", "Block", "Module", "Net", "Program", "average", "backbone", "mlp", "program", "views"]

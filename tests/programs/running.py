@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from tiny_runs import data, quiet, trainer
+from runs import quiet, trainer
+from small_data import data
 
 from lightning_bn import (
     ActivationStatsMonitor,

@@ -12,6 +12,8 @@ import pytest
 import ranks
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from ranks import own_batch
+from runs import trainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -73,17 +75,11 @@ class Module(pl.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
-def own_batch(rank: int, step: int) -> Tensor:
-    return torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * step + rank)) * (1 + rank) + rank
-
-
 def fit(module: Module, folder: str, *callbacks: pl.Callback, **options: Any) -> dict[str, Any]:
-    trainer = pl.Trainer(
-        devices=2, accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        default_root_dir=folder, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
-        callbacks=list(callbacks), **options,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader(torch.zeros(STEPS), batch_size=None), DataLoader(torch.zeros(1), batch_size=None))
+    runner = trainer(
+        *callbacks, devices=2, default_root_dir=folder, use_distributed_sampler=False, num_sanity_val_steps=0, **options
+    )
+    runner.fit(module, DataLoader(torch.zeros(STEPS), batch_size=None), DataLoader(torch.zeros(1), batch_size=None))
     return {"state": copy.deepcopy(module.state_dict()), "outputs": module.seen}
 
 

@@ -11,8 +11,9 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from ranks import error_of, own_batch
 from recalibration_models import largest_errors, statistics
-from sharded_fits import BATCHES, DATA, alone, error_of, network, own_batch
+from sharded_fits import BATCHES, DATA, alone, network
 
 from lightning_bn import BatchNormSync, recalibrate
 

@@ -9,8 +9,8 @@ import pytest
 import ranks
 import torch
 from applied_fixes import Program, Run, dataset, run
+from found import of, serious
 from lightning.pytorch.strategies import DDPStrategy
-from tiny_runs import of, serious
 from torch.utils.data import TensorDataset
 
 SEEDS = range(3)

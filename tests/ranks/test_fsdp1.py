@@ -9,19 +9,9 @@ import ranks
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
+from ranks import error_of, own_batch
 from recalibration_models import largest_errors, statistics
-from sharded_fits import (
-    BATCHES,
-    CALLBACKS,
-    DATA,
-    alone,
-    check_recalibrated,
-    error_of,
-    fit,
-    network,
-    on_own_batch,
-    own_batch,
-)
+from sharded_fits import BATCHES, CALLBACKS, DATA, alone, check_recalibrated, fit, network, on_own_batch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy

@@ -17,6 +17,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from recalibration_models import largest_errors, mlp, statistics
+from runs import trainer
 from sharded_fits import SHARDS_ON_A_CPU, needs_sharding_on_a_cpu
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -98,12 +99,8 @@ def fitted(rank: int, group: Any, folder: str) -> dict[str, Any]:
     monitor = ActivationStatsMonitor(every_n_steps=1, verbose=False, process_group=group)
     recalibration = BatchNormRecalibration(forward=lambda module, batch: module.net(batch), process_group=group)
     module = Module()
-    trainer = pl.Trainer(
-        devices=1, accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[monitor, recalibration],
-        default_root_dir=folder,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader([data(rank, step) for step in range(2)], batch_size=None))
+    runner = trainer(monitor, recalibration, default_root_dir=folder)
+    runner.fit(module, DataLoader([data(rank, step) for step in range(2)], batch_size=None))
     return {"table": monitor.table(), "statistics": statistics(module.net)}
 
 

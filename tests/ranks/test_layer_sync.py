@@ -13,6 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from runs import trainer
 from third_party import BatchNormAct2d, Foreign
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -202,22 +203,11 @@ def _fit(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     ranks.environment(rank, world, port)
     ddp = {"strategy": "ddp", "plugins": [BatchNormSync()], "sync_batchnorm": True} if world > 1 else {}
-    trainer = pl.Trainer(
-        **ddp,
-        devices=world,
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        use_distributed_sampler=False,
-    )
+    runner = trainer(devices=world, default_root_dir=folder, use_distributed_sampler=False, **ddp)
     torch.manual_seed(1)
     rows = torch.randn(24, 4)
     module = Module(world)
-    trainer.fit(module, DataLoader([batch[rank::world] for batch in rows.split(8)], batch_size=None))
+    runner.fit(module, DataLoader([batch[rank::world] for batch in rows.split(8)], batch_size=None))
     torch.save(
         (module.state_dict(), [str(type(layer)) for layer in module.layers], module.calls), f"{folder}/{rank}.pt"
     )

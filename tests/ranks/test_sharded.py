@@ -12,6 +12,7 @@ import ranks
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import error_of, own_batch
 from recalibration_models import largest_errors, statistics
 from sharded_fits import (
     BATCHES,
@@ -19,13 +20,11 @@ from sharded_fits import (
     DATA,
     alone,
     check_recalibrated,
-    error_of,
     fit,
     fsdp2,
     needs_sharding_on_a_cpu,
     network,
     on_own_batch,
-    own_batch,
     sharded,
     whole,
 )

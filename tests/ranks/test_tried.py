@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 import pytest
 import ranks
 import torch
+from ranks import error_of
+from runs import trainer
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -20,14 +22,6 @@ from lightning_bn import BatchNormRecalibration, BatchNormSync
 def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1))
-
-
-def error_of(call: Any) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
 
 
 def uneven(rank: int) -> None:
@@ -99,12 +93,8 @@ def _fit(folder: str, strategy: str) -> None:
     recalibration = BatchNormRecalibration()
     module = Module()
     data = DataLoader(list(torch.randn(32, 4) + 5), batch_size=8)
-    trainer = pl.Trainer(
-        devices=2, accelerator="cpu", strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[recalibration, BatchNormSync()],
-        default_root_dir=folder,
-    )  # fmt: skip
-    trainer.fit(module, data)
+    runner = trainer(recalibration, BatchNormSync(), devices=2, strategy=strategy, default_root_dir=folder)
+    runner.fit(module, data)
     rows = module.net[0](torch.stack(list(data.dataset))).detach()
     torch.save((recalibration.report is None, module.net[1].running_mean, rows.mean(0)), f"{folder}/{strategy}.pt")
 

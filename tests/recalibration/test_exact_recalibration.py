@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from recalibration_models import cnn, everything, full_batch, largest_errors, mlp, norms, statistics
+from recalibration_models import cnn, everything, full_batch, largest_errors, mlp, statistics
+from states import norms
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

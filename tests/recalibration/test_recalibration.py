@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import oracles
 import pytest
 import torch
-from recalibration_models import as_bytes, close, everything, norms, quiet, three
+from recalibration_models import close, everything, quiet, three
+from states import as_bytes, norms
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recalibration_models import as_bytes, everything, statistics
-from tiny_runs import quiet
+from recalibration_models import everything, statistics
+from runs import quiet
+from states import as_bytes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, WeightedRandomSampler
 

@@ -9,7 +9,8 @@ import oracles
 import pytest
 import torch
 from digits import ConvNet, digits
-from recalibration_models import as_bytes, close, quiet, statistics, three
+from recalibration_models import close, quiet, statistics, three
+from states import as_bytes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -9,7 +9,8 @@ import re
 
 import pytest
 import torch
-from recalibration_models import as_bytes, cnn, everything, largest_errors, mlp, quiet, statistics, three
+from recalibration_models import cnn, everything, largest_errors, mlp, quiet, statistics, three
+from states import as_bytes
 from torch import nn
 
 import lightning_bn

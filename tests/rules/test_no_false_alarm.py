@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from found import findings, serious
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
@@ -17,7 +18,9 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from tiny_runs import BATCHES, Module, Net, data, findings, quiet, serious, trainer
+from runs import quiet, trainer
+from small_data import BATCHES, data
+from small_models import Module, Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import Module, Net, data, findings, of, quiet, trainer
+from found import findings, of
+from runs import quiet, trainer
+from small_data import data
+from small_models import Module, Net
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_runs import Block, Module, Net, data, findings, of, serious
+from found import findings, of, serious
+from small_data import data
+from small_models import Block, Module, Net
 from torch import Tensor, nn
 
 from lightning_bn import Finding, ModeCheck, check

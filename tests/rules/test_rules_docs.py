@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import quiet
+from runs import quiet
 
 from lightning_bn.rules import RULES
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from applied_fixes import Fixed, run
 from fixable_programs import PROGRAMS, MeanTeacher, frozen_backbone, momentum
-from tiny_runs import Block, Module, findings, of, serious
+from found import findings, of, serious
+from small_models import Block, Module
 from torch import nn
 
 from lightning_bn import ModeCheck

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import Module, data, findings, of, quiet, serious, trainer
+from found import findings, of, serious
+from runs import quiet, trainer
+from small_data import data
+from small_models import Module
 from torch import Tensor
 
 from lightning_bn import Finding, ModeCheck, ModeCheckError

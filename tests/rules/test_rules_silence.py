@@ -11,9 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from digits import Classifier, ConvNet, digits
+from found import findings, of, serious
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
-from tiny_runs import Module, Net, data, findings, of, quiet, serious, trainer
+from runs import quiet, trainer
+from small_data import data
+from small_models import Module, Net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 

@@ -9,8 +9,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from found import findings, of, serious
 from lightning.pytorch.callbacks import BaseFinetuning, WeightAveraging
-from tiny_runs import BATCHES, Block, Module, Net, data, findings, of, serious
+from small_data import BATCHES, data
+from small_models import Block, Module, Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
