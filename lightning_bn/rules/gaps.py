@@ -15,11 +15,18 @@ from lightning_bn.layers.settlement import rule_of
 from lightning_bn.moments import drift
 from lightning_bn.rules.readings import Reading
 
-__all__ = ["LEAST_TRACKED", "Gap", "Marks", "gaps"]
+__all__ = ["GAP_LOG_RATIO", "LEAST_TRACKED", "START_FORGOTTEN", "Gap", "Marks", "gaps"]
 
 LEAST_TRACKED = 30
 """Batches after which an evaluation may be held to the statistics it reads: torch's default average has left its start
 by then."""
+
+GAP_LOG_RATIO = math.log(2)
+"""BN208: the variance is off by a factor of two, root mean square over the channels of the layer, on a logarithmic
+scale."""
+
+START_FORGOTTEN = 0.05
+"""The weight of what the buffers started with, at and below which it is gone soon."""
 
 LEAST_UPDATES = 5
 """The statistics of fewer batches are too noisy to be compared with."""
@@ -41,7 +48,8 @@ class Gap:
     shift: float
     """Of ``(mean - running_mean) / sqrt(running_var + eps)``: running standard deviations."""
     log_ratio: float
-    """Of ``log((var + eps) / (running_var + eps))``; 0 for a channel whose batches have a variance below eps."""
+    """Of ``log((var + eps) / (running_var + eps))``; 0 for a channel whose batches have a variance below eps. The
+    initial 1 is left out where it is forgotten but for a rest, and is most of few channels alone."""
     updates: int
     """How many updates the latest batches are."""
     tracked: int
@@ -68,8 +76,9 @@ def gaps(earlier: Reading, now: Reading) -> dict[int, Gap]:
             or old.unsound
         ):
             continue
-        weight = rule_of(module).newest_weight(torch.tensor(new.tracked), torch.tensor(updates))
-        if weight is None or weight == 0:
+        rule, tracked = rule_of(module), torch.tensor(new.tracked)
+        weight, all_of_them = (rule.newest_weight(tracked, torch.tensor(n)) for n in (updates, new.tracked))
+        if weight is None or all_of_them is None or weight == 0:
             continue
         mean, var = (
             a.double() + (b.double() - a.double()) / weight for a, b in ((old.mean, new.mean), (old.var, new.var))
@@ -78,6 +87,9 @@ def gaps(earlier: Reading, now: Reading) -> dict[int, Gap]:
         # A channel that is constant in the batches is near 0 whatever divides it, so a variance still on its way from 1
         # to 0 costs nothing. BN210 sees an evaluation in which the channel varies.
         log_ratio = log_ratio.where(var > module.eps, 0.0)
+        start = 1 - float(all_of_them)
+        if start <= START_FORGOTTEN:
+            log_ratio = _without_start(log_ratio, var, new.var.double(), start, module.eps)
         found[index] = Gap(new.layer, _rms(shift), _rms(log_ratio), updates, new.tracked)
     return found
 
@@ -109,6 +121,19 @@ class Marks:
     def gaps(self) -> dict[int, Gap]:
         """Return how far each layer's statistics are from those of the batches since; waits for the device."""
         return gaps(self._marks[0], Reading(self._layers)) if self._marks else {}
+
+
+def _without_start(log_ratio: Tensor, var: Tensor, running_var: Tensor, start: float, eps: float) -> Tensor:
+    """Return the ratios, without the initial variance of 1 where that explains them; `start` of it is left.
+
+    What is little of 1 is much of a small variance, such as that of a feature that is rarely there. Where most channels
+    are so small, an evaluation is off all the same, and the ratios stay as they are.
+    """
+    rest = (running_var - start) / (1 - start)
+    other = ((var.clamp(min=0) + eps) / (rest.clamp(min=0) + eps)).log()
+    # Below 0 it can't have begun with 1.
+    explained = (rest > -eps) & (other.abs() < log_ratio.abs()) & (log_ratio.abs() > GAP_LOG_RATIO)
+    return other.where(explained, log_ratio) if explained.double().mean() < 0.5 else log_ratio
 
 
 def _rms(values: Tensor) -> float:

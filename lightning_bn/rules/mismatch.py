@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from lightning_bn.rules.gaps import LEAST_TRACKED, Gap
+from lightning_bn.rules.gaps import GAP_LOG_RATIO, LEAST_TRACKED, START_FORGOTTEN, Gap
 from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.rule import Evaluation, Exchange, Fix, Level, Rule, Seen
 
@@ -14,13 +14,6 @@ __all__ = ["MISMATCH_RULES"]
 GAP_SHIFT = 0.5
 """BN208: the mean is off by half a standard deviation of what the layer normalises, root mean square over its
 channels."""
-
-GAP_LOG_RATIO = math.log(2)
-"""BN208: the variance is off by a factor of two, root mean square over the channels of the layer, on a logarithmic
-scale."""
-
-GAP_WARM_UP = 0.05
-"""BN208: while what the buffers started with still weighs more than this, a gap is no more than information."""
 
 
 class OtherWeights(Rule):
@@ -66,7 +59,7 @@ class TrainEvalGap(Rule):
 
     def gaps(self, gaps: Sequence[Gap], observer: Observer) -> Iterator[Seen]:
         for level in ("warning", "info"):
-            wide = [gap for gap in _wide(gaps) if (_weight_of_start(gap) > GAP_WARM_UP) == (level == "info")]
+            wide = [gap for gap in _wide(gaps) if (_weight_of_start(gap) > START_FORGOTTEN) == (level == "info")]
             if wide:
                 yield self._seen(wide, lambda gap: (
                     f"against the last {gap.updates} updates the mean of {gap.layer.name} is {gap.shift:.2f} "

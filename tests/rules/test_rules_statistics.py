@@ -15,6 +15,7 @@ from small_data import BATCHES, data
 from small_models import Block, Module, Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import (
     BatchNormRecalibration,
@@ -421,6 +422,17 @@ class TestBN208:
         """While the start of the average still weighs, a gap is what one must expect."""
         found = of("BN208", findings(Module(nn.Sequential(Block(1, 4), nn.Flatten(), nn.Linear(64, 2)))))
         assert {finding.level for finding in found} == {"info"}
+
+    @pytest.mark.parametrize(("small", "levels"), [(12, set()), (36, {"warning"})])
+    def test_small_variances(self, small: int, levels: set[str]) -> None:
+        """In a small variance the initial 1 can be seen long after it is forgotten: of a third of the features, as of
+        those that are rarely there, nothing is said at the first validation, and of all it is."""
+        scale = torch.ones(36).index_fill(0, torch.arange(small), 0.02)
+        images = torch.randn(16 * 40, 1, 6, 6) * scale.reshape(6, 6)
+        loader = DataLoader(TensorDataset(images, torch.arange(len(images)) % 2), 16)
+        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 2))
+        found = [each for each in findings(Module(model), loader=loader) if each.code == "BN208"]
+        assert {each.level for each in found if each.stage == "validate"} == levels
 
     def test_a_window_is_left_out(self) -> None:
         """A window's buffers don't tell the latest batches, and nothing is made up."""
