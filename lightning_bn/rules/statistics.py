@@ -38,11 +38,7 @@ class FrozenMoves(Rule):
         return self._seen(batch, moved, f"{batch.when} num_batches_tracked rose")
 
     def counts(self, batch: BatchRecord, moved: dict[int, int], batches: int) -> Iterable[Seen]:
-        layers = [
-            layer
-            for index, rise in moved.items()
-            if rise and self._stands_still(batch, layer := batch.observer.layers[index])
-        ]
+        layers = [layer for index in moved if self._stands_still(batch, layer := batch.observer.layers[index])]
         return self._seen(batch, layers, f"num_batches_tracked rose in {batches} batches")
 
     def at_rest(self, at: Configuration) -> Iterable[Seen]:
@@ -170,7 +166,7 @@ class NeverUpdated(Rule):
         meant = {
             index
             for index in evaluation.steady
-            if layers[index].frozen or index in evaluation.held or evaluation.setting.allows_eval(layers[index].name)
+            if index in evaluation.held or evaluation.setting.allows_eval(layers[index].name)
         }
         ran = set(evaluation.evaluated) - meant - set(evaluation.copies)
         untouched = {index: each for index, each in evaluation.values.items() if index in ran and each.untouched}

@@ -312,7 +312,9 @@ class TestBN106:
 
     def test_second_forward_of_sam(self) -> None:
         """The second forward of sharpness-aware minimisation counts the batch at weights that are never evaluated."""
-        assert "SAM" in only("BN106", findings(SharpnessAware())).message
+        found = findings(SharpnessAware())
+        assert "SAM" in only("BN106", found).message
+        assert of("BN202", found) == []  # one cause, one message
 
     def test_second_forward_with_paused_statistics(self) -> None:
         """With this package's pause around it nothing is said."""
