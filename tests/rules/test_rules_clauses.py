@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import Module, Net, findings, of, serious
+from found import findings, of, serious
+from small_models import Module, Net
 from torch import Tensor, nn
 
 from lightning_bn import Finding, ModeCheck, check
@@ -56,6 +57,67 @@ class DetachedTeacher(Module):
     def on_before_zero_grad(self, optimizer: Any) -> None:
         for mine, other in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
             mine.data.lerp_(other.data, 0.1)
+
+
+class EvaluatesInTrainMode(Module):
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.train()
+        self(batch[0])
+
+
+class TestBN101:
+    def test_one_finding(self) -> None:
+        """A module in eval mode as a whole is one mistake, and no mistake where all of it may stay in eval mode."""
+        module = Module()
+        module.eval()
+        assert serious(findings(module)) == ["BN101"]
+        module.eval()
+        assert serious(findings(module, check=ModeCheck(action="log", allow_eval=["*"]))) == []
+
+    def test_put_into_eval_mode_at_the_end_of_the_step(self) -> None:
+        """The change is the mistake; what follows from it in the same batch and in later ones is not told again."""
+
+        class Forgets(Module):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                loss = self.loss(batch)
+                self.eval()
+                return loss
+
+        assert serious(findings(Forgets())) == ["BN103"]
+
+
+class TestBN102:
+    def test_eval_mode_for_the_first_forward_of_a_step(self) -> None:
+        """Targets from the network itself, in eval mode, before it trains on them."""
+
+        class LabelsItself(Module):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                self.model.eval()
+                with torch.no_grad():
+                    target = self(batch[0]).softmax(1)
+                self.model.train()
+                return F.cross_entropy(self(batch[0]), target)
+
+        assert serious(findings(LabelsItself())) == []
+
+
+class TestBN103:
+    def test_allowed(self) -> None:
+        """What may be in eval mode may be put into it in the step."""
+
+        class Freezes(Module):
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                self.model.backbone.eval()
+                return self.loss(batch)
+
+        said = findings(Freezes()), findings(Freezes(), check=ModeCheck(action="log", allow_eval=["model.backbone"]))
+        assert [serious(each) for each in said] == [["BN103"], []]
+
+
+class TestBN104:
+    def test_one_finding(self) -> None:
+        """A forward in train mode in an evaluation is no stray forward of the training too."""
+        assert serious(findings(EvaluatesInTrainMode())) == ["BN104"]
 
 
 class TestBN201:
