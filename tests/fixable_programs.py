@@ -19,6 +19,10 @@ from torch.utils.data import TensorDataset
 import lightning_bn
 
 
+def eval_from_scratch(fixed: Fixed) -> Program:
+    return Raw(fixed).eval()
+
+
 def eval_before_fit(fixed: Fixed) -> Program:
     module = pretrained(Program(fixed))
     module.model.backbone.requires_grad_(False)
@@ -258,6 +262,13 @@ def with_infinity() -> TensorDataset:
     return data
 
 
+class OtherImages(Program):
+    """Images of eight times the contrast of those of the pretraining."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images * 8)
+
+
 class Freezes(BaseFinetuning):
     """Leaves track_running_stats=False to the backbone."""
 
@@ -291,6 +302,7 @@ class Mistake:
 
 
 PROGRAMS = {
+    "a module in eval mode": Mistake("BN101", momentum(0.3, eval_from_scratch), True),
     "a module in eval mode with a frozen backbone": Mistake("BN101", eval_before_fit, False),
     "a backbone in eval mode": Mistake("BN102", momentum(0.3, backbone_in_eval), False),
     "model.eval() over a frozen backbone and a new head": Mistake("BN102", all_in_eval_with_a_frozen_backbone, False),
@@ -309,11 +321,9 @@ PROGRAMS = {
     "an infinity in the data": Mistake("BN203", SkipsNonfinite, True, {"data": with_infinity()}),
     "a batch norm that evaluation alone runs": Mistake("BN204", OwnNormInEvaluation, True, {"at_the_end": True}),
     "BaseFinetuning.freeze(train_bn=False)": Mistake(
-        "BN205", lambda fixed: pretrained(Program(fixed)), False, {"callbacks": [Freezes]}
+        "BN205", lambda fixed: pretrained(OtherImages(fixed)), True, {"callbacks": [Freezes]}
     ),
-    "bfloat16 with a small momentum": Mistake(
-        "BN206", momentum(0.07), False, {"precision": "bf16-true", "max_epochs": 10}
-    ),
+    "bfloat16 with a small momentum": Mistake("BN206", momentum(0.01), True, {"precision": "bf16-true"}),
     "averaged weights": Mistake("BN207", Program, False, {"callbacks": [lambda: WeightAveraging(use_buffers=False)]}),
     "weights exchanged in the step": Mistake("BN207", SwapsInStep, True),
     "weights exchanged in on_validation_model_eval": Mistake("BN207", SwapsBefore, True),
