@@ -211,6 +211,34 @@ def momentum(value: float, make: Callable[[Fixed], Program] = Program) -> Callab
     return made
 
 
+def without_statistics(fixed: Fixed) -> Program:
+    arguments = {"track_running_stats": False, **fixed.arguments("where the model is built")}
+    layers = nn.Flatten(), nn.Linear(36, 8, bias=False), nn.BatchNorm1d(8, **arguments), nn.ReLU()
+    return Program(fixed, nn.Sequential(*layers, nn.Linear(8, 2)))
+
+
+class TwoTeachers(MeanTeacher):
+    """Two copies in a list, one behind the other, of which validation takes the mean."""
+
+    def __init__(self, fixed: Fixed) -> None:
+        super().__init__(fixed, in_training=False)
+        self.teachers = nn.ModuleList([self.teacher, copy.deepcopy(self.teacher)])
+        del self.teacher
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        followed = self.model
+        for teacher in self.teachers:
+            with torch.no_grad():
+                for mine, other in zip(teacher.parameters(), followed.parameters(), strict=True):
+                    mine.lerp_(other, 0.5)
+            followed = teacher
+        self.fixed.at("after the teacher's weights are averaged", self)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        answer = torch.stack([teacher(batch[0]) for teacher in self.teachers]).mean(0)
+        self.judged[batch_idx] = F.cross_entropy(answer, batch[1]).item()
+
+
 class Contrasts(Program):
     """Each image has a contrast of its own."""
 
@@ -301,6 +329,8 @@ class Mistake:
     """Of `run`."""
 
 
+SMALL = {"loader": {"batch_size": 4, "shuffle": True}}
+
 PROGRAMS = {
     "a module in eval mode": Mistake("BN101", momentum(0.3, eval_from_scratch), True),
     "a module in eval mode with a frozen backbone": Mistake("BN101", eval_before_fit, False),
@@ -332,8 +362,13 @@ PROGRAMS = {
     "a teacher in eval mode": Mistake("BN209", lambda fixed: MeanTeacher(fixed, in_training=True), True),
     "a copy that validation alone reads": Mistake("BN209", lambda fixed: MeanTeacher(fixed, in_training=False), True),
     "a channel that lives in evaluation alone": Mistake("BN210", SensorOffInTraining, True, {"at_the_end": True}),
+    "copies that validation alone reads": Mistake("BN209", TwoTeachers, True, {"at_the_end": True}),
+    "no running statistics": Mistake("BN211", without_statistics, True, {"held_out": by_class(HELD_OUT)}),
+    "momentum 1 and small batches": Mistake("BN301", momentum(1.0), False, SMALL),
+    "Keras' momentum": Mistake("BN301", momentum(0.9), False, SMALL),
     "momentum 0": Mistake("BN301", momentum(0.0), True),
     "batches of one": Mistake("BN302", Contrasts, True, {"loader": {"batch_size": 1}, "max_epochs": 1}),
+    "every batch of one": Mistake("BN302", Program, True, {"loader": {"batch_size": 1}, "raises": True}),
     "a last batch of one": Mistake("BN302", Program, True, {"data": dataset(97), "raises": True}),
     "a bias": Mistake("BN303", with_bias, False),
     "accumulated batches": Mistake("BN304", Program, False, {"accumulate_grad_batches": 3}),

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from torch import nn
+
 from lightning_bn.rules.copies import twin
 from lightning_bn.rules.fixes import call, expression, modules_of
+from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.rule import Configuration, Evaluation, Fix, Rule, Seen
 
 __all__ = ["EVALUATION_RULES"]
@@ -37,10 +40,13 @@ class StaleCopy(Rule):
             return
         observer, root = evaluation.observer, evaluation.setting.root
         names = [observer.layers[index].name for index in evaluation.copies]
-        modules = modules_of(names, [layer.name for layer in observer.layers])
+        tops = modules_of(names, [layer.name for layer in observer.layers])
+        modules = [part for top in tops for part in _called(top, observer, names)]
         original = twin(observer, modules[0], evaluation.moving) if len(modules) == 1 else None
         if original is None:
-            fix = Fix(f"recalibrate({expression(root, modules[0])}, batches)", "after training")
+            # An average of the weights requires no grad, and recalibrate() leaves such layers out unless it is told to.
+            calls = [f'recalibrate({expression(root, name)}, batches, layers="all")' for name in modules]
+            fix = Fix("; ".join(calls), "after training")
         else:
             pairs = (
                 f"zip({expression(root, modules[0])}.buffers(), {expression(root, original)}.buffers(), strict=True)"
@@ -51,6 +57,16 @@ class StaleCopy(Rule):
             f"{evaluation.stage} read it; its weights changed, its running statistics are those before training.",
             fix=fix,
         )
+
+
+def _called(top: str, observer: Observer, layers: Sequence[str]) -> list[str]:
+    """Return what can be called in `top` and holds some of `layers`: a list of copies has no forward."""
+    module = observer.modules[observer.names.index(top)]
+    if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return [top]
+    parts = [f"{top}.{name}" for name, _ in module.named_children()]
+    held = [part for part in parts if any(f"{layer}.".startswith(f"{part}.") for layer in layers)]
+    return [called for part in held for called in _called(part, observer, layers)]
 
 
 class VanishingVariance(Rule):
