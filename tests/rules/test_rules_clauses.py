@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from found import findings, of, serious
-from small_models import Module, Net
+from small_models import Block, Module, Net
 from torch import Tensor, nn
 
 from lightning_bn import Finding, ModeCheck, check
+from lightning_bn.discovery import find_batch_norms
+from lightning_bn.rules import RULES
+from lightning_bn.rules.gaps import Gap
+from lightning_bn.rules.observer import Observer
+from lightning_bn.rules.rule import Evaluation, Setting
 
 BACKBONE = ("model.backbone.0.1", "model.backbone.1.1")
 
@@ -99,6 +105,13 @@ class TestBN102:
                 return F.cross_entropy(self(batch[0]), target)
 
         assert serious(findings(LabelsItself())) == []
+
+    def test_head_without_batch_norm(self) -> None:
+        """Its dropout is off all the same."""
+        head = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 2))
+        module = Module(nn.Sequential(Block(1, 4), nn.Flatten(), head))
+        head.eval()
+        assert only("BN102", findings(module)).layers == ("model.2",)
 
 
 class TestBN103:
@@ -197,3 +210,44 @@ class TestBN204:
         module = Module()
         findings(module)
         assert of("BN204", check(module)) == []
+
+
+def gap(net: Net, *, shift: float = 0.0, ratio: float = 1.0, tracked: int = 100) -> Gap:
+    """A gap at the first layer: its mean is `shift` deviations off, its variance by a factor of `ratio`."""
+    layer = find_batch_norms(net)[0]
+    return Gap(layer, shift, math.log(ratio), 10, tracked)
+
+
+class TestBN208:
+    @pytest.mark.parametrize(("off", "level"), [
+        ({"shift": 0.49}, None),
+        ({"shift": 0.51}, "warning"),
+        ({"ratio": 1.99}, None),
+        ({"ratio": 2.01}, "warning"),
+        ({"ratio": 2.01, "tracked": 28}, "info"),  # 0.9**28 is 0.052, 0.9**29 0.047
+        ({"ratio": 2.01, "tracked": 29}, "warning"),
+    ])  # fmt: skip
+    def test_limits_at_the_end_of_an_epoch(self, off: dict[str, Any], level: str | None) -> None:
+        """Half a deviation, a factor of two, and a twentieth that is left of the start."""
+        net = Net()
+        seen = list(RULES["BN208"].gaps([gap(net, **off)], Observer(net)))
+        assert [each.level for each in seen] == ([level] if level else [])
+
+    @pytest.mark.parametrize(("tracked", "evaluated", "said"), [(29, {0}, 0), (30, {0}, 1), (30, {1, 2}, 0)])
+    def test_limits_in_an_evaluation(self, tracked: int, evaluated: set[int], said: int) -> None:
+        """Thirty batches, and a layer that the evaluation ran."""
+        net = Net()
+        evaluation = Evaluation(Observer(net), Setting(), "validate", evaluated)
+        evaluation.gaps = [gap(net, ratio=4.0, tracked=tracked)]
+        assert len(list(RULES["BN208"].evaluation(evaluation))) == said
+
+
+class TestBN301:
+    @pytest.mark.parametrize("momentum", [0.0, 0.9])
+    def test_layer_without_running_statistics(self, momentum: float) -> None:
+        """Its momentum is used by nothing."""
+        net = Net()
+        net.backbone[0][1] = nn.BatchNorm2d(4, momentum=momentum, track_running_stats=False)
+        assert of("BN301", check(net)) == []
+        net.backbone[1][1].momentum = momentum
+        assert only("BN301", check(net)).layers == ("backbone.1.1",)
