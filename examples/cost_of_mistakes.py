@@ -1,218 +1,109 @@
-"""What mistakes cost: accuracy on the digits with each one, what ModeCheck says, and accuracy with the printed mend.
+"""What mistakes cost: accuracy on the digits with each one and with the printed mend, and what ModeCheck says.
 
 Run `python examples/cost_of_mistakes.py`; it prints the table of docs/rules.md, and with `--write docs/rules.md` puts
-it there.
+it there. The programs are in `costs/`. `--only BN305 BN306` makes the rows of these rules alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import fmean, stdev
 
-import lightning.pytorch as pl
 import torch
-from digits import Classifier, ConvNet, digits, fit
-from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from costs import MISTAKES, Mistake, Outcome, Setting
+from scipy.stats import t
 
-from lightning_bn import BatchNormRecalibration, ModeCheck, convert_batch_norm, paused_statistics
-
-Callbacks = Sequence[pl.Callback]
 BEGIN, END = "<!-- cost_of_mistakes.py begins -->", "<!-- cost_of_mistakes.py ends -->"
-
-
-class Mistake(NamedTuple):
-    """A program with a mistake, and the same with the mend."""
-
-    code: str
-    what: str
-    wrong: Callable[[], tuple[Classifier, Callbacks]]
-    mended: Callable[[], tuple[Classifier, Callbacks]]
-    shuffled: tuple[bool, bool] = (True, True)
-
-
-def plain(*callbacks: pl.Callback, momentum: float | None = 0.1) -> tuple[Classifier, Callbacks]:
-    module = Classifier(ConvNet())
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.momentum = momentum
-    return module, callbacks
-
-
-def in_eval() -> tuple[Classifier, Callbacks]:
-    module, callbacks = plain()
-    module.eval()
-    return module, callbacks
-
-
-class Samples(Classifier):
-    """Runs noise through the model after each batch."""
-
-    paused = False
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.run_noise()
-
-    def run_noise(self) -> None:
-        with torch.no_grad():
-            if self.paused:
-                with paused_statistics(self.model):
-                    self.model(4 * torch.randn(32, 1, 8, 8))
-            else:
-                self.model(4 * torch.randn(32, 1, 8, 8))
-
-
-class SamplesInStep(Samples):
-    """Does so in the training step."""
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        self.run_noise()
-        return super().training_step(batch, batch_idx)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        pass
-
-
-class Paused(Samples):
-    paused = True
-
-
-class PausedInStep(SamplesInStep):
-    paused = True
-
-
-class Overflows(Classifier):
-    """One batch of infinities."""
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        if batch_idx == 3:
-            self(torch.full_like(batch[0], float("inf")))
-        return super().training_step(batch, batch_idx)
-
-
-class Averages(Classifier):
-    """Validates a copy whose weights are averaged, with or without the buffers."""
-
-    def __init__(self, model: nn.Module, *, buffers: bool) -> None:
-        super().__init__(model)
-        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
-        self.buffers_too = buffers
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images) if self.training else self.ema(images)
-
-    def on_before_zero_grad(self, optimizer: Any) -> None:
-        with torch.no_grad():
-            for own, other in zip(self.ema.parameters(), self.model.parameters(), strict=True):
-                own.lerp_(other, 0.1)
-            if self.buffers_too:
-                for own, other in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-                    own.copy_(other)
-
-
-def ema(decay: float, *, buffers: bool, mend: bool) -> tuple[Classifier, Callbacks]:
-    recalibration = [BatchNormRecalibration(when="validation")] * mend
-    return plain(EMAWeightAveraging(decay=decay, use_buffers=buffers), *recalibration)
-
-
-MISTAKES = (
-    Mistake("BN101", "`module.eval()` before `fit`", in_eval, plain),
-    Mistake(
-        "BN106",
-        "noise run through the model under `no_grad`",
-        lambda: (SamplesInStep(ConvNet()), ()),
-        lambda: (PausedInStep(ConvNet()), ()),
-    ),
-    Mistake(
-        "BN107",
-        "noise run through the model between batches",
-        lambda: (Samples(ConvNet()), ()),
-        lambda: (Paused(ConvNet()), ()),
-    ),
-    Mistake(
-        "BN203",
-        "one batch of infinities",
-        lambda: (Overflows(ConvNet()), ()),
-        lambda: (Overflows(convert_batch_norm(ConvNet())), ()),
-    ),
-    Mistake(
-        "BN207",
-        "averaged weights of decay 0.995, buffers not averaged",
-        lambda: ema(0.995, buffers=False, mend=False),
-        lambda: ema(0.995, buffers=False, mend=True),
-    ),
-    Mistake(
-        "BN207",
-        "averaged weights and buffers of decay 0.995",
-        lambda: ema(0.995, buffers=True, mend=False),
-        lambda: ema(0.995, buffers=True, mend=True),
-    ),
-    Mistake(
-        "BN208",
-        "momentum 0.001",
-        lambda: plain(momentum=0.001),
-        lambda: plain(BatchNormRecalibration(when="validation"), momentum=0.001),
-    ),
-    Mistake(
-        "BN209",
-        "a copy with averaged weights and the buffers it began with",
-        lambda: (Averages(ConvNet(), buffers=False), ()),
-        lambda: (Averages(ConvNet(), buffers=True), ()),
-    ),
-    Mistake("BN301", "momentum 0", lambda: plain(momentum=0.0), plain),
-    Mistake("BN307", "sorted by class, not shuffled", plain, plain, shuffled=(False, True)),
+HEADER = (
+    "| rule | mistake | said | accuracy | mended | gain |",
+    "|---|---|---|---:|---:|---:|",
 )
+CONFIDENCE = 0.99
 
 
-def loaders(*, shuffled: bool) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    train, validation = digits()
-    if not shuffled:
-        images, labels = train.dataset[:]
-        order = labels.argsort(stable=True)
-        train = DataLoader(TensorDataset(images[order], labels[order]), 32, drop_last=True)
-    return train, validation
+def measure(mistake: Mistake, setting: Setting, *, mend: bool) -> Outcome:
+    """Run a program."""
+    torch.manual_seed(setting.seed)
+    return mistake.run(setting, mend)
 
 
-def measure(
-    make: Callable[[], tuple[Classifier, Callbacks]], epochs: int, *, shuffled: bool
-) -> tuple[float, list[str]]:
-    """Return the accuracy of the last validation and the codes above information."""
-    torch.manual_seed(0)
-    module, callbacks = make()
-    check = ModeCheck(action="log")
-    fit(module, *loaders(shuffled=shuffled), epochs=epochs, callbacks=[*callbacks, check])
-    accuracy = float(module.trainer.callback_metrics["val_acc"])
-    return 100 * accuracy, sorted({finding.code for finding in check.findings if finding.level != "info"})
+def row(mistake: Mistake, seeds: int, epochs: int) -> str:
+    """Return a row of the table: means and standard deviations over the seeds, and the mean of the differences with its
+    confidence interval, in bold if that leaves 0 out."""
+    settings = [Setting(seed, epochs) for seed in range(seeds)]
+    wrong, mended = ([measure(mistake, each, mend=mend) for each in settings] for mend in (False, True))
+    differences = [after.accuracy - before.accuracy for before, after in zip(wrong, mended, strict=True)]
+    gain, margin = fmean(differences), _half_width(differences)
+    sure = "**" if abs(gain) > margin else ""
+    rest = said(mistake.code, mended)
+    cells = (
+        f"[{mistake.code}](#{mistake.code.lower()})",
+        mistake.what,
+        said(mistake.code, wrong) + (f"; mended: {rest}" if rest else ""),
+        _spread([each.accuracy for each in wrong]),
+        _spread([each.accuracy for each in mended]),
+        f"{sure}{gain:+.1f}{sure} ± {margin:.1f}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
-def table(epochs: int, chosen: Sequence[Mistake] = MISTAKES) -> str:
-    """Return the Markdown table."""
-    rows = ["| mistake | said | accuracy | mended |", "|---|---|---:|---:|"]
-    for mistake in chosen:
-        wrong, codes = measure(mistake.wrong, epochs, shuffled=mistake.shuffled[0])
-        mended, rest = measure(mistake.mended, epochs, shuffled=mistake.shuffled[1])
-        said = ", ".join(f"[{code}](#{code.lower()})" for code in codes) + (
-            f" (mended: {', '.join(rest)})" if rest else ""
-        )
-        rows.append(f"| {mistake.what} | {said} | {wrong:.1f} % | {mended:.1f} % |")
-    return "\n".join(rows)
+def said(own: str, outcomes: Sequence[Outcome]) -> str:
+    """Return the codes of what was said above information and, be it information, of the rule `own`; and in how many of
+    the runs, if not in all."""
+    serious = Counter(code for each in outcomes for code in {it.code for it in each.findings if it.level != "info"})
+    told = sum(any(it.code == own for it in each.findings) for each in outcomes)
+    words = [f"{code}{_share(count, outcomes)}" for code, count in sorted(serious.items())]
+    if own not in serious and told:
+        words.append(f"{own} (information){_share(told, outcomes)}")
+    return ", ".join(words)
+
+
+def _share(count: int, outcomes: Sequence[Outcome]) -> str:
+    return "" if count == len(outcomes) else f" ({count} of {len(outcomes)} runs)"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{fmean(values):.1f} ± {stdev(values):.1f} %"
+
+
+def _half_width(values: Sequence[float]) -> float:
+    """Return half the width of the confidence interval of the mean, by Student's distribution."""
+    return float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def write(page: Path, rows: Sequence[str]) -> None:
+    """Put the rows into the table of a page, in the place of those of the same rules."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    table, _, after = rest.partition(END)
+    new = {_code(row) for row in rows}
+    kept = [row for row in table.strip().splitlines()[len(HEADER) :] if _code(row) not in new]
+    lines = [BEGIN, *HEADER, *sorted((*kept, *rows), key=_code), END]
+    page.write_text(before + "\n".join(lines) + after)
+
+
+def _code(row: str) -> str:
+    return row[3:8]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--write", type=Path, help="a page with the two marks between which the table goes")
+    parser.add_argument("--seeds", type=int, default=10, help="runs, each with a split and initial weights of its own")
+    parser.add_argument("--only", nargs="*", metavar="CODE", help="rules whose rows are wanted")
+    parser.add_argument("--write", type=Path, help="a page with the two marks between which the rows go")
     options = parser.parse_args()
-    text = table(options.epochs)
-    print(text)
+    rows: list[str] = []
+    print(*HEADER, sep="\n")
+    for mistake in sorted(MISTAKES, key=lambda each: each.code):
+        if options.only is None or mistake.code in options.only:
+            rows.append(row(mistake, options.seeds, options.epochs))
+            print(rows[-1], flush=True)
     if options.write is not None:
-        before, _, rest = options.write.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        options.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        write(options.write, rows)
 
 
 if __name__ == "__main__":

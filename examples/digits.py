@@ -9,6 +9,7 @@ import io
 import logging
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -82,28 +83,27 @@ class Classifier(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-def fit(
-    module: pl.LightningModule,
-    training: DataLoader[tuple[Tensor, ...]],
-    validation: DataLoader[tuple[Tensor, ...]] | None = None,
-    *,
-    epochs: int,
-    callbacks: Sequence[pl.Callback] = (),
-) -> None:
-    """Train without a word: for examples that train many small models and print one table."""
+def quiet_trainer(epochs: int, callbacks: Sequence[pl.Callback] = (), **options: Any) -> pl.Trainer:
+    """Return a Trainer that says nothing: for examples that train many small models and print one table."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     # Lightning's advice on speed, of no use for a thousand tiny images, and its own use of torch's old names.
     warnings.filterwarnings("ignore", message=".*does not have many workers|.*no `val_dataloader`|.*LeafSpec")
     torch.set_num_threads(1)  # more only wait for each other over images of 8x8
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    silent = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return pl.Trainer(max_epochs=epochs, callbacks=list(callbacks), **{"accelerator": "cpu", **silent, **options})
+
+
+def fit(
+    module: pl.LightningModule,
+    training: DataLoader[tuple[Tensor, ...]] | None = None,
+    validation: DataLoader[tuple[Tensor, ...]] | None = None,
+    *,
+    epochs: int,
+    callbacks: Sequence[pl.Callback] = (),
+    **options: Any,
+) -> None:
+    """Train without a word, by a `quiet_trainer`."""
+    trainer = quiet_trainer(epochs, callbacks, **options)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.fit(module, training, validation)
 

@@ -62,7 +62,11 @@ class FrozenMoves(Rule):
             names,
             f"{event}; {cause}.",
             level="info" if at.setting.scheduled else None,
-            fix=Fix(call(at.setting.root, modules, "eval"), note="once: Lightning keeps the mode"),
+            fix=Fix(
+                call(at.setting.root, modules, "eval"),
+                note="once: Lightning keeps the mode; for data unlike those of its training "
+                f'recalibrate({at.setting.root}, batches, layers="all") before it',
+            ),
             mend=partial(_put_into_eval, layers),
         )
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import environment, free_port, spawn
 from runs import quiet
 
 from lightning_bn.rules import RULES
+from lightning_bn.rules.register import LINK
 
 TEXT = (Path(__file__).parent.parent.parent / "docs" / "rules.md").read_text()
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -18,13 +20,15 @@ SECTIONS = {section[:5]: BLOCK.findall(section) for section in TEXT.split("\n###
 
 
 def codes(namespace: dict[str, Any], block: str) -> set[str]:
-    """Return the codes that are found when the block runs."""
+    """Return the codes that are found when the block runs; each message says how to read on."""
     with quiet():
         exec(compile(block, "docs/rules.md", "exec"), namespace)
-    return {finding.code for finding in namespace["found"]}
+    found = namespace["found"]
+    assert all(str(finding).endswith(f"more: {LINK.format(code=finding.code)}") for finding in found)
+    return {finding.code for finding in found}
 
 
-@pytest.mark.parametrize("code", RULES)
+@pytest.mark.parametrize("code", [code for code in RULES if code != "BN306"])
 def test_programs(code: str) -> None:
     """The first program breaks the rule, the second, which may use what the first defined, does not."""
     wrong, mended = SECTIONS[code]
@@ -34,10 +38,30 @@ def test_programs(code: str) -> None:
     assert code not in codes(namespace, mended)
 
 
+def on_a_rank(rank: int, world: int, port: int, folder: Path) -> None:
+    """Run BN306's programs as one of `world` processes, and leave the codes of each in a file."""
+    environment(rank, world, port)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(PRELUDE, namespace)
+    found = [" ".join(codes(namespace, block)) for block in SECTIONS["BN306"]]
+    (folder / f"rank{rank}.txt").write_text("\n".join(found))
+
+
+def test_programs_of_two_processes(tmp_path: Path) -> None:
+    """Each rank hears of the first program of BN306 and not of the second."""
+    spawn(on_a_rank, 2, free_port(), tmp_path)
+    for rank in range(2):
+        wrong, mended = (tmp_path / f"rank{rank}.txt").read_text().split("\n")
+        assert "BN306" in wrong
+        assert "BN306" not in mended
+
+
 @pytest.mark.parametrize("code", RULES)
 def test_table(code: str) -> None:
     """The table at the top says what the rule says, and links to its section."""
-    (row,) = (line for line in TEXT.splitlines() if line.startswith(f"| [{code}](#{code.lower()})"))
+    (row,) = (
+        line for line in TEXT.partition("\n## ")[0].splitlines() if line.startswith(f"| [{code}](#{code.lower()})")
+    )
     level, title = (cell.strip() for cell in row.split("|")[2:4])
     assert RULES[code].level in level.split(", ")
     assert title.replace("`", "") == RULES[code].title

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from costs import MISTAKES
 from torch import nn
 
 from lightning_bn import check
@@ -19,7 +20,8 @@ PAGE = (Path(__file__).parent.parent.parent / "docs" / "rules.md").read_text()
 
 @pytest.mark.parametrize("code", RULES)
 def test_the_link_prints_the_page_of_the_rule(code: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The link is a command, which prints the rule's section of docs/rules.md with both of its programs."""
+    """The link is a command, which prints the rule's section of docs/rules.md with both of its programs, and what its
+    mistakes cost."""
     command, *arguments = LINK.format(code=code).split()
     assert command == "lightning-bn"
     assert main(arguments) == 0
@@ -28,6 +30,10 @@ def test_the_link_prints_the_page_of_the_rule(code: str, capsys: pytest.CaptureF
     section, *_ = re.split(r"\n<a id=|\n## ", PAGE.partition(f"\n### {code} ")[2])
     assert section.strip() in out
     assert out.count("```python") == 2
+    costs = re.findall(
+        r"^Accuracy with (.*): [\d.]+ ± [\d.]+ %; mended: [\d.]+ ± [\d.]+ %; gain: .*\.$", out, re.MULTILINE
+    )
+    assert costs == [mistake.what for mistake in MISTAKES if mistake.code == code]
 
 
 def test_findings_have_the_link() -> None:
