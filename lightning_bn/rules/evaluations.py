@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from lightning_bn.rules.copies import twin
-from lightning_bn.rules.fixes import call, expression, modules_of
+from lightning_bn.rules.fixes import call, expression, modules_of, recalibration
 from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.rule import Configuration, Evaluation, Fix, Rule, Seen
 
@@ -76,7 +76,7 @@ class VanishingVariance(Rule):
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
         if evaluation.vanishing:
-            found = evaluation.vanishing
+            found, layers = evaluation.vanishing, evaluation.observer.layers
             yield Seen(
                 list(found),
                 lambda names: (
@@ -84,7 +84,7 @@ class VanishingVariance(Rule):
                     f"below 10 eps; in {evaluation.stage} its input varies 100 times as much."
                 ),
                 fix=Fix(
-                    f"recalibrate({evaluation.setting.root}, batches)",
+                    recalibration(evaluation.setting.root, [layer for layer in layers if layer.name in found], layers),
                     "after training",
                     "with batches like those of the evaluation",
                 ),

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_bn.rules.observer import Modes, ancestors
 
 if TYPE_CHECKING:
+    from lightning_bn.discovery import BatchNormLayer
     from lightning_bn.rules.observer import Observer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "listing",
     "mode_calls",
     "modules_of",
+    "recalibration",
 ]
 
 
@@ -102,6 +104,19 @@ def mode_calls(root: str, observer: Observer, tops: Sequence[str], wanted: Modes
     if len({mode for _, mode in calls}) == 1:
         return call(root, [name for name, _ in calls], "train" if calls[0][1] else "eval")
     return "; ".join(f"{expression(root, name)}.{'train' if mode else 'eval'}()" for name, mode in calls)
+
+
+def recalibration(root: str, layers: Sequence[BatchNormLayer], among: Sequence[BatchNormLayer]) -> str:
+    """Return a call of `recalibrate` that reaches `layers`, out of all layers `among`.
+
+    It leaves frozen layers out unless they are named, and refuses a model that has no others.
+    """
+    if not any(layer.frozen for layer in layers):
+        return f"recalibrate({root}, batches)"
+    names, every = [layer.name for layer in layers], [layer.name for layer in among]
+    tops = [top if top in every else f"{top}.*" for top in modules_of(names, every)]
+    chosen = "all" if set(names) == set(every) else tops
+    return f"recalibrate({root}, batches, layers={chosen!r})"
 
 
 def allowed(names: Sequence[str], shown: int = 6) -> str:

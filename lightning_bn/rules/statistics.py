@@ -11,11 +11,11 @@ import torch
 from lightning_bn.averaging import Exponential
 from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.rules.fixes import call, frozen_regions, modules_of
+from lightning_bn.rules.fixes import call, frozen_regions, modules_of, recalibration
 from lightning_bn.rules.modes import visits
 from lightning_bn.rules.observer import ForwardRecord
 from lightning_bn.rules.readings import LayerValues, Reading, Values, learned
-from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Fix, Level, Rule, Seen, Setting
+from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Fix, Level, Rule, Seen
 
 __all__ = ["STATISTICS_RULES"]
 
@@ -145,8 +145,10 @@ class NotFinite(Rule):
                 return f"{names[0]} in channel{'s' * (len(channels) > 1)} {_numbers(channels)}; {last}."
 
             # What is there is mended by recalibrate(); a layer of this package skips such batches from then on.
+            layers = [each.layer for each in values.values()]
             fix = Fix(
-                f"convert_batch_norm({root}); recalibrate({root}, batches)",
+                f"convert_batch_norm({root}); "
+                + recalibration(root, [layer for layer in layers if layer.name in bad], layers),
                 "before fit",
                 "the first skips such batches",
             )
@@ -175,9 +177,7 @@ class NeverUpdated(Rule):
         ran = set(evaluation.evaluated) - meant - set(evaluation.copies)
         untouched = {index: each for index, each in evaluation.values.items() if index in ran and each.untouched}
         if not evaluation.trained:
-            yield from self._loaded(
-                evaluation.setting, [each.layer for each in untouched.values() if learned(each.layer)], evaluation.stage
-            )
+            yield from self._loaded(evaluation, [each.layer for each in untouched.values() if learned(each.layer)])
             return
         # A part that training has not run yet may have its turn in a later epoch.
         waiting = {index for index in untouched if evaluation.fitting and index not in evaluation.observer.trained}
@@ -191,29 +191,33 @@ class NeverUpdated(Rule):
 
     def at_rest(self, at: Configuration) -> Iterator[Seen]:
         untouched = [each.layer for each in Reading(at.observer.layers).values().values() if each.untouched]
-        yield from self._loaded(at.setting, [layer for layer in untouched if learned(layer)], "check")
+        yield from self._loaded(at, [layer for layer in untouched if learned(layer)])
 
     def _seen(self, evaluation: Evaluation, untouched: list[LayerValues], level: Level) -> Seen:
         tracked = sorted({each.tracked for each in untouched})
-        root = evaluation.setting.root
+        layers = [each.layer for each in untouched]
         return Seen(
-            [each.layer.name for each in untouched],
+            [layer.name for layer in layers],
             "after training began, mean is 0 and variance 1 in all channels; num_batches_tracked is "
             f"{_numbers(tracked)}.",
             level,
             Fix(
-                f"recalibrate({root}, batches)", "after training", "and run the layer in training mode while it trains"
+                recalibration(evaluation.setting.root, layers, evaluation.observer.layers),
+                "after training",
+                "and run the layer in training mode while it trains",
             ),
         )
 
-    def _loaded(self, setting: Setting, layers: list[BatchNormLayer], stage: str) -> Iterator[Seen]:
+    def _loaded(self, at: Evaluation | Configuration, layers: list[BatchNormLayer]) -> Iterator[Seen]:
         if layers:
             yield Seen(
                 [layer.name for layer in layers],
                 "weight and bias were trained, and mean is 0 and variance 1 in all channels: parameters were loaded "
                 "without buffers.",
                 fix=Fix(
-                    f"recalibrate({setting.root}, batches)", "after training", "or load the checkpoint's buffers too"
+                    recalibration(at.setting.root, layers, at.observer.layers),
+                    "after training",
+                    "or load the checkpoint's buffers too",
                 ),
             )
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from applied_fixes import Fixed, run
+from applied_fixes import HELD_OUT, Fixed, Program, dataset, run
 from fixable_programs import PROGRAMS, MeanTeacher, frozen_backbone, momentum
 from found import findings, of, serious
+from runs import quiet, trainer
 from small_models import Block, Module
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_bn import ModeCheck
 
@@ -40,6 +42,27 @@ def test_fix_works(name: str) -> None:
         assert not min(wrong) <= max(mended)  # a loss of NaN is no good one
     else:
         assert mean(mended) - mean(wrong) <= stdev(wrong)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "model.backbone", "model"])
+def test_parameters_without_buffers(frozen: str) -> None:
+    """Parameters loaded without buffers, into a network that is frozen or not: the printed call of recalibrate reaches
+    the layers, and the validation is then silent and better."""
+    trained, loaded = Program(Fixed()), Program(Fixed())
+    with quiet():
+        trainer(max_epochs=5).fit(trained, DataLoader(dataset(), 16))
+        loaded.load_state_dict(dict(trained.named_parameters()), strict=False)
+        if frozen != "nothing":
+            loaded.get_submodule(frozen).requires_grad_(False)
+        losses, told = [], []
+        for _ in range(2):
+            check = ModeCheck(action="log")
+            trainer(check).validate(loaded, DataLoader(HELD_OUT, 48), verbose=False)
+            losses.append(mean(loaded.judged.values()))
+            told.append(of("BN204", check.findings))
+            Fixed(next(iter(told[-1]), None)).at("after training", loaded)
+    assert [len(each) for each in told] == [1, 0]
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize("many", [False, True])
