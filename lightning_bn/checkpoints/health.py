@@ -203,15 +203,18 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> Any:
         FileNotFoundError: no such file.
         CheckpointRefusedError: it is damaged, or with `weights_only` holds more than tensors and plain data.
     """
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; give a file that is in it")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:
         reason = next(
-            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line),
-            "it is damaged",
+            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), ""
         )
+        if not reason or "operand" in reason:
+            reason = "it is damaged, or no file of torch.save."
         raise CheckpointRefusedError(f"{path} is refused, and nothing in it was run: {reason}") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
         raise CheckpointRefusedError(f"{path} is not a complete checkpoint: {error}") from error

@@ -17,6 +17,7 @@ from lightning_bn.checkpoints.health import (
 from lightning_bn.cli.output import FINDINGS, OK, RefusedError, UsageError, coloured, print_json, print_table
 from lightning_bn.rules import RULES
 from lightning_bn.rules.page import section
+from lightning_bn.tables import text_table
 
 __all__ = ["inspect", "rules"]
 
@@ -42,7 +43,7 @@ def inspect(checkpoints: Sequence[Path], *, json: bool = False) -> int:
 def rules(code: str | None = None, *, json: bool = False) -> int:
     """List the rules about batch norm, or explain one."""
     if code is not None and code.upper() not in RULES:
-        near = get_close_matches(code.upper(), RULES, n=1)
+        near = get_close_matches(code.upper(), RULES, n=1, cutoff=0.7)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UsageError(f"there is no rule {code}.{hint} The rules are {', '.join(RULES)}.")
     chosen = list(RULES.values()) if code is None else [RULES[code.upper()]]
@@ -50,14 +51,24 @@ def rules(code: str | None = None, *, json: bool = False) -> int:
         names = ("code", "level", "title", "why", "mendable")
         print_json([{**{name: getattr(rule, name) for name in names}, "fix": str(rule.fix)} for rule in chosen])
     elif code is None:
-        print_table(("rule", "level", "what"), [(rule.code, rule.level, rule.title) for rule in chosen], left=3)
+        header, *lines = text_table(("rule", "level", "what"), [(r.code, r.level, r.title) for r in chosen], left=3)
+        coloured_lines = (
+            line.replace(rule.level, coloured(rule.level, rule.level), 1)
+            for rule, line in zip(chosen, lines, strict=True)
+        )
+        print(
+            "\n".join(
+                [header, *coloured_lines, "", "One of them, with a wrong program and its fix: lightning-bn rules BN104"]
+            )
+        )
     else:
         (rule,) = chosen
-        print(f"{rule.code} ({rule.level}): {rule.title}\n\nWhy: {rule.why}")
+        print(f"{rule.code} ({coloured(rule.level, rule.level)}): {rule.title}\n\nWhy: {rule.why}")
         print(f"Fix: {rule.fix}" if rule.fix.code else "Fix: the finding says it, since it depends on what was seen.")
         if rule.mendable:
             print(f"ModeCheck(fix=['{rule.code}']) fixes it at once.")
-        print(f"\n{section(rule.code)}")
+        print(f"\n{section(rule.code)}\n")
+        print("In these programs fit(module) trains a LightningModule with a ModeCheck, and returns its findings.")
     return OK
 
 

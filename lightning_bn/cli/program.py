@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_bn.cli.output import FINDINGS, INTERRUPTED, USAGE, RefusedError, UsageError
+from lightning_bn.cli.wording import in_plain_words
 
 __all__ = ["main"]
 
@@ -90,6 +91,10 @@ def _run(command: str, options: dict[str, Any], overrides: list[str]) -> int:
         from lightning_bn.cli import inspection
 
         return int(getattr(inspection, command)(**options))
+    if options["num_batches"] < 1:
+        raise UsageError(f"--num_batches {options['num_batches']}: it takes a whole number above 0.")
+    if options["tolerance"] is not None and not options["tolerance"] > 0:
+        raise UsageError(f"--tolerance {options['tolerance']:g}: it takes a number above 0, as 0.02.")
     if options["exact"] and options["tolerance"] is not None:
         raise UsageError(
             "--exact needs all batches at once and can't stop at a --tolerance; give --num_batches with it."
@@ -111,10 +116,12 @@ def _parser() -> Any:
     except ImportError:
         return _parser_without_configs(description)
     parser = ArgumentParser(prog="lightning-bn", version=_version(), description=description, epilog=_EXIT_CODES)
+    parser.error = in_plain_words("", parser)  # type: ignore[method-assign]
     commands = parser.add_subcommands(required=False, metavar="COMMAND")
     for name, build in _COMMANDS.items():
         command = ArgumentParser(description=build.__doc__, epilog=_EXIT_CODES)
         build(command)
+        command.error = in_plain_words(name, command)  # type: ignore[method-assign]
         commands.add_subcommand(name, command, help=build.__doc__)
     return parser
 
@@ -123,25 +130,28 @@ def _parser_without_configs(description: str) -> argparse.ArgumentParser:
     """Return a parser of what needs no config, and so no jsonargparse; the other commands say how to install it."""
     parser = argparse.ArgumentParser(prog="lightning-bn", description=description, epilog=_EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"lightning-bn {_version()}")
+    parser.error = in_plain_words("", parser)  # type: ignore[method-assign]
     commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND")
     for name in _WITHOUT_CONFIG:
         build = _COMMANDS[name]
-        build(commands.add_parser(name, help=build.__doc__, description=build.__doc__, epilog=_EXIT_CODES))
+        command = commands.add_parser(name, help=build.__doc__, description=build.__doc__, epilog=_EXIT_CODES)
+        build(command)
+        command.error = in_plain_words(name, command)  # type: ignore[method-assign]
     for name in _COMMANDS.keys() - set(_WITHOUT_CONFIG):
         commands.add_parser(name, add_help=False, help="needs pip install 'lightning-bn[cli]'").set_defaults(
             needs_configs=True
         )
-    parser.parse_args = _refusing(parser.parse_known_args)  # type: ignore[method-assign]
+    parser.parse_args = _refusing(parser.parse_known_args, commands.choices)  # type: ignore[method-assign]
     return parser
 
 
-def _refusing(parse: Any) -> Any:
+def _refusing(parse: Any, commands: Any) -> Any:
     def parse_args(arguments: list[str]) -> argparse.Namespace:
         options, unknown = parse(arguments)
         if vars(options).pop("needs_configs", False):
             raise RefusedError(f"{options.subcommand} reads a config: pip install 'lightning-bn[cli]'.")
         if unknown:
-            raise UsageError(f"unknown arguments: {' '.join(unknown)}.")
+            commands[options.subcommand].error(f"unrecognized arguments: {' '.join(unknown)}")
         return options  # type: ignore[no-any-return]
 
     return parse_args
@@ -233,12 +243,10 @@ def _add_run(parser: Any) -> None:
 
 
 def _add_recalibration(parser: Any) -> None:
-    from jsonargparse.typing import PositiveFloat, PositiveInt
-
-    parser.add_argument("--num_batches", type=PositiveInt, default=200, help="batches to look at, at most")
+    parser.add_argument("--num_batches", type=int, default=200, help="batches to look at, at most")
     parser.add_argument(
         "--tolerance",
-        type=PositiveFloat | None,
+        type=float | None,
         help="stop at this standard error of the means, in standard deviations",
     )
     parser.add_argument(

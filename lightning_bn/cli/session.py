@@ -119,7 +119,8 @@ class Session:
         """Recalibrate the model with the checkpoint's weights; return the report, and the statistics by their keys in
         the checkpoint."""
         state: dict[str, Tensor] = self._checkpoint["state_dict"]
-        run = _Recalibration(dataloader, layers, options)
+        # A bar of many lines in a log file tells nobody anything.
+        run = _Recalibration(dataloader, layers, {"progress": sys.stderr.isatty(), **options})
         self._run(self.trainer.fit, {}, run)
         if run.report is None:
             raise RefusedError("the config has no training data, without which Lightning does not fit.")
@@ -238,6 +239,9 @@ def _set_training(module: nn.Module, value: bool) -> None:
 def _build(
     configs: Sequence[Path], overrides: Sequence[str], model: str | None, data: str | None, cli: str | None
 ) -> Any:
+    for path in configs:
+        if not path.is_file():
+            raise UsageError(f"--config {path}: there is no file {path}.")
     base = _cli_of(configs, model) if cli is None else _import(cli, "--cli")
     reader = type("Reader", (_Reading, base), {})
     arguments = [*(f"--config={path}" for path in configs), *overrides]
@@ -247,6 +251,8 @@ def _build(
     with warnings.catch_warnings():
         # It warns of arguments that are given to it beside those of the process: here those are another command's.
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        # jsonargparse's own, of a Trainer without callbacks.
+        warnings.filterwarnings("ignore", message=r"\s*Unable to serialize instance \[\]")
         try:
             built = reader(*classes, save_config_callback=None, run=False, args=arguments, parser_kwargs=_PARSER)
         except SystemExit as stop:
