@@ -14,7 +14,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
     is_overridden,
 )
-from lightning_bn.callbacks.lightning_internals import inside_wrapper
+from lightning_bn.callbacks.lightning_internals import inside_wrapper, number_of_batches
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.recalibration.keeping import kept
 
@@ -55,10 +55,7 @@ class SizedBatches(Iterator[Any]):
         return next(self._batches)
 
     def __len__(self) -> int:
-        try:
-            return len(self._source)
-        except RuntimeError as error:  # a combined loader that is not iterated yet
-            raise TypeError(str(error)) from error
+        return number_of_batches(self._source)
 
 
 class BatchInput:

@@ -8,10 +8,12 @@ changed.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -32,6 +34,7 @@ __all__ = [
     "iterates_itself",
     "layer_sync_of",
     "logging_step",
+    "number_of_batches",
     "batch_to_device",
     "training_loader",
     "validation_loader",
@@ -83,6 +86,24 @@ def afresh(loader: Any) -> Any:
     """Return a loader of the user's that can be iterated while another one is running: a `DataLoader` or
     `CombinedLoader` is copied."""
     return _anew(loader) if isinstance(loader, CombinedLoader) else _copy(loader)
+
+
+def number_of_batches(loader: Any) -> int:
+    """Return how many batches a loader has; a `CombinedLoader` raises where it is asked before it is iterated, and the
+    mode in which it combines its loaders is not public.
+
+    Raises:
+        TypeError: nobody knows.
+    """
+    if not isinstance(loader, CombinedLoader):
+        return len(loader)
+    lengths = [math.inf if (length := sized_len(each)) is None else length for each in loader.flattened]
+    limits = loader.limits or [math.inf] * len(lengths)
+    combine: Any = {"min_size": min, "sequential": sum}.get(loader._mode, max)
+    total = combine(map(min, lengths, limits))
+    if math.isinf(total):
+        raise TypeError("the loader has no length")
+    return int(total)
 
 
 def validation_loader(trainer: Trainer) -> CombinedLoader:
