@@ -82,7 +82,10 @@ class Episode:
         return advice
 
     def __str__(self) -> str:
-        when = f"from step {self.first} to {self.last}" if self.recovered else f"since step {self.first}"
+        if self.first == self.last:
+            when = f"at step {self.first}"
+        else:
+            when = f"from step {self.first} to {self.last}" if self.recovered else f"since step {self.first}"
         where = "" if self.stage == "train" else f" in {STAGES.get(self.stage, self.stage)}"
         return f"{self.layer}: {self.label} {self.peak:.4g} (limit {self.limit:g}) {when}{where}"
 

@@ -79,4 +79,4 @@ def test_an_evaluation_by_itself_has_a_verdict(stage: str, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert out.count("Sick: ") == out.count(str(monitor)) == 1
     name = {"validate": "validation", "test": "test"}[stage]
-    assert f"Sick: rest.0: share of activations that are zero 1 (limit 0.95) since step 0 in {name}." in out
+    assert f"Sick: rest.0: share of activations that are zero 1 (limit 0.95) at step 0 in {name}." in out
