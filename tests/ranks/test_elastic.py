@@ -45,7 +45,6 @@ except Exception as error:
     (folder / f"failed{restart}.json").write_text(json.dumps([str(error), kept]))
     raise
 (folder / f"done{restart}_{rank}.json").write_text(json.dumps([each.tolist() for each in list(layer.buffers())[:2]]))
-dist.destroy_process_group()
 """
 
 
