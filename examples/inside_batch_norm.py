@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def fit(module: pl.LightningModule, epochs: int, **watch: Any) -> tuple[list[flo
         num_sanity_val_steps=0,
         callbacks=[accuracies, monitor],
         logger=False,
+        default_root_dir=tempfile.gettempdir(),  # where the monitor leaves the table of a run without a logger
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
