@@ -19,6 +19,7 @@ from lightning_bn.discovery import find_batch_norms
 from lightning_bn.rules import RULES
 from lightning_bn.rules.gaps import Gap
 from lightning_bn.rules.observer import Observer
+from lightning_bn.rules.order import BatchOrder, Order
 from lightning_bn.rules.probe import EvaluationProbe, far, vanishing
 from lightning_bn.rules.rule import Evaluation, Setting
 
@@ -320,3 +321,40 @@ class TestBN301:
         assert of("BN301", check(net)) == []
         net.backbone[1][1].momentum = momentum
         assert only("BN301", check(net)).layers == ("backbone.1.1",)
+
+
+def two_epochs(batches: list[Tensor]) -> Order | None:
+    """Show `batches` in each of two epochs."""
+    order = BatchOrder()
+    for _ in range(2):
+        order.begin_epoch()
+        for batch in batches:
+            see = order.begin_batch()
+            assert see is not None
+            see(batch)
+    return order.found()
+
+
+class TestBN307:
+    @pytest.mark.parametrize(("spread", "likeness", "said"), [
+        (5.0, 0.9, True),
+        (1.0, 0.9, False),
+        (5.0, 0.0, False),
+        (5.0, 3.0 / 6, False),  # 37 batches: 6 is the root of 36
+        (5.0, 3.2 / 6, True),
+    ])  # fmt: skip
+    def test_both_numbers_count(self, spread: float, likeness: float, said: bool) -> None:
+        """Each of them is one in a thousand for shuffled data, where a normal variable is 3.09 deviations off."""
+        assert Order(spread, likeness, 37, 16.0).is_sorted == said
+
+    def test_what_is_no_image_or_vector(self) -> None:
+        """Words, batches of one sample and inputs of one dimension are not judged; numbers and bytes are."""
+        sorted_ = torch.arange(30.0)[:, None, None] + torch.randn(30, 8, 4)
+        for batches, judged in (
+            (sorted_, True),
+            ((sorted_ + 10).mul(5).to(torch.uint8), True),
+            (sorted_.long(), False),
+            (sorted_[:, :1], False),
+            (sorted_[:, :, 0], False),
+        ):
+            assert (two_epochs(list(batches)) is not None) == judged
