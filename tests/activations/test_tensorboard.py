@@ -196,8 +196,7 @@ def test_a_sick_layer_is_named_with_its_step(tmp_path: Path) -> None:
     text = next(event for event in texts if event.step == 6).tensor_proto.string_val[0].decode()
     lines = text.splitlines()
     assert any(
-        line.startswith("- Sick: rest.3: share of affine weights near zero 1 (limit 0.5) at step 6")
-        for line in lines
+        line.startswith("- Sick: rest.3: share of affine weights near zero 1 (limit 0.5) at step 6") for line in lines
     )
     assert "| `rest.4` | share of activations that are zero | 6 |  | 1 | 0.95 |" in lines
 
