@@ -329,7 +329,7 @@ class Mistake:
     """Of `run`."""
 
 
-SMALL = {"loader": {"batch_size": 4, "shuffle": True}}
+SMALL = {"loader": {"batch_size": 4, "shuffle": True}, "max_epochs": 2}
 
 PROGRAMS = {
     "a module in eval mode": Mistake("BN101", momentum(0.3, eval_from_scratch), True),
