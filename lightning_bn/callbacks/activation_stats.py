@@ -167,7 +167,8 @@ class ActivationStatsMonitor(Callback):
         return self._table.verdict()
 
     def __str__(self) -> str:
-        return "\n".join(self.verdict())
+        """The verdict; before the first sample, of which there is none, the call."""
+        return repr(self) if self._table.last_step() is None else "\n".join(self.verdict())
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"

@@ -53,9 +53,13 @@ def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count(str(monitor)) == 1
 
 
-def test_nothing_to_say_of_nothing() -> None:
-    """Before a run the monitor says that nothing was seen."""
-    assert str(ActivationStatsMonitor()) == "Nothing was seen: no sample was taken."
+def test_before_a_sample_it_is_the_call() -> None:
+    """Printed before a run the monitor is its call, like every callback; its verdict is that nothing was seen."""
+    monitor = ActivationStatsMonitor("rest.*", every_n_steps=5)
+    assert str(monitor) == repr(monitor) == "ActivationStatsMonitor(layers='rest.*', every_n_steps=5)"
+    assert monitor.verdict() == ["Nothing was seen: no sample was taken."]
+    fit(monitor, max_epochs=1)
+    assert str(monitor) == "\n".join(monitor.verdict()) != repr(monitor)
 
 
 class InTest(Small):
