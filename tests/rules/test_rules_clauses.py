@@ -136,6 +136,18 @@ class TestBN104:
         assert serious(findings(EvaluatesInTrainMode())) == ["BN104"]
 
 
+class TestBN107:
+    def test_part_of_the_model(self) -> None:
+        """The layers that the forward between batches ran are named, and no others."""
+
+        class Features(Module):
+            def on_train_batch_end(self, *args: Any) -> None:
+                with torch.no_grad():
+                    self.model.backbone(torch.randn(16, 1, 6, 6))
+
+        assert only("BN107", findings(Features())).layers == BACKBONE
+
+
 class TestBN201:
     def test_forward_under_no_grad(self) -> None:
         """What moves a frozen layer under no_grad is a stray forward: eval mode, the fix of this rule, is on."""
