@@ -13,7 +13,7 @@ from states import as_bytes, norms
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn import RecalibrationReport, recalibrate
+from lightning_bn import BatchNorm1d, RecalibrationReport, Window, recalibrate
 
 
 class Residual(nn.Module):
@@ -42,6 +42,39 @@ def mlp(layers: int = 8, width: int = 16, inputs: int = 10) -> nn.Sequential:
     widths = [inputs, *[width] * layers]
     blocks = [nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in pairwise(widths)]
     return nn.Sequential(*blocks)
+
+
+class Busy(nn.Module):
+    """A model in odd states: a frozen layer in eval, momentum None and 0, a shared layer, hooks, a buffer and random
+    numbers in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm1d(3, momentum=None)
+        self.frozen = nn.BatchNorm1d(3).requires_grad_(False).eval()
+        self.ours = BatchNorm1d(3, averaging=Window(2))
+        self.dropout = nn.Dropout(0.5)
+        self.last = nn.BatchNorm1d(3, momentum=0.0)
+        self.again = self.last
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.first.register_forward_hook(lambda *_: None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.calls = self.calls.clone()
+        x = self.dropout(self.ours(self.frozen(self.first(x)))) + torch.rand(3) + np.random.rand() + random.random()
+        self.train()  # a model that does as it likes
+        self.eval()
+        return self.again(self.last(x))
+
+
+def busy() -> Busy:
+    model = Busy()
+    for batch in torch.randn(3, 4, 3).unbind():
+        model(batch)
+    model.train()
+    model.frozen.eval()
+    return model
 
 
 def statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
