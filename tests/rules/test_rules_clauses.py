@@ -227,6 +227,16 @@ class TestBN204:
         assert of("BN204", check(module)) == []
 
 
+class TestBN205:
+    def test_at_rest_in_eval_mode(self) -> None:
+        """In eval mode such a layer uses its buffers in training too."""
+        net = Net()
+        net.head[2].track_running_stats = False
+        assert only("BN205", check(net)).layers == ("head.2",)
+        net.head[2].eval()
+        assert of("BN205", check(net)) == []
+
+
 class SwapsInStep(Module):
     """Evaluates with other weights, by .data as most libraries do."""
 
@@ -333,6 +343,14 @@ class TestBN301:
         assert of("BN301", check(net)) == []
         net.backbone[1][1].momentum = momentum
         assert only("BN301", check(net)).layers == ("backbone.1.1",)
+
+
+class TestBN304:
+    def test_layers_in_eval_mode(self) -> None:
+        """A layer that normalises with its running statistics needs no larger batch."""
+        module = Module()
+        module.model.backbone.requires_grad_(False).eval()
+        assert only("BN304", findings(module, accumulate_grad_batches=3)).layers == ("model.head.2",)
 
 
 def two_epochs(batches: list[Tensor]) -> Order | None:
