@@ -144,7 +144,8 @@ def three() -> nn.Sequential:
     return nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(3)])
 
 
-def quiet(model: nn.Module, batches: object, **options: object) -> RecalibrationReport:
+def estimate(model: nn.Module, batches: object, **options: object) -> RecalibrationReport:
+    """Recalibrate without a bar."""
     return recalibrate(model, batches, progress=False, **options)  # type: ignore[arg-type]
 
 

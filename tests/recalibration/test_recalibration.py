@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import oracles
 import pytest
 import torch
-from recalibration_models import close, everything, quiet, three
+from recalibration_models import close, estimate, everything, three
 from states import as_bytes, norms
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -58,7 +58,7 @@ def test_a_batch_of_any_form_goes_in(wrap, forward) -> None:
     data."""
     data = torch.randn(20, 3) * 2 + 5
     model = Named()
-    quiet(model, [wrap(part) for part in data.split(8)], forward=forward)
+    estimate(model, [wrap(part) for part in data.split(8)], forward=forward)
     close(model.bn, *oracles.mean_and_unbiased_variance(oracles.channels(data)))
 
 
@@ -70,7 +70,7 @@ def test_a_batch_that_does_not_fit_names_forward(batch: object) -> None:
     model = Named()
     before = everything(model)
     with pytest.raises(TypeError, match="forward=lambda model, batch"):
-        quiet(model, [batch])
+        estimate(model, [batch])
     assert before == everything(model)
 
 
@@ -78,7 +78,7 @@ def test_a_batch_that_does_not_fit_names_forward(batch: object) -> None:
 def test_one_batch_in_place_of_batches_is_told(batches: object) -> None:
     """A bare tensor or mapping would be walked row by row or key by key: it is refused with the call to make."""
     with pytest.raises(TypeError, match=r"pass \[batch\]"):
-        quiet(Named(), batches)
+        estimate(Named(), batches)
 
 
 class Stream(IterableDataset[Tensor]):
@@ -101,16 +101,16 @@ def test_loaders_without_length_and_iterators_serve(make) -> None:
 def test_no_more_batches_are_drawn_than_asked_for() -> None:
     """`num_batches` reads exactly that many, also off an iterator that goes on."""
     stream = iter(torch.randn(10, 4, 3))
-    report = quiet(Named(), stream, num_batches=4)
+    report = estimate(Named(), stream, num_batches=4)
     assert (report.batches, report.stopped_by, len(list(stream))) == (4, "num_batches", 6)
 
 
 def test_a_short_loader_is_used_up_and_the_report_says_so() -> None:
     """Fewer batches than asked for are no error, and no secret."""
-    report = quiet(Named(), torch.randn(3, 4, 3).unbind(), num_batches=200)
+    report = estimate(Named(), torch.randn(3, 4, 3).unbind(), num_batches=200)
     assert (report.batches, report.stopped_by) == (3, "end")
     assert "ended before the 200 batches" in str(report)
-    assert "ended before" not in str(quiet(Named(), torch.randn(3, 4, 3).unbind(), num_batches=3))
+    assert "ended before" not in str(estimate(Named(), torch.randn(3, 4, 3).unbind(), num_batches=3))
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -129,7 +129,7 @@ def test_a_pass_that_tells_nothing_raises_and_changes_nothing(batches, forward, 
     model = Named()
     before = everything(model)
     with pytest.raises(ValueError, match=told):
-        quiet(model, batches, forward=forward, exact=exact)
+        estimate(model, batches, forward=forward, exact=exact)
     assert before == everything(model)
 
 
@@ -152,7 +152,7 @@ def test_a_wrong_argument_is_shown_in_its_call(wrong: dict[str, object]) -> None
     """It raises before a batch is drawn."""
     stream = iter([torch.randn(4, 3)])
     with pytest.raises((ValueError, TypeError), match=r"recalibrate\(.*" + next(iter(wrong))):
-        quiet(Named(), stream, **wrong)
+        estimate(Named(), stream, **wrong)
     assert len(list(stream)) == 1
 
 
@@ -160,7 +160,7 @@ def test_inputs_are_moved_to_the_model(device: torch.device) -> None:
     """Batches come on the CPU and the model may be elsewhere."""
     model = Named().to(device)
     data = torch.randn(20, 3)
-    quiet(model, [{"image": part} for part in data.split(8)])
+    estimate(model, [{"image": part} for part in data.split(8)])
     close(model.bn.cpu(), *oracles.mean_and_unbiased_variance(oracles.channels(data)))
 
 
@@ -237,7 +237,7 @@ def test_every_kind_of_layer_gets_the_statistics_of_its_input(
     model(torch.randn(shape))  # a history that must stay
     data = torch.randn(shape) * 3 + 4
     before = everything(model)
-    report = quiet(model, data.split(5), exact=exact)
+    report = estimate(model, data.split(5), exact=exact)
     close(model[0], *oracles.mean_and_unbiased_variance(oracles.channels(data.movedim(channel, 1))))
     assert report.layers[0].kind == type(model[0]).__name__
     report.rollback()
@@ -250,7 +250,7 @@ def test_a_layer_that_hides_its_statistics_is_named() -> None:
     data = [torch.rand(4, 2, 3)]
     before = everything(model)
     with pytest.raises(TypeError, match="Deaf's forward does not leave"):
-        quiet(model, data)
+        estimate(model, data)
     assert before == everything(model)
 
 
@@ -271,7 +271,7 @@ def test_a_mask_that_the_forward_passes_counts() -> None:
     batches.append({"x": padded[:2], "mask": torch.zeros(2, 6, dtype=torch.bool)})
     for exact in (False, True):
         model = Masked()
-        report = quiet(model, batches, exact=exact)
+        report = estimate(model, batches, exact=exact)
         close(model.bn, *oracles.mean_and_unbiased_variance(data.movedim(1, -1)[mask].double().numpy()))
         assert (report.skipped, report.layers[0].batches) == (0, 5)
 
@@ -288,7 +288,7 @@ def test_frozen_layers_are_left_alone() -> None:
         model = three().train(training)
         model[0].requires_grad_(False)
         model[1].eval()
-        report = quiet(model, data)
+        report = estimate(model, data)
         assert moved(model) == expected == [layer.name for layer in report.layers]
         assert not model[0].weight.requires_grad
 
@@ -296,7 +296,7 @@ def test_frozen_layers_are_left_alone() -> None:
 def test_a_layer_without_affine_parameters_is_not_frozen() -> None:
     """It has none that could learn, and is recalibrated with the layers around it."""
     model = nn.Sequential(nn.BatchNorm1d(2, affine=False))
-    quiet(model, [torch.randn(8, 2) + 1])
+    estimate(model, [torch.randn(8, 2) + 1])
     assert moved(model) == ["0"]
 
 
@@ -310,20 +310,20 @@ def test_layers_says_which() -> None:
         model = three()
         model.append(nn.BatchNorm1d(2, track_running_stats=False))
         model.requires_grad_(False)
-        quiet(model, data, layers=layers)
+        estimate(model, data, layers=layers)
         assert moved(model) == expected
 
 
 def test_all_frozen_names_the_argument() -> None:
     """The error says which argument to pass; so does a predicate that is never true, and a model without batch norm."""
     with pytest.raises(ValueError, match="layers='all'"):
-        quiet(three().requires_grad_(False), [torch.randn(8, 2)])
+        estimate(three().requires_grad_(False), [torch.randn(8, 2)])
     with pytest.raises(ValueError, match="means none of the 3"):
-        quiet(three(), [torch.randn(8, 2)], layers=lambda name, module: False)
+        estimate(three(), [torch.randn(8, 2)], layers=lambda name, module: False)
     with pytest.raises(ValueError, match="no batch-norm layer"):
-        quiet(nn.Linear(2, 2), [torch.randn(8, 2)])
+        estimate(nn.Linear(2, 2), [torch.randn(8, 2)])
     with pytest.raises(TypeError, match="lazy"):
-        quiet(nn.LazyBatchNorm1d(), [torch.randn(8, 2)])
+        estimate(nn.LazyBatchNorm1d(), [torch.randn(8, 2)])
 
 
 def test_layers_left_in_eval_mode_are_not_called_frozen() -> None:
@@ -333,9 +333,9 @@ def test_layers_left_in_eval_mode_are_not_called_frozen() -> None:
         if isinstance(module, nn.BatchNorm1d):
             module.eval()
     with pytest.raises(ValueError, match=r"can learn, but are in eval mode .* call model\.train\(\) first"):
-        quiet(model, [torch.randn(8, 2)])
+        estimate(model, [torch.randn(8, 2)])
     with pytest.raises(ValueError, match="are frozen: no affine parameter requires grad"):
-        quiet(model.requires_grad_(False), [torch.randn(8, 2)])
+        estimate(model.requires_grad_(False), [torch.randn(8, 2)])
 
 
 def test_a_layer_that_did_not_run_keeps_its_statistics_and_is_listed() -> None:
@@ -343,7 +343,7 @@ def test_a_layer_that_did_not_run_keeps_its_statistics_and_is_listed() -> None:
     model = nn.ModuleDict({"used": nn.BatchNorm1d(2), "idle": nn.BatchNorm1d(2)})
     model["idle"].running_mean.fill_(7.0)
     before = as_bytes(model["idle"].running_mean)
-    report = quiet(model, [torch.randn(8, 2)], forward=lambda model, batch: model["used"](batch))
+    report = estimate(model, [torch.randn(8, 2)], forward=lambda model, batch: model["used"](batch))
     assert report.not_run == ("idle",)
     assert as_bytes(model["idle"].running_mean) == before
     assert "Not run, unchanged: idle" in str(report)
@@ -355,7 +355,7 @@ def test_a_layer_that_is_called_twice_is_merged_over_its_calls(pooled: bool) -> 
     shared = nn.BatchNorm1d(2)
     model = nn.ModuleDict({"one": shared, "two": shared})
     data = torch.randn(15, 2) + 2
-    report = quiet(model, data.split(6), forward=lambda m, x: (m["one"](x), m["two"](x * 3)), pooled=pooled)
+    report = estimate(model, data.split(6), forward=lambda m, x: (m["one"](x), m["two"](x * 3)), pooled=pooled)
     both = [oracles.channels(torch.cat((x, x * 3))) for x in data.split(6)]
     close(shared, *oracles.cumulative(both, pooled))
     assert [(layer.name, layer.samples, layer.batches) for layer in report.layers] == [("one", 30, 3)]

@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 from digits import ConvNet, digits
-from recalibration_models import close, quiet, statistics, three
+from recalibration_models import close, estimate, statistics, three
 from states import as_bytes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ def test_the_first_layers_statistics_are_those_of_the_whole_data_for_any_cut(siz
     if layout == "channels_last":
         data = data.contiguous(memory_format=torch.channels_last)
     layer = nn.BatchNorm1d(4) if layout == "rows" else nn.BatchNorm2d(4)
-    quiet(layer, data.split(sizes))
+    estimate(layer, data.split(sizes))
     mean, var = oracles.mean_and_unbiased_variance(oracles.channels(data))
     assert ((layer.running_mean.double() - torch.tensor(mean)).abs() / torch.tensor(var).sqrt()).max() < 1e-6
     assert (layer.running_var.double() / torch.tensor(var) - 1).abs().max() < 1e-6
@@ -43,7 +43,7 @@ def test_a_large_mean_does_not_drown_the_variance(shape: tuple[int, ...], exact:
     layouts = [data, data.contiguous(memory_format=torch.channels_last)] if len(shape) == 4 else [data]
     for layout in layouts:
         layer = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)](3)
-        quiet(layer, layout.split(70), exact=exact)
+        estimate(layer, layout.split(70), exact=exact)
         _, var = oracles.mean_and_unbiased_variance(oracles.channels(data))
         assert (layer.running_var.double() / torch.tensor(var) - 1).abs().max() < 1e-3
 
@@ -54,7 +54,7 @@ def test_pooled_says_which_variance() -> None:
     data = torch.randn(40, 3) + torch.arange(40.0).unsqueeze(1)
     for pooled in (True, False):
         layer = nn.BatchNorm1d(3)
-        quiet(layer, data.split(12), pooled=pooled)
+        estimate(layer, data.split(12), pooled=pooled)
         close(layer, *oracles.cumulative([oracles.channels(part) for part in data.split(12)], pooled))
 
 
@@ -62,7 +62,7 @@ def test_half_precision_layers_are_measured_in_float32() -> None:
     """The moments of bfloat16 data are exact to the rounding of the buffer."""
     layer = nn.BatchNorm2d(3).bfloat16()
     data = (torch.randn(64, 3, 4, 4) * 3 + 10).bfloat16()
-    quiet(layer, data.split(10))
+    estimate(layer, data.split(10))
     mean, var = oracles.mean_and_unbiased_variance(oracles.channels(data))
     assert torch.equal(layer.running_mean, torch.tensor(mean).bfloat16())
     assert torch.equal(layer.running_var, torch.tensor(var).bfloat16())
@@ -79,7 +79,7 @@ def test_the_prior_counts_as_samples(prior: float, exact: bool) -> None:
     old = [value.double().numpy() for value in statistics(layer)[""]]
     bits = [as_bytes(value) for value in statistics(layer)[""]]
     data = torch.randn(12, 2, 4, 4) * 2 - 1
-    quiet(layer, data.split(5), prior=prior, exact=exact)
+    estimate(layer, data.split(5), prior=prior, exact=exact)
     weight = 0.0 if math.isinf(prior) else 12 / (12 + prior)
     new = oracles.mean_and_unbiased_variance(oracles.channels(data))
     close(layer, *(before * (1 - weight) + after * weight for before, after in zip(old, new, strict=True)))
@@ -91,7 +91,7 @@ def test_poisoned_statistics_are_mended() -> None:
     """NaN in the old statistics is not carried over, and the report can still be sorted and written as JSON."""
     model = three()
     model[1].running_var.fill_(math.nan)
-    report = quiet(model, [torch.randn(8, 2)])
+    report = estimate(model, [torch.randn(8, 2)])
     assert model[1].running_var.isfinite().all()
     assert str(report).splitlines()[2].startswith("1 ")
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["layers"][1]["log_variance_ratio_rms"] is None
@@ -104,7 +104,7 @@ def test_batches_that_are_not_finite_are_left_out_and_counted(exact: bool) -> No
     poisoned = data.clone()
     poisoned[3, 1, 0], poisoned[7, 2, 1] = math.nan, math.inf
     model = three()
-    report = quiet(model, poisoned.unbind(), exact=exact)
+    report = estimate(model, poisoned.unbind(), exact=exact)
     good = data[[k for k in range(10) if k not in (3, 7)]]
     close(model[0], *oracles.mean_and_unbiased_variance(oracles.channels(good.flatten(0, 1))))
     assert (report.batches, report.skipped, {layer.batches for layer in report.layers}) == (10, 2, {8})
@@ -115,7 +115,7 @@ def test_dropout_is_off_and_only_while_it_lasts() -> None:
     """The variance behind dropout p=0.5 is that of inference, half of that in training."""
     data = torch.randn(4000, 2)
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(2))
-    quiet(model, data.split(500))
+    estimate(model, data.split(500))
     close(model[1], *oracles.mean_and_unbiased_variance(oracles.channels(data)))
     assert model[0].training
 
@@ -125,7 +125,7 @@ def test_a_model_that_is_frozen_in_parts_runs_as_at_inference() -> None:
     model = three()
     model[0].running_mean.fill_(10.0)
     data = torch.randn(30, 2)
-    quiet(model, data.split(7), layers=lambda name, module: name == "1")
+    estimate(model, data.split(7), layers=lambda name, module: name == "1")
     close(model[1], *oracles.mean_and_unbiased_variance(oracles.channels((data - 10) / math.sqrt(1 + 1e-5))), rtol=1e-5)
 
 
@@ -147,7 +147,7 @@ class Forces(nn.Module):
 def test_a_forward_that_goes_backward_finds_the_statistics_it_ran_with(exact: bool) -> None:
     """The second call's statistics do not overwrite those that the first call's gradient needs."""
     model = Forces()
-    report = quiet(model, torch.randn(4, 8, 3).unbind(), exact=exact)
+    report = estimate(model, torch.randn(4, 8, 3).unbind(), exact=exact)
     assert report.layers[0].samples == 64
 
 
@@ -171,7 +171,7 @@ def test_what_a_model_makes_on_the_way_serves_for_training(exact: bool) -> None:
     with."""
     model = Caching()
     with torch.inference_mode():
-        quiet(model, torch.randn(4, 8, 3).unbind(), exact=exact)
+        estimate(model, torch.randn(4, 8, 3).unbind(), exact=exact)
     model(torch.randn(8, 3)).sum().backward()
     assert model.linear.weight.grad is not None
 
@@ -186,7 +186,7 @@ def test_the_standard_error_is_that_of_the_batch_means() -> None:
     images = torch.randn(30, 4, 2, 1, 1) + torch.randn(30, 1, 2, 1, 1) * 2
     data = images.expand(30, 4, 2, 3, 3) + 0.1 * torch.randn(30, 4, 2, 3, 3)
     layer = nn.BatchNorm2d(2)
-    report = quiet(layer, data.unbind())
+    report = estimate(layer, data.unbind())
     values = data.double()
     error = values.mean((1, 3, 4)).std(0) / math.sqrt(30) / values.movedim(2, 0).flatten(1).std(1, correction=0)
     assert report.layers[0].standard_error == pytest.approx(error.square().mean().sqrt().item(), rel=1e-4)
@@ -197,18 +197,18 @@ def test_tolerance_stops_at_the_first_batch_that_meets_it() -> None:
     before."""
     data = torch.randn(100, 4, 2)
     model = three()
-    report = quiet(model, data.unbind(), tolerance=0.07)
+    report = estimate(model, data.unbind(), tolerance=0.07)
     assert report.stopped_by == "tolerance"
     assert 8 < report.batches < 100
     assert max(layer.standard_error for layer in report.layers) < 0.07
-    earlier = quiet(three(), data[: report.batches - 1].unbind())
+    earlier = estimate(three(), data[: report.batches - 1].unbind())
     assert max(layer.standard_error for layer in earlier.layers) >= 0.07
-    assert quiet(three(), data.unbind(), tolerance=100.0).batches == 8
+    assert estimate(three(), data.unbind(), tolerance=100.0).batches == 8
 
 
 def test_a_tolerance_that_is_not_reached_is_told() -> None:
     """The data is used up, and the report says so."""
-    report = quiet(three(), torch.randn(9, 4, 2).unbind(), tolerance=1e-9)
+    report = estimate(three(), torch.randn(9, 4, 2).unbind(), tolerance=1e-9)
     assert (report.stopped_by, report.batches) == ("end", 9)
     assert "tolerance 1e-09 was not reached" in str(report)
 

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from recalibration_models import cnn, everything, largest_errors, mlp, quiet, statistics, three
+from recalibration_models import cnn, estimate, everything, largest_errors, mlp, statistics, three
 from states import as_bytes
 from torch import nn
 
@@ -21,10 +21,10 @@ def test_a_dry_run_reports_and_changes_nothing() -> None:
     """What it says is what a real run then does."""
     model, data = mlp(3), torch.randn(40, 10)
     before = everything(model)
-    dry = quiet(model, data.split(9), dry_run=True)
+    dry = estimate(model, data.split(9), dry_run=True)
     dry.rollback()
     assert before == everything(model)
-    real = quiet(model, data.split(9))
+    real = estimate(model, data.split(9))
     assert dry.layers == real.layers
     assert str(dry).startswith("Would recalibrate 3")
     assert str(real).startswith("Recalibrated 3")
@@ -35,7 +35,7 @@ def test_the_report_has_the_figures_of_every_layer() -> None:
     model, data = mlp(3), torch.randn(40, 10) * 4 + 1
     model(data)
     before = statistics(model)
-    report = quiet(model, data.split(9))
+    report = estimate(model, data.split(9))
     for layer in report.layers:
         (old_mean, old_var), (new_mean, new_var) = before[layer.name], statistics(model)[layer.name]
         shift = [
@@ -55,7 +55,7 @@ def test_the_report_prints_as_an_aligned_table_with_the_worst_layer_first() -> N
     """One row a layer, all of one width, sorted by how far the statistics moved."""
     model = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(12)])
     model[7].running_mean.fill_(50.0)
-    text = str(quiet(model, torch.randn(4, 8, 2).unbind()))
+    text = str(estimate(model, torch.randn(4, 8, 2).unbind()))
     _, header, *rows = text.splitlines()
     assert {len(header)} == {len(row) for row in rows}
     assert len(rows) == 12
@@ -65,7 +65,7 @@ def test_the_report_prints_as_an_aligned_table_with_the_worst_layer_first() -> N
 
 def test_as_dict_is_ready_for_json() -> None:
     """Plain values under the names that the docs give."""
-    report = quiet(three(), torch.randn(4, 8, 2).unbind())
+    report = estimate(three(), torch.randn(4, 8, 2).unbind())
     found = json.loads(json.dumps(report.as_dict(), allow_nan=False))
     assert (found["batches"], found["samples"], found["skipped"], found["not_run"]) == (4, 32, 0, [])
     assert [layer["name"] for layer in found["layers"]] == ["0", "1", "2"]
@@ -77,7 +77,7 @@ def test_rollback_is_exact() -> None:
     model[0].running_mean.copy_(torch.tensor([-0.0, 1e-42]))
     data = [torch.randn(8, 2)]
     before = everything(model)
-    report = quiet(model, data)
+    report = estimate(model, data)
     assert before != everything(model)
     report.rollback()
     assert before == everything(model)
@@ -98,7 +98,7 @@ def test_training_goes_on_after_a_rollback_as_if_nothing_had_been(averaging: lig
     for batch in data[:4]:
         model(batch)
     twin = copy.deepcopy(model)
-    quiet(model, data.unbind()).rollback()
+    estimate(model, data.unbind()).rollback()
     for batch in data[4:]:
         model(batch)
         twin(batch)
@@ -116,7 +116,7 @@ def test_the_new_statistics_serve_until_the_next_training_batch() -> None:
         exponential(batch)
     twin = copy.deepcopy(window)
     for model in (window, exponential):
-        quiet(model, data.unbind())
+        estimate(model, data.unbind())
         assert not torch.equal(model[0].running_mean, twin[0].running_mean)
     new = exponential[0].running_mean.clone()
     for model in (window, twin, exponential):
@@ -136,7 +136,7 @@ def test_recalibrated_lends_the_statistics_to_the_block() -> None:
     with pytest.raises(KeyError), recalibrated(model, data.split(6), progress=False):
         raise KeyError
     assert before == everything(model)
-    quiet(model, data.split(6), prior=3)
+    estimate(model, data.split(6), prior=3)
     assert largest_errors(statistics(model), inside) == (0, 0)
 
 
@@ -151,7 +151,7 @@ def test_the_bar_tells_the_layers_and_the_standard_error(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("LINES", "24")
     data = torch.randn(12, 4, 2)
-    quiet(three(), data.unbind(), tolerance=0.01)
+    estimate(three(), data.unbind(), tolerance=0.01)
     assert capsys.readouterr() == ("", "")
     recalibrate(three(), data.unbind(), tolerance=0.01)
     shown = capsys.readouterr().err
