@@ -134,11 +134,10 @@ def frozen_by_lightning(setting: Setting, mend: bool) -> Outcome:
     return train(module, setting, Freeze())
 
 
-@mistake("BN206", 'momentum 0.05 in bfloat16, `precision="bf16-true"`')
-def half_precision(setting: Setting, mend: bool) -> Outcome:
-    model = with_momentum(ConvNet(), 0.05)
-    return train(
-        Classifier(convert_batch_norm(model, Exponential(0.05, debias=True)) if mend else model),
-        setting,
-        precision="bf16-true",
-    )
+@mistake("BN206", 'momentum 0.01 in bfloat16, `precision="bf16-true"`', momentum=0.01)
+@mistake("BN206", 'momentum 0.05 in bfloat16, `precision="bf16-true"`', momentum=0.05)
+def half_precision(setting: Setting, mend: bool, momentum: float) -> Outcome:
+    model = with_momentum(ConvNet(), momentum)
+    if mend:
+        convert_batch_norm(model, Exponential(momentum, debias=True))
+    return train(Classifier(model), setting, precision="bf16-true")
