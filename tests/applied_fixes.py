@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from runs import quiet, trainer
+from fitting import quiet, trainer
 from small_models import Module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

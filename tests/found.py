@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from runs import fit, quiet
+from fitting import fit, quiet
 from small_data import data
 from torch.utils.data import DataLoader
 

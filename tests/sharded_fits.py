@@ -9,9 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from fitting import trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from ranks import own_batch
-from runs import trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from fitting import trainer
 from healthy_networks import NETWORKS, Basic, head, stem
 from lightning.pytorch.loggers import CSVLogger
-from runs import trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fitting import fit
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
-from runs import fit
 from small_models import Small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor

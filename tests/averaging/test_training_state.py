@@ -12,8 +12,8 @@ import oracles
 import pytest
 import ranks
 import torch
+from fitting import trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from runs import trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from fitting import fit
 from monitored import LAYERS, ROWS, Recorder, drift_of, flat, mean_std, rows
-from runs import fit
 from small_models import Small
 from states import hooks, parameters_equal
 from torch import Tensor, nn

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from fitting import trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from ranks import environment, free_port, spawn
-from runs import trainer
 from small_data import training_data
 from small_models import Small
 from torch import Tensor, nn

@@ -19,7 +19,7 @@ import pytorch_lightning
 import ranks
 import torch
 import yaml
-from runs import trainer
+from fitting import trainer
 from small_data import loader, training_data
 from small_models import Small, SmallSteps
 from states import matches_weights, same

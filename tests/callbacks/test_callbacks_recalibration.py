@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from fitting import fit
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from runs import fit
 from small_data import loader, training_data
 from small_models import Small
 from states import matches_weights, parameters_equal, same, snapshot

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from fitting import fit
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from runs import fit
 from small_models import Small
 from states import matches_weights, same
 from torch import Tensor

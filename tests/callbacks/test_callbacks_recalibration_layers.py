@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch.nn.functional as F
-from runs import fit
+from fitting import fit
 from small_models import Small
 from torch import Tensor, nn
 

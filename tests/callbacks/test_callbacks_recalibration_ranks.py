@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from fitting import fit
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from runs import fit
 from small_data import loader, training_data
 from states import matches_weights, same
 

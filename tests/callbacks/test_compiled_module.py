@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import fitting
 import lightning.pytorch as pl
 import pytest
-import runs
 import torch
 from small_data import loader, training_data
 from small_models import Small
@@ -47,7 +47,7 @@ def fit(module: pl.LightningModule, *callbacks: pl.Callback, compiled: bool = Tr
     # aot_eager: all of the compiler but the generation of code, which takes a minute.
     model: Any = torch.compile(module, backend="aot_eager") if compiled else module
     validation = DataLoader(training_data(), 16)
-    runs.trainer(*callbacks, max_epochs=2).fit(model, loader(), validation)
+    fitting.trainer(*callbacks, max_epochs=2).fit(model, loader(), validation)
     return module
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from fitting import quiet, trainer
 from found import findings, of, serious
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from runs import quiet, trainer
 from small_data import BATCHES, data
 from small_models import Module, Net
 from states import hooks

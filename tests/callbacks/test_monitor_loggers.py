@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fitting import fit
 from PIL import Image
-from runs import fit
 
 from lightning_bn import ActivationStatsMonitor
 from lightning_bn.activations.report import image_names

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import fit, trainer
+from fitting import fit, trainer
 from small_data import training_data
 from small_models import Small
 from torch.utils.data import DataLoader

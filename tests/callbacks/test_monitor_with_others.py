@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from runs import fit
+from fitting import fit
 from small_models import Small
 
 from lightning_bn import (

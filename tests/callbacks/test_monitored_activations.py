@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from fitting import fit
 from monitored import Recorder, drift_of, flat, mean_std, rows
-from runs import fit
 from small_models import Small
 from states import hooks
 from torch import Tensor, nn

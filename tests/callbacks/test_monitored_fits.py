@@ -12,9 +12,9 @@ import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import torch
+from fitting import fit, trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from monitored import LAYERS, ROWS, Recorder, flat, mean_std, rows
-from runs import fit, trainer
 from small_data import training_data
 from small_models import Small
 from states import hooks

@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+from fitting import trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from runs import trainer
 from small_data import loader
 from small_models import Small
 from torch import nn

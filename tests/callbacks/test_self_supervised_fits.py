@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from fitting import fit
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import CombinedLoader
-from runs import fit
 from small_data import loader, training_data
 from small_models import Small
 from states import matches_weights

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import fitting
 import lightning.pytorch as pl
 import pytest
-import runs
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from small_data import training_data
@@ -71,7 +71,7 @@ class SaveInMidEpoch(pl.Callback):
 
 def run(name: str, path: Path, epoch: int, ckpt_path: Path | None = None) -> Module:
     module = Module()
-    trainer = runs.trainer(CALLBACKS[name](), SaveInMidEpoch(path, epoch), max_epochs=EPOCHS, num_sanity_val_steps=0)
+    trainer = fitting.trainer(CALLBACKS[name](), SaveInMidEpoch(path, epoch), max_epochs=EPOCHS, num_sanity_val_steps=0)
     loader = DataLoader(torch.zeros(STEPS), batch_size=None)
     trainer.fit(module, loader, DataLoader(torch.zeros(1), batch_size=None), ckpt_path=ckpt_path, weights_only=False)
     return module
@@ -98,7 +98,7 @@ def test_resumed_in_mid_window(name: str, epoch: int, tmp_path: Path) -> None:
 def test_averaged_buffers_are_averages_of_the_windows() -> None:
     """use_buffers=True: the statistics that evaluate with averaged weights are averaged by the weights' own rule."""
     module = Module()
-    trainer = runs.trainer(EMAWeightAveraging(decay=0.7), max_epochs=2, num_sanity_val_steps=0)
+    trainer = fitting.trainer(EMAWeightAveraging(decay=0.7), max_epochs=2, num_sanity_val_steps=0)
     loader = DataLoader(torch.zeros(STEPS), batch_size=None)
     trainer.fit(module, loader, DataLoader(torch.zeros(1), batch_size=None))
     average = module.statistics[0].double()
@@ -112,7 +112,7 @@ def test_recalibrated_the_averaged_model_has_statistics_of_its_own(name: str) ->
     """With BatchNormRecalibration, whatever use_buffers is, they are those of the training data under the averaged
     weights."""
     module = convert_batch_norm(Small(), Window(WINDOW))
-    module, _ = runs.fit(CALLBACKS[name](), BatchNormRecalibration(), module=module)
+    module, _ = fitting.fit(CALLBACKS[name](), BatchNormRecalibration(), module=module)
     assert matches_weights(module.state_dict())
 
 

@@ -13,8 +13,8 @@ import ranks
 import torch
 import torch.distributed.checkpoint as dcp
 from digits import Classifier, ConvNet
+from fitting import SaveAtStep7, trainer
 from ranks import own_batch
-from runs import SaveAtStep7, trainer
 from sharded_fits import needs_sharding_on_a_cpu
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cost_of_mistakes import BEGIN, END, HEADER, measure, row, write
 from costs import MISTAKES, Mistake, Outcome, Setting
-from runs import quiet
+from fitting import quiet
 
 from lightning_bn.rules import RULES
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from runs import SaveAtStep7, trainer
+from fitting import SaveAtStep7, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from runs import quiet, trainer
+from fitting import quiet, trainer
 from small_data import data
 
 from lightning_bn import (

@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import pytest
 import ranks
 import torch
+from fitting import trainer
 from lightning.pytorch.strategies import DDPStrategy
 from ranks import own_batch
-from runs import trainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader

@@ -16,8 +16,8 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from fitting import trainer
 from recalibration_models import largest_errors, mlp, statistics
-from runs import trainer
 from sharded_fits import SHARDS_ON_A_CPU, needs_sharding_on_a_cpu
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh

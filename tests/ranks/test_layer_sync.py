@@ -13,7 +13,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from runs import trainer
+from fitting import trainer
 from third_party import BatchNormAct2d, Foreign
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 import pytest
 import ranks
 import torch
+from fitting import trainer
 from ranks import error_of
-from runs import trainer
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from commands import terminal
+from fitting import trainer
 from recalibration_models import three
-from runs import trainer
 from small_data import loader
 from small_models import Small
 from torch import Tensor

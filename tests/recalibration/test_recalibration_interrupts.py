@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from fitting import quiet
 from recalibration_models import busy, everything
-from runs import quiet
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))

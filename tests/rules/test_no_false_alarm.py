@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from fitting import quiet, trainer
 from found import findings, serious
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -18,7 +19,6 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from runs import quiet, trainer
 from small_data import BATCHES, data
 from small_models import Module, Net
 from torch import Tensor, nn

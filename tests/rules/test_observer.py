@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from fitting import quiet, trainer
 from found import findings, of
-from runs import quiet, trainer
 from small_data import data
 from small_models import Module, Net
 from torch import Tensor, nn

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from applied_fixes import HELD_OUT, Fixed, Program, dataset, run
+from fitting import quiet, trainer
 from fixable_programs import PROGRAMS, MeanTeacher, frozen_backbone, momentum
 from found import findings, of, serious
-from runs import quiet, trainer
 from small_models import Block, Module
 from torch import nn
 from torch.utils.data import DataLoader

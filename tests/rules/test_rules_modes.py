@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from fitting import quiet, trainer
 from found import findings, of, serious
-from runs import quiet, trainer
 from small_data import data
 from small_models import Module
 from torch import Tensor

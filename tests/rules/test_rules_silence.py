@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from digits import Classifier, ConvNet, digits
+from fitting import quiet, trainer
 from found import findings, of, serious
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
-from runs import quiet, trainer
 from small_data import data
 from small_models import Module, Net
 from torch import Tensor, nn
