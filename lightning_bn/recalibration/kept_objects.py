@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import types
+import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -71,7 +72,8 @@ class KeptObjects:
     for a copy meanwhile.
 
     Left alone: functions and what they close over, weak references, locks and whatever holds one, loggers, open files,
-    loaders, datasets, and Lightning's own objects that are no modules.
+    loaders, datasets, Lightning's own objects that are no modules, and what a library written in C hands out and can't
+    copy, such as a process group.
 
     Args:
         roots: objects by the name a user knows them by.
@@ -198,7 +200,7 @@ class KeptObjects:
                 self._later(name, part, None)
         elif isinstance(thing, (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)):
             raise TypeError(_cant_be_kept(name, thing))
-        elif type(thing).__flags__ & _HEAP_TYPE or hasattr(thing, "__dict__"):
+        elif _has_attributes(thing):
             self._keep_attributes(name, thing)
         else:
             self._keep_by_a_copy(name, thing, holder)
@@ -220,8 +222,12 @@ class KeptObjects:
     def _keep_by_a_copy(self, name: str, thing: Any, holder: Any) -> None:
         """Let the pass work on a copy: the holder's own restoring puts the thing itself back."""
         try:
-            twin = copy.deepcopy(thing)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.14 copies no iterator of itertools
+                twin = copy.deepcopy(thing)
         except Exception as error:  # anybody's __deepcopy__ may raise anything
+            if type(thing).__flags__ & _HEAP_TYPE and not isinstance(thing, Iterator):
+                return
             raise TypeError(_cant_be_kept(name, thing)) from error
         if twin is thing:
             return
@@ -235,7 +241,7 @@ class KeptObjects:
 
 
 _NOTHING = type("Nothing", (), {})  # stands for an attribute that is not there
-_HEAP_TYPE = 1 << 9  # of classes made by a class statement, whose instances hold what they have in attributes
+_HEAP_TYPE = 1 << 9  # of classes made at run time: by class statements, and by C libraries for what they hand out
 
 
 def _is_constant(value: Any) -> bool:
@@ -255,6 +261,11 @@ def _cant_be_kept(name: str, thing: object) -> str:
         f"recalibrate(model, batches): {name} is a {type(thing).__name__}, which could not be put back after the pass. "
         "Keep it outside the model, or keep in its place what it is made from (a loader, not its iterator)."
     )
+
+
+def _has_attributes(thing: object) -> bool:
+    """Whether it is of a class written in Python, whose instances hold what they have in attributes."""
+    return hasattr(thing, "__dict__") or any("__slots__" in vars(base) for base in type(thing).__mro__)
 
 
 def _slots(kind: type) -> Iterator[str]:

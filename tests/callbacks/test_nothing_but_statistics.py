@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import copy
+import csv
+import hashlib
 import itertools
 import random
 from collections import OrderedDict, defaultdict, deque
@@ -253,6 +256,18 @@ def test_what_can_only_be_copied_is_exchanged_meanwhile() -> None:
         one, [torch.randn(8, 3)] * 2, forward=lambda module, batch: (module(batch), next(module.steps)), progress=False
     )
     assert next(one.steps) == 1
+
+
+def test_objects_of_c_are_kept_by_a_copy_where_they_have_one() -> None:
+    """An array of Python's is as it was. What has no copy is refused if it is an iterator, and else left alone."""
+    one, data = model(), [torch.randn(8, 3)] * 2
+    one.seen, one.digest = array.array("d", [1.0]), hashlib.sha256(b"weights")
+    recalibrate(one, data, forward=lambda module, batch: (module(batch), module.seen.append(2.0)), progress=False)
+    assert one.seen.tolist() == [1.0]
+    one.rows = csv.reader(["1,2", "3,4"])
+    with pytest.raises(TypeError, match=r"model\.rows is a reader"):
+        recalibrate(one, data, forward=lambda module, batch: (module(batch), next(module.rows)), progress=False)
+    assert next(one.rows) == ["1", "2"]
 
 
 def test_what_cant_be_put_back_is_refused_by_name_before_anything_is_run() -> None:

@@ -57,8 +57,8 @@ def test_launches_nothing(monkeypatch: pytest.MonkeyPatch, patience: int) -> Non
     """Twenty more batches of the first epoch are one look each at the model's input, by which BN307 tells sorted data,
     and no more: a mean, a variance, and the two in one tensor."""
     monkeypatch.setattr(routine, "PATIENCE", patience)
-    plain = launched(40) - launched(20)
-    checked = launched(40, ModeCheck(action="log")) - launched(20, ModeCheck(action="log"))
+    plain = launched(60) - launched(40)
+    checked = launched(60, ModeCheck(action="log")) - launched(40, ModeCheck(action="log"))
     assert plain > 20 * 10
     assert checked - plain == 20 * 3
 
