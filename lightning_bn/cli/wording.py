@@ -29,10 +29,14 @@ def in_plain_words(command: str, parser: Any) -> Callable[..., NoReturn]:
     return error
 
 
+# The second is that of older versions of jsonargparse, which tell of the first alone.
+_MISSING = re.compile(r'arguments are required: (.*)|Key "([^"]+)" is required')
+
+
 def _reworded(message: str, help: str) -> str:
-    if missing := re.search(r"arguments are required: (.*)", message):
+    if missing := _MISSING.search(message):
         # jsonargparse names an argument by its command and destination: inspect.checkpoints.
-        names = [name.rpartition(".")[2] for name in missing[1].split(", ")]
+        names = [name.rpartition(".")[2] for name in (missing[1] or missing[2]).split(", ")]
         words = [
             "a checkpoint" if name in ("checkpoints", "CKPT") else "a run" if name in ("runs", "RUN") else name
             for name in names
@@ -55,5 +59,6 @@ def _reworded(message: str, help: str) -> str:
 
 def _named(message: str) -> str:
     """Return the command that the names of missing arguments begin with."""
-    found = re.search(r"required: (\w+)\.", message)
-    return found[1] if found else ""
+    missing = _MISSING.search(message)
+    command, dot, _ = (missing[1] or missing[2]).partition(".") if missing else ("", "", "")
+    return command if dot else ""

@@ -26,7 +26,7 @@ MISTAKES = {
     ),
     "a folder": (["inspect", "."], 2, ". is a folder; give a file that is in it"),
     "no file to inspect": (["inspect"], 2, "inspect needs a checkpoint. All options: lightning-bn inspect --help"),
-    "nothing at all": (["recalibrate"], 2, "recalibrate needs --config and --ckpt_path."),
+    "nothing at all": (["recalibrate"], 2, "recalibrate needs --config"),
     "nearly an option": ([*RECALIBRATE, "--batches", "3"], 2, "no option --batches 3. Did you mean --num_batches?"),
     "nothing like a rule": (["rules", "BN999"], 2, "there is no rule BN999. The rules are"),
     "negative batches": ([*RECALIBRATE, "--num_batches", "-1"], 2, "--num_batches -1: it takes a whole number above 0"),
