@@ -1,4 +1,4 @@
-"""How an argument chooses modules of a model, the same for every argument: by name, pattern, class or function."""
+"""Choosing modules of a model by name, pattern, class or function, in the same way for every argument."""
 
 from __future__ import annotations
 

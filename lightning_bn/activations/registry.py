@@ -182,8 +182,8 @@ ENTRIES: tuple[Entry, ...] = (
         judged=lambda found: found.widths >= FEW,
         rank=7,
         mapped=False,
-        advice=f"A channel gives 0 for every input: {_LOWER_RATE.lower()}, or use nn.LeakyReLU; if it was never alive, "
-        "initialise it anew.",
+        advice=f"A channel gives 0 for every input: {_LOWER_RATE.lower()}, or use nn.LeakyReLU. A channel that "
+        "was never active needs another initialisation.",
         code="nn.LeakyReLU(0.01)  # in place of nn.ReLU()",
     ),
     Statistic(

@@ -46,9 +46,9 @@ class CompareAverages(Callback):
     own, all with the weights that Lightning validates. Training, the RNG, the layers' own statistics and the logged
     validation metrics are bit-identical with and without the callback.
 
-    It logs ``batch_norm/compare/<name>/<metric>`` for every validation metric, with the layers' own statistics under
-    the name ``own``, and at the end of training prints the table of `monitor`: the mean and the worst over the
-    validations, and the recommended average.
+    For every validation metric it logs ``batch_norm/compare/<name>/<metric>``; the name ``own`` stands for the layers'
+    own statistics. At the end of training it prints a table of `monitor`, with the mean and the worst value over the
+    validations, and recommends an average.
 
     Args:
         averages: the averages to follow, by name. All start from what the layers' buffers hold when the fit begins.

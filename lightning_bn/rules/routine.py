@@ -71,7 +71,7 @@ class Routine:
         return [trace for trace in self.usual.trace if trace[7] < call]
 
     def with_surplus(self, rises: list[int]) -> list[Trace]:
-        """Return the forwards of the usual batch, and one more for every rise of a layer's version above the usual."""
+        """Return the forwards of the usual batch, plus one for each rise of a layer's version beyond the usual."""
         usual, last = self.usual.trace, {trace[0]: trace for trace in self.usual.trace}
         call = 1 + max((trace[7] for trace in usual), default=0)
         source = 1 + max((trace[8] for trace in usual), default=0)
