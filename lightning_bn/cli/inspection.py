@@ -52,15 +52,10 @@ def rules(code: str | None = None, *, json: bool = False) -> int:
         print_json([{**{name: getattr(rule, name) for name in names}, "fix": str(rule.fix)} for rule in chosen])
     elif code is None:
         header, *lines = text_table(("rule", "level", "what"), [(r.code, r.level, r.title) for r in chosen], left=3)
-        coloured_lines = (
-            line.replace(rule.level, coloured(rule.level, rule.level), 1)
-            for rule, line in zip(chosen, lines, strict=True)
-        )
-        print(
-            "\n".join(
-                [header, *coloured_lines, "", "One of them, with a wrong program and its fix: lightning-bn rules BN104"]
-            )
-        )
+        print(header)
+        for rule, line in zip(chosen, lines, strict=True):
+            print(line.replace(rule.level, coloured(rule.level, rule.level), 1))
+        print("\nOne of them, with a wrong program and its fix: lightning-bn rules BN104")
     else:
         (rule,) = chosen
         print(f"{rule.code} ({coloured(rule.level, rule.level)}): {rule.title}\n\nWhy: {rule.why}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_bn.cli.output import FINDINGS, INTERRUPTED, USAGE, RefusedError, UsageError
-from lightning_bn.cli.wording import in_plain_words
+from lightning_bn.cli.wording import speak_plainly
 
 __all__ = ["main"]
 
@@ -116,12 +116,12 @@ def _parser() -> Any:
     except ImportError:
         return _parser_without_configs(description)
     parser = ArgumentParser(prog="lightning-bn", version=_version(), description=description, epilog=_EXIT_CODES)
-    parser.error = in_plain_words("", parser)  # type: ignore[method-assign]
+    speak_plainly(parser)
     commands = parser.add_subcommands(required=False, metavar="COMMAND")
     for name, build in _COMMANDS.items():
         command = ArgumentParser(description=build.__doc__, epilog=_EXIT_CODES)
         build(command)
-        command.error = in_plain_words(name, command)  # type: ignore[method-assign]
+        speak_plainly(command, name)
         commands.add_subcommand(name, command, help=build.__doc__)
     return parser
 
@@ -130,13 +130,13 @@ def _parser_without_configs(description: str) -> argparse.ArgumentParser:
     """Return a parser of what needs no config, and so no jsonargparse; the other commands say how to install it."""
     parser = argparse.ArgumentParser(prog="lightning-bn", description=description, epilog=_EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"lightning-bn {_version()}")
-    parser.error = in_plain_words("", parser)  # type: ignore[method-assign]
+    speak_plainly(parser)
     commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND")
     for name in _WITHOUT_CONFIG:
         build = _COMMANDS[name]
         command = commands.add_parser(name, help=build.__doc__, description=build.__doc__, epilog=_EXIT_CODES)
         build(command)
-        command.error = in_plain_words(name, command)  # type: ignore[method-assign]
+        speak_plainly(command, name)
     for name in _COMMANDS.keys() - set(_WITHOUT_CONFIG):
         commands.add_parser(name, add_help=False, help="needs pip install 'lightning-bn[cli]'").set_defaults(
             needs_configs=True

@@ -3,46 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from lightning_bn.cli.output import UsageError
 
-__all__ = ["in_plain_words"]
+__all__ = ["speak_plainly"]
 
 
-def in_plain_words(command: str, parser: Any) -> Callable[..., NoReturn]:
-    """Return what takes the place of a parser's ``error``, which would print its usage and words like
+def speak_plainly(parser: Any, command: str = "") -> None:
+    """Have a parser raise a `UsageError` of one sentence where it would print its usage and words like
     ``Parser key "num_batches"``.
 
     Args:
-        command: the parser's command; empty for the one of all commands.
         parser: argparse's or jsonargparse's.
+        command: the parser's command; empty for the one of all commands.
     """
 
     def error(message: str, *_: object) -> NoReturn:
         said = " ".join(_reworded(message, parser.format_help()).split())
-        help = " ".join(part for part in ("lightning-bn", _named(message) or command, "--help") if part)
+        help = " ".join(part for part in ("lightning-bn", _command(_missing(message)) or command, "--help") if part)
         raise UsageError(f"{said if said.endswith('?') else said.rstrip('.') + '.'} All options: {help}")
 
-    return error
-
-
-# The second is that of older versions of jsonargparse, which tell of the first alone.
-_MISSING = re.compile(r'arguments are required: (.*)|Key "([^"]+)" is required')
+    parser.error = error
 
 
 def _reworded(message: str, help: str) -> str:
-    if missing := _MISSING.search(message):
-        # jsonargparse names an argument by its command and destination: inspect.checkpoints.
-        names = [name.rpartition(".")[2] for name in (missing[1] or missing[2]).split(", ")]
+    if missing := _missing(message):
+        names = [name.rpartition(".")[2] for name in missing]
         words = [
             "a checkpoint" if name in ("checkpoints", "CKPT") else "a run" if name in ("runs", "RUN") else name
             for name in names
         ]
         needed = [word if " " in word or word.startswith("--") else f"--{word}" for word in words]
-        command = _named(message)
+        command = _command(missing)
         return f"{command + ' needs' if command else 'it takes'} {' and '.join(needed)}"
     if unknown := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
         near = get_close_matches(unknown[1].split()[0].partition("=")[0], re.findall(r"--\w+", help), n=1)
@@ -57,8 +51,13 @@ def _reworded(message: str, help: str) -> str:
     return message
 
 
-def _named(message: str) -> str:
-    """Return the command that the names of missing arguments begin with."""
-    missing = _MISSING.search(message)
-    command, dot, _ = (missing[1] or missing[2]).partition(".") if missing else ("", "", "")
-    return command if dot else ""
+def _missing(message: str) -> list[str]:
+    """Return the arguments that are missing. jsonargparse names one by its command and destination, as in
+    ``inspect.checkpoints``, and in older versions tells of the first alone."""
+    found = re.search(r'arguments are required: (.*)|Key "([^"]+)" is required', message)
+    return (found[1] or found[2]).split(", ") if found else []
+
+
+def _command(missing: list[str]) -> str:
+    """Return the command that the names of missing arguments begin with, if they do."""
+    return missing[0].partition(".")[0] if missing and "." in missing[0] else ""
