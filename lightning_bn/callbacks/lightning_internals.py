@@ -88,6 +88,10 @@ def afresh(loader: Any) -> Any:
     return _anew(loader) if isinstance(loader, CombinedLoader) else _copy(loader)
 
 
+# By a combined loader's mode, its length from theirs.
+_COMBINING = {"min_size": min, "max_size": max, "max_size_cycle": max, "sequential": sum}
+
+
 def number_of_batches(loader: Any) -> int:
     """Return how many batches a loader has; a `CombinedLoader` raises where it is asked before it is iterated, and the
     mode in which it combines its loaders is not public.
@@ -97,9 +101,11 @@ def number_of_batches(loader: Any) -> int:
     """
     if not isinstance(loader, CombinedLoader):
         return len(loader)
+    combine: Any = _COMBINING.get(getattr(loader, "_mode", ""))
+    if combine is None:
+        raise TypeError("the loader does not say how it combines its loaders")
     lengths = [math.inf if (length := sized_len(each)) is None else length for each in loader.flattened]
     limits = loader.limits or [math.inf] * len(lengths)
-    combine: Any = {"min_size": min, "sequential": sum}.get(loader._mode, max)
     total = combine(map(min, lengths, limits))
     if math.isinf(total):
         raise TypeError("the loader has no length")
