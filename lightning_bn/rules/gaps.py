@@ -124,7 +124,8 @@ class Marks:
 
 
 def _without_start(log_ratio: Tensor, var: Tensor, running_var: Tensor, start: float, eps: float) -> Tensor:
-    """Return the ratios, without the initial variance of 1 where that explains them; `start` of it is left.
+    """Return the ratios, (C,), without the initial variance of 1 where that explains them; `start` of it is left in
+    `running_var`, which like `var` is *unbiased within-batch*, (C,).
 
     What is little of 1 is much of a small variance, such as that of a feature that is rarely there. Where most channels
     are so small, an evaluation is off all the same, and the ratios stay as they are.

@@ -186,7 +186,7 @@ class Inspection:
         self.stage, self.step, self.index = stage, step, index
         training = stage == "train"
         if training:
-            self._begun = {}
+            self._begun = {}  # training goes on: a validation before it says nothing of the end of the epoch
             self._compare_boundary(f"before batch {index}")
             self._copies.begin()
             self._copies.compare()
@@ -360,9 +360,12 @@ class Inspection:
             name = next(layer.name for layer in self.observer.layers if layer.tracks)
             self._ask(lambda rule: rule.ordered(name, order))
         # A recalibration before the last validation has left statistics that are no average of batches.
-        means = {index: running_mean(self.observer.layers[index].module) for index in self._begun}
-        written = {index for index, mean in self._begun.items() if not torch.equal(mean, means[index])}
-        apart = [gap for index, gap in self._marks.gaps().items() if index not in written]
+        layers, begun = self.observer.layers, self._begun
+        apart = [
+            gap
+            for index, gap in self._marks.gaps().items()
+            if index not in begun or torch.equal(begun[index], running_mean(layers[index].module))
+        ]
         self._ask(lambda rule: rule.gaps(apart, self.observer))
 
     def _read(self) -> list[Gap]:
