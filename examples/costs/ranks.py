@@ -51,11 +51,7 @@ class Reports(pl.Callback):
             self.file.write_bytes(pickle.dumps(self.check.findings))
 
 
-@mistake(
-    "BN306",
-    f"{APART}; mended by `broadcast_buffers=True`",
-    sync=False,
-)
+@mistake("BN306", f"{APART}; mended by `broadcast_buffers=True`", sync=False)
 @mistake("BN306", f"{APART}; mended by `BatchNormSync()`", sync=True)
 def apart(setting: Setting, mend: bool, sync: bool) -> Outcome:
     module, check = HalfTheClasses(setting.seed), ModeCheck(action="log")

@@ -45,11 +45,7 @@ def frozen(setting: Setting, mend: bool, batch_size: int) -> Outcome:
     return train(module, setting, batch_size=batch_size)
 
 
-@mistake(
-    "BN201",
-    f"{OTHER}; mended by `recalibrate` and `.eval()`",
-    adapt=True,
-)
+@mistake("BN201", f"{OTHER}; mended by `recalibrate` and `.eval()`", adapt=True)
 @mistake("BN201", f"{OTHER}; mended by `.eval()`", adapt=False)
 def frozen_on_other_images(setting: Setting, mend: bool, adapt: bool) -> Outcome:
     module = OnlyHead(pretrained(setting))

@@ -284,19 +284,13 @@ class OfClasses(nn.Module):
 
 
 @program(forward=both)
-class BigGAN(GAN):
+class BigGAN(AveragedGenerator):
     """Class-conditional batch norms, and an average of the generator."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model = OfClasses()
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        average(self.ema, self.model, buffers=True)
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.ema(self.source(batch[0]))
 
 
 @program(forward=both)

@@ -130,6 +130,10 @@ class DDPG(Module):
         critic.zero_grad()
         self.manual_backward(F.mse_loss(self.value(self.critic, images, torch.randn(len(images), 2)), target))
         critic.step()
+        self.improve(actor, images)
+
+    def improve(self, actor: Any, images: Tensor) -> None:
+        """A step of the actor, and one of the targets."""
         actor.zero_grad()
         self.manual_backward(-self.value(self.critic, images, self(images)).mean())
         actor.step()
@@ -169,11 +173,7 @@ class TD3(DDPG):
         self.manual_backward(sum(F.mse_loss(value, target) for value in values))
         critic.step()
         if batch_idx % 2 == 0:
-            actor.zero_grad()
-            self.manual_backward(-self.value(self.critic, images, self(images)).mean())
-            actor.step()
-            for own, other in zip(self.targets, (self.model, self.critic), strict=True):
-                average(own, other, buffers=True)
+            self.improve(actor, images)
 
     def configure_optimizers(self) -> Any:
         critics = [*self.critic.parameters(), *self.second.parameters()]
