@@ -35,3 +35,9 @@ def serious(found: list[Finding]) -> list[str]:
 def of(code: str, found: list[Finding]) -> list[Finding]:
     """Return the findings of one rule."""
     return [finding for finding in found if finding.code == code]
+
+
+def only(code: str, found: list[Finding]) -> Finding:
+    """Return the one finding of `code`."""
+    (finding,) = of(code, found)
+    return finding
