@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from found import findings, of, serious
+from found import findings, of, only, serious
 from lightning.pytorch.callbacks import WeightAveraging
 from small_models import Block, Module, Net
 from torch import Tensor, nn
 
-from lightning_bn import Finding, ModeCheck, check
+from lightning_bn import ModeCheck, check
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.rules import RULES
 from lightning_bn.rules.gaps import Gap
@@ -24,12 +24,6 @@ from lightning_bn.rules.probe import EvaluationProbe, far, vanishing
 from lightning_bn.rules.rule import Evaluation, Setting
 
 BACKBONE = ("model.backbone.0.1", "model.backbone.1.1")
-
-
-def only(code: str, found: list[Finding]) -> Finding:
-    """Return the one finding of `code`."""
-    (finding,) = of(code, found)
-    return finding
 
 
 class HeadAlone(Module):

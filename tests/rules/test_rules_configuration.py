@@ -5,18 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from found import findings, of, serious
+from found import findings, of, only, serious
 from small_data import data
 from small_models import Block, Module, Net
 from torch import Tensor, nn
 
-from lightning_bn import Finding, ModeCheck, check
-
-
-def only(code: str, found: list[Finding]) -> Finding:
-    """Return the one finding of `code`."""
-    (finding,) = of(code, found)
-    return finding
+from lightning_bn import ModeCheck, check
 
 
 def with_momentum(momentum: float) -> Module:

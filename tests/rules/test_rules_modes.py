@@ -8,18 +8,12 @@ from typing import Any
 import pytest
 import torch
 from fitting import quiet, trainer
-from found import findings, of, serious
+from found import findings, of, only, serious
 from small_data import data
 from small_models import Module
 from torch import Tensor
 
-from lightning_bn import Finding, ModeCheck, ModeCheckError
-
-
-def only(code: str, found: list[Finding]) -> Finding:
-    """Return the one finding of `code`."""
-    (finding,) = of(code, found)
-    return finding
+from lightning_bn import ModeCheck, ModeCheckError
 
 
 class TestBN101:
