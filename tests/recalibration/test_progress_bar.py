@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import terminal
 from fitting import trainer
+from lightning.pytorch.utilities import CombinedLoader
 from recalibration_models import three
 from small_data import loader
 from small_models import Small
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_bn import BatchNormRecalibration, recalibrate
+from lightning_bn.callbacks.lightning_internals import number_of_batches
 
 
 class Stream(IterableDataset[Tensor]):
@@ -51,3 +53,10 @@ def test_the_callbacks_total_is_that_of_its_loader(options: dict[str, Any], tota
         runner = trainer(BatchNormRecalibration(**options), enable_progress_bar=True)
         runner.fit(Small(), loader(), loader(16, shuffle=False))
         assert re.search(rf"Recalibrating 2 layers: [^\r]*0/{total} \[", read())
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle", "sequential"])
+def test_a_combined_loader_has_the_batches_that_it_gives(mode: Any) -> None:
+    """In each mode, before it is iterated."""
+    combined = CombinedLoader({"few": loader(24), "many": loader(8)}, mode)
+    assert number_of_batches(combined) == len(list(combined))

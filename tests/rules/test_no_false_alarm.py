@@ -23,6 +23,7 @@ from small_data import BATCHES, data
 from small_models import Module, Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import (
     BatchNormRecalibration,
@@ -266,6 +267,15 @@ def test_recalibration_behind_dropout() -> None:
     assert said(Module(model), BatchNormRecalibration(when="validation"), **options) == []
 
 
+def test_recalibration_for_other_images() -> None:
+    """Recalibrated before each validation for other images, statistics are far from the batches' at the end of the
+    epoch, and on purpose."""
+    others = DataLoader(TensorDataset(torch.randn(64, 1, 6, 6) + 3, torch.zeros(64)), 16)
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 2))
+    recalibration = BatchNormRecalibration(when="validation", dataloader=others)
+    assert said(Module(model), recalibration, loader=data(batches=40), max_epochs=2) == []
+
+
 def test_channels_without_variance() -> None:
     """Pixels that are always black: their running variance is on its way from 1 to 0, and divides 0 by it."""
 
@@ -328,7 +338,7 @@ def test_transformers_resnet(tmp_path: Path) -> None:
         def loss(self, batch: list[Tensor]) -> Tensor:
             return self.model(pixel_values=batch[0], labels=batch[1]).loss
 
-    loader = torch.utils.data.DataLoader([(torch.randn(1, 32, 32), index % 2) for index in range(32)], 8)
+    loader = DataLoader([(torch.randn(1, 32, 32), index % 2) for index in range(32)], 8)
     check = ModeCheck(action="log")
     with quiet():
         trainer(check, max_epochs=2).fit(FineTuned(), loader, loader)
