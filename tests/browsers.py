@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from urllib.request import urlopen
 
 import pytest
-from ranks import free_port
+from processes import free_port
 
 webdriver = pytest.importorskip("selenium.webdriver")
 

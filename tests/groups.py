@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import ranks
+import processes
 import torch
 import torch.distributed as dist
 from fitting import trainer
@@ -244,7 +244,7 @@ def whole(step: int) -> Tensor:
 
 def each_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    ranks.join_group(rank, world, f"{folder}/store")
+    processes.join_group(rank, world, f"{folder}/store")
     groups = [dist.new_group(members) for members in NAMES]
     own, other = groups[rank // 2], groups[1 - rank // 2]
     results: dict[str, Any] = {f"recalibrated, {exact}": recalibrated(rank, own, exact) for exact in (False, True)}
@@ -264,4 +264,4 @@ def each_rank(rank: int, world: int, folder: str) -> None:
     results["tensor parallel"] = in_tensor_parallel(rank)
     results["resumed"] = resumed(rank, own)
     torch.save(results, f"{folder}/{rank}.pt")
-    ranks.leave_group()
+    processes.leave_group()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fitting import trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from ranks import own_batch
+from processes import own_batch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader

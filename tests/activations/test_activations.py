@@ -6,8 +6,8 @@ import math
 import pickle
 from typing import Any
 
+import processes
 import pytest
-import ranks
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -254,12 +254,12 @@ def test_mistakes_are_told(build: Any, error: type[Exception], message: str) -> 
 
 
 def _rank(rank: int, world: int, batches: list[list[Tensor]], folder: str) -> None:
-    ranks.join_group(rank, world, f"{folder}/store")
+    processes.join_group(rank, world, f"{folder}/store")
     stats = ActivationStats(3, histogram=True)
     for batch in batches[rank]:
         stats.update(batch)
     torch.save(plain(stats.compute()), f"{folder}/{rank}.pt")
-    ranks.leave_group()
+    processes.leave_group()
 
 
 def test_two_processes_are_as_one(tmp_path: Any) -> None:
@@ -270,7 +270,7 @@ def test_two_processes_are_as_one(tmp_path: Any) -> None:
     }.items():
         folder = tmp_path / name
         folder.mkdir()
-        ranks.spawn(_rank, 2, batches, str(folder))
+        processes.spawn(_rank, 2, batches, str(folder))
         found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
         for values in found:
             assert_same(values, oracle([batch for rank in batches for batch in rank], 3))

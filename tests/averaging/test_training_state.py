@@ -9,8 +9,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import oracles
+import processes
 import pytest
-import ranks
 import torch
 from fitting import trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -170,19 +170,19 @@ def test_lightnings_weight_averaging_leaves_it_alone(tmp_path: Path) -> None:
 
 
 def _rank(rank: int, world: int, folder: str) -> None:
-    ranks.join_group(rank, world, f"{folder}/store")
+    processes.join_group(rank, world, f"{folder}/store")
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(BatchNorm2d(3, averaging=Window(4)), nn.Conv2d(3, 1, 1)))
     for t in range(6):
         model(torch.randn(4, 3, 2, 2) + 10 * rank + t).sum().backward()
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
-    ranks.leave_group()
+    processes.leave_group()
 
 
 def test_ddp_does_not_broadcast_it(tmp_path: Path) -> None:
     """Two real processes keep each its own history: rank 1's holds rank 1's batches, where a buffer would be rank
     0's."""
-    ranks.spawn(_rank, 2, str(tmp_path))
+    processes.spawn(_rank, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["0.running_mean"].max() < 6
     assert second["0.running_mean"].min() > 8

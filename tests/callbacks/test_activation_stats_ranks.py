@@ -11,7 +11,7 @@ import torch
 from fitting import trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from ranks import environment, free_port, spawn
+from processes import environment, free_port, spawn
 from small_data import training_data
 from small_models import Small
 from torch import Tensor, nn

@@ -14,9 +14,9 @@ from types import ModuleType
 from typing import Any
 
 import lightning.pytorch
+import processes
 import pytest
 import pytorch_lightning
-import ranks
 import torch
 import yaml
 from fitting import trainer
@@ -197,7 +197,7 @@ def test_own_errors_are_caught_by_either_name(pl: ModuleType) -> None:
 
 def _fit_two(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
-    ranks.environment(rank, world, port)
+    processes.environment(rank, world, port)
     options = {"strategy": "ddp", "devices": world, "plugins": [BatchNormSync()], "sync_batchnorm": True}
     module, _ = fit(pytorch_lightning, **options, num_sanity_val_steps=0, max_epochs=1)
     torch.save((module.bn1.running_mean, type(module.bn1).__name__), f"{folder}/{rank}.pt")
@@ -206,7 +206,7 @@ def _fit_two(rank: int, world: int, folder: str, port: int) -> None:
 def test_the_plugin_in_two_processes(tmp_path: Path) -> None:
     """Trainer(plugins=[BatchNormSync()], sync_batchnorm=True) is accepted, replaces no layer, and the ranks' statistics
     are the same."""
-    ranks.spawn(_fit_two, 2, str(tmp_path), ranks.free_port())
+    processes.spawn(_fit_two, 2, str(tmp_path), processes.free_port())
     (one, kind), (other, _) = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert kind == "BatchNorm1d"
     assert torch.equal(one, other)

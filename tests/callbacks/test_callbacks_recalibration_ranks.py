@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
-import ranks
 import torch
 from fitting import fit
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -24,7 +24,7 @@ def own_batches(rank: int) -> list[tuple[torch.Tensor, ...]]:
 
 def _fits(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
-    ranks.environment(rank, world, port)
+    processes.environment(rank, world, port)
     path = Path(folder)
     ddp: dict[str, Any] = {"strategy": "ddp", "devices": world, "use_distributed_sampler": True}
     result: dict[str, Any] = {}
@@ -57,7 +57,7 @@ def _fits(rank: int, world: int, folder: str, port: int) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks.spawn(_fits, 2, str(folder), ranks.free_port())
+    processes.spawn(_fits, 2, str(folder), processes.free_port())
     return [torch.load(folder / f"{rank}.pt", weights_only=False) | {"folder": folder} for rank in range(2)]
 
 

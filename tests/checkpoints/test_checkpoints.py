@@ -8,13 +8,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import processes
 import pytest
-import ranks
 import torch
 import torch.distributed.checkpoint as dcp
 from digits import Classifier, ConvNet
 from fitting import SaveAtStep7, trainer
-from ranks import own_batch
+from processes import own_batch
 from sharded_fits import needs_sharding_on_a_cpu
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -128,20 +128,20 @@ def fit(case: tuple[Averaging, str, bool | None], path: Path, ckpt_path: Path | 
 
 def _rank(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
-    ranks.environment(rank, world, port)
+    processes.environment(rank, world, port)
     results: dict[Any, Any] = {}
     for number, case in enumerate(CASES):
         whole = fit(case, Path(folder, f"{number}.ckpt"))
         results[number] = whole, fit(case, Path(folder, f"{number}-again.ckpt"), Path(folder, f"{number}.ckpt"))
     torch.save(results, f"{folder}/{rank}.pt")
-    ranks.leave_group()
+    processes.leave_group()
 
 
 def _sharded_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    ranks.join_group(rank, world, f"{folder}/store")
+    processes.join_group(rank, world, f"{folder}/store")
     torch.save(_sharded(rank, f"{folder}/sharded"), f"{folder}/{rank}.pt")
-    ranks.leave_group()
+    processes.leave_group()
 
 
 def _sharded(rank: int, folder: str) -> dict[str, Any]:
@@ -193,14 +193,14 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks.spawn(_rank, 2, str(folder), ranks.free_port())
+    processes.spawn(_rank, 2, str(folder), processes.free_port())
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sharded")
-    ranks.spawn(_sharded_rank, 2, str(folder))
+    processes.spawn(_sharded_rank, 2, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import oracles
+import processes
 import pytest
-import ranks
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -232,7 +232,7 @@ def test_half_precision_layers_are_followed_in_float32() -> None:
 
 def _synchronised(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
-    ranks.join_group(rank, world, store)
+    processes.join_group(rank, world, store)
     from lightning_bn.ranks.synchronization import synchronise
 
     layer = nn.BatchNorm2d(3)
@@ -248,12 +248,12 @@ def _synchronised(rank: int, world: int, store: str) -> None:
     own = layer.running_var.clone()
     with followers.applied("ema"):
         torch.testing.assert_close(layer.running_var, own, rtol=1e-5, atol=1e-6)
-    ranks.leave_group()
+    processes.leave_group()
 
 
 def test_a_synchronised_layer_is_followed_over_all_ranks(tmp_path: Path) -> None:
     """Where the layer's batch is that of all ranks, one image here and three there, so is the follower's."""
-    ranks.spawn(_synchronised, 2, str(tmp_path / "store"))
+    processes.spawn(_synchronised, 2, str(tmp_path / "store"))
 
 
 def test_mistakes() -> None:

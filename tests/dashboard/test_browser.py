@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 from limits import limit
-from ranks import free_port
+from processes import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")

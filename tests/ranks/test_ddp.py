@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import processes
 import pytest
-import ranks
 import torch
 from fitting import trainer
 from lightning.pytorch.strategies import DDPStrategy
-from ranks import own_batch
+from processes import own_batch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -85,7 +85,7 @@ def fit(module: Module, folder: str, *callbacks: pl.Callback, **options: Any) ->
 
 def _rank(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
-    ranks.environment(rank, world, port)
+    processes.environment(rank, world, port)
     results: dict[Any, Any] = {}
     for option, arguments in OPTIONS.items():
         for name, averaging in AVERAGES.items():
@@ -106,7 +106,7 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
         results["evaluated", only] = _evaluated_alone(rank, only)
     results["sent"] = {name: _sent(averaging) for name, averaging in AVERAGES.items()}
     torch.save(results, f"{folder}/{rank}.pt")
-    ranks.leave_group()
+    processes.leave_group()
 
 
 def _one_is_empty(rank: int, only: bool) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ def _sent(averaging: Averaging | None) -> Any:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks.spawn(_rank, 2, str(folder), ranks.free_port())
+    processes.spawn(_rank, 2, str(folder), processes.free_port())
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from limits import limit
@@ -121,7 +121,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks.spawn(_rank, 3, str(folder))
+    processes.spawn(_rank, 3, str(folder))
     return folder
 
 

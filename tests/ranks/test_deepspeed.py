@@ -7,11 +7,11 @@ import importlib.util
 import os
 from typing import Any
 
+import processes
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
-from ranks import error_of, own_batch
+from processes import error_of, own_batch
 from recalibration_models import largest_errors, statistics
 from sharded_fits import BATCHES, DATA, alone, network
 
@@ -49,7 +49,7 @@ def trained(rank: int, stage: int, *, recalibrates: bool) -> dict[str, Any]:
 def _rank(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
-    ranks.environment(rank, world, port)
+    processes.environment(rank, world, port)
     os.environ |= {"RANK": str(rank), "LOCAL_SIZE": str(world)}
     import deepspeed
 
@@ -64,7 +64,7 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks.spawn(_rank, 2, str(folder), ranks.free_port(), seconds=250)
+    processes.spawn(_rank, 2, str(folder), processes.free_port(), seconds=250)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
-import ranks
 import torch
 from applied_fixes import Program, Run, dataset, run
 from found import of, serious
@@ -30,7 +30,7 @@ def own_class(rank: int) -> TensorDataset:
 
 def _rank(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
-    ranks.environment(rank, world, port)
+    processes.environment(rank, world, port)
     results: dict[tuple[str, int], tuple[Run, Run]] = {}
     shared = {"data": own_class(rank), "devices": 2, "default_root_dir": folder, "use_distributed_sampler": False}
     for name, (code, strategy, trainer) in MISTAKES.items():
@@ -46,7 +46,7 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int], tuple[Run, Run]]]:
     """What the fits of each rank came to, with the mistake and mended."""
     folder: Path = tmp_path_factory.mktemp("fixes")
-    ranks.spawn(_rank, 2, str(folder), ranks.free_port())
+    processes.spawn(_rank, 2, str(folder), processes.free_port())
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import processes
 import pytest
-import ranks
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
-from ranks import error_of, own_batch
+from processes import error_of, own_batch
 from recalibration_models import largest_errors, statistics
 from sharded_fits import BATCHES, CALLBACKS, DATA, alone, check_recalibrated, fit, network, on_own_batch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def without_a_trainer(rank: int, *, recalibrates: bool) -> dict[str, Any]:
 
 def _rank(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
-    ranks.environment(rank, world, port)
+    processes.environment(rank, world, port)
     results: dict[Any, Any] = {"plain": fit(folder, strategy=OnCPU())}
     results["sync"] = fit(folder, BatchNormSync(), strategy=OnCPU())
     results["plugin"] = fit(folder, strategy=OnCPU(), plugins=[BatchNormSync()], sync_batchnorm=True)
@@ -84,13 +84,13 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
     results["recalibrated"] = without_a_trainer(rank, recalibrates=True)
     results["exact"] = error_of(lambda: recalibrate(sharded(network()), [DATA], exact=True, progress=False))
     torch.save(results, f"{folder}/{rank}.pt")
-    ranks.leave_group()
+    processes.leave_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks.spawn(_rank, 2, str(folder), ranks.free_port())
+    processes.spawn(_rank, 2, str(folder), processes.free_port())
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

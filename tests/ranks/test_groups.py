@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import processes
 import pytest
-import ranks
 import torch
 from groups import AVERAGES, NAMES, WORLD, data, distant, each_rank, network, whole
 from recalibration_models import largest_errors, statistics
@@ -19,7 +19,7 @@ from lightning_bn import Window, convert_batch_norm, recalibrate
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks.spawn(each_rank, WORLD, str(folder))
+    processes.spawn(each_rank, WORLD, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import processes
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from fitting import trainer
@@ -77,7 +77,7 @@ def cases() -> list[tuple[str, torch.dtype, bool]]:
 
 def _rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    ranks.join_group(rank, world, f"{folder}/store")
+    processes.join_group(rank, world, f"{folder}/store")
     results: dict[Any, Any] = {}
     for case in cases():
         name, dtype, masked = case
@@ -94,7 +94,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
         results[case] = steps, layer.state_dict()
     results["statistics only"] = [_statistics_only(rank, name) for name in LAYERS]
     torch.save(results, f"{folder}/{rank}.pt")
-    ranks.leave_group()
+    processes.leave_group()
 
 
 def _statistics_only(rank: int, name: str) -> tuple[dict[str, Tensor], int]:
@@ -130,7 +130,7 @@ def own_batch(rank: int, step: int) -> Tensor:
 @pytest.fixture(scope="module", params=[2, 3])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[Any, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks.spawn(_rank, request.param, str(folder))
+    processes.spawn(_rank, request.param, str(folder))
     return request.param, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 
@@ -201,7 +201,7 @@ class Module(pl.LightningModule):
 
 def _fit(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
-    ranks.environment(rank, world, port)
+    processes.environment(rank, world, port)
     ddp = {"strategy": "ddp", "plugins": [BatchNormSync()], "sync_batchnorm": True} if world > 1 else {}
     runner = trainer(devices=world, default_root_dir=folder, use_distributed_sampler=False, **ddp)
     torch.manual_seed(1)
@@ -220,7 +220,7 @@ def test_a_real_trainer(tmp_path: Path) -> None:
     for world in (1, 2):
         folder = tmp_path / str(world)
         folder.mkdir()
-        ranks.spawn(_fit, world, str(folder), ranks.free_port())
+        processes.spawn(_fit, world, str(folder), processes.free_port())
         results[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
     ((expected, kinds, calls),) = results[1]
     for state, classes, seen in results[2]:
@@ -245,7 +245,7 @@ class Twice(nn.Module):
 
 @pytest.fixture
 def group_of_one(tmp_path: Path) -> Iterator[None]:
-    ranks.join_group(0, 1, str(tmp_path / "store"))
+    processes.join_group(0, 1, str(tmp_path / "store"))
     yield
     dist.destroy_process_group()
 

@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import processes
 import pytest
-import ranks
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import error_of, own_batch
+from processes import error_of, own_batch
 from recalibration_models import largest_errors, statistics
 from sharded_fits import (
     BATCHES,
@@ -77,7 +77,7 @@ def saved_and_loaded(rank: int, folder: str) -> dict[str, Any]:
 
 def _rank(rank: int, world: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
-    ranks.environment(rank, world, port)
+    processes.environment(rank, world, port)
     results: dict[str, Any] = {"plain": fit(folder, strategy=fsdp2())}
     results["sync"] = fit(folder, BatchNormSync(), strategy=fsdp2())
     results["statistics only"] = fit(folder, BatchNormSync(statistics_only=True), strategy=fsdp2())
@@ -105,13 +105,13 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
         error_of(lambda: convert_batch_norm(everywhere, Window(3))),
     ]
     torch.save(results, f"{folder}/{rank}.pt")
-    ranks.leave_group()
+    processes.leave_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks.spawn(_rank, 2, str(folder), ranks.free_port())
+    processes.spawn(_rank, 2, str(folder), processes.free_port())
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import processes
 import pytest
-import ranks
 import torch
 from fitting import trainer
-from ranks import error_of
+from processes import error_of
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -44,17 +44,17 @@ def penalised(*, only: bool) -> None:
 
 def _rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    ranks.join_group(rank, world, f"{folder}/store")
+    processes.join_group(rank, world, f"{folder}/store")
     found = {f"penalty, {only}": error_of(lambda only=only: penalised(only=only)) for only in (False, True)}
     found["join"] = error_of(lambda: uneven(rank))
     torch.save(found, f"{folder}/{rank}.pt")
-    ranks.leave_group()
+    processes.leave_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks.spawn(_rank, 2, str(folder), seconds=60)
+    processes.spawn(_rank, 2, str(folder), seconds=60)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -110,7 +110,7 @@ def _start(rank: int, world: int, folder: str, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
 def test_started_by_the_trainer(tmp_path: Any, strategy: str) -> None:
     """The module that comes back has the recalibrated statistics; the report stays in the processes that made it."""
-    ranks.spawn(_start, 1, str(tmp_path), strategy, seconds=90)
+    processes.spawn(_start, 1, str(tmp_path), strategy, seconds=90)
     no_report, found, expected = torch.load(tmp_path / f"{strategy}.pt")
     assert no_report
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import free_port, leave_group, spawn
+from processes import free_port, leave_group, spawn
 from recalibration_models import cnn, everything, full_batch, largest_errors, mlp, statistics
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fitting import quiet
-from ranks import environment, free_port, spawn
+from processes import environment, free_port, spawn
 
 from lightning_bn.rules import RULES
 from lightning_bn.rules.register import LINK
