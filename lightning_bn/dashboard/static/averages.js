@@ -1,9 +1,8 @@
 // The validation metric under each average, and which is recommended.
-import { h, replace } from "./dom.js";
+import { copyButton, h, replace } from "./dom.js";
 import { isNumber, plain } from "./format.js";
 import { CONFIG, axis, colours, layout } from "./theme.js";
 import { sortable } from "./table.js";
-import { copyButton } from "./findings.js";
 
 export function averages(page, holder, width) {
   const { averages } = page.run;

@@ -72,3 +72,21 @@ export function link(address, text) {
   if (!/^https?:\/\//.test(address || "")) return address ? h("span", { class: "muted" }, address) : null;
   return h("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, text);
 }
+
+export function copyButton(text) {
+  const copy = async (event) => {
+    const target = event.currentTarget;
+    target.textContent = (await written(text)) ? "copied" : "select it and copy";
+    setTimeout(() => (target.textContent = "copy"), 1500);
+  };
+  return button("copy", copy, { class: "copy", "aria-label": "Copy the code" });
+}
+
+async function written(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return false; // no clipboard in this frame or without https
+  }
+}

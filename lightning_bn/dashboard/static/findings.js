@@ -1,5 +1,5 @@
 // What was found, in one list: the cause first, and what follows from it below.
-import { h, button, link, select } from "./dom.js";
+import { copyButton, h, link, select } from "./dom.js";
 import { code, count, plural } from "./format.js";
 import { matches } from "./rows.js";
 import { markdown } from "./markdown.js";
@@ -78,22 +78,4 @@ export function advice(finding, rules = {}) {
     fix.code && h("div", { class: "code" }, h("code", {}, fix.code), copyButton(fix.code)),
     fix.note && h("p", { class: "muted" }, fix.note),
     page ? h("details", { class: "rule" }, h("summary", { "data-key": `rule:${finding.rule}:${finding.layers[0]}` }, `Rule ${finding.rule}`), markdown(page)) : link(finding.link, finding.source === "guard" ? `Rule ${finding.code}` : "Read on"));
-}
-
-export function copyButton(text) {
-  const copy = async (event) => {
-    const target = event.currentTarget;
-    target.textContent = (await written(text)) ? "copied" : "select it and copy";
-    setTimeout(() => (target.textContent = "copy"), 1500);
-  };
-  return button("copy", copy, { class: "copy", "aria-label": "Copy the code" });
-}
-
-async function written(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    return false; // no clipboard in this frame or without https
-  }
 }

@@ -1,6 +1,5 @@
 // The page of a rule: headings, paragraphs, code in fences and between backticks. All of it becomes text nodes.
-import { h } from "./dom.js";
-import { copyButton } from "./findings.js";
+import { copyButton, h } from "./dom.js";
 
 export function markdown(text) {
   const parts = text.split(/^```\w*\n([\s\S]*?)^```$/m);

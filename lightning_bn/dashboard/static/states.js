@@ -1,6 +1,5 @@
 // What the page says when there is no run to show.
-import { h } from "./dom.js";
-import { copyButton } from "./findings.js";
+import { copyButton, h } from "./dom.js";
 
 const LINES = `from lightning_bn import ActivationStatsMonitor, ModeCheck
 trainer = Trainer(callbacks=[ActivationStatsMonitor(), ModeCheck()])

@@ -1,0 +1,53 @@
+// Numbers and limits in words.
+import assert from "node:assert/strict";
+import test from "node:test";
+import { against, badness, code, isSick, number, place, plain, plural } from "../../lightning_bn/dashboard/static/format.js";
+
+const DEAD = { low: null, high: 0.25, healthy: 0, log: false };
+const SPREAD = { low: 1e-7, high: 1e3, healthy: 1, log: true };
+
+test("a number has four digits, an exponent where it is tiny or huge, and a word where it is none", () => {
+  assert.deepEqual([1 / 3, 0, 1e-4, 2.5e6, 123456, null, "nan", "-inf"].map(number),
+    ["0.3333", "0", "1.00e-4", "2.50e+6", "123500", "–", "NaN", "minus infinite"]);
+});
+
+test("one is singular, and thousands have commas", () => {
+  assert.deepEqual([plural(1, "layer"), plural(0, "layer"), plural(1200, "layer")], ["1 layer", "0 layers", "1,200 layers"]);
+});
+
+test("a value is sick beyond either limit, not at it, and where it is not finite; one that is missing is not", () => {
+  assert.deepEqual([0.25, 0.26, "nan", "inf", null].map((value) => isSick(value, DEAD)), [false, true, true, true, false]);
+  assert.deepEqual([1e-8, 1, 1001].map((value) => isSick(value, SPREAD)), [true, false, true]);
+  assert.equal(isSick("nan", { low: null, high: null }), false);
+});
+
+test("NaN is worse than infinite, infinite than sick, sick than healthy, and any value than none", () => {
+  const order = ["nan", "inf", 0.3, 0.2, 0, null].map((value) => badness(value, DEAD));
+  assert.deepEqual(order, [...order].sort((a, b) => b - a));
+  assert.equal(new Set(order).size, order.length);
+});
+
+test("on a logarithm, a tenth is as far from 1 as ten is", () => {
+  assert.ok(Math.abs(badness(0.1, SPREAD) - badness(10, SPREAD)) < 1e-12);
+});
+
+test("a limit is told in words, and a limit of 0 as none", () => {
+  assert.equal(against(0.3, DEAD), "above the limit of 0.25");
+  assert.equal(against(1e-9, SPREAD), "below the limit of 1.00e-7");
+  assert.equal(against(1, { high: 0 }), "should be none");
+  assert.equal(against(null, DEAD), "no value");
+});
+
+test("a zero has a place below the decades, and at the low end of a count", () => {
+  assert.equal(place(100, { log: true, low: -3 }), 2);
+  assert.equal(place(0, { log: true, low: -3 }), -3.01);
+  assert.equal(place(0, { log: true, low: -6, count: true }), -6);
+  assert.equal(place("nan", { log: true }), null);
+});
+
+test("a name is no markup", () => assert.equal(plain("<b>&"), "&lt;b&gt;&amp;"));
+
+test("a fix that is advice is no code", () => {
+  assert.deepEqual(code({ code: "warm up", place: "advice", note: "" }), { code: "", note: "warm up" });
+  assert.deepEqual(code({ code: "f()", place: "before fit", note: "once" }), { code: "f()", note: "before fit; once" });
+});
