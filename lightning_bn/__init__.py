@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.conversion import ConvertBatchNorm as ConvertBatchNorm
     from lightning_bn.callbacks.mode_check import ModeCheck as ModeCheck
     from lightning_bn.callbacks.recalibration import BatchNormRecalibration as BatchNormRecalibration
+    from lightning_bn.callbacks.synchronisation import BatchNormSync as BatchNormSync
     from lightning_bn.layers.batch_norm import BatchNorm1d as BatchNorm1d
     from lightning_bn.layers.batch_norm import BatchNorm2d as BatchNorm2d
     from lightning_bn.layers.batch_norm import BatchNorm3d as BatchNorm3d
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from lightning_bn.layers.conversion import to_torch as to_torch
     from lightning_bn.layers.ledger import settle_together as settle_together
     from lightning_bn.modes import paused_statistics as paused_statistics
-    from lightning_bn.plugins.layer_sync import BatchNormSync as BatchNormSync
     from lightning_bn.recalibration import recalibrate as recalibrate
     from lightning_bn.recalibration import recalibrated as recalibrated
     from lightning_bn.recalibration.report import LayerReport as LayerReport
@@ -83,7 +83,7 @@ _LAZY: dict[str, str] = {
     "BatchNorm2d": "layers.batch_norm",
     "BatchNorm3d": "layers.batch_norm",
     "BatchNormRecalibration": "callbacks.recalibration",
-    "BatchNormSync": "plugins.layer_sync",
+    "BatchNormSync": "callbacks.synchronisation",
     "CompareAverages": "callbacks.comparison",
     "ConvertBatchNorm": "callbacks.conversion",
     "Cumulative": "averaging",

@@ -16,7 +16,7 @@ from limits import limit
 from torch import Tensor
 
 # The processes are forks of one that has imported what takes seconds, and has done nothing with it.
-IMPORTED = ["lightning.pytorch", "lightning_bn.plugins.layer_sync", "torch.distributed.fsdp", "pandas", "pytest"]
+IMPORTED = ["lightning.pytorch", "lightning_bn.callbacks.synchronisation", "torch.distributed.fsdp", "pandas", "pytest"]
 
 
 def free_port() -> int:

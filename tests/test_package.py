@@ -130,7 +130,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comparison": GROUND | {"averaging", "layers", "ranks"},
     "checkpoints": GROUND | {"averaging", "layers", "rules"},
 }
-ADAPTERS = ("callbacks", "plugins", "cli", "__main__")
+ADAPTERS = ("callbacks", "cli", "__main__")
 # What both of Lightning's packages share, or have alike; all else of theirs goes through both_lightnings.py.
 EITHER = {
     "lightning.pytorch.cli",
@@ -193,8 +193,8 @@ TAKEN = _taken()
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_arrows_point_one_way(path: Path) -> None:
-    """No room imports from one above it; lightning is known to callbacks/, plugins/ and cli alone, and its classes
-    to one file; callbacks don't know each other."""
+    """No room imports from one above it; lightning is known to callbacks/ and cli/ only, and its classes to
+    one file; callbacks don't know each other."""
     place = path.relative_to(PACKAGE)
     folder = place.parts[0].removesuffix(".py")
     known = {module.split(".")[0] for module in own(path)} - {folder}

@@ -29,7 +29,7 @@ from lightning_bn.callbacks.both_lightnings import (
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
 from lightning_bn.callbacks.loggers import directories, sinks
 from lightning_bn.callbacks.run_journal import journal_of
-from lightning_bn.callbacks.synchronised import check_plugin_is_applied
+from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.terminal import say
 from lightning_bn.choices import Choices, check_choices
 from lightning_bn.layers.ledger import settle_together

@@ -17,7 +17,7 @@ from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, Mi
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.run_journal import journal_of
-from lightning_bn.callbacks.synchronised import check_plugin_is_applied
+from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.training_pass import asleep, learning, quiet, training_pass, validate_once_more
 from lightning_bn.comparison.followers import Followers
 from lightning_bn.comparison.scores import Scores

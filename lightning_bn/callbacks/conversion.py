@@ -16,7 +16,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
     is_overridden,
 )
-from lightning_bn.callbacks.synchronised import check_plugin_is_applied
+from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, check_averaging
 from lightning_bn.layers.conversion import convert_batch_norm

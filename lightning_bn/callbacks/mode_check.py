@@ -24,7 +24,7 @@ from lightning_bn.callbacks.both_lightnings import (
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.loggers import log_markdown
 from lightning_bn.callbacks.run_journal import journal_of
-from lightning_bn.callbacks.synchronised import check_plugin_is_applied
+from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
 from lightning_bn.discovery import parts_called_by
 from lightning_bn.layers.ledger import settle_together

@@ -25,7 +25,7 @@ from lightning_bn.callbacks.lightning_internals import data_parallel_group, iter
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.run_journal import journal_of
-from lightning_bn.callbacks.synchronised import check_plugin_is_applied
+from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.training_pass import (
     asleep,
     learning,

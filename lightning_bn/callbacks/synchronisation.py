@@ -9,14 +9,21 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch import nn
 
-from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, TorchSyncBatchNorm, Trainer
-from lightning_bn.callbacks.lightning_internals import data_parallel_group
+from lightning_bn.callbacks.both_lightnings import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    TorchSyncBatchNorm,
+    Trainer,
+    callbacks_of,
+)
+from lightning_bn.callbacks.lightning_internals import data_parallel_group, layer_sync_of
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.ranks.synchronization import merge_statistics, synchronise
 from lightning_bn.sharding import check_each_sees_its_own, check_not_distributed
 
-__all__ = ["BatchNormSync"]
+__all__ = ["BatchNormSync", "check_plugin_is_applied"]
 
 
 # Trainer(sync_batchnorm=True) takes no other LayerSync beside it than a TorchSyncBatchNorm.
@@ -147,3 +154,22 @@ class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see 
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _undo=WeakKeyDictionary())
+
+
+def check_plugin_is_applied(trainer: Trainer, module: LightningModule) -> None:
+    """Raise where `BatchNormSync` was given as a plugin under a strategy that applies none; to be called when a fit
+    starts.
+
+    Raises:
+        MisconfigurationException: with the form that every strategy passes.
+    """
+    plugin = layer_sync_of(trainer)
+    if not isinstance(plugin, BatchNormSync) or trainer.world_size < 2:
+        return
+    if plugin.is_applied_to(module) or plugin in callbacks_of(trainer):
+        return
+    raise MisconfigurationException(
+        f"Trainer(plugins=[BatchNormSync(...)]): {type(trainer.strategy).__name__} applies no plugin of this kind, so "
+        "no layer would be synchronised. Give it as a callback: Trainer(callbacks=[BatchNormSync(...)]), without "
+        "plugins= and sync_batchnorm=."
+    )

@@ -1,1 +1,0 @@
-"""Plugins for Lightning's Trainer; each translates what Lightning asks for into calls of the core."""
