@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
+import lightning_bn
 from lightning_bn.cli.output import FINDINGS, INTERRUPTED, USAGE, RefusedError, UsageError
-from lightning_bn.cli.wording import speak_plainly
 
 __all__ = ["main"]
 
-_PATHS = ("checkpoints", "runs", "ckpt_path", "config", "output")
 _EXIT_CODES = "Exit codes: 0 all is well; 1 findings, or refused with nothing changed; 2 invalid command line."
 _OVERRIDES = (
     "What stands after -- goes to the LightningCLI and overrides the config, as in: -- --trainer.accelerator=cpu "
@@ -25,18 +22,17 @@ _OVERRIDES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``lightning-bn`` with the arguments `argv`, by default the process's own; return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    own, overrides = _split(arguments)
+    own, overrides = arguments, []
+    if "--" in arguments:
+        place = arguments.index("--")
+        own, overrides = arguments[:place], arguments[place + 1 :]
+    parser = _parser()
     try:
-        parser = _parser()
-        _check_command(own)
-        parsed = parser.parse_args(own)
-        options = parsed.as_dict() if hasattr(parsed, "as_dict") else _by_command(vars(parsed))
-        command = options.pop("subcommand")
-        if command is None:
+        options = parser.parse_args(own, argparse.Namespace(overrides=overrides))
+        if options.command is None:
             parser.print_help()
             return USAGE
-        values = {name: _as_path(value) if name in _PATHS else value for name, value in options[command].items()}
-        return _run(command, values, overrides)
+        return int(options.run(options))
     except SystemExit as stop:  # the parsers' own way out
         return stop.code if isinstance(stop.code, int) else USAGE if stop.code else 0
     except UsageError as error:
@@ -47,129 +43,94 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("interrupted; no file was changed.", INTERRUPTED)
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in arguments:
-        return arguments, []
-    place = arguments.index("--")
-    return arguments[:place], arguments[place + 1 :]
-
-
-def _check_command(arguments: list[str]) -> None:
-    """Raise where the first argument is a word that is no command, with the command that it may stand for."""
-    named = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if named is not None and named not in _COMMANDS:
-        near = get_close_matches(named, _COMMANDS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"there is no command {named}.{hint} The commands are {', '.join(_COMMANDS)}.")
-
-
-def _by_command(options: dict[str, Any]) -> dict[str, Any]:
-    """Return argparse's options in the form of jsonargparse's, by command."""
-    command = options.pop("subcommand")
-    return {"subcommand": command, command: options}
-
-
-def _as_path(value: Any) -> Any:
-    if isinstance(value, list):
-        return [Path(each) for each in value]
-    return None if value is None else Path(value)
-
-
 def _complain(error: object, code: int) -> int:
     print(f"lightning-bn: {error}", file=sys.stderr)
     return code
 
 
-def _run(command: str, options: dict[str, Any], overrides: list[str]) -> int:
-    if command in ("inspect", "rules", "report"):
-        if overrides:
-            raise UsageError(f"{command} reads no config, so nothing goes after --.")
-        if command == "report":
-            from lightning_bn.cli.report import report  # which needs no torch
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-bn",
+        description="Recalibrate, look at and compare batch-norm statistics in checkpoints; show a run on one page.",
+        epilog=_EXIT_CODES,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lightning-bn {lightning_bn.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for run, build, epilog in (
+        (_recalibrate, _add_recalibrate, _OVERRIDES),
+        (_validate, _add_validate, _OVERRIDES),
+        (_inspect, _add_inspect, ""),
+        (_rules, _add_rules, ""),
+        (_report, _add_report, ""),
+    ):
+        name, text = run.__name__.removeprefix("_"), " ".join(str(run.__doc__).split())
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=epilog + _EXIT_CODES, allow_abbrev=False
+        )
+        build(command)
+        command.set_defaults(run=run)
+    return parser
 
-            return report(**options)
-        from lightning_bn.cli import inspection
 
-        return int(getattr(inspection, command)(**options))
-    if options["num_batches"] < 1:
-        raise UsageError(f"--num_batches {options['num_batches']}: it takes a whole number above 0.")
-    if options["tolerance"] is not None and not options["tolerance"] > 0:
-        raise UsageError(f"--tolerance {options['tolerance']:g}: it takes a number above 0, as 0.02.")
-    if options["exact"] and options["tolerance"] is not None:
+def _recalibrate(options: argparse.Namespace) -> int:
+    """Estimate the running statistics in a checkpoint anew, with its weights, and write another checkpoint."""
+    return _configured("recalibrate", options)
+
+
+def _validate(options: argparse.Namespace) -> int:
+    """Validate a checkpoint; with --compare under its own, recalibrated and batch statistics: the train/eval gap in one
+    table."""
+    return _configured("validate", options)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    """Say what is in the batch-norm layers of a checkpoint, or how far they moved between two; no model is built."""
+    from lightning_bn.cli.reading import inspect
+
+    return inspect(_without_overrides(options).checkpoints, json=options.json)
+
+
+def _rules(options: argparse.Namespace) -> int:
+    """List the rules about batch norm, or explain one."""
+    from lightning_bn.cli.reading import rules
+
+    return rules(_without_overrides(options).code, json=options.json)
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Write the page about a run, or about two to compare, as one HTML file."""
+    from lightning_bn.cli.report import report  # which needs no torch
+
+    return report(_without_overrides(options).runs, output=options.output)
+
+
+def _without_overrides(options: argparse.Namespace) -> argparse.Namespace:
+    if options.overrides:
+        raise UsageError(f"{options.command} reads no config, so nothing goes after --.")
+    return options
+
+
+def _configured(command: str, options: argparse.Namespace) -> int:
+    if options.exact and options.tolerance is not None:
         raise UsageError(
             "--exact needs all batches at once and can't stop at a --tolerance; give --num_batches with it."
         )
-    # These import Lightning, which takes seconds.
-    if command == "recalibrate":
-        from lightning_bn.cli.recalibration import recalibrate
-
-        return recalibrate(overrides=overrides, **options)
-    from lightning_bn.cli.validation import validate
-
-    return validate(overrides=overrides, **options)
-
-
-def _parser() -> Any:
-    description = "Recalibrate, look at and compare batch-norm statistics in checkpoints; show a run on one page."
     try:
-        from jsonargparse import ArgumentParser
-    except ImportError:
-        return _parser_without_configs(description)
-    parser = ArgumentParser(prog="lightning-bn", version=_version(), description=description, epilog=_EXIT_CODES)
-    speak_plainly(parser)
-    commands = parser.add_subcommands(required=False, metavar="COMMAND")
-    for name, build in _COMMANDS.items():
-        command = ArgumentParser(description=build.__doc__, epilog=_EXIT_CODES)
-        build(command)
-        speak_plainly(command, name)
-        commands.add_subcommand(name, command, help=build.__doc__)
-    return parser
+        import jsonargparse  # noqa: F401, what LightningCLI reads a config with
+    except ImportError as error:
+        raise RefusedError(f"{command} reads a config: pip install 'lightning-bn[cli]'.") from error
+    from lightning_bn.cli import configured  # which imports Lightning, and that takes seconds
+
+    run: Callable[[argparse.Namespace], int] = getattr(configured, command)
+    return run(options)
 
 
-def _parser_without_configs(description: str) -> argparse.ArgumentParser:
-    """Return a parser of what needs no config, and so no jsonargparse; the other commands say how to install it."""
-    parser = argparse.ArgumentParser(prog="lightning-bn", description=description, epilog=_EXIT_CODES)
-    parser.add_argument("--version", action="version", version=f"lightning-bn {_version()}")
-    speak_plainly(parser)
-    commands = parser.add_subparsers(dest="subcommand", metavar="COMMAND")
-    for name in _WITHOUT_CONFIG:
-        build = _COMMANDS[name]
-        command = commands.add_parser(name, help=build.__doc__, description=build.__doc__, epilog=_EXIT_CODES)
-        build(command)
-        speak_plainly(command, name)
-    for name in _COMMANDS.keys() - set(_WITHOUT_CONFIG):
-        commands.add_parser(name, add_help=False, help="needs pip install 'lightning-bn[cli]'").set_defaults(
-            needs_configs=True
-        )
-    parser.parse_args = _refusing(parser.parse_known_args, commands.choices)  # type: ignore[method-assign]
-    return parser
-
-
-def _refusing(parse: Any, commands: Any) -> Any:
-    def parse_args(arguments: list[str]) -> argparse.Namespace:
-        options, unknown = parse(arguments)
-        if vars(options).pop("needs_configs", False):
-            raise RefusedError(f"{options.subcommand} reads a config: pip install 'lightning-bn[cli]'.")
-        if unknown:
-            commands[options.subcommand].error(f"unrecognized arguments: {' '.join(unknown)}")
-        return options  # type: ignore[no-any-return]
-
-    return parse_args
-
-
-def _version() -> str:
-    import lightning_bn
-
-    return lightning_bn.__version__
-
-
-def _recalibrate(parser: Any) -> None:
-    """Estimate the running statistics in a checkpoint anew, with its weights, and write another checkpoint."""
-    parser.epilog = _OVERRIDES + _EXIT_CODES
+def _add_recalibrate(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     _add_recalibration(parser)
     parser.add_argument(
-        "--output", type=str | None, help="the new file; default: <ckpt_path>-recalibrated.ckpt next to the old one"
+        "--output", type=Path, help="the new file; default: <ckpt_path>-recalibrated.ckpt next to the old one"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="let the new file replace one that is there, be it the input"
@@ -178,10 +139,7 @@ def _recalibrate(parser: Any) -> None:
     _add_json(parser)
 
 
-def _validate(parser: Any) -> None:
-    """Validate a checkpoint; with --compare under its own, recalibrated and batch statistics: the train/eval gap in one
-    table."""
-    parser.epilog = _OVERRIDES + _EXIT_CODES
+def _add_validate(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
     parser.add_argument(
         "--compare", action="store_true", help="also validate under recalibrated and under batch statistics"
@@ -190,11 +148,10 @@ def _validate(parser: Any) -> None:
     _add_json(parser)
 
 
-def _inspect(parser: Any) -> None:
-    """Say what is in the batch-norm layers of a checkpoint, or how far they moved between two; no model is built."""
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoints",
-        type=str,
+        type=Path,
         nargs="+",
         metavar="CKPT",
         help="a state_dict or Lightning checkpoint; a second to compare",
@@ -202,60 +159,49 @@ def _inspect(parser: Any) -> None:
     _add_json(parser)
 
 
-def _rules(parser: Any) -> None:
-    """List the rules about batch norm, or explain one."""
-    parser.add_argument("code", type=str, nargs="?", metavar="CODE", help="the rule to explain, as BN104")
+def _add_rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("code", nargs="?", metavar="CODE", help="the rule to explain, as BN104")
     _add_json(parser)
 
 
-def _report(parser: Any) -> None:
-    """Write the page about a run, or about two to compare, as one HTML file."""
+def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs",
-        type=str,
+        type=Path,
         nargs="+",
         metavar="RUN",
         help="the folder of a run, in which its lightning_bn.jsonl lies, or one with a single run below",
     )
-    parser.add_argument("--output", type=str, default="report.html", help="the file to write")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
 
 
-def _add_run(parser: Any) -> None:
-    parser.add_argument(
-        "--config", type=str, required=True, nargs="+", help="the config of a LightningCLI; later ones override"
-    )
-    parser.add_argument("--ckpt_path", type=str, required=True, help="the checkpoint")
-    parser.add_argument(
-        "--model",
-        type=str | None,
-        help="class of the model, as main.Classifier, where the config has no class_path for it",
-    )
-    parser.add_argument("--data", type=str | None, help="class of the datamodule, likewise")
-    parser.add_argument(
-        "--cli", type=str | None, help="your subclass of LightningCLI, if its config has keys of its own"
-    )
-    parser.add_argument(
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config", type=Path, required=True, nargs="+", help="the config of a LightningCLI; later ones override")
+    add("--ckpt_path", type=Path, required=True, help="the checkpoint")
+    add("--model", help="class of the model, as main.Classifier, where the config has no class_path for it")
+    add("--data", help="class of the datamodule, likewise")
+    add("--cli", help="your subclass of LightningCLI, if its config has keys of its own")
+    add(
         "--weights_only",
-        type=bool,
-        default=True,
+        type=str.lower,
+        choices=["true", "false"],
+        default="true",
         help="false loads pickled objects too, and may run code from the file",
     )
 
 
-def _add_recalibration(parser: Any) -> None:
-    parser.add_argument("--num_batches", type=int, default=200, help="batches to look at, at most")
-    parser.add_argument(
-        "--tolerance",
-        type=float | None,
-        help="stop at this standard error of the means, in standard deviations",
-    )
-    parser.add_argument(
+def _add_recalibration(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--num_batches", type=_batches, default=200, help="batches to look at, at most")
+    add("--tolerance", type=_tolerance, help="stop at this standard error of the means, in standard deviations")
+    add(
         "--exact",
         action="store_true",
         help="statistics of the network as it runs at inference; holds all batches in memory",
     )
-    parser.add_argument("--dataloader", choices=["train", "val"], default="train", help="which of the data to look at")
-    parser.add_argument(
+    add("--dataloader", choices=["train", "val"], default="train", help="which of the data to look at")
+    add(
         "--layers",
         nargs="+",
         metavar="PATTERN",
@@ -263,15 +209,21 @@ def _add_recalibration(parser: Any) -> None:
     )
 
 
-def _add_json(parser: Any) -> None:
+def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
-_COMMANDS: dict[str, Callable[[Any], None]] = {
-    "recalibrate": _recalibrate,
-    "validate": _validate,
-    "inspect": _inspect,
-    "rules": _rules,
-    "report": _report,
-}
-_WITHOUT_CONFIG = ("inspect", "rules", "report")
+def _batches(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it takes a whole number above 0, not {text}")
+    return int(text)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"it takes a number above 0, as 0.02, not {text}")
+    return value

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -82,29 +83,16 @@ class Session:
     """What a config describes, quiet: no logger, no file, and of its callbacks `ConvertBatchNorm` alone.
 
     Args:
-        configs: files for a LightningCLI, or of one; later ones override.
-        overrides: further arguments for it.
+        options: of the command line: `config`, `overrides`, `model`, `data` and `cli`.
         checkpoint: whose weights the passes run with.
-        model: path of the model's class, where the configs don't have it.
-        data: path of the datamodule's class, likewise.
-        cli: path of the user's own subclass of LightningCLI.
     """
 
-    def __init__(
-        self,
-        configs: Sequence[Path],
-        overrides: Sequence[str],
-        checkpoint: dict[str, Any],
-        *,
-        model: str | None,
-        data: str | None,
-        cli: str | None,
-    ) -> None:
+    def __init__(self, options: Namespace, checkpoint: dict[str, Any]) -> None:
         for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
             logging.getLogger(name).setLevel(logging.WARNING)
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-        built = _build(configs, overrides, model, data, cli)
+        built = _build(options.config, options.overrides, options.model, options.data, options.cli)
         self.trainer: Trainer = built.trainer
         self._module: LightningModule = built.model
         self._datamodule = built.datamodule
@@ -114,13 +102,15 @@ class Session:
         self._callbacks = _converting(built.trainer.callbacks)
 
     def recalibrate(
-        self, dataloader: str, layers: Sequence[str] | None, **options: Any
+        self, options: Namespace, *, dry_run: bool = False
     ) -> tuple[RecalibrationReport, dict[str, Tensor]]:
         """Recalibrate the model with the checkpoint's weights; return the report, and the statistics by their keys in
         the checkpoint."""
         state: dict[str, Tensor] = self._checkpoint["state_dict"]
+        how = {name: getattr(options, name) for name in ("num_batches", "tolerance", "exact")}
         # A bar of many lines in a log file tells nobody anything.
-        run = _Recalibration(dataloader, layers, {"progress": sys.stderr.isatty(), **options})
+        how |= {"progress": sys.stderr.isatty(), "dry_run": dry_run}
+        run = _Recalibration(options.dataloader, options.layers, how)
         self._run(self.trainer.fit, {}, run)
         if run.report is None:
             raise RefusedError("the config has no training data, without which Lightning does not fit.")

@@ -260,10 +260,6 @@ def test_what_needs_no_config_needs_no_extra(
     assert (code, len(json.loads(out)["layers"])) == (0, 2)
     code, _, err = call("recalibrate", *run.options, capsys=capsys)
     assert (code, "pip install 'lightning-bn[cli]'" in err) == (1, True)
-    code, _, err = call("rules", "--yaml", capsys=capsys)
-    assert (code, "there is no option --yaml" in err) == (2, True)
-    code, _, err = call("inspect", capsys=capsys)
-    assert (code, "it takes a checkpoint. All options: lightning-bn inspect --help" in err) == (2, True)
 
 
 def test_a_wrong_class_is_told_before_a_file_that_exists(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
