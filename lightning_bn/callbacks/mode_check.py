@@ -29,12 +29,10 @@ from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
 from lightning_bn.discovery import parts_called_by
 from lightning_bn.layers.ledger import settle_together
 from lightning_bn.rules import RULES, Finding, ModeCheckError
-from lightning_bn.rules.arguments import check_action, check_codes, mendable_codes
-from lightning_bn.rules.finding import Action
+from lightning_bn.rules.arguments import Setting, check_action, check_codes
+from lightning_bn.rules.finding import Action, markdown
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import Modes
-from lightning_bn.rules.rule import Setting
-from lightning_bn.rules.table import markdown
 
 __all__ = ["ModeCheck"]
 
@@ -88,7 +86,7 @@ class ModeCheck(Callback):
     ) -> None:
         check_action("ModeCheck", action)
         check_codes(f"ModeCheck(ignore={ignore!r})", ignore, RULES)
-        check_codes(f"ModeCheck(fix={fix!r})", fix, mendable_codes())
+        check_codes(f"ModeCheck(fix={fix!r})", fix, [code for code, rule in RULES.items() if rule.mendable])
         if every_n_steps is not None and (not isinstance(every_n_steps, int) or every_n_steps < 1):
             raise ValueError(
                 f"ModeCheck(every_n_steps={every_n_steps!r}): a number of training batches, at least 1, or None."

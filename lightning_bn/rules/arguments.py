@@ -1,19 +1,43 @@
-"""What the callers of the rules may ask for: codes, actions, patterns of module names."""
+"""What the callers of the rules say of a run, and may ask for: codes, actions, patterns of module names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
-from lightning_bn.rules import RULES
-from lightning_bn.rules.rule import Setting
+from torch.optim import Optimizer
 
-__all__ = ["check_action", "check_codes", "check_patterns", "mendable_codes"]
+from lightning_bn.rules.observer import ancestors
+
+__all__ = ["Setting", "check_action", "check_codes", "check_patterns"]
 
 
-def mendable_codes() -> list[str]:
-    """Return the codes that ``fix`` takes."""
-    return [code for code, rule in RULES.items() if rule.mendable]
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a run apart from the model."""
+
+    root: str = "model"
+    """How the user's code calls the model."""
+    caller: str = "check"
+    """What the user called, and may give ``ignore`` and ``allow_eval``."""
+    allow_eval: tuple[str, ...] = ()
+    ranks: int = 1
+    accumulated: int = 1
+    """Batches a gradient is accumulated over."""
+    manual: bool = False
+    """Whether the user's code steps the optimizers, and so may call parts of the model in turn."""
+    scheduled: bool = False
+    """Whether a callback freezes parts of the model for a while and unfreezes them later."""
+    own_statistics: bool = False
+    """Whether nothing makes the running statistics of one rank those of the others (DDP with
+    ``broadcast_buffers=False``)."""
+    optimizers: Callable[[], Sequence[Optimizer]] | None = None
+    """Asked anew each time, since parameters are added while a model is unfrozen; None if that is unknown."""
+
+    def allows_eval(self, name: str) -> bool:
+        """Whether the module, or one above it, is kept in eval mode on purpose."""
+        return any(fnmatchcase(each, pattern) for pattern in self.allow_eval for each in (name, *ancestors(name)))
 
 
 def check_codes(call: str, codes: Sequence[str], known: Iterable[str]) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.layers.settlement import is_synchronised
 from lightning_bn.rules.adjacency import DeadBias, DropoutShift
+from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.fixes import expression, group_norms, listing
 from lightning_bn.rules.order import Order
-from lightning_bn.rules.rule import BatchRecord, Configuration, Fix, Level, Rule, Seen, Setting
+from lightning_bn.rules.rule import BatchRecord, Configuration, Fix, Level, Rule, Seen
 
 __all__ = ["CONFIGURATION_RULES"]
 

@@ -1,14 +1,14 @@
-"""What a rule found: fields first, and the message made of them when it is asked for."""
+"""What a rule found: fields first, and the message or the table made of them when it is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_bn.tables import html_table
+from lightning_bn.tables import html_table, markdown_table
 
-__all__ = ["Action", "Finding", "Fix", "Level", "ModeCheckError", "Place"]
+__all__ = ["Action", "Finding", "Fix", "Level", "ModeCheckError", "Place", "markdown"]
 
 Level = Literal["error", "warning", "info"]
 
@@ -120,3 +120,19 @@ class ModeCheckError(RuntimeError):
     def __init__(self, findings: Sequence[Finding]) -> None:
         self.findings = list(findings)
         super().__init__("\n".join(str(finding) for finding in findings))
+
+
+def markdown(findings: Iterable[Finding]) -> str:
+    """Return the findings as a Markdown table, the worst first."""
+    rows = []
+    for finding in sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding.level)):
+        what = (
+            finding.title,
+            f"seen: {finding.seen}",
+            f"why: {finding.why}",
+            f"fix: `{finding.fix}`",
+            f"more: {finding.link}",
+        )
+        when = f"{finding.stage}, step {finding.step}"
+        rows.append((finding.level, finding.code, finding.where, when, "<br>".join(what)))
+    return "\n".join(markdown_table(("level", "rule", "where", "when", "what"), rows, left=5))

@@ -14,7 +14,7 @@ from lightning_bn.buffers import running_mean
 from lightning_bn.ranks.collective import share
 from lightning_bn.rules import RULES, Finding, Rule
 from lightning_bn.rules.adjacency import AdjacencyProbe
-from lightning_bn.rules.arguments import check_codes, check_patterns
+from lightning_bn.rules.arguments import Setting, check_codes, check_patterns
 from lightning_bn.rules.boundaries import Boundaries
 from lightning_bn.rules.copies import Copies
 from lightning_bn.rules.exchanged import ExchangedWeights
@@ -25,7 +25,7 @@ from lightning_bn.rules.order import BatchOrder
 from lightning_bn.rules.probe import EvaluationProbe, vanishing
 from lightning_bn.rules.readings import Reading, ranks_apart
 from lightning_bn.rules.register import Moment, Register
-from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Exchange, Return, Seen, Setting
+from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Exchange, Return, Seen
 from lightning_bn.torch_internals import is_compiled
 
 __all__ = ["Inspection"]

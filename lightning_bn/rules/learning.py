@@ -6,8 +6,8 @@ from torch import nn
 from torch.optim import LBFGS
 
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.observer import Observer, ancestors
-from lightning_bn.rules.rule import Setting
 
 __all__ = ["Learning"]
 

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.discovery import BatchNormLayer, user_name
+from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.fixes import allowed, call, expression, learns, mode_calls, modules_of
 from lightning_bn.rules.observer import ForwardRecord, Modes, Observer, ancestors
-from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Fix, Level, Return, Rule, Seen, Setting
+from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Fix, Level, Return, Rule, Seen
 from lightning_bn.torch_internals import is_compiled
 
 __all__ = ["MODE_RULES", "visits"]

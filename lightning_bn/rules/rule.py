@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from torch.optim import Optimizer
-
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.finding import Finding, Fix, Level, ModeCheckError
-from lightning_bn.rules.observer import ForwardRecord, Modes, Observer, ancestors
+from lightning_bn.rules.observer import ForwardRecord, Modes, Observer
 
 if TYPE_CHECKING:
     from lightning_bn.rules.adjacency import DeadBias, DropoutShift
@@ -33,7 +31,6 @@ __all__ = [
     "Return",
     "Rule",
     "Seen",
-    "Setting",
 ]
 
 
@@ -52,33 +49,6 @@ class Seen:
     mend: Callable[[], None] | None = None
     worst_first: bool = False
     """Whether the first of the layers is the one to name, rather than a module that holds several."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is known of a run apart from the model."""
-
-    root: str = "model"
-    """How the user's code calls the model."""
-    caller: str = "check"
-    """What the user called, and may give ``ignore`` and ``allow_eval``."""
-    allow_eval: tuple[str, ...] = ()
-    ranks: int = 1
-    accumulated: int = 1
-    """Batches a gradient is accumulated over."""
-    manual: bool = False
-    """Whether the user's code steps the optimizers, and so may call parts of the model in turn."""
-    scheduled: bool = False
-    """Whether a callback freezes parts of the model for a while and unfreezes them later."""
-    own_statistics: bool = False
-    """Whether nothing makes the running statistics of one rank those of the others (DDP with
-    ``broadcast_buffers=False``)."""
-    optimizers: Callable[[], Sequence[Optimizer]] | None = None
-    """Asked anew each time, since parameters are added while a model is unfrozen; None if that is unknown."""
-
-    def allows_eval(self, name: str) -> bool:
-        """Whether the module, or one above it, is kept in eval mode on purpose."""
-        return any(fnmatchcase(each, pattern) for pattern in self.allow_eval for each in (name, *ancestors(name)))
 
 
 @dataclass

@@ -13,10 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_bn.choices import Choices, as_patterns
 from lightning_bn.rules import Finding, ModeCheckError
-from lightning_bn.rules.arguments import check_action
+from lightning_bn.rules.arguments import Setting, check_action
 from lightning_bn.rules.finding import Action
 from lightning_bn.rules.inspection import Inspection
-from lightning_bn.rules.rule import Setting
 
 __all__ = ["check", "watch"]
 

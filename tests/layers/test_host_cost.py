@@ -24,8 +24,8 @@ from lightning_bn import (
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.layers import select_layers
 from lightning_bn.comparison.followers import Followers
+from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.inspection import Inspection
-from lightning_bn.rules.rule import Setting
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 from operations import Operations, count_operations, on_meta, operations_a_further_layer, peak_memory

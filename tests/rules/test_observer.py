@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bn import Finding, ModeCheck, check
 from lightning_bn.rules import routine
+from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import Observer
-from lightning_bn.rules.rule import Setting
 
 
 def layer_hooks(module: nn.Module) -> int:

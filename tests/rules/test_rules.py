@@ -15,9 +15,9 @@ from torch.optim import optimizer
 
 from lightning_bn import Finding, ModeCheckError, Window, check, convert_batch_norm, recalibrate, watch
 from lightning_bn.rules import RULES
+from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.fixes import expression, modules_of
 from lightning_bn.rules.inspection import Inspection
-from lightning_bn.rules.rule import Setting
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "rules.md"
 

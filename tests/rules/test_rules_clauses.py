@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from lightning_bn import ModeCheck, check
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.rules import RULES
+from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.gaps import Gap
 from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.order import BatchOrder, Order
 from lightning_bn.rules.probe import EvaluationProbe, far, vanishing
-from lightning_bn.rules.rule import Evaluation, Setting
+from lightning_bn.rules.rule import Evaluation
 
 BACKBONE = ("model.backbone.0.1", "model.backbone.1.1")
 
