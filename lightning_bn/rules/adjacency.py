@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, user_name
 
-__all__ = ["AdjacencyProbe", "DeadBias", "DropoutShift"]
+__all__ = ["Adjacency", "DeadBias", "DropoutShift"]
 
 # Where the bias stands among the inputs of a node, and the dimension of its output that it is added along.
 _BIAS_PLACE = {"ConvolutionBackward0": 2, "AddmmBackward0": 0}
@@ -43,7 +43,7 @@ class DropoutShift:
     """Mean over channels of the variance behind it over the variance before it, in one training batch."""
 
 
-class AdjacencyProbe:
+class Adjacency:
     """Hooks for the length of one training batch; `close` removes them.
 
     Args:

@@ -12,7 +12,7 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.fixes import modules_of
 from lightning_bn.rules.learning import Learning
 from lightning_bn.rules.observer import Observer, versions
-from lightning_bn.rules.readings import Reading
+from lightning_bn.rules.snapshots import StatisticsSnapshot
 from lightning_bn.sharding import local_value
 from lightning_bn.torch_internals import parameters_of
 
@@ -37,7 +37,7 @@ class Copies:
         self._held: dict[int, tuple[int, Tensor | None]] = {}
         self._watched: list[tuple[int, int, Mapping[str, Tensor | None]]] = []  # index, version, parameters
         self._decided: set[int] = set()
-        self._start: tuple[Tensor, Reading] | None = None
+        self._start: tuple[Tensor, StatisticsSnapshot] | None = None
 
     @property
     def held(self) -> set[int]:
@@ -47,7 +47,7 @@ class Copies:
     def begin(self) -> None:
         """Training begins: keep what weights and statistics are."""
         if self._start is None:
-            self._start = self._samples(), Reading(self._observer.layers)
+            self._start = self._samples(), StatisticsSnapshot(self._observer.layers)
 
     def compare(self) -> None:
         """Note which of the layers that do not learn were written all the same; at the beginning and at the end of each
@@ -88,7 +88,7 @@ class Copies:
             return []
         weights, statistics = self._start
         changed = (self._samples() != weights.to(self._device())).any(1).tolist()
-        before, now = statistics.values(), Reading(self._observer.layers).values()
+        before, now = statistics.values(), StatisticsSnapshot(self._observer.layers).values()
         return [
             each
             for each in candidates

@@ -13,7 +13,7 @@ from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.gaps import LEAST_TRACKED
 from lightning_bn.rules.probe import EvaluationProbe, far
-from lightning_bn.rules.readings import Reading, WeightSamples
+from lightning_bn.rules.snapshots import StatisticsSnapshot, WeightSamples
 
 __all__ = ["ExchangedWeights"]
 
@@ -27,11 +27,11 @@ class ExchangedWeights:
 
     def __init__(self) -> None:
         self.seen = False
-        self._anchor: tuple[WeightSamples, Reading] | None = None
+        self._anchor: tuple[WeightSamples, StatisticsSnapshot] | None = None
 
     def anchor(self, model: nn.Module, layers: Sequence[BatchNormLayer]) -> None:
         """Remember weights and statistics for `since_anchor`."""
-        self._anchor = WeightSamples(model), Reading(layers)
+        self._anchor = WeightSamples(model), StatisticsSnapshot(layers)
 
     def forget(self) -> None:
         """Remember nothing."""
@@ -46,7 +46,7 @@ class ExchangedWeights:
         if anchor is None or not anchor[0].differ(WeightSamples(model)):
             return None
         self.seen = True
-        before, now = anchor[1].values(), Reading(layers).values()
+        before, now = anchor[1].values(), StatisticsSnapshot(layers).values()
         return [
             each.layer.name
             for index, each in now.items()
@@ -67,7 +67,7 @@ class ExchangedWeights:
         self.seen = self.seen or bool(inside)
         apart: dict[str, float] = {}
         if self.seen:
-            tracked = Reading(layers).counts()
+            tracked = StatisticsSnapshot(layers).counts()
             apart = {
                 layers[index].name: times
                 for index, times in far(look).items()

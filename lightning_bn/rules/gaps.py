@@ -13,7 +13,7 @@ from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.layers.settlement import rule_of
 from lightning_bn.moments import drift
-from lightning_bn.rules.readings import Reading
+from lightning_bn.rules.snapshots import StatisticsSnapshot
 
 __all__ = ["GAP_LOG_RATIO", "LEAST_TRACKED", "START_FORGOTTEN", "Gap", "Marks", "gaps"]
 
@@ -55,7 +55,7 @@ class Gap:
     tracked: int
 
 
-def gaps(earlier: Reading, now: Reading) -> dict[int, Gap]:
+def gaps(earlier: StatisticsSnapshot, now: StatisticsSnapshot) -> dict[int, Gap]:
     """Compare the running statistics with the batches that came between two readings, layer by layer; waits for the
     device.
 
@@ -103,7 +103,7 @@ class Marks:
 
     def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
         self._layers = layers
-        self._marks: list[Reading] = []
+        self._marks: list[StatisticsSnapshot] = []
 
     def forget(self) -> None:
         """An epoch begins, or somebody wrote into the statistics."""
@@ -114,13 +114,13 @@ class Marks:
         as it may be cut short, and shortly before its end."""
         near = index == batches - _BATCHES_A_READING if math.isfinite(batches) else index % _BATCHES_A_READING == 0
         if near and math.isfinite(batches):
-            self._marks = [Reading(self._layers)]
+            self._marks = [StatisticsSnapshot(self._layers)]
         elif near or not self._marks:
-            self._marks = [*self._marks[-1:], Reading(self._layers)]
+            self._marks = [*self._marks[-1:], StatisticsSnapshot(self._layers)]
 
     def gaps(self) -> dict[int, Gap]:
         """Return how far each layer's statistics are from those of the batches since; waits for the device."""
-        return gaps(self._marks[0], Reading(self._layers)) if self._marks else {}
+        return gaps(self._marks[0], StatisticsSnapshot(self._layers)) if self._marks else {}
 
 
 def _without_start(log_ratio: Tensor, var: Tensor, running_var: Tensor, start: float, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_bn.buffers import running_mean
 from lightning_bn.ranks.collective import share
 from lightning_bn.rules import RULES, Finding, Rule
-from lightning_bn.rules.adjacency import AdjacencyProbe
+from lightning_bn.rules.adjacency import Adjacency
 from lightning_bn.rules.arguments import Setting, check_codes, check_patterns
 from lightning_bn.rules.boundaries import Boundaries
 from lightning_bn.rules.copies import Copies
@@ -23,9 +23,9 @@ from lightning_bn.rules.learning import Learning
 from lightning_bn.rules.observer import Modes, Observer
 from lightning_bn.rules.order import BatchOrder
 from lightning_bn.rules.probe import EvaluationProbe, vanishing
-from lightning_bn.rules.readings import Reading, ranks_apart
 from lightning_bn.rules.register import Moment, Register
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Exchange, Return, Seen
+from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart
 from lightning_bn.torch_internals import is_compiled
 
 __all__ = ["Inspection"]
@@ -72,7 +72,7 @@ class Inspection:
         self._interrupted = False
         self._marks = Marks(self.observer.layers)
         self._batches = 0
-        self._counted: tuple[int, Reading] = (0, Reading(()))
+        self._counted: tuple[int, StatisticsSnapshot] = (0, StatisticsSnapshot(()))
         self._last_check = "nothing was known of them before"
         self._weights = ExchangedWeights()
         self._copies = Copies(self.observer)
@@ -84,7 +84,7 @@ class Inspection:
         self._largest = 0
         self._last: BatchRecord | None = None
         self._counts_before: dict[int, int] = {}
-        self._probe: AdjacencyProbe | None = None
+        self._adjacency: Adjacency | None = None
         self._uses: Mapping[str, int] = {}
         self.tracing = False
         """Whether `trace` is still to be told what the first training batch computed."""
@@ -92,8 +92,8 @@ class Inspection:
     def attach(self, entries: Iterable[nn.Module]) -> None:
         """Set the hooks; `entries` are the modules that a training step calls."""
         self.observer.attach(entries)
-        self._counted = (self._batches, Reading(self.observer.layers))
-        self._probe = AdjacencyProbe(self.model, self.observer.layers)
+        self._counted = (self._batches, StatisticsSnapshot(self.observer.layers))
+        self._adjacency = Adjacency(self.model, self.observer.layers)
         self.tracing = True
 
     def renew(self, entries: Callable[[], Iterable[nn.Module]]) -> bool:
@@ -126,13 +126,13 @@ class Inspection:
         if self._look is not None:
             self._look.close()
         self._look, self._last, self._gaps, self._begun = None, None, [], {}
-        tracing, probe = self.tracing, self._probe
+        tracing, probe = self.tracing, self._adjacency
         if probe is not None:
             probe.close()
         self.attach(entries())
         if not tracing:
             self._stop_tracing()
-            self._probe = probe
+            self._adjacency = probe
         self.configuration()
         return True
 
@@ -141,7 +141,7 @@ class Inspection:
         self.observer.close()
         self.tracing = False
         self._boundaries.forget()
-        for probe in (self._probe, self._look):
+        for probe in (self._adjacency, self._look):
             if probe is not None:
                 probe.close()
 
@@ -181,7 +181,7 @@ class Inspection:
             batches: how many the training epoch has, where that is known and the end of the epoch is to be looked at;
                 infinity: not known.
         """
-        if self.observer.trace and self.stage != "train":
+        if self.observer.forwards and self.stage != "train":
             self._judge()  # what ran before the first batch of an evaluation, or between two
         self.stage, self.step, self.index = stage, step, index
         training = stage == "train"
@@ -226,9 +226,9 @@ class Inspection:
     def trace(self, outputs: Any, *, loss: bool = False) -> None:
         """Look through the autograd graph behind `outputs`, a `loss` or what the model returned; only of the first
         training batch."""
-        if self.tracing and self._probe is not None:
-            self._probe.trace(outputs, loss=loss)
-            self._uses = self._probe.uses
+        if self.tracing and self._adjacency is not None:
+            self._adjacency.trace(outputs, loss=loss)
+            self._uses = self._adjacency.uses
 
     def begin_evaluation(self, stage: str, step: int, modes: Modes | None = None) -> None:
         """Begin a validation, test or prediction; `modes` are those before it, where they shall be back after it."""
@@ -251,7 +251,7 @@ class Inspection:
             self._compare_ranks()
         self._judged.pop(stage, None)
         # Its hooks say nothing: what it wrote shows in a comparison alone.
-        self._counts_before = Reading(self.observer.layers).counts() if self._unseen() else {}
+        self._counts_before = StatisticsSnapshot(self.observer.layers).counts() if self._unseen() else {}
         self.observer.watch_closely()
         self.observer.begin()
 
@@ -260,7 +260,7 @@ class Inspection:
         self.observer.end()
         self.index = -1
         self._judge()
-        reading = Reading(self.observer.layers)
+        reading = StatisticsSnapshot(self.observer.layers)
         now = reading.counts() if self._counts_before else {}
         counted = [index for index in self._unseen() if now.get(index, 0) > self._counts_before.get(index, 0)]
         sanity = self.stage == "sanity_check"
@@ -332,7 +332,7 @@ class Inspection:
         self._compare_boundary("after the last batch")
         self.exchanged("after")
         if self.trained:
-            values = Reading(self.observer.layers).values()
+            values = StatisticsSnapshot(self.observer.layers).values()
             ended = Evaluation(
                 self.observer, self.setting, self.stage, self._evaluated, self._steady, values, held=self._copies.held
             )
@@ -342,11 +342,11 @@ class Inspection:
 
     def examine(self) -> None:
         """Look at the values of the running statistics; waits for the device."""
-        reading, last = Reading(self.observer.layers), self._last_check
+        reading, last = StatisticsSnapshot(self.observer.layers), self._last_check
         self._last_check = f"they were sound at step {self.step}"
         self._count(reading)
-        if self._probe is not None and not self.tracing:
-            shifts, self._probe = self._probe.dropout_shifts(), None
+        if self._adjacency is not None and not self.tracing:
+            shifts, self._adjacency = self._adjacency.dropout_shifts(), None
             self._ask(lambda rule: rule.dropouts(shifts, self.setting.root))
         if not reading.sound():
             values = reading.values()
@@ -411,7 +411,9 @@ class Inspection:
         self._ask(lambda rule: rule.averaged(exchange))
 
     def _compare_ranks(self) -> None:
-        own = {index: (each.mean, each.var) for index, each in Reading(self.observer.layers).values().items()}
+        own = {
+            index: (each.mean, each.var) for index, each in StatisticsSnapshot(self.observer.layers).values().items()
+        }
         spread = ranks_apart(share(own))
         names = [self.observer.layers[index].name for index in spread]
         self._ask(lambda rule: rule.apart(names, max(spread.values(), default=0.0)))
@@ -419,7 +421,7 @@ class Inspection:
     def _judge(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> None:
         """Show the batch to the rules, unless it is like one of the last of its stage; without modes, its forwards
         alone."""
-        signature = (self.observer.trace, before, opened, after, len(self.observer.entered_backward))
+        signature = (self.observer.forwards, before, opened, after, len(self.observer.entered_backward))
         known = self._judged.setdefault(self.stage, deque(maxlen=_LIKE_ONE_OF))
         # What is mended and comes back is to be mended again.
         if signature in (list(known)[-1:] if self._register.mends else known):
@@ -469,7 +471,7 @@ class Inspection:
             if layer.tracks and index not in self.observer.seen
         }
 
-    def _count(self, reading: Reading) -> None:
+    def _count(self, reading: StatisticsSnapshot) -> None:
         """Ask the rules about layers whose count of batches rose and whose forwards were never seen."""
         unseen = self._unseen()
         if self.trained and unseen:
@@ -480,15 +482,15 @@ class Inspection:
             self._ask(lambda rule: rule.counts(batch, moved, self._batches - batches))
 
     def _end_tracing(self) -> None:
-        if self._probe is not None:
-            biases = self._probe.dead_biases()
+        if self._adjacency is not None:
+            biases = self._adjacency.dead_biases()
             self._ask(lambda rule: rule.biases(biases))
         self._stop_tracing()
 
     def _stop_tracing(self) -> None:
         # What was measured of dropouts stays on the device until the next check.
-        if self._probe is not None:
-            self._probe.close()
+        if self._adjacency is not None:
+            self._adjacency.close()
         self.tracing = False
 
     def _ask(self, question: Callable[[Rule], Iterable[Seen]]) -> None:

@@ -15,8 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, user_name
 from lightning_bn.layers.settlement import is_lent
-from lightning_bn.rules.forwards import ForwardRecord, Trace, forward_of
-from lightning_bn.rules.routine import Routine, Sketch
+from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
 from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
 
 __all__ = ["ForwardRecord", "Modes", "Observer", "ancestors", "moves_later", "versions"]
@@ -31,7 +30,7 @@ class Observer:
     """Hooks on the batch-norm layers of `model`, and on the modules that a training step calls.
 
     Under `torch.compile` the hooks do nothing, and are traced to nothing: a layer that moves and was never seen is
-    `unseen`. The hooks on the layers rest while training batches are alike: see `Routine`.
+    `unseen`. The layers have no hooks while training batches are alike: see `BatchPattern`.
 
     Args:
         model: its modules and layers are found now; hooks come with `attach`.
@@ -45,7 +44,8 @@ class Observer:
         self.seen: set[int] = set()
         self.trained: set[int] = set()
         """Indices of the layers that ran in a training batch."""
-        self.trace: list[Trace] = []
+        self.forwards: list[ForwardRecord] = []
+        """The forwards of this batch, in their order."""
         self.entered_backward: set[int] = set()
         """The calls of this batch, of those that repeat an input at other weights, that gradients flowed through."""
         self.modes: Modes | None = None
@@ -58,7 +58,7 @@ class Observer:
         """The version of each layer's affine weight at its first forward of this batch."""
         self.on_input: Callable[[Tensor], None] | None = None
         """Called with the input of the first call of each batch; it may not change anything."""
-        self.routine = Routine()
+        self.pattern = BatchPattern()
         self._calls: list[Hashable] = []
         self._versions: list[int] = []
         self._parameters = [parameters_of(layer.module) for layer in self.layers]
@@ -66,18 +66,13 @@ class Observer:
         self._depth = 0
         self._broken = False
         self._compiled = is_compiled(model)
-        self._doors: list[_Door] = []
-        self._taps: list[_Tap] = []
+        self._call_hooks: list[_CallHooks] = []
+        self._layer_hooks: list[_LayerHooks] = []
 
     @property
-    def forwards(self) -> list[ForwardRecord]:
-        """The forwards of this batch, in their order."""
-        return [forward_of(trace) for trace in self.trace]
-
-    @property
-    def resting(self) -> bool:
+    def idle(self) -> bool:
         """Whether the hooks on the layers are off, as training batches are alike."""
-        return bool(self._doors) and not self._taps
+        return bool(self._call_hooks) and not self._layer_hooks
 
     def attach(self, entries: Iterable[nn.Module]) -> None:
         """Set the hooks.
@@ -87,36 +82,36 @@ class Observer:
                 calls.
         """
         parts = [module for module in dict.fromkeys(entries) if not isinstance(module, _BatchNorm)]
-        self._doors = [_Door(self, place, module) for place, module in enumerate(parts)]
-        self.wake()
+        self._call_hooks = [_CallHooks(self, place, module) for place, module in enumerate(parts)]
+        self.watch_layers()
 
     def close(self) -> None:
         """Remove every hook."""
-        self._rest()
-        for door in self._doors:
-            door.close()
-        self._doors = []
+        self._leave_layers()
+        for hooks in self._call_hooks:
+            hooks.close()
+        self._call_hooks = []
         self.recording = False
 
-    def wake(self) -> None:
+    def watch_layers(self) -> None:
         """Set the hooks on the layers, where they are not set."""
-        if not self._taps:
-            self._taps = [_Tap(self, index, layer.module) for index, layer in enumerate(self.layers)]
+        if not self._layer_hooks:
+            self._layer_hooks = [_LayerHooks(self, index, layer.module) for index, layer in enumerate(self.layers)]
 
-    def _rest(self) -> None:
-        for tap in self._taps:
-            tap.close()
-        self._taps = []
+    def _leave_layers(self) -> None:
+        for hooks in self._layer_hooks:
+            hooks.close()
+        self._layer_hooks = []
 
     def begin(self, modes: Modes | None = None) -> None:
         """Begin a batch: what was recorded before is forgotten."""
-        self.trace = []
+        self.forwards = []
         self.entered_backward = set()
         self.modes = modes
         self.call = self.source = self.at = self._depth = 0
         self._sources, self._calls = [], []
         # Of a layer that is not watched now, the first forward of the batch will have been missed.
-        self.first_weights = dict(enumerate(versions(self._parameters, "weight"))) if self.resting else {}
+        self.first_weights = dict(enumerate(versions(self._parameters, "weight"))) if self.idle else {}
         self._versions = self._counts()
         self._broken = False
         self.recording = True
@@ -135,24 +130,24 @@ class Observer:
         moved."""
         self.end()
         rises = list(map(sub, self._counts(), self._versions))
-        usual = self.routine.usual
-        if not self.resting:
-            alike = self.routine.seen(Sketch(self._calls, rises, self.trace, self.entered_backward))
+        usual = self.pattern.usual
+        if not self.idle:
+            alike = self.pattern.seen(BatchOutline(self._calls, rises, self.forwards, self.entered_backward))
             # Code that torch.compile made is made again whenever hooks come or go.
             if alike and not self._broken and not self._compiled:
-                self._rest()
+                self._leave_layers()
         elif (self._calls, rises) == (usual.calls, usual.rises):
-            self.trace, self.entered_backward = usual.trace, usual.entered_backward
+            self.forwards, self.entered_backward = usual.forwards, usual.entered_backward
         else:
-            self.trace, self.entered_backward = self.routine.with_surplus(rises), usual.entered_backward
-            self.routine.broken()
-            self.wake()
+            self.forwards, self.entered_backward = self.pattern.with_surplus(rises), usual.entered_backward
+            self.pattern.broken()
+            self.watch_layers()
 
     def watch_closely(self) -> None:
         """Watch every layer again, whatever batches were like so far."""
-        self.routine.forget()
-        if self._doors:
-            self.wake()
+        self.pattern.forget()
+        if self._call_hooks:
+            self.watch_layers()
 
     def snapshot(self) -> Modes:
         """Return the ``training`` flag of every module."""
@@ -184,11 +179,11 @@ class Observer:
         self._calls.append(
             (place, samples, self.source, torch.is_grad_enabled(), in_backward(), tuple(map(_flags, layers)))
         )
-        if self.resting and not self.routine.follows(self._calls):
-            self.trace = self.routine.before(self.call)
-            self.routine.broken()
+        if self.idle and not self.pattern.follows(self._calls):
+            self.forwards = self.pattern.before(self.call)
+            self.pattern.broken()
             self._broken = True
-            self.wake()
+            self.watch_layers()
 
     def leave(self) -> None:
         """Note that a call of a part of the model ended."""
@@ -229,7 +224,7 @@ class _Hooks:
             handle.remove()
 
 
-class _Door(_Hooks):
+class _CallHooks(_Hooks):
     """The two hooks of a part that a training step calls."""
 
     def __init__(self, observer: Observer, place: int, module: nn.Module) -> None:
@@ -250,7 +245,7 @@ class _Door(_Hooks):
             self._observer.leave()
 
 
-class _Tap(_Hooks):
+class _LayerHooks(_Hooks):
     """The two hooks of one layer."""
 
     def __init__(self, observer: Observer, index: int, layer: _BatchNorm) -> None:
@@ -288,7 +283,7 @@ class _Tap(_Hooks):
         failed = output is None
         shape = () if input is None else tuple(input.shape)
         seen = (training, moved and not failed, tracking, torch.is_grad_enabled(), recomputed, failed)
-        observer.trace.append((index, *seen, call, observer.source, reweighted, shape))
+        observer.forwards.append(ForwardRecord(index, *seen, call, observer.source, reweighted, shape))
         observer.seen.add(index)
         if reweighted and isinstance(output, Tensor) and output.requires_grad:
             entered = observer.entered_backward

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_bn.rules.gaps import Gap
     from lightning_bn.rules.learning import Learning
     from lightning_bn.rules.order import Order
-    from lightning_bn.rules.readings import Values
+    from lightning_bn.rules.snapshots import Values
 
 __all__ = [
     "BatchRecord",

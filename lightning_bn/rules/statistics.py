@@ -14,8 +14,8 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.fixes import call, frozen_regions, modules_of, recalibration
 from lightning_bn.rules.modes import visits
 from lightning_bn.rules.observer import ForwardRecord
-from lightning_bn.rules.readings import LayerValues, Reading, Values, learned
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Fix, Level, Rule, Seen
+from lightning_bn.rules.snapshots import LayerValues, StatisticsSnapshot, Values, learned
 
 __all__ = ["STATISTICS_RULES"]
 
@@ -190,7 +190,7 @@ class NeverUpdated(Rule):
         return self.evaluation(evaluation)
 
     def at_rest(self, at: Configuration) -> Iterator[Seen]:
-        untouched = [each.layer for each in Reading(at.observer.layers).values().values() if each.untouched]
+        untouched = [each.layer for each in StatisticsSnapshot(at.observer.layers).values().values() if each.untouched]
         yield from self._loaded(at, [layer for layer in untouched if learned(layer)])
 
     def _seen(self, evaluation: Evaluation, untouched: list[LayerValues], level: Level) -> Seen:

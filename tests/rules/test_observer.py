@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bn import Finding, ModeCheck, check
-from lightning_bn.rules import routine
+from lightning_bn.rules import batch_pattern
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import Observer
@@ -52,11 +52,11 @@ def launched(batches: int, *callbacks: ModeCheck) -> int:
     return count.launched
 
 
-@pytest.mark.parametrize("patience", [routine.PATIENCE, 1000])
+@pytest.mark.parametrize("patience", [batch_pattern.PATIENCE, 1000])
 def test_launches_nothing(monkeypatch: pytest.MonkeyPatch, patience: int) -> None:
     """Twenty more batches of the first epoch are one look each at the model's input, by which BN307 tells sorted data,
     and no more: a mean, a variance, and the two in one tensor."""
-    monkeypatch.setattr(routine, "PATIENCE", patience)
+    monkeypatch.setattr(batch_pattern, "PATIENCE", patience)
     plain = launched(60) - launched(40)
     checked = launched(60, ModeCheck(action="log")) - launched(40, ModeCheck(action="log"))
     assert plain > 20 * 10
@@ -154,7 +154,7 @@ class TestRest:
         """After three batches alike the layers are without hooks, and the records say what they did before."""
         model = Net()
         inspection = observed(model)
-        assert inspection.observer.resting
+        assert inspection.observer.idle
         assert layer_hooks(model) == 0
         assert [(forward.layer, forward.moved) for forward in inspection.observer.forwards] == [
             (0, True),
@@ -257,7 +257,7 @@ class TestWakes:
         found, hooks = told(event)
         assert hooks[9] == 0
         assert hooks[10] > 0
-        monkeypatch.setattr(routine, "PATIENCE", 1000)
+        monkeypatch.setattr(batch_pattern, "PATIENCE", 1000)
         expected, hooks = told(event)
         assert min(hooks) > 0
         assert found == expected != []
@@ -271,7 +271,7 @@ class TestWakes:
         assert [finding[:4] for finding in found] == [("BN202", "info", ("model.head.2",), 9)]
 
     def test_patience_grows(self) -> None:
-        """Whoever breaks the routine is watched for longer afterwards, so that hooks don't come and go all the time."""
+        """Whoever breaks the pattern is watched for longer afterwards, so that hooks don't come and go all the time."""
         _, hooks = told(another_input)
         assert [count > 0 for count in hooks] == [True] * 3 + [False] * 7 + [True] * 5 + [False]
 
@@ -286,7 +286,7 @@ class TestCopies:
         observer.begin()
         other = copied(model)
         other(torch.randn(4, 1, 6, 6))
-        assert observer.trace == []
+        assert observer.forwards == []
         hooks = [
             hook
             for part in other.modules()
@@ -295,7 +295,7 @@ class TestCopies:
         assert len(hooks) == 8
         assert [vars(hook.__self__) for hook in hooks] == [{}] * 8
         model(torch.randn(4, 1, 6, 6))
-        assert len(observer.trace) == 3
+        assert len(observer.forwards) == 3
         observer.close()
 
 

@@ -276,16 +276,16 @@ def test_gap_against_loops(momentum: float) -> None:
     """The gap that is read from two states of the buffers is that between the average and the batches themselves."""
     from lightning_bn.discovery import find_batch_norms
     from lightning_bn.rules.gaps import gaps
-    from lightning_bn.rules.readings import Reading
+    from lightning_bn.rules.snapshots import StatisticsSnapshot
 
     layer = nn.BatchNorm1d(1, momentum=momentum, dtype=torch.float64)
     batches = torch.randn(30, 8, 1, dtype=torch.float64) * torch.linspace(1, 4, 30).reshape(-1, 1, 1) + 2
     found = find_batch_norms(layer)
     for number, batch in enumerate(batches):
         if number == 20:
-            earlier = Reading(found)
+            earlier = StatisticsSnapshot(found)
         layer(batch)
-    (gap,) = gaps(earlier, Reading(found)).values()
+    (gap,) = gaps(earlier, StatisticsSnapshot(found)).values()
     running, latest = naive_gap(batches[:, :, 0], momentum, 10)
     assert gap.shift == pytest.approx(abs(latest[0] - running[0]) / (running[1] + layer.eps) ** 0.5, rel=1e-6)
     log_ratio = torch.tensor((latest[1] + layer.eps) / (running[1] + layer.eps)).log().abs().item()

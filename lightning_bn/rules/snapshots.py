@@ -15,7 +15,7 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.sharding import local_value
 from lightning_bn.torch_internals import side_by_side
 
-__all__ = ["LayerValues", "Reading", "Values", "WeightSamples", "learned", "ranks_apart"]
+__all__ = ["LayerValues", "StatisticsSnapshot", "Values", "WeightSamples", "learned", "ranks_apart"]
 
 
 _STATISTICS = ("running_mean", "running_var")
@@ -50,7 +50,7 @@ Values = dict[int, LayerValues]
 """By the layer's index among those observed."""
 
 
-class Reading:
+class StatisticsSnapshot:
     """The running statistics of `layers` at one moment; a layer that keeps none, or has no buffers yet, is left out.
 
     Taking it launches a few copies on the device; `values` waits for them.
