@@ -28,8 +28,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from lightning_bn.activations.collector import LayerCollector
-from lightning_bn.activations.layer_table import LayerTable, scalars
-from lightning_bn.activations.layers import select_layers
+from lightning_bn.activations.sample_to_table import LayerTable, scalars
+from lightning_bn.activations.watched_layers import select_layers
 
 Look = Callable[[nn.Module], AbstractContextManager[Any]]
 

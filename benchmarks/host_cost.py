@@ -37,7 +37,7 @@ from lightning_bn import (
     convert_batch_norm,
 )
 from lightning_bn.activations.collector import LayerCollector
-from lightning_bn.activations.layers import select_layers
+from lightning_bn.activations.watched_layers import select_layers
 
 WIDTH, SHAPE = 4, (2, 3, 32, 32)  # of a bottleneck, inside; four times that outside
 NORMS, LAYERS = 52, 101  # batch norms; and ReLUs

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_bn.activations.episodes import Episode as Episode
-    from lightning_bn.activations.stats import ActivationStats as ActivationStats
+    from lightning_bn.activations.metric import ActivationStats as ActivationStats
     from lightning_bn.averaging import Averaging as Averaging
     from lightning_bn.averaging import Batch as Batch
     from lightning_bn.averaging import Cumulative as Cumulative
@@ -75,7 +75,7 @@ __all__ = [
 # Every name, and the module it is in: imported when first asked for. TensorBoard imports this package for its tab's
 # sake, and must not wait for torch; who uses the layers must not wait for Lightning.
 _LAZY: dict[str, str] = {
-    "ActivationStats": "activations.stats",
+    "ActivationStats": "activations.metric",
     "ActivationStatsMonitor": "callbacks.activation_stats",
     "Averaging": "averaging",
     "Batch": "averaging",

@@ -57,7 +57,7 @@ def test_a_choice_means_the_same_everywhere(choice: Any) -> None:
     model.backbone[1].eval()
     told = [{finding.code for finding in check(model, allow_eval=allowed)} for allowed in ((), _there(choice))]
     assert told[0] - told[1]
-    from lightning_bn.activations.layers import select_layers
+    from lightning_bn.activations.watched_layers import select_layers
 
     assert "backbone.1" in select_layers(model, choice)
     assert not is_chosen(choice, "head", nn.Linear(1, 1))

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.activations.call_sites import INPUT, CallSite, CallSites
 from lightning_bn.activations.drift import Drift, DriftMeter
-from lightning_bn.activations.layers import bounds_of
-from lightning_bn.activations.measured import Array, silent_numbers
-from lightning_bn.activations.places import INPUT, Place, Places
-from lightning_bn.activations.pooling import Key, Pool, flatten, merge
-from lightning_bn.activations.reading import Reading, bucket_counts, read
+from lightning_bn.activations.host_to_sample import HostMeasurements, SampleBuilder
+from lightning_bn.activations.metric import by_channel
+from lightning_bn.activations.moments_to_pool import Key, Pool, flatten, merge
+from lightning_bn.activations.pool_to_host import Array, joined, silent_numbers, to_host
 from lightning_bn.activations.sample import Sample
-from lightning_bn.activations.stats import by_channel
-from lightning_bn.activations.summary import Measured, Summariser
-from lightning_bn.activations.transfer import joined, to_host
+from lightning_bn.activations.tensor_to_moments import TensorMoments, bucket_counts, read
+from lightning_bn.activations.watched_layers import bounds_of
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager, is_extra_pass
 from lightning_bn.ranks.collective import Group, Ranks
@@ -93,22 +92,22 @@ class LayerCollector:
         self._meter: DriftMeter | None = None
         self._observed = frozenset(self._tracking)
         self._is_open = False
-        self._readings: list[tuple[Key, Reading]] = []
+        self._readings: list[tuple[Key, TensorMoments]] = []
         self._waiting = 0  # channels in them
         self._pool: Pool | None = None  # of the readings before these
         self._counts: dict[Key, Tensor] = {}  # in the buckets of a histogram
-        self._widths: dict[tuple[str, Place], set[int]] = {}
-        self._order: dict[Place, str] = {}  # of this sample, in the order of the calls, and the module's name
+        self._widths: dict[tuple[str, CallSite], set[int]] = {}
+        self._order: dict[CallSite, str] = {}  # of this sample, in the order of the calls, and the module's name
         self._called: set[str] = set()
-        self._summariser = Summariser(self.layers, self._tracking, training=training)
-        self._places = Places(
+        self._builder = SampleBuilder(self.layers, self._tracking, training=training)
+        self._sites = CallSites(
             model, self.layers, step_is_forward=step_is_forward, given=self._see_input, gave=self._see_result
         )
         self._is_given = False  # whether this batch's input has been seen
-        self._newest: list[tuple[Place, Any]] = []  # the activation that came last, by weak reference
+        self._newest: list[tuple[CallSite, Any]] = []  # the activation that came last, by weak reference
         self._left_out: dict[str, str] = {}
         self._too_wide: set[str] = set()
-        self._outputs: frozenset[Place] = frozenset()
+        self._outputs: frozenset[CallSite] = frozenset()
         self._images: frozenset[Key] = frozenset()
         # A model that is wholly on the meta device is measured there, to count what that launches.
         held = [*model.parameters(), *model.buffers()]
@@ -126,7 +125,7 @@ class LayerCollector:
         if self._is_placed or not self._activations or not self.layers:
             return
         self._is_placed = True
-        self._places.attach(self._attached)
+        self._sites.attach(self._attached)
         for name, layer in self.layers.items():
             see = partial(self._see, name)
             self._attached.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
@@ -144,7 +143,7 @@ class LayerCollector:
 
     def begin_batch(self) -> None:
         """Count the calls of each layer from 1 again."""
-        self._places.restart()
+        self._sites.restart()
         self._is_given = False
 
     def detach(self) -> None:
@@ -165,7 +164,7 @@ class LayerCollector:
 
     def forget_channels(self) -> None:
         """Let every channel count as never seen: an evaluation begins, whose dead channels are its own."""
-        self._summariser.memory.clear()
+        self._builder.history.clear()
 
     def unseen(self) -> list[str]:
         """Return the layers that no forward has reached so far."""
@@ -195,7 +194,7 @@ class LayerCollector:
         merged = merge(pools) if pools else None
         # Each rank's layers see their own batches; the buffers of the first are the ones that are broadcast and saved.
         weights, biases, drift, statistics = ranks[0][-1]
-        found = Measured(
+        found = HostMeasurements(
             merged,
             {place: name for _, _, order, *_ in ranks for place, name in order.items()},
             frozenset().union(*(outputs for *_, outputs, _, _ in ranks)),
@@ -205,7 +204,7 @@ class LayerCollector:
             drift if self._training else self._drift_of_evaluation(merged, statistics),
             _summed(found for _, found, *_ in ranks),
         )
-        sample = self._summariser.summarise(found, None if reference is None else reference._summariser)
+        sample = self._builder.build(found, None if reference is None else reference._builder)
         self._readings, self._waiting, self._pool, self._counts, self._order = [], 0, None, {}, {}
         self._is_open = False
         return sample
@@ -273,7 +272,7 @@ class LayerCollector:
         if tensor is None:
             self._leave_out_if_unreadable(name, output)
             return
-        place = self._places.of(name)
+        place = self._sites.of(name)
         if self._gradients and tensor.requires_grad:
             # Also in a recomputation: with reentrant checkpointing its graph is the one that backward goes through.
             tensor.register_hook(partial(self._see_gradient, name, place))
@@ -284,9 +283,9 @@ class LayerCollector:
             self._order.setdefault(place, name)
             self._newest = [(place, ref(tensor))]
         if name in self._observed and (given := next(_tensors((args, kwargs)), None)) is not None:
-            self._take("input", name, Place(name, 1), given)
+            self._take("input", name, CallSite(name, 1), given)
 
-    def _see_gradient(self, name: str, place: Place, gradient: Tensor) -> None:
+    def _see_gradient(self, name: str, place: CallSite, gradient: Tensor) -> None:
         if self._is_attached:
             self._take("gradient", name, place, gradient)
 
@@ -299,7 +298,7 @@ class LayerCollector:
             return
         self._is_given = True
         given = given.float() if given.dtype == torch.uint8 else given
-        place = Place(INPUT if INPUT not in self.layers else f"({INPUT})", 1)
+        place = CallSite(INPUT if INPUT not in self.layers else f"({INPUT})", 1)
         if self._take("given", place.path, place, given):
             # The first of the rows, whatever was called before it.
             self._order = {place: place.path, **self._order}
@@ -312,11 +311,11 @@ class LayerCollector:
             if any(tensor is activation() for tensor in _tensors(result)):
                 self._outputs |= {place}
 
-    def _key(self, what: str, name: str, place: Place, tensor: Tensor) -> Key:
+    def _key(self, what: str, name: str, place: CallSite, tensor: Tensor) -> Key:
         dim = 1 if name in self._norms else self._channel_dim
         return Key(what, place, tensor.shape[dim] if tensor.dim() > 1 else 1)
 
-    def _take(self, what: str, name: str, place: Place, tensor: Tensor) -> bool:
+    def _take(self, what: str, name: str, place: CallSite, tensor: Tensor) -> bool:
         """Read a tensor, and tell whether that could be done; whatever prevents it, the fit goes on."""
         try:
             reason = self._unreadable(tensor)
@@ -332,7 +331,7 @@ class LayerCollector:
             self._put_together()
         return is_read
 
-    def _read(self, what: str, name: str, place: Place, tensor: Tensor) -> bool:
+    def _read(self, what: str, name: str, place: CallSite, tensor: Tensor) -> bool:
         is_norm = name in self._norms
         dim = 1 if is_norm else self._channel_dim
         key = self._key(what, name, place, tensor)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_bn.activations.episodes import Episode, causes
-from lightning_bn.activations.measured import Mask
+from lightning_bn.activations.pool_to_host import Mask
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
 from lightning_bn.activations.sample import SHOWN, WARM_UP, Sample
 

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.activations.measured import Array, Mask, silent_numbers
-from lightning_bn.activations.transfer import joined, to_host
+from lightning_bn.activations.pool_to_host import Array, Mask, joined, silent_numbers, to_host
 from lightning_bn.averaging import Averaging, Cumulative, Exponential
 from lightning_bn.buffers import running_mean
 from lightning_bn.layers.ledger import takes_loans

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lightning_bn.activations.places import INPUT
+from lightning_bn.activations.call_sites import INPUT
+from lightning_bn.activations.column import Statistic
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.sample import Sample
-from lightning_bn.activations.statistic import Statistic
 
 __all__ = ["STAGES", "Cause", "Episode", "Episodes", "causes", "verdict"]
 

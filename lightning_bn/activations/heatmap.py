@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bn.activations.layer_table import Grid
-from lightning_bn.activations.measured import Array
+from lightning_bn.activations.column import Scale
+from lightning_bn.activations.pool_to_host import Array
 from lightning_bn.activations.sample import KNOWN, WARM_UP
-from lightning_bn.activations.statistic import Scale
+from lightning_bn.activations.sample_to_table import Grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_bn.activations.measured import Array, Channels, Mask, Norms
-from lightning_bn.activations.statistic import Entry, Scale, Statistic
+from lightning_bn.activations.column import Column, Scale, Statistic
+from lightning_bn.activations.pool_to_host import Array, Channels, Mask, Norms
 
 __all__ = ["COLUMNS", "DRIFT_STATISTICS", "ENTRIES", "STATISTICS"]
 
@@ -29,11 +29,11 @@ FEW = 8
 
 
 def _functions(found: Channels) -> Mask:
-    return found.is_function
+    return found.flags.is_function
 
 
 def _layers(found: Channels) -> Mask:
-    return ~found.is_input
+    return ~found.flags.is_input
 
 
 def _extent(found: Channels, which: Array) -> Array:
@@ -82,8 +82,8 @@ _SLOW = (
     "or recalibrate after training (BatchNormRecalibration)"
 )
 
-ENTRIES: tuple[Entry, ...] = (
-    Entry("mean", "activation", lambda found: found.row_mean),
+ENTRIES: tuple[Column, ...] = (
+    Column("mean", "activation", lambda found: found.row_mean),
     Statistic(
         "std",
         "activation",
@@ -106,8 +106,8 @@ ENTRIES: tuple[Entry, ...] = (
         chart="scale: standard deviation of the activations (median, smallest to largest layer)",
         band=True,
     ),
-    Entry("min", "activation", lambda found: _extent(found, found.low)),
-    Entry("max", "activation", lambda found: _extent(found, found.high)),
+    Column("min", "activation", lambda found: _extent(found, found.low)),
+    Column("max", "activation", lambda found: _extent(found, found.high)),
     Statistic(
         "abs_max",
         "activation",
@@ -190,8 +190,8 @@ ENTRIES: tuple[Entry, ...] = (
         "saturated_fraction",
         "activation",
         lambda found: found.of_finite(found.saturated / found.values),
-        lambda found: found.is_bounded,
-        judged=lambda found: ~found.is_output,
+        lambda found: found.flags.is_bounded,
+        judged=lambda found: ~found.flags.is_output,
         label="share of activations that are saturated",
         scale=_FRACTION,
         family="saturation",
@@ -222,7 +222,7 @@ ENTRIES: tuple[Entry, ...] = (
         "constant_channels",
         "activation",
         lambda found: found.total((found.m2 == 0) & (found.count > 1)),
-        lambda found: found.is_input & found.has_positions,
+        lambda found: found.flags.is_input & found.flags.has_positions,
         label="number of input channels that are constant",
         scale=_CHANNELS,
         family="input",
@@ -269,7 +269,7 @@ ENTRIES: tuple[Entry, ...] = (
         rule="BN208",
         chart="drift of the mean, in running standard deviations (worst layer, median)",
     ),
-    Entry("drift_mean_max", "norm", _drift(1), _ran),
+    Column("drift_mean_max", "norm", _drift(1), _ran),
     Statistic(
         "drift_var",
         "norm",
@@ -284,7 +284,7 @@ ENTRIES: tuple[Entry, ...] = (
         rule="BN208",
         chart="drift of the variance, log ratio (worst layer, median)",
     ),
-    Entry("drift_var_max", "norm", _drift(3), _ran),
+    Column("drift_var_max", "norm", _drift(3), _ran),
     Statistic(
         "running_nonfinite",
         "norm",
@@ -303,10 +303,10 @@ ENTRIES: tuple[Entry, ...] = (
         code="convert_batch_norm(model)",
         rule="BN203",
     ),
-    Entry("weight_min", "norm", lambda found: found.of_weight(np.minimum.reduceat), _weighted),
-    Entry("weight_max", "norm", lambda found: found.of_weight(np.maximum.reduceat), _weighted),
-    Entry("bias_min", "norm", lambda found: found.of_bias(np.minimum.reduceat), _biased),
-    Entry("bias_max", "norm", lambda found: found.of_bias(np.maximum.reduceat), _biased),
+    Column("weight_min", "norm", lambda found: found.of_weight(np.minimum.reduceat), _weighted),
+    Column("weight_max", "norm", lambda found: found.of_weight(np.maximum.reduceat), _weighted),
+    Column("bias_min", "norm", lambda found: found.of_bias(np.minimum.reduceat), _biased),
+    Column("bias_max", "norm", lambda found: found.of_bias(np.maximum.reduceat), _biased),
     Statistic(
         "weight_near_zero",
         "norm",

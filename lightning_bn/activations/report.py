@@ -7,15 +7,15 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lightning_bn.activations.column import Scale, Statistic
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_channels, draw_grid
-from lightning_bn.activations.layer_table import LayerTable, worst_layers
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.sample import Sample
-from lightning_bn.activations.statistic import Scale, Statistic
+from lightning_bn.activations.sample_to_table import LayerTable, worst_layers
 from lightning_bn.tables import markdown_table
 
-__all__ = ["Report", "Sink", "image_names", "tell"]
+__all__ = ["Report", "Sink", "image_names", "verdict_markdown"]
 
 # Pictures are drawn again when the run is so many times as long: TensorBoard shows the last ten, and each takes a tenth
 # of a second.
@@ -76,7 +76,7 @@ class Report:
             self.draw(table, sample, step)
 
     def finish(self, table: LayerTable, sample: Sample, step: int) -> None:
-        """Draw and tell what has come since the last time: the run is over."""
+        """Draw and verdict_markdown what has come since the last time: the run is over."""
         if self.sinks and table.episodes_begun > self._told:
             self._tell(table, sample, step)
         self.draw(table, sample, step)
@@ -84,7 +84,7 @@ class Report:
     def _tell(self, table: LayerTable, sample: Sample, step: int) -> None:
         self._told, self._told_at = table.episodes_begun, table.samples("train")
         for sink in self.sinks:
-            sink.text(f"{self.prefix}/layers", tell(table, sample), step)
+            sink.text(f"{self.prefix}/layers", verdict_markdown(table, sample), step)
 
     def draw(self, table: LayerTable, sample: Sample, step: int) -> None:
         """Draw everything, unless nothing has come since the last time."""
@@ -111,7 +111,7 @@ class Report:
             sink.image(f"{self.prefix}_map/{image_names()[name]}", pixels, step)
 
 
-def tell(table: LayerTable, sample: Sample) -> str:
+def verdict_markdown(table: LayerTable, sample: Sample) -> str:
     """Return, as Markdown, the verdict so far, which layers were sick when, and the worst layer of each statistic."""
     step = table.last_step("train")
     lines = [f"**Step {step:,}.**", "", *(f"- {line.strip()}" for line in table.verdict())]

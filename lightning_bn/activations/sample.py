@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_bn.activations.measured import Array, Mask
+from lightning_bn.activations.column import is_beyond
+from lightning_bn.activations.pool_to_host import Array, Mask
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
-from lightning_bn.activations.statistic import is_beyond
 
 __all__ = ["ABSENT", "KNOWN", "SHOWN", "WARM_UP", "Sample", "States", "dicts", "is_judged", "warm_ups"]
 

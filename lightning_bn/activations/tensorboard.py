@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from lightning_bn.activations.column import Statistic
 from lightning_bn.activations.heatmap import Pixels
-from lightning_bn.activations.reading import histogram_edges
 from lightning_bn.activations.registry import STATISTICS
-from lightning_bn.activations.statistic import Statistic
+from lightning_bn.activations.tensor_to_moments import histogram_edges
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

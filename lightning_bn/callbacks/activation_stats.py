@@ -8,17 +8,17 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_bn.activations.call_sites import interval_at
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.description import describe_episodes, describe_statistics
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_grid
-from lightning_bn.activations.layer_table import LayerTable, scalars
-from lightning_bn.activations.layers import is_chosen, select_layers
-from lightning_bn.activations.reading import histogram_edges
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.report import Report
 from lightning_bn.activations.sample import Sample
-from lightning_bn.activations.sampling import interval_at
+from lightning_bn.activations.sample_to_table import LayerTable, scalars
+from lightning_bn.activations.tensor_to_moments import histogram_edges
+from lightning_bn.activations.watched_layers import is_watched, select_layers
 from lightning_bn.callbacks.blindness import Blindness
 from lightning_bn.callbacks.both_lightnings import (
     Callback,
@@ -317,7 +317,7 @@ class ActivationStatsMonitor(Callback):
         if isinstance(self.histograms, bool):
             chosen = list(layers) if self.histograms else []
         else:
-            chosen = [name for name, module in layers.items() if is_chosen(self.histograms, name, module)]
+            chosen = [name for name, module in layers.items() if is_watched(self.histograms, name, module)]
         if len(chosen) > MAX_HISTOGRAMS:
             rank_zero_info(
                 f"ActivationStatsMonitor: histograms of the first {MAX_HISTOGRAMS} of {len(chosen)} layers; pick "
@@ -387,7 +387,7 @@ class ActivationStatsMonitor(Callback):
             return None
         if self.scalars == "all":
             return lambda layer: True
-        modules = {name: module for name, module in collector.layers.items() if is_chosen(self.scalars, name, module)}
+        modules = {name: module for name, module in collector.layers.items() if is_watched(self.scalars, name, module)}
         return lambda module: module in modules
 
     def _tell_blindness(self, trainer: Trainer, stage: str) -> None:

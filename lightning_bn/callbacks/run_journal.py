@@ -12,9 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 
 from lightning_bn.activations.description import unjudged, warming
-from lightning_bn.activations.layers import select_layers
 from lightning_bn.activations.registry import COLUMNS
 from lightning_bn.activations.sample import ABSENT, Sample
+from lightning_bn.activations.watched_layers import select_layers
 from lightning_bn.callbacks.both_lightnings import LightningModule, Trainer
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.loggers import main_directory

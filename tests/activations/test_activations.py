@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_bn import ActivationStats
-from lightning_bn.activations.reading import histogram_edges
+from lightning_bn.activations.tensor_to_moments import histogram_edges
 
 NAN, INF = math.nan, math.inf
 
@@ -125,7 +125,7 @@ def test_the_path_of_an_accelerator_is_the_same(monkeypatch: pytest.MonkeyPatch)
     """Where no value may be looked at, masks do what the branch on the CPU does; both equal the loops."""
     data = relu_like(7, 3, 4)
     assert_same(measured([data], 3), oracle([data], 3))
-    monkeypatch.setattr("lightning_bn.activations.reading._may_look", lambda data: False)
+    monkeypatch.setattr("lightning_bn.activations.tensor_to_moments._may_look", lambda data: False)
     assert_same(measured([data], 3), oracle([data], 3))
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lightning_bn.activations.collector import LayerCollector
-from lightning_bn.activations.layers import select_layers
+from lightning_bn.activations.watched_layers import select_layers
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 from operations import Operations

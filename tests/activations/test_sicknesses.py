@@ -32,8 +32,8 @@ from transformers import (
 from lightning_bn import ActivationStatsMonitor, Episode
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.episodes import causes
-from lightning_bn.activations.layer_table import LayerTable
-from lightning_bn.activations.layers import select_layers
+from lightning_bn.activations.sample_to_table import LayerTable
+from lightning_bn.activations.watched_layers import select_layers
 
 WHEN, EVERY = 5, 2
 

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_bn import ActivationStatsMonitor
+from lightning_bn.activations.column import Scale
 from lightning_bn.activations.heatmap import draw_channels, draw_grid
-from lightning_bn.activations.layer_table import LayerTable
-from lightning_bn.activations.reading import histogram_edges
 from lightning_bn.activations.registry import COLUMNS, ENTRIES, STATISTICS
-from lightning_bn.activations.report import Report, image_names, tell
+from lightning_bn.activations.report import Report, image_names, verdict_markdown
 from lightning_bn.activations.sample import ABSENT, KNOWN, WARM_UP, Sample
-from lightning_bn.activations.statistic import Scale
+from lightning_bn.activations.sample_to_table import LayerTable
+from lightning_bn.activations.tensor_to_moments import histogram_edges
 from lightning_bn.activations.tensorboard import TensorBoardSink
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -326,7 +326,7 @@ def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     noise = [generator.normal(size=64) for _ in layers]
     pictures["channels"] = draw_channels(layers, noise, Scale(-3, 3, "RdBu_r", "unit"), "Channels")
 
-    from lightning_bn.activations.layer_table import scalars
+    from lightning_bn.activations.sample_to_table import scalars
 
     table = LayerTable()
     writer = SummaryWriter(str(tmp_path))
@@ -352,7 +352,7 @@ def test_text_of_a_healthy_run() -> None:
     table = LayerTable()
     sample = Sample.of({"a": {"std": 1.0}, "b": {"std": 2.0}})
     table.append("train", 1500, 3, sample)
-    text = tell(table, sample)
+    text = verdict_markdown(table, sample)
     assert "**Step 1,500.**\n\n- Healthy: 2 layers were within their limits at 1 sample of training." in text
     assert "| standard deviation of the activations | `b` | 2 | 1e-07 to 1000 |" in text
 

@@ -170,7 +170,7 @@ def test_one_transfer_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     host."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from lightning_bn.activations import collector
+    from lightning_bn.activations import collector, tensor_to_moments
 
     reads: list[str] = []
     transfers: list[int] = []
@@ -187,7 +187,7 @@ def test_one_transfer_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(tensors)
 
     monkeypatch.setattr(collector, "to_host", counted)
-    monkeypatch.setattr("lightning_bn.activations.reading._may_look", lambda data: False)  # as on an accelerator
+    monkeypatch.setattr(tensor_to_moments, "_may_look", lambda data: False)  # as on an accelerator
     module = Small()
     layers = {name: layer for name, layer in module.named_modules() if name in LAYERS}
     watched = collector.LayerCollector(module, layers, gradients=True, histograms=LAYERS)

@@ -22,7 +22,7 @@ from lightning_bn import (
     convert_batch_norm,
 )
 from lightning_bn.activations.collector import LayerCollector
-from lightning_bn.activations.layers import select_layers
+from lightning_bn.activations.watched_layers import select_layers
 from lightning_bn.comparison.followers import Followers
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.inspection import Inspection

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_bn import BatchNorm1d, Window
-from lightning_bn.activations.layers import bounds_of, select_layers
+from lightning_bn.activations.watched_layers import bounds_of, select_layers
 
 
 class Model(nn.Module):

@@ -11,27 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.activations.call_sites import CallSite
+from lightning_bn.activations.column import Statistic
 from lightning_bn.activations.drift import Drift, distance, summarise_drift
-from lightning_bn.activations.layout import Indices, Layout, Names, lay_out
-from lightning_bn.activations.measured import (
+from lightning_bn.activations.moments_to_pool import Key, Pool
+from lightning_bn.activations.pool_to_host import (
     Array,
-    Beginning,
     Channels,
     Flags,
     Mask,
-    Memory,
     Norms,
     pieces,
     silent_numbers,
 )
-from lightning_bn.activations.places import Place
-from lightning_bn.activations.pooling import Key, Pool
 from lightning_bn.activations.registry import COLUMNS, DRIFT_STATISTICS, ENTRIES, STATISTICS
 from lightning_bn.activations.sample import ABSENT, KNOWN, SHOWN, WARM_UP, Sample, States
-from lightning_bn.activations.statistic import Statistic
+from lightning_bn.activations.sample_history import ChannelHistory, ZeroStart
+from lightning_bn.activations.sample_rows import Indices, RowLayout, RowNames, lay_out
 from lightning_bn.moments import Moments
 
-__all__ = ["Measured", "Summariser"]
+__all__ = ["HostMeasurements", "SampleBuilder"]
 
 # A channel of the input that hardly varies in training is compared in units of a tenth of the whole input's deviation.
 INPUT_FLOOR = 0.01
@@ -41,12 +40,12 @@ SILENT = ("std", "zero_fraction", "dead_fraction", "died_channels")
 
 
 @dataclass(frozen=True)
-class Measured:
+class HostMeasurements:
     """What one sample brought to the host, of all ranks."""
 
     pool: Pool | None
-    order: Mapping[Place, str]  # places in forward order, and the module called at each
-    outputs: frozenset[Place]  # whose activation is what the model returns
+    order: Mapping[CallSite, str]  # places in forward order, and the module called at each
+    outputs: frozenset[CallSite]  # whose activation is what the model returns
     images: frozenset[Key]  # inputs of which each channel has several values a sample
     weights: Tensor  # of all batch norms that have one, one after the other
     biases: Tensor
@@ -54,7 +53,7 @@ class Measured:
     histograms: Mapping[Key, Tensor]
 
 
-class Summariser:
+class SampleBuilder:
     """Makes a sample of what was measured, and remembers what tells warm-up and death apart.
 
     Args:
@@ -73,15 +72,15 @@ class Summariser:
             np.array([isinstance(getattr(layer, name), Tensor) for layer in self._norms.values()], dtype=bool)
             for name in ("weight", "bias")
         )
-        self._names = Names()
-        self._layouts: dict[object, Layout] = {}  # the newest alone
+        self._names = RowNames()
+        self._layouts: dict[object, RowLayout] = {}  # the newest alone
         self._zero_born: Mask | None = None  # norms whose weight has been 0 from the start
-        self.memory = Memory()
-        self._beginning = Beginning()
+        self.history = ChannelHistory()
+        self._zero_start = ZeroStart()
         self.given: dict[int, Moments] = {}  # by width, of all inputs of the model
 
     @silent_numbers()
-    def summarise(self, found: Measured, reference: Summariser | None = None) -> Sample:
+    def build(self, found: HostMeasurements, reference: SampleBuilder | None = None) -> Sample:
         """Return the sample.
 
         Args:
@@ -99,7 +98,7 @@ class Summariser:
         if norms is not None:
             _fill(values, states, "norm", norms, layout.norms)
         if (pool := _part(found.pool, "activation", "given")) is not None:
-            activations = Channels.of(pool, layout.flags, self.memory)
+            activations = Channels.of(pool, layout.flags, self.history.update)
             _fill(values, states, "activation", activations, layout.activations)
             labels = [layout.labels[row] for row in layout.activations]
             channels = _by_row(labels, activations.widths, activations.channel_mean, activations.channel_std)
@@ -117,7 +116,7 @@ class Summariser:
         drift = self._drift_by_row(found.drift, layout)
         return Sample(layout.labels, layout.modules, values, states, channels, drift, histograms)
 
-    def _layout(self, found: Measured, keys: tuple[Key, ...]) -> Layout:
+    def _layout(self, found: HostMeasurements, keys: tuple[Key, ...]) -> RowLayout:
         # Hardly ever another from sample to sample.
         what = (keys, tuple(found.order), found.outputs, found.images)
         if what not in self._layouts:
@@ -125,7 +124,7 @@ class Summariser:
             self._layouts = {what: layout}
         return self._layouts[what]
 
-    def _of_norms(self, found: Measured) -> Norms | None:
+    def _of_norms(self, found: HostMeasurements) -> Norms | None:
         if not self._norms:
             return None
         number = len(self._norms)
@@ -140,14 +139,14 @@ class Summariser:
             *(drift, settled, ran, nonfinite, self._tracks),
         )
 
-    def _drift_by_row(self, drift: Drift | None, layout: Layout) -> dict[str, tuple[Array, Array]]:
+    def _drift_by_row(self, drift: Drift | None, layout: RowLayout) -> dict[str, tuple[Array, Array]]:
         if drift is None or not self._tracks.any():
             return {}
         labels = [layout.labels[row] for row in layout.norms[self._tracks]]
         return _by_row(labels, self._widths[self._tracks], drift.shift, drift.log_ratio)
 
     def _compare_input(
-        self, pool: Pool, layout: Layout, reference: Summariser | None, values: Array, states: States
+        self, pool: Pool, layout: RowLayout, reference: SampleBuilder | None, values: Array, states: States
     ) -> None:
         for place, (key, part) in enumerate(zip(pool.keys, pool.split(), strict=True)):
             if key.what != "given":
@@ -159,7 +158,7 @@ class Summariser:
                 rows = layout.activations[place : place + 1]
                 _fill(values, states, "given", _input_drift(moments, before), rows)
 
-    def _mark_warm_up(self, values: Array, states: States, norms: Norms, layout: Layout) -> None:
+    def _mark_warm_up(self, values: Array, states: States, norms: Norms, layout: RowLayout) -> None:
         """Mark what a known start explains: statistics that begin with 0/1, norms whose weight begins with 0."""
 
         for place, name in enumerate(DRIFT_STATISTICS):
@@ -176,9 +175,9 @@ class Summariser:
                 _mark(values, states, name, layout.follows, self._zero_born)
             _mark(values, states, "grad_std", slice(None), values[:, COLUMNS.index("grad_std")] == 0)
 
-    def _mark_beginning(self, values: Array, states: States, pool: Pool, layout: Layout) -> None:
+    def _mark_beginning(self, values: Array, states: States, pool: Pool, layout: RowLayout) -> None:
         """Mark what is zero because it is initialised with zero."""
-        is_new = self._beginning.update(pool)
+        is_new = self._zero_start.update(pool)
         if not is_new.any():
             return
         what = np.array([key.what for key in pool.keys])

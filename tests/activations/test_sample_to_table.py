@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lightning_bn.activations.layer_table import LayerTable, scalars, worst_layers
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
 from lightning_bn.activations.sample import WARM_UP, Sample
+from lightning_bn.activations.sample_to_table import LayerTable, scalars, worst_layers
 
 
 def rows(**layers: dict[str, float | None]) -> Sample:

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from lightning_bn.activations.column import Statistic
 from lightning_bn.activations.episodes import Episode, Episodes, verdict
-from lightning_bn.activations.measured import Array, Mask, silent_numbers
+from lightning_bn.activations.pool_to_host import Array, Mask, silent_numbers
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
 from lightning_bn.activations.sample import ABSENT, KNOWN, WARM_UP, Sample, States, dicts, is_judged, warm_ups
-from lightning_bn.activations.statistic import Statistic
 from lightning_bn.number_blocks import NumberBlock
 
 __all__ = ["Grid", "LayerTable", "scalars", "worst_layers"]

@@ -1,5 +1,4 @@
-"""Where in a forward a layer is called: each call site is a place of its own, also of a module that is used many
-times."""
+"""When and where layers are looked at: at which steps, and at which of their calls in a forward."""
 
 from __future__ import annotations
 
@@ -16,23 +15,26 @@ from torch import nn
 from lightning_bn.discovery import parts_called_by, user_name
 from lightning_bn.torch_internals import in_backward
 
-__all__ = ["INPUT", "MAX_CALLS", "Place", "Places", "label_of"]
+__all__ = ["INPUT", "MAX_CALLS", "CallSite", "CallSites", "interval_at", "label_of"]
 
 # A layer that is called more often in one forward stands in a loop; the last place holds all further calls.
 MAX_CALLS = 16
+
+# Samples at each interval before it doubles: enough columns of a heat map for a run of any length.
+SAMPLES = 16
 
 INPUT = "input"
 """The path of what the model is given."""
 
 
-class Place(NamedTuple):
+class CallSite(NamedTuple):
     """A call site: the path under which the layer was called, and which of its calls in a forward it is, from 1."""
 
     path: str
     call: int
 
 
-def label_of(place: Place, is_alone: bool) -> str:
+def label_of(place: CallSite, is_alone: bool) -> str:
     """Return the name of a place's row: the path, with ``#1``, ``#2`` where a forward calls it several times."""
     return place.path if is_alone else f"{place.path}#{place.call}"
 
@@ -46,7 +48,7 @@ class _Track:
     calls: Counter[str] = field(default_factory=Counter)
 
 
-class Places:
+class CallSites:
     """Finds the place of each call of a layer, with hooks on the modules around the layers.
 
     Calls are counted anew for each call of the outermost module: the model, or the part of it that a training step
@@ -102,12 +104,12 @@ class Places:
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
 
-    def of(self, name: str) -> Place:
+    def of(self, name: str) -> CallSite:
         """Return the place of the call of layer `name` that has just run."""
         track = self._again if in_backward() else self._forward
         path = self._path(name, track) if name in self._aliases else name
         track.calls[path] += 1
-        return Place(path, min(track.calls[path], MAX_CALLS))
+        return CallSite(path, min(track.calls[path], MAX_CALLS))
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # What activation checkpointing repeats is counted apart, and is given nothing new.
@@ -146,3 +148,19 @@ class Places:
             if inside:
                 return (own or inside)[0]
         return name
+
+
+def interval_at(step: int, longest: int) -> int:
+    """Return the interval at which a growing run is looked at: 1 at first, and twice as long after every 16 samples,
+    until it is `longest`.
+
+    Example:
+        >>> steps = [step for step in range(176) if step % interval_at(step, 50) == 0]
+        >>> len(steps), steps[14:20], steps[-2:]
+        (56, [14, 15, 16, 18, 20, 22], [160, 168])
+    """
+    interval, until = 1, SAMPLES
+    while step >= until and interval < longest:
+        interval *= 2
+        until += SAMPLES * interval
+    return min(interval, longest)

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bn.activations.places import Place
-from lightning_bn.activations.reading import Reading, finite_moments
+from lightning_bn.activations.call_sites import CallSite
+from lightning_bn.activations.tensor_to_moments import TensorMoments, finite_moments
 from lightning_bn.moments import wide_dtype
 
 __all__ = ["Key", "Pool", "flatten", "merge"]
@@ -20,7 +20,7 @@ class Key(NamedTuple):
     """Whose readings belong together."""
 
     what: str  # "activation", "gradient", "input" of a layer, or "given" to the model
-    place: Place
+    place: CallSite
     width: int  # C, its channels
 
 
@@ -44,7 +44,7 @@ class Pool:
 
 
 @torch.no_grad()
-def flatten(readings: Sequence[tuple[Key, Reading]], device: torch.device) -> Pool:
+def flatten(readings: Sequence[tuple[Key, TensorMoments]], device: torch.device) -> Pool:
     """Return one pool of all readings, in their order, a key as often as it was read."""
     keys = tuple(key for key, _ in readings)
     seen = tuple(reading.positions for _, reading in readings)

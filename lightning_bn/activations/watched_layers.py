@@ -7,11 +7,10 @@ from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging
-from lightning_bn.choices import Choices, check_choices
-from lightning_bn.choices import is_chosen as choices_mean
+from lightning_bn.choices import Choices, check_choices, is_chosen
 from lightning_bn.discovery import user_name
 
-__all__ = ["ACTIVATION_FUNCTIONS", "bounds_of", "is_chosen", "select_layers"]
+__all__ = ["ACTIVATION_FUNCTIONS", "bounds_of", "is_watched", "select_layers"]
 
 # A softmax gives probabilities, and attention is no function of one value: neither has a zero, a scale or a saturation
 # worth a look.
@@ -44,13 +43,13 @@ def select_layers(model: nn.Module, choices: Choices | None = None) -> dict[str,
     check_choices(f"layers={choices!r}", choices)
     # torch.compile's own module stands before the one it compiles, under the same name: the later one is the user's.
     named = {user_name(path): module for path, module in model.named_modules()}
-    return {name: module for name, module in named.items() if is_chosen(choices, name, module)}
+    return {name: module for name, module in named.items() if is_watched(choices, name, module)}
 
 
-def is_chosen(choices: Choices, name: str, module: nn.Module) -> bool:
+def is_watched(choices: Choices, name: str, module: nn.Module) -> bool:
     """Tell whether one of `choices` means `module`; a batch norm's averaging is its own part, and gives no
     activations."""
-    return not isinstance(module, Averaging) and choices_mean(choices, name, module)
+    return not isinstance(module, Averaging) and is_chosen(choices, name, module)
 
 
 def bounds_of(module: nn.Module) -> tuple[float, float] | None:

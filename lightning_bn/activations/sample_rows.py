@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.activations.layers import bounds_of
-from lightning_bn.activations.measured import Flags
-from lightning_bn.activations.places import Place, label_of
-from lightning_bn.activations.pooling import Key
+from lightning_bn.activations.call_sites import CallSite, label_of
+from lightning_bn.activations.moments_to_pool import Key
+from lightning_bn.activations.pool_to_host import Flags
+from lightning_bn.activations.watched_layers import bounds_of
 
-__all__ = ["Indices", "Layout", "Names", "lay_out"]
+__all__ = ["Indices", "RowLayout", "RowNames", "lay_out"]
 
 Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """The rows of a sample, R in all, and by kind of measurement the row of each thing measured."""
 
     labels: tuple[str, ...]
@@ -34,12 +34,12 @@ class Layout:
     keys: tuple[Key, ...]  # of the rows; of a batch norm that did not run, one of width 0
 
 
-class Names:
+class RowNames:
     """Names of rows, which a place keeps over all samples."""
 
     def __init__(self) -> None:
         self._is_alone: dict[str, bool] = {}
-        self._first_width: dict[Place, int] = {}
+        self._first_width: dict[CallSite, int] = {}
 
     def label(self, key: Key, calls: int) -> str:
         """Return the name of the row of a key whose path was called so many times."""
@@ -50,14 +50,14 @@ class Names:
 
 
 def lay_out(
-    names: Names,
-    order: Mapping[Place, str],
+    names: RowNames,
+    order: Mapping[CallSite, str],
     keys: Sequence[Key],
     layers: Mapping[str, nn.Module],
     *,
-    outputs: Collection[Place],
+    outputs: Collection[CallSite],
     images: Collection[Key],
-) -> Layout:
+) -> RowLayout:
     """Return the layout of what was measured.
 
     Args:
@@ -68,7 +68,7 @@ def lay_out(
         outputs: places whose activation is what the model returns.
         images: inputs of which each channel has several values a sample.
     """
-    by_place: dict[Place, list[Key]] = {place: [] for place in order}
+    by_place: dict[CallSite, list[Key]] = {place: [] for place in order}
     for key in keys:
         if key.what in ("activation", "given"):
             by_place[key.place].append(key)
@@ -76,7 +76,7 @@ def lay_out(
     modules = {*order.values()}
     for name in norms:
         if name not in modules:
-            by_place[Place(name, 1)] = []
+            by_place[CallSite(name, 1)] = []
     calls: dict[str, int] = {}
     for place in by_place:
         calls[place.path] = max(calls.get(place.path, 0), place.call)
@@ -89,7 +89,7 @@ def lay_out(
         first_row.setdefault(name, row)
     measured = [key for key in keys if key.what in ("activation", "given")]
     own_rows = np.array([first_row[name] for name in norms], dtype=np.int64)
-    return Layout(
+    return RowLayout(
         labels,
         tuple(module_of),
         np.array([row_of[key] for key in measured], dtype=np.int64),
@@ -117,7 +117,7 @@ def _flags(
     places: Sequence[int],
     module_of: Sequence[str],
     layers: Mapping[str, nn.Module],
-    outputs: Collection[Place],
+    outputs: Collection[CallSite],
     images: Collection[Key],
 ) -> Flags:
     def each(values: Sequence[bool]) -> NDArray[np.bool_]:

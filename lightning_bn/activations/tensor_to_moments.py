@@ -15,7 +15,15 @@ from lightning_bn.channel_moments import channel_moments
 from lightning_bn.moments import Moments, wide_dtype
 from lightning_bn.torch_internals import kernel_moments
 
-__all__ = ["Reading", "SATURATION_MARGIN", "bucket_counts", "finite_moments", "histogram_edges", "moments_of", "read"]
+__all__ = [
+    "TensorMoments",
+    "SATURATION_MARGIN",
+    "bucket_counts",
+    "finite_moments",
+    "histogram_edges",
+    "moments_of",
+    "read",
+]
 
 # A sigmoid's slope within this share of its range from either bound is below a tenth of its largest; a tanh's likewise.
 SATURATION_MARGIN = 0.025
@@ -31,7 +39,7 @@ _BUCKETED = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class TensorMoments:
     """One activation: what its kernels gave, not yet put together; C channels with `positions` values each.
 
     ``mean = (centre + rest * positions / count) / scale``; `variance` is the *biased* one around it, of data in which
@@ -51,7 +59,7 @@ class Reading:
 
 
 @torch.no_grad()
-def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None = None) -> Reading:
+def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None = None) -> TensorMoments:
     """Return the reading of an activation; memory beside it: at most twice its own.
 
     On the CPU, where a look at a value costs nothing, the fast kernels of `channel_moments` do it unless a value is not
@@ -65,7 +73,7 @@ def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None
     """
     positions = data.numel() // data.shape[1]
     around = (_moments_on_host(data, positions) if _may_look(data) else None) or _masked_moments(data)
-    return Reading(
+    return TensorMoments(
         positions,
         *around,
         _count_zeros(data, positions) if zeros else None,
@@ -73,7 +81,7 @@ def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None
     )
 
 
-def moments_of(reading: Reading) -> Moments:
+def moments_of(reading: TensorMoments) -> Moments:
     """Return the moments of the finite values of one reading, all three of shape (C,), in the widest dtype."""
     dtype = wide_dtype(reading.centre.device)
     count, centre, rest, variance = (
@@ -94,7 +102,7 @@ def finite_moments(positions: Tensor, count: Tensor, centre: Tensor, rest: Tenso
     return Moments(count, torch.where(some, centre + rest, 0.0), torch.where(some, m2.clamp(min=0), 0.0))
 
 
-# `Reading`'s count, centre, rest, variance, low, high and scale.
+# `TensorMoments`'s count, centre, rest, variance, low, high and scale.
 _Around: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]
 
 

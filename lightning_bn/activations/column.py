@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_bn.activations.measured import Array, Mask
+from lightning_bn.activations.pool_to_host import Array, Mask
 
-__all__ = ["Entry", "Scale", "Statistic", "is_beyond"]
+__all__ = ["Column", "Scale", "Statistic", "is_beyond"]
 
 Source = Literal["activation", "gradient", "norm", "given"]
 Family = Literal["numbers", "scale", "silence", "channel", "saturation", "drift", "affine", "gradient", "input"]
@@ -39,7 +39,7 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Column:
     """One column of the table: what it is measured of, how, and for which rows."""
 
     name: str
@@ -52,7 +52,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statistic(Entry):
+class Statistic(Column):
     """A column that is summed up over the layers: how it reads, which values are sick, what to do, how it is drawn."""
 
     label: str

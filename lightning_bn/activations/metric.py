@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_bn.activations.reading import bucket_counts, histogram_edges, moments_of, read
+from lightning_bn.activations.tensor_to_moments import bucket_counts, histogram_edges, moments_of, read
 from lightning_bn.moments import Moments, wide_dtype
 
 __all__ = ["ActivationStats", "by_channel"]
