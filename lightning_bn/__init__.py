@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -105,22 +103,6 @@ _LAZY: dict[str, str] = {
     "to_torch": "layers.conversion",
     "watch": "rules.watching",
 }
-
-# A whole model that 0.1.0 pickled names the modules that these classes were in then.
-_MOVED = {"batch_norm": "layers.batch_norm", "subclasses": "layers.subclasses", "window": "averaging.window"}
-
-
-class _Moved(ModuleType):
-    """Stands where a module was, and has what the one has that it became."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(import_module(f"lightning_bn.{_MOVED[self.__name__.rpartition('.')[2]]}"), name)
-
-
-for _name in _MOVED:
-    sys.modules[f"{__name__}.{_name}"] = _Moved(f"{__name__}.{_name}")
 
 
 def __getattr__(name: str) -> Any:

@@ -88,9 +88,6 @@ class Exponential(Averaging):
     def state_meaning(self) -> str:
         return "Exponential(pooled=True)"  # the momentum may change from batch to batch
 
-    def upgraded(self, state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
-        return _per_channel(state, num_features)
-
     def extra_repr(self) -> str:
         return f"momentum={self.momentum}" + ", debias=True" * self.debias + ", pooled=True" * self.pooled
 
@@ -137,21 +134,12 @@ class Cumulative(Averaging):
     def state_meaning(self) -> str:
         return "Cumulative(pooled=True)"
 
-    def upgraded(self, state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
-        return _per_channel(state, num_features)
-
     def extra_repr(self) -> str:
         return "pooled=True" * self.pooled
 
 
 def _weight_sums(num_features: int, device: torch.device) -> dict[str, Tensor]:
     return {"weight_sums": torch.zeros(2, num_features, dtype=wide_dtype(device), device=device)}
-
-
-def _per_channel(state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
-    """The sums of weights, of which 0.1.0 kept one pair for all channels, as a pair a channel."""
-    old = any(value.dim() == 1 for value in state.values())
-    return {name: value[:, None].repeat(1, num_features) for name, value in state.items()} if old else state
 
 
 def _cumulate(

@@ -62,18 +62,6 @@ class TrainingState(nn.Module):
         attribute."""
         return torch.tensor(list(self.state_meaning.encode()), dtype=torch.uint8, device="cpu")
 
-    def upgraded(self, state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
-        """Return state that an earlier version saved in the layout of this one; what has it already is returned as it
-        is."""
-        return state
-
-    def upgrade(self, num_features: int) -> None:
-        """Bring state that came with a whole model pickled by an earlier version into the layout of this one."""
-        present = self.state()
-        state = self.upgraded(present, num_features)
-        if state is not present:
-            self._declare(state)
-
     def _declare(self, state: Mapping[str, Tensor]) -> None:
         """Take `state` as the private state; a tensor declared before under the same name and shape is written in
         place."""
@@ -119,14 +107,12 @@ class TrainingState(nn.Module):
         public = {key: value for key, value in state_dict.items() if key not in keys and key != prefix + STATE_OF}
         super()._load_from_state_dict(public, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         text = state_dict.get(prefix + STATE_OF)
-        meaning = self._saved_meaning(saved, text)
+        meaning = None if text is None else bytes(text.tolist()).decode()
         if meaning is not None and meaning != self.state_meaning:
             # torch raises for unexpected keys where it is strict, and returns them where it is not; that is all it
             # tells a module.
             why = f" (it holds the state of {meaning}, and this layer averages by {self}. {_MEND.format(prefix)})"
-            unexpected_keys.extend(
-                key + why for key in state_dict if key == prefix + STATE_OF or (key in keys and text is None)
-            )
+            unexpected_keys.append(prefix + STATE_OF + why)
             self.clear()
         elif not saved:
             # The checkpoint of a plain layer: no history came with it, so none is missing.
@@ -136,8 +122,6 @@ class TrainingState(nn.Module):
             self._load(saved, prefix, error_msgs)
 
     def _load(self, saved: dict[str, Tensor], prefix: str, error_msgs: list[str]) -> None:
-        if len(saved) == len(self._state_names):
-            saved = self.upgraded(saved, next(iter(self.state().values())).shape[-1])
         for name, value in saved.items():
             present: Tensor = getattr(self, name)
             if present.shape != value.shape:
@@ -147,10 +131,6 @@ class TrainingState(nn.Module):
                 )
             else:
                 present.copy_(value)
-
-    def _saved_meaning(self, saved: dict[str, Tensor], text: Tensor | None) -> str | None:
-        """What the saved state means, None where it does not say; an earlier version's did not."""
-        return None if text is None else bytes(text.tolist()).decode()
 
     def clear(self) -> None:
         """Forget everything, in place: the state is what it was before the first training batch."""

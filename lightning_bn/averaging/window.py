@@ -138,33 +138,5 @@ class Window(Averaging):
     def state_meaning(self) -> str:
         return f"Window({self.extra_repr()})"
 
-    def upgraded(self, state: dict[str, Tensor], num_features: int) -> dict[str, Tensor]:
-        # 0.1.0 had one count a row for all channels, (count, mean, variance or m2), and a cursor that began again after
-        # two segments.
-        if not state or state["rows"].dim() == 3:
-            return state
-        written = int(state["rows"][:, 0].count_nonzero())
-        seen = state["cursor"] + 2 * self._segment * (written == 2 * self._segment)
-        return {
-            "rows": self._apart(state["rows"], num_features),
-            "totals": self._apart(state["totals"], num_features),
-            "cursor": seen.repeat(num_features),
-        }
-
-    def _apart(self, rows: Tensor, num_features: int) -> Tensor:
-        """Rows (R, 2 C + 1) in the layout (R, 2, C), or with `pooled`, which counts samples, (R, 3, C)."""
-        numbers = rows[:, 1:].reshape(len(rows), 2, num_features)
-        return torch.cat((rows[:, :1, None].expand(-1, 1, num_features), numbers), dim=1) if self.pooled else numbers
-
-    def _saved_meaning(self, saved: dict[str, Tensor], text: Tensor | None) -> str | None:
-        if text is None and "rows" in saved and saved["rows"].dim() == 2 and "cursor" in saved:
-            # 0.1.0 did not say it, but a row of a single batch tells: it counts one batch, or the values of that batch,
-            # which are several.
-            newest = int(saved["cursor"] - 1) % (2 * self._segment)
-            count = saved["rows"][min(newest + newest // self._segment, len(saved["rows"]) - 1), 0]
-            if count > 0 and bool(count > 1) != self.pooled:
-                return f"Window(size={self.size}{', pooled=True' * (not self.pooled)})"
-        return super()._saved_meaning(saved, text)
-
     def extra_repr(self) -> str:
         return f"size={self.size}" + ", pooled=True" * self.pooled

@@ -312,12 +312,6 @@ class AveragedBatchNorm(_BatchNorm):
             bias = bias.to(dtype)
         return weight, bias
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        averaging = self._modules.get("averaging")
-        if isinstance(averaging, Averaging):
-            averaging.upgrade(self.num_features)
-
     def reset_running_stats(self) -> None:
         """Put mean 0, variance 1 and no batches tracked into the buffers, and empty the averaging."""
         super().reset_running_stats()

@@ -310,8 +310,6 @@ class Group:
     def _tied_rule(self) -> Averaging:
         """Lay the layers' states side by side, each layer's own a view of it, and return the averaging that has the
         whole."""
-        for own, size in zip(self.rules, self._sizes, strict=True):
-            own.upgrade(size)
         rule = copy.copy(self.rules[0])
         self._state: dict[str, Tensor] = {}
         with torch.inference_mode(False):

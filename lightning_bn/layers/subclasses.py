@@ -112,10 +112,6 @@ class _Service:
     def _enter(self, layer: _BatchNorm, args: tuple[Any, ...]) -> None:
         if not layer.track_running_stats:
             return
-        if self.__dict__.pop("_unpickled", False):
-            averaging = layer._modules["averaging"]
-            if isinstance(averaging, Averaging):
-                averaging.upgrade(layer.num_features)
         self._lock.acquire()
         interrupted: Exchange | None = layer.__dict__.pop(_EXCHANGED, None)
         if interrupted is not None:  # by a BaseException, of which no hook is told
@@ -149,7 +145,6 @@ class _Service:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
-        self._unpickled = True
 
 
 def _take(layer: _BatchNorm, exchange: Exchange, mean: Tensor, var: Tensor, input: Tensor, output: Tensor) -> None:

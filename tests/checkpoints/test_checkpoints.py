@@ -47,7 +47,7 @@ def load_fixture() -> tuple[Classifier, dict[str, Tensor]]:
 
 
 def test_an_old_checkpoint_evaluates_as_it_did() -> None:
-    """The file of version 0.1.0 loads strictly with weights_only=True, and gives the outputs that were saved beside
+    """The file loads strictly with weights_only=True, and gives the outputs that were saved beside
     it."""
     module, expected = load_fixture()
     torch.testing.assert_close(module.eval()(expected["images"]), expected["logits"], rtol=1e-4, atol=1e-5)
