@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["BatchNormLayer", "find_batch_norms", "parts_called_by", "user_name"]
+__all__ = [
+    "BatchNormLayer",
+    "ancestors",
+    "find_batch_norms",
+    "in_eval_mode",
+    "learning",
+    "parts_called_by",
+    "user_name",
+]
 
 # What torch names the module inside of one that it puts around it.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -21,6 +30,8 @@ class BatchNormLayer:
     """Every path that leads to it from the model, in registration order; more than one where the module is registered
     twice."""
     module: _BatchNorm
+    around: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
+    """The modules that the first path leads through, innermost first, the model last."""
 
     @property
     def name(self) -> str:
@@ -39,10 +50,21 @@ class BatchNormLayer:
 
     @property
     def frozen(self) -> bool:
-        """Whether it has affine parameters and none of them learns; a layer without any is as free as the layers around
-        it."""
-        parameters = [p for p in (self.module.weight, self.module.bias) if p is not None]
-        return bool(parameters) and not any(p.requires_grad for p in parameters)
+        """Whether no parameter of it requires grad; a layer without any is as free as the module around it."""
+        return self.is_frozen(lambda parameter: parameter.requires_grad)
+
+    def is_frozen(self, learns: Callable[[nn.Parameter], bool]) -> bool:
+        """`frozen`, where `learns` says which parameters do: those that an optimizer holds, for instance."""
+        own = [
+            parameter
+            for name, parameter in self.module.named_parameters()
+            if "." not in name or name.startswith("parametrizations.")  # not those of an activation in it
+        ]
+        for parameters in (own, *(module.parameters() for module in self.around)):
+            parameters = list(parameters)
+            if parameters:
+                return not any(map(learns, parameters))
+        return False
 
     @property
     def synced(self) -> bool:
@@ -66,11 +88,39 @@ def find_batch_norms(model: nn.Module) -> list[BatchNormLayer]:
         >>> [(layer.names, layer.kind) for layer in find_batch_norms(model)]
         [(('1', '3'), 'BatchNorm1d')]
     """
-    found: dict[_BatchNorm, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    paths: dict[_BatchNorm, list[str]] = {}
+    for path, module in modules.items():
         if isinstance(module, _BatchNorm):
-            found.setdefault(module, []).append(user_name(path))
-    return [BatchNormLayer(tuple(names), module) for module, names in found.items()]
+            paths.setdefault(module, []).append(path)
+    return [
+        BatchNormLayer(tuple(map(user_name, found)), module, tuple(modules[path] for path in ancestors(found[0])))
+        for module, found in paths.items()
+    ]
+
+
+def ancestors(name: str) -> Iterator[str]:
+    """Yield the names of the modules above `name`, nearest first, the model itself, which has the empty name, last.
+
+    Example:
+        >>> list(ancestors("backbone.layer1.bn"))
+        ['backbone.layer1', 'backbone', '']
+    """
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def in_eval_mode(layers: Iterable[BatchNormLayer]) -> set[nn.Module]:
+    """Return the layers that are in eval mode. In training these are the ones that the user put there; ask before a
+    validation begins, when all are."""
+    return {layer.module for layer in layers if not layer.module.training}
+
+
+def learning(layers: Iterable[BatchNormLayer], in_eval: Collection[nn.Module]) -> list[BatchNormLayer]:
+    """Return the layers whose running statistics training moves: those that keep some, are not frozen, and are not
+    `in_eval` mode in training."""
+    return [layer for layer in layers if layer.tracks and not layer.frozen and layer.module not in in_eval]
 
 
 def user_name(path: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from lightning_bn import BatchNorm1d, Window
-from lightning_bn.discovery import find_batch_norms
+from lightning_bn.discovery import find_batch_norms, in_eval_mode, learning
 
 
 def test_finds_each_layer_once() -> None:
@@ -27,11 +28,54 @@ def test_finds_each_layer_once() -> None:
 
 
 def test_frozen_means_that_nothing_learns() -> None:
-    """Frozen: affine parameters exist and none requires grad. A layer without any is not frozen."""
+    """Frozen: there are parameters and none requires grad. A layer without any is as free as what is around it."""
     layers = [nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False)]
     layers[1].weight.requires_grad_(False)
     layers[2].requires_grad_(False)
     assert [layer.frozen for layer in find_batch_norms(nn.ModuleList(layers))] == [False, False, True, False]
+
+
+def test_frozen_by_what_is_around() -> None:
+    """A layer without parameters is frozen in a frozen backbone, and not in one that learns or has nothing to learn."""
+    backbone = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.BatchNorm1d(2, affine=False)]))
+    model = nn.Sequential(backbone, nn.Linear(2, 2))
+    assert not find_batch_norms(model)[0].frozen
+    backbone.requires_grad_(False)
+    assert find_batch_norms(model)[0].frozen
+    assert not find_batch_norms(nn.Sequential(nn.BatchNorm1d(2, affine=False)))[0].frozen
+
+
+def test_frozen_by_the_weights_own_parameters() -> None:
+    """A pruned or parametrized weight is a function of parameters under other names; they decide."""
+    layers = nn.ModuleList([nn.BatchNorm1d(2), nn.BatchNorm1d(2)])
+    prune.identity(layers[0], "weight")
+    parametrize.register_parametrization(layers[1], "weight", nn.Identity())
+    assert [layer.frozen for layer in find_batch_norms(layers)] == [False, False]
+    layers[0].bias.requires_grad_(False)
+    layers[1].bias.requires_grad_(False)
+    assert [layer.frozen for layer in find_batch_norms(layers)] == [False, False]
+    layers.requires_grad_(False)
+    assert [layer.frozen for layer in find_batch_norms(layers)] == [True, True]
+
+
+def test_an_activation_does_not_make_a_layer_learn() -> None:
+    """What a subclass holds besides its own parameters, as a PReLU, has nothing to do with its statistics."""
+    layer = nn.BatchNorm1d(2).requires_grad_(False)
+    layer.activation = nn.PReLU()
+    assert find_batch_norms(nn.Sequential(layer))[0].frozen
+
+
+def test_what_training_moves() -> None:
+    """`learning` leaves out the frozen, those that track nothing, and those that are in eval mode in training."""
+    model = nn.Sequential(
+        nn.BatchNorm1d(2),
+        nn.BatchNorm1d(2).requires_grad_(False),
+        nn.BatchNorm1d(2, track_running_stats=False),
+        nn.BatchNorm1d(2).eval(),
+    )
+    layers = find_batch_norms(model)
+    assert [layer.name for layer in learning(layers, in_eval_mode(layers))] == ["0"]
+    assert [layer.name for layer in learning(layers, ())] == ["0", "3"]
 
 
 def test_tracks() -> None:

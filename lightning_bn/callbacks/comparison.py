@@ -18,10 +18,10 @@ from lightning_bn.callbacks.lightning_internals import data_parallel_group, logg
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
-from lightning_bn.callbacks.training_pass import asleep, learning, quiet, training_pass, validate_once_more
+from lightning_bn.callbacks.training_pass import quiet, training_pass, validate_once_more
 from lightning_bn.comparison.followers import Followers
 from lightning_bn.comparison.scores import Scores
-from lightning_bn.discovery import find_batch_norms
+from lightning_bn.discovery import find_batch_norms, in_eval_mode, learning
 from lightning_bn.layers.batch_norm import check_averaging
 from lightning_bn.layers.ledger import settle_together
 from lightning_bn.modes import eager, normalising_with_batches
@@ -136,7 +136,7 @@ class CompareAverages(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         journal_of(trainer).begin(trainer, pl_module)
         self._layers = find_batch_norms(pl_module)
-        self._asleep = asleep(self._layers)
+        self._in_eval = in_eval_mode(self._layers)
         self._looked = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -147,7 +147,7 @@ class CompareAverages(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._asleep = asleep(self._layers)
+        self._in_eval = in_eval_mode(self._layers)
         if not self._looked:
             self._check_sight()
             self._looked = True
@@ -162,7 +162,7 @@ class CompareAverages(Callback):
             for name in self.averages:
                 with self._following().applied(name):
                     self._pending[name] = validate_once_more(trainer, pl_module)
-            chosen = learning(self._layers, self._asleep)
+            chosen = self._learning()
             if self.recalibrated and chosen:
                 with self._recalibrated(trainer, pl_module):
                     self._pending[_RECALIBRATED] = validate_once_more(trainer, pl_module)
@@ -227,6 +227,10 @@ class CompareAverages(Callback):
         self._saved = state_dict["followers"]
         self.scores.values = state_dict["values"]
 
+    def _learning(self) -> set[str]:
+        """The names of the layers whose statistics training moves."""
+        return {layer.name for layer in learning(self._layers, self._in_eval)}
+
     def _following(self) -> Followers:
         if self._followers is None:
             raise MisconfigurationException("CompareAverages follows no fit yet: give it to a Trainer, and call fit().")
@@ -243,7 +247,7 @@ class CompareAverages(Callback):
 
     @contextmanager
     def _recalibrated(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
-        chosen = learning(self._layers, self._asleep)
+        chosen = self._learning()
         with ExitStack() as stack:
             with training_pass(trainer, module) as batches:
                 stack.enter_context(

@@ -27,15 +27,13 @@ from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.training_pass import (
-    asleep,
-    learning,
     on_training_device,
     quiet,
     training_pass,
     validate_once_more,
 )
 from lightning_bn.comparison.scores import Scores
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning
 from lightning_bn.recalibration import recalibrate
 from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.kept_objects import KeptObjects
@@ -47,7 +45,7 @@ __all__ = ["BatchNormRecalibration"]
 class BatchNormRecalibration(Callback):
     """Re-estimate the running statistics from training batches with the current weights, by `lightning_bn.recalibrate`.
 
-    It recalibrates the layers that were learning: those that keep running statistics, are not frozen (some affine
+    It recalibrates the layers that were learning: those that keep running statistics, are not frozen (some
     parameter requires grad) and were in training mode in the last training step. It takes no step, logs no training
     metric, and leaves the weights, the gradients, ``global_step``, the RNG, torchmetrics and the running loader as they
     are. Whatever the order in ``Trainer(callbacks=...)``, it acts after `WeightAveraging`, `EMAWeightAveraging` and
@@ -136,7 +134,7 @@ class BatchNormRecalibration(Callback):
         self._last_step: int | None = None
         self._input = self._new_input()
         self._layers: list[BatchNormLayer] = []
-        self._asleep: set[Module] = set()
+        self._in_eval: set[Module] = set()
         self._gone: set[str] = set()
         self._final = False
 
@@ -151,7 +149,7 @@ class BatchNormRecalibration(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
-        self._final, self._layers, self._asleep, self._gone = False, [], set(), set()
+        self._final, self._layers, self._in_eval, self._gone = False, [], set(), set()
         self._input = self._new_input()
         # One that is frozen may not track for now (`BaseFinetuning` tells its layers so), and will when it is unfrozen.
         if not any(layer.module.running_mean is not None for layer in find_batch_norms(pl_module)):
@@ -197,7 +195,7 @@ class BatchNormRecalibration(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._asleep = asleep(self._layers)
+        self._in_eval = in_eval_mode(self._layers)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -212,7 +210,7 @@ class BatchNormRecalibration(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._layers:  # nothing was trained in a fit that was resumed at its end
             self._layers = find_batch_norms(pl_module)
-            self._asleep = asleep(self._layers)
+            self._in_eval = in_eval_mode(self._layers)
         with on_training_device(trainer, pl_module):
             # A fit resumed from a checkpoint with no step left to train ends without on_train_end.
             if self.when == "fit_end" and 0 < trainer.global_step != self._last_step:
@@ -240,7 +238,7 @@ class BatchNormRecalibration(Callback):
     def _look_again(self, module: LightningModule) -> None:
         """Find the layers as they are now; how they train is read off when a batch has been trained."""
         self._take_in_new_layers(module)
-        self._asleep = asleep(self._layers)
+        self._in_eval = in_eval_mode(self._layers)
 
     def _take_in_new_layers(self, module: LightningModule) -> None:
         """Let layers that came since the layers were last looked at be recalibrated too, unless they are frozen."""
@@ -251,7 +249,7 @@ class BatchNormRecalibration(Callback):
     @property
     def _learning(self) -> set[str]:
         """The names of the layers to recalibrate."""
-        return learning(self._layers, self._asleep)
+        return {layer.name for layer in learning(self._layers, self._in_eval)}
 
     def _act(self, trainer: Trainer, module: LightningModule) -> None:
         self._take_in_new_layers(module)
@@ -312,7 +310,7 @@ class BatchNormRecalibration(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # What the fit has found out about its module is of no use elsewhere, and functions can't be pickled.
-        return {**vars(self), "_input": None, "_layers": [], "_asleep": set()}
+        return {**vars(self), "_input": None, "_layers": [], "_in_eval": set()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -337,9 +335,9 @@ class BatchNormRecalibration(Callback):
 
 def _why_none(layers: list[BatchNormLayer]) -> str:
     """Say why no layer was learning: not every one that is in eval mode was meant to be."""
-    if not any(layer.tracks and not layer.frozen for layer in layers):
+    names = [layer.name or "(the module)" for layer in learning(layers, ())]
+    if not names:
         return "every batch-norm layer is frozen"
-    names = [layer.name or "(the module)" for layer in layers if layer.tracks and not layer.frozen]
     listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
         f"{listed} can learn, but no batch-norm layer was in training mode in the last training step (if that was not "

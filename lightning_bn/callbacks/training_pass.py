@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
@@ -22,23 +22,11 @@ from lightning_bn.callbacks.lightning_internals import (
     validation_loader,
     validation_metrics,
 )
-from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager, extra_pass, kept_attribute
 from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.keeping import kept
 
-__all__ = ["asleep", "learning", "on_training_device", "quiet", "training_pass", "validate_once_more"]
-
-
-def asleep(layers: Iterable[BatchNormLayer]) -> set[nn.Module]:
-    """Return the layers that are in eval mode. To be asked in training: once validation begins all are, and those that
-    the user put there can't be told from the others."""
-    return {layer.module for layer in layers if not layer.module.training}
-
-
-def learning(layers: Iterable[BatchNormLayer], asleep: set[nn.Module]) -> set[str]:
-    """Return the names of the layers whose statistics a training step moves: which are not `asleep`, and not frozen."""
-    return {layer.name for layer in layers if layer.module not in asleep and layer.tracks and not layer.frozen}
+__all__ = ["on_training_device", "quiet", "training_pass", "validate_once_more"]
 
 
 @contextmanager

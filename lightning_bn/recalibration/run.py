@@ -90,9 +90,9 @@ def recalibrate(
             several times in a forward has its new statistics only at the last call, at earlier ones those of the calls
             so far. Around a layer the forward may change autocast, grad and inference mode; other global states are
             common to all batches.
-        layers: None, those that track statistics and are not frozen: frozen is a layer whose affine parameters all have
-            ``requires_grad=False``, and, in a model in training mode, one in eval mode. ``"all"``: the frozen too. Or a
-            predicate ``(name, module) -> bool``.
+        layers: None, those that track statistics and are not frozen: frozen is a layer of whose parameters (of one
+            without any: of whose module) none has ``requires_grad=True``, and, in a model in training mode, one in eval
+            mode. ``"all"``: the frozen too. Or a predicate ``(name, module) -> bool``.
         device: where the batches are moved. None: where the model's first parameter is.
         dry_run: report what would change, and change nothing.
         progress: show a progress bar.

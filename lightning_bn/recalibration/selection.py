@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import nn
 
 from lightning_bn.choices import Choices, check_choices, is_chosen
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning
 
 __all__ = ["Layers", "choose"]
 
@@ -31,22 +31,22 @@ def choose(model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
             f"statistics."
         )
     _refuse_lazy(tracking)
-    chosen = [layer for layer in tracking if _wanted(layer, model, layers)]
+    chosen = _wanted(tracking, model, layers)
     if not chosen:
         raise ValueError(_nothing(tracking, layers, model))
     return chosen
 
 
-def _wanted(layer: BatchNormLayer, model: nn.Module, layers: Layers) -> bool:
+def _wanted(tracking: list[BatchNormLayer], model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
     if layers is None:
-        return not _frozen(layer, model)
-    return layers == "all" or any(is_chosen(layers, name, layer.module) for name in layer.names)
-
-
-def _frozen(layer: BatchNormLayer, model: nn.Module) -> bool:
-    # In a model in training mode a layer in eval mode is one that the user froze; in a model in eval mode the flag
-    # tells nothing.
-    return layer.frozen or (model.training and not layer.module.training)
+        # In a model in training mode a layer in eval mode is one that the user froze; in a model in eval mode the flag
+        # tells nothing.
+        return learning(tracking, in_eval_mode(tracking) if model.training else ())
+    return [
+        layer
+        for layer in tracking
+        if layers == "all" or any(is_chosen(layers, name, layer.module) for name in layer.names)
+    ]
 
 
 def _refuse_lazy(layers: list[BatchNormLayer]) -> None:
@@ -63,13 +63,14 @@ def _nothing(layers: list[BatchNormLayer], wanted: Layers, model: nn.Module) -> 
     if wanted is not None:
         return f"recalibrate(model, batches, layers={wanted!r}): it means none of the {number}."
     choose_others = "Pass layers='all' to recalibrate them nevertheless, or choose by name, as in layers='backbone.*'."
-    learning = [layer for layer in layers if not layer.frozen]
-    if not learning:
+    free = learning(layers, ())
+    if not free:
         return (
-            f"recalibrate(model, batches): all {number} are frozen: no affine parameter requires grad. {choose_others}"
+            f"recalibrate(model, batches): all {number} are frozen: none of their parameters requires grad. "
+            + choose_others
         )
     return (
-        f"recalibrate(model, batches): {_listed(learning)} can learn, but are in eval mode in a model that is in "
+        f"recalibrate(model, batches): {_listed(free)} can learn, but are in eval mode in a model that is in "
         "training mode, so they are taken for frozen, as all "
         f"{number} are. If that was not meant, call model.train() first. {choose_others}"
     )

@@ -7,7 +7,7 @@ from torch.optim import LBFGS
 
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.arguments import Setting
-from lightning_bn.rules.observer import Observer, ancestors
+from lightning_bn.rules.observer import Observer
 
 __all__ = ["Learning"]
 
@@ -21,7 +21,6 @@ class Learning:
     """
 
     def __init__(self, observer: Observer, setting: Setting) -> None:
-        self._modules = dict(zip(observer.names, observer.modules, strict=True))
         optimizers = setting.optimizers() if setting.optimizers is not None else ()
         held = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
         own = {id(parameter) for module in observer.modules for parameter in module.parameters(recurse=False)}
@@ -40,10 +39,7 @@ class Learning:
 
     def frozen(self, layer: BatchNormLayer) -> bool:
         """Whether no parameter of the layer learns; a layer without any is as free as the module around it."""
-        parameters = list(layer.module.parameters(recurse=False))
-        for name in ancestors(layer.name):
-            parameters = parameters or list(self._modules[name].parameters())
-        return bool(parameters) and not any(map(self.parameter, parameters))
+        return layer.is_frozen(self.parameter)
 
     def left_out(self, layer: BatchNormLayer) -> bool:
         """Whether the layer's parameters require grad, and no optimizer holds one of them."""

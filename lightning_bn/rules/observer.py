@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms, user_name
+from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, user_name
 from lightning_bn.layers.settlement import is_lent
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
 from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
@@ -293,18 +293,6 @@ class _LayerHooks(_Hooks):
 def moves_later(layer: _BatchNorm) -> bool:
     """Whether what a training forward of the layer measures moves its statistics only after that forward."""
     return is_lent(layer)
-
-
-def ancestors(name: str) -> Iterator[str]:
-    """Yield the names of the modules above `name`, nearest first, the model itself, which has the empty name, last.
-
-    Example:
-        >>> list(ancestors("backbone.layer1.bn"))
-        ['backbone.layer1', 'backbone', '']
-    """
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def _version(tensor: Tensor | None) -> int | None:

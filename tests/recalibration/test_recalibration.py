@@ -334,7 +334,7 @@ def test_layers_left_in_eval_mode_are_not_called_frozen() -> None:
             module.eval()
     with pytest.raises(ValueError, match=r"can learn, but are in eval mode .* call model\.train\(\) first"):
         estimate(model, [torch.randn(8, 2)])
-    with pytest.raises(ValueError, match="are frozen: no affine parameter requires grad"):
+    with pytest.raises(ValueError, match="are frozen: none of their parameters requires grad"):
         estimate(model.requires_grad_(False), [torch.randn(8, 2)])
 
 
