@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lightning_bn.layers.batch_norm import BatchNorm3d as BatchNorm3d
     from lightning_bn.layers.conversion import convert_batch_norm as convert_batch_norm
     from lightning_bn.layers.conversion import to_torch as to_torch
-    from lightning_bn.layers.ledger import settle_together as settle_together
+    from lightning_bn.layers.deferred import settle_together as settle_together
     from lightning_bn.modes import paused_statistics as paused_statistics
     from lightning_bn.recalibration import recalibrate as recalibrate
     from lightning_bn.recalibration import recalibrated as recalibrated
@@ -99,7 +99,7 @@ _LAZY: dict[str, str] = {
     "paused_statistics": "modes",
     "recalibrate": "recalibration",
     "recalibrated": "recalibration",
-    "settle_together": "layers.ledger",
+    "settle_together": "layers.deferred",
     "to_torch": "layers.conversion",
     "watch": "rules.watching",
 }

@@ -17,7 +17,7 @@ __all__ = [
     "check_not_distributed",
     "full_value",
     "is_fsdp1",
-    "is_lent",
+    "is_transient",
     "is_sharded",
     "local_value",
     "unwrapped",
@@ -28,7 +28,7 @@ def is_sharded(model: nn.Module) -> bool:
     """Tell whether a forward of `model` fetches parameters from other ranks, so that all ranks must run it together:
     ``fully_shard``, ``FullyShardedDataParallel``, tensor parallelism, DeepSpeed's stage 3."""
     return any(is_fsdp1(module) for module in model.modules()) or any(
-        _is_dtensor(parameter) or is_lent(parameter) for parameter in model.parameters()
+        _is_dtensor(parameter) or is_transient(parameter) for parameter in model.parameters()
     )
 
 
@@ -37,7 +37,7 @@ def is_fsdp1(module: nn.Module) -> bool:
     return isinstance(module, _known("torch.distributed.fsdp", "FullyShardedDataParallel"))
 
 
-def is_lent(parameter: Tensor) -> bool:
+def is_transient(parameter: Tensor) -> bool:
     """Tell whether ``FullyShardedDataParallel`` or DeepSpeed's stage 3 puts storage under `parameter` for a while, and
     keeps account of it elsewhere: whoever puts back what was there before breaks that."""
     # Both mark each parameter; the wrapper may be around the model, out of its sight.

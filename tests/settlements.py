@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn import Averaging, Cumulative, Exponential, Window, convert_batch_norm
-from lightning_bn.layers.settlement import is_lent
+from lightning_bn.layers.settlement import is_deferred
 
 Oracle = Callable[[list[oracles.Array]], tuple[oracles.Array, oracles.Array]]
 AVERAGES: dict[str, tuple[Averaging | None, Oracle]] = {
@@ -60,11 +60,11 @@ def batches(count: int = 9) -> list[Tensor]:
 
 
 class Record:
-    """What each layer of a model has been given in training, and whether it was lent rows then."""
+    """What each layer of a model has been given in training, and whether it had scratch rows then."""
 
     def __init__(self, model: nn.Module) -> None:
         self.inputs: dict[str, list[oracles.Array]] = {name: [] for name in norms(model)}
-        self.lent: list[bool] = []
+        self.deferred: list[bool] = []
         for name, layer in norms(model).items():
             layer.register_forward_pre_hook(self._hook(name))
 
@@ -72,7 +72,7 @@ class Record:
         def hook(layer: _BatchNorm, args: tuple[Tensor]) -> None:
             if layer.training and layer.track_running_stats:
                 self.inputs[name].append(oracles.channels(args[0]))
-                self.lent.append(is_lent(layer))
+                self.deferred.append(is_deferred(layer))
 
         return hook
 

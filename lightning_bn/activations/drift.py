@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.activations.pool_to_host import Array, Mask, joined, silent_numbers, to_host
 from lightning_bn.averaging import Averaging, Cumulative, Exponential
 from lightning_bn.buffers import running_mean
-from lightning_bn.layers.ledger import takes_loans
+from lightning_bn.layers.deferred import can_defer
 from lightning_bn.layers.settlement import Settled, listening, rule_of
 from lightning_bn.torch_internals import buffers_of
 
@@ -109,7 +109,7 @@ class DriftMeter:
     def unreadable(self) -> list[int]:
         """Return the indices of the layers of which nothing tells what their batches were like: torch's, if they are
         kept in 16 bits."""
-        return [index for index in self._silent(self._by_rule()) if not takes_loans(self.layers[index])]
+        return [index for index in self._silent(self._by_rule()) if not can_defer(self.layers[index])]
 
     def _by_rule(self) -> list[tuple[Averaging, list[int]]]:
         """Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer."""
@@ -145,7 +145,7 @@ class DriftMeter:
             self._before = self._buffers()
         self._rules = self._by_rule()
         self._heard = {
-            self.layers[index]: index for index in self._silent(self._rules) if takes_loans(self.layers[index])
+            self.layers[index]: index for index in self._silent(self._rules) if can_defer(self.layers[index])
         }
         if self._heard:
             self._end = listening(list(self._heard), self._hear)

@@ -32,7 +32,7 @@ from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.terminal import say
 from lightning_bn.choices import Choices, check_choices
-from lightning_bn.layers.ledger import settle_together
+from lightning_bn.layers.deferred import settle_together
 
 __all__ = ["ActivationStatsMonitor"]
 

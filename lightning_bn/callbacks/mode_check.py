@@ -27,7 +27,7 @@ from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
 from lightning_bn.discovery import parts_called_by
-from lightning_bn.layers.ledger import settle_together
+from lightning_bn.layers.deferred import settle_together
 from lightning_bn.rules import RULES, Finding, ModeCheckError
 from lightning_bn.rules.arguments import Setting, check_action, check_codes
 from lightning_bn.rules.finding import Action, markdown

@@ -19,9 +19,8 @@ from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.buffers import next_step, running_mean, running_statistics
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging
-from lightning_bn.layers.calls import input_and_mask
-from lightning_bn.layers.group import Group, Rows
-from lightning_bn.layers.ledger import takes_loans
+from lightning_bn.layers.deferred import can_defer
+from lightning_bn.layers.group import Collected, LayerGroup
 from lightning_bn.layers.settlement import (
     Settled,
     advance,
@@ -32,6 +31,7 @@ from lightning_bn.layers.settlement import (
     rule_of,
     synchronised_moments,
 )
+from lightning_bn.layers.subclasses import input_and_mask
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import merge_over_ranks
 from lightning_bn.torch_internals import in_backward, is_compiled
@@ -109,7 +109,7 @@ class Followers:
         ]
         layers = list(self._layers.values())
         with ExitStack() as stack:
-            stack.callback(listening([layer for layer in layers if takes_loans(layer)], self._settled))
+            stack.callback(listening([layer for layer in layers if can_defer(layer)], self._settled))
             for path, layer in self._layers.items():
                 stack.callback(layer.register_forward_hook(self._hook(path, layer), with_kwargs=True).remove)
             try:
@@ -197,7 +197,7 @@ class Followers:
         """Return what sees a layer of plain torch, and a compiled layer of any class: `torch.compile` makes it part of
         its code, in which every layer settles by itself, and so do its shadows."""
         shadows = [row[path] for row in self._shadows.values()]
-        is_told = takes_loans(layer)
+        is_told = can_defer(layer)
 
         def hook(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             compiling = torch.compiler.is_compiling()
@@ -250,7 +250,7 @@ class _Wide:
     def __init__(self, layers: list[_BatchNorm], shadows: list[list[BatchNorm1d]]) -> None:
         self.layers = layers
         self._groups = [
-            Group(row, [rule_of(shadow) for shadow in row], skip_nonfinite=True, private=True) for row in shadows
+            LayerGroup(row, [rule_of(shadow) for shadow in row], skip_nonfinite=True, private=True) for row in shadows
         ]
         like = running_mean(shadows[0][0])
         self._eps = torch.tensor([layer.eps for layer in layers], dtype=like.dtype, device="cpu").to(
@@ -284,7 +284,7 @@ class _Wide:
         """Take in the batches of all layers, a layer's being left out where it has no variance or is not finite."""
         first = self._groups[0]
         mean, var = mean.to(first.dtype), var.to(first.dtype)
-        rows = Rows(mean, var, count.to(first.dtype), (count > 1) & first.finite(var))
+        rows = Collected(mean, var, count.to(first.dtype), (count > 1) & first.finite(var))
         for group in self._groups:
             group.settle(rows)
 

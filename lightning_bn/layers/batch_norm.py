@@ -16,19 +16,19 @@ from lightning_bn.averaging.training_state import apply_to_statistics
 from lightning_bn.buffers import next_step, running_mean, running_statistics, running_var
 from lightning_bn.layers.settlement import (
     LISTENERS,
-    LOAN,
+    SCRATCH,
     SYNCHRONISED,
-    Loan,
+    ScratchRows,
     advance,
     batch_moments,
-    borrowed,
     count_like,
     exclusive,
     is_finite,
     is_synchronised,
     kernel_momentum,
+    notify,
     rule_of,
-    tell,
+    scratch_of,
     write,
 )
 from lightning_bn.moments import Moments
@@ -75,7 +75,7 @@ class AveragedBatchNorm(_BatchNorm):
     averaging: Averaging | None
     skip_nonfinite: bool
     takes_mask = True
-    takes_loans = True
+    can_defer = True
 
     def __init__(
         self,
@@ -163,9 +163,9 @@ class AveragedBatchNorm(_BatchNorm):
         if mask is not None:
             _check_mask(input, mask)
         elif self.training and self.track_running_stats and not torch.compiler.is_compiling():
-            loan = borrowed(self)
-            if loan is not None:
-                return self._forward_on_loan(input, loan)
+            scratch = scratch_of(self)
+            if scratch is not None:
+                return self._forward_deferred(input, scratch)
         batch_statistics = self.training or self._buffers["running_mean"] is None
         if batch_statistics:
             self._check_values(input)
@@ -196,19 +196,19 @@ class AveragedBatchNorm(_BatchNorm):
         return F.batch_norm(input, mean, var, *self._affine(mean.dtype), False, 0.0, self.eps)
 
     def _training_forward(self, input: Tensor) -> Tensor:
-        """Settle at once: there is no loan that this call may use."""
+        """Settle at once: there is no scratch that this call may use."""
         momentum = kernel_momentum(self)
-        if momentum is None or (not torch.compiler.is_compiling() and LOAN in self.__dict__ and not in_backward()):
-            return self._forward_on_scratch(input)
+        if momentum is None or (not torch.compiler.is_compiling() and SCRATCH in self.__dict__ and not in_backward()):
+            return self._forward_at_once(input)
         with exclusive():
             return self._forward_in_kernel(input, momentum)
 
-    def _forward_on_loan(self, input: Tensor, loan: Loan) -> Tensor:
-        """Let the kernel write the rows that the model's ledger lends, and settles when the model's forward ends."""
-        synchronised, momentum = is_synchronised(self), loan.momentum
+    def _forward_deferred(self, input: Tensor, scratch: ScratchRows) -> Tensor:
+        """Let the kernel write the scratch rows, which are settled when the model's forward ends."""
+        synchronised, momentum = is_synchronised(self), scratch.momentum
         if synchronised:
-            loan.take_own_rows()
-        mean, var = loan.mean, loan.var
+            scratch.copy_rows()
+        mean, var = scratch.mean, scratch.var
         weight, bias = self._affine(mean.dtype)
         try:
             output = F.batch_norm(input, mean, var, weight, bias, True, 1.0 if momentum is None else momentum, self.eps)
@@ -217,12 +217,12 @@ class AveragedBatchNorm(_BatchNorm):
             raise
         count = self._values_per_channel(input) if synchronised else input.numel() // self.num_features
         if momentum is not None and LISTENERS in self.__dict__:
-            loan.batch = batch_moments(self, input, output)
+            scratch.batch = batch_moments(self, input, output)
         if synchronised or count or momentum is not None:
-            loan.ran, loan.count = True, count
+            scratch.ran, scratch.count = True, count
         return output
 
-    def _forward_on_scratch(self, input: Tensor) -> Tensor:
+    def _forward_at_once(self, input: Tensor) -> Tensor:
         """Let the kernel leave the batch's mean and unbiased variance in scratch buffers, which with momentum 1 costs
         nothing, and settle at once.
 
@@ -255,7 +255,7 @@ class AveragedBatchNorm(_BatchNorm):
             if LISTENERS in self.__dict__:
                 values = count_like(self._values_per_channel(input), mean)
                 batch = Batch(*batch_moments(self, input, output), values, next_step(self), None)
-                tell(self, batch, running_statistics(self))
+                notify(self, batch, running_statistics(self))
             if mean is not self.running_mean:
                 write(self, mean, var, is_finite(var) if self.skip_nonfinite else None)
             elif self.num_batches_tracked is not None:
@@ -285,9 +285,9 @@ class AveragedBatchNorm(_BatchNorm):
         if self.skip_nonfinite:
             valid = valid & is_finite(var)
         batch = Batch(moments.mean, var, moments.count, next_step(self), valid)
-        loan = None if torch.compiler.is_compiling() else borrowed(self)
-        if loan is not None:
-            loan.repay_moments(batch, running_statistics(self))
+        scratch = None if torch.compiler.is_compiling() else scratch_of(self)
+        if scratch is not None:
+            scratch.report_moments(batch, running_statistics(self))
         else:
             advance(self, rule_of(self), batch)
 

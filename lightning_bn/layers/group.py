@@ -16,15 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.buffers import running_mean
-from lightning_bn.layers.settlement import ATTACHED, LISTENERS, OBSERVED, Loan, Settled, kernel_momentum
+from lightning_bn.layers.settlement import ATTACHED, LISTENERS, OBSERVED, ScratchRows, Settled, kernel_momentum
 from lightning_bn.torch_internals import add_each, buffers_of, copy_each
 
-__all__ = ["Group", "Lent", "Rows"]
+__all__ = ["Collected", "LayerGroup", "WideScratch"]
 
 
 @dataclass(frozen=True)
-class Lent:
-    """What a group lends for a forward: the rows of all layers, cut up, and a loan of its part for each layer.
+class WideScratch:
+    """The scratch rows of all layers of a group for a forward, cut up into those of each layer.
 
     Autograd keeps the rows for backward, where training does not read them: it takes the moments that the kernel has
     kept. So they are used again in the next forward, and whoever writes them does so behind autograd's back, as the
@@ -35,16 +35,16 @@ class Lent:
     writable: Tensor  # the same memory
     before: Tensor | None  # (2 C,), the running statistics when the forward began, where the kernel averages
     pieces: Sequence[Tensor]  # the layers' parts: L of the means, L of the variances
-    loans: Sequence[Loan]
+    parts: Sequence[ScratchRows]
 
     @property
     def ran(self) -> bool:
         """Whether any layer ran."""
-        return any(loan.ran for loan in self.loans)
+        return any(scratch.ran for scratch in self.parts)
 
 
 @dataclass(frozen=True)
-class Rows:
+class Collected:
     """What the layers of a group have reported of one forward, side by side."""
 
     mean: Tensor  # (C,): of the batch, or where the kernel computes the average, the new running mean
@@ -52,34 +52,34 @@ class Rows:
     count: Tensor  # (L,), floating: values per channel, 0 for a layer that did not run
     valid: Tensor | None  # (L,), bool: which layers' batches count; None if all do
     ran: Sequence[bool] = ()  # which layers ran, for listeners
-    lent: Lent | None = None  # if these are the rows that were lent
+    wide: WideScratch | None = None  # if these are the rows that were given out
     before: Tensor | None = None  # (2 C,), the running statistics before the batch, where they are known already
 
 
 class _WideBatch(Batch):
     """The batches of all layers of a group. `count` and `step`, which few rules ask for, are made when one does."""
 
-    _rows: Rows
-    _group: Group
+    _collected: Collected
+    _group: LayerGroup
 
     @classmethod
-    def of(cls, rows: Rows, group: Group) -> _WideBatch:
+    def of(cls, collected: Collected, group: LayerGroup) -> _WideBatch:
         """Return what the layers have reported, number by number a channel."""
         batch = cls.__new__(cls)
-        valid = None if rows.valid is None else group.widened(rows.valid)
-        batch.__dict__.update(mean=rows.mean, var=rows.var, valid=valid, _rows=rows, _group=group)
+        valid = None if collected.valid is None else group.widened(collected.valid)
+        batch.__dict__.update(mean=collected.mean, var=collected.var, valid=valid, _collected=collected, _group=group)
         return batch
 
     @cached_property
     def count(self) -> Tensor:
-        return self._group.widened(self._rows.count)
+        return self._group.widened(self._collected.count)
 
     @cached_property
     def step(self) -> Tensor:
         return self._group.widened(self._group.next_steps())
 
 
-class Group:
+class LayerGroup:
     """Layers with one rule, dtype and device.
 
     Args:
@@ -122,28 +122,28 @@ class Group:
         self._tick_of_each = list(self._ticks.unbind())
         # The forward of another class may do anything with its rows, also behind which autograd does look.
         self._reuses = not any(ATTACHED in layer.__dict__ or OBSERVED in layer.__dict__ for layer in self.layers)
-        self._lent: list[Lent] = []
+        self._wide: list[WideScratch] = []
 
-    def lend(self, ledger: Any, place: int) -> Lent:
-        """Return a loan for each layer; those of one `place` use the same rows."""
-        if place >= len(self._lent):
-            lent = self._new_rows(ledger)
+    def scratch(self, updates: Any, place: int) -> WideScratch:
+        """Return rows for each layer; those of one `place` are the same tensors in each forward."""
+        if place >= len(self._wide):
+            wide = self._new_rows(updates)
             if self._reuses:
-                self._lent.append(lent)
+                self._wide.append(wide)
         else:
-            lent = self._lent[place]
-            for loan in lent.loans:
-                loan.renew()
-            if lent.before is None:
-                lent.writable.zero_()
+            wide = self._wide[place]
+            for scratch in wide.parts:
+                scratch.reset()
+            if wide.before is None:
+                wide.writable.zero_()
             else:
-                lent.writable.copy_(torch.cat(self._running(), out=lent.before))
+                wide.writable.copy_(torch.cat(self._running(), out=wide.before))
         if not self.rules:
-            for layer, loan in zip(self.layers, lent.loans, strict=False):
-                loan.momentum = kernel_momentum(layer)
-        return lent
+            for layer, scratch in zip(self.layers, wide.parts, strict=False):
+                scratch.momentum = kernel_momentum(layer)
+        return wide
 
-    def _new_rows(self, ledger: Any) -> Lent:
+    def _new_rows(self, updates: Any) -> WideScratch:
         with torch.inference_mode(False):
             before = None if self.rules else torch.cat(self._running())
             if before is None:
@@ -151,60 +151,62 @@ class Group:
             else:
                 rows = before.clone()
         pieces = rows.split(self._sizes * 2)
-        loans = [Loan(ledger, mean, var) for mean, var in zip(pieces, pieces[len(self.layers) :], strict=False)]
-        return Lent(rows, rows.data, before, pieces, loans)
+        parts = [ScratchRows(updates, mean, var) for mean, var in zip(pieces, pieces[len(self.layers) :], strict=False)]
+        return WideScratch(rows, rows.data, before, pieces, parts)
 
-    def collect(self, lent: Lent) -> Rows:
+    def collect(self, wide: WideScratch) -> Collected:
         """Put the reports of one forward side by side."""
-        loans = lent.loans
-        own = any(loan.own_rows for loan in loans)
-        both = torch.cat([*(loan.mean for loan in loans), *(loan.var for loan in loans)]) if own else lent.rows
+        parts = wide.parts
+        own = any(scratch.own_rows for scratch in parts)
+        both = (
+            torch.cat([*(scratch.mean for scratch in parts), *(scratch.var for scratch in parts)]) if own else wide.rows
+        )
         mean, var = self._halves(both)
-        counts, ran = self.numbers([loan.count for loan in loans]), [loan.ran for loan in loans]
+        counts, ran = self.numbers([scratch.count for scratch in parts]), [scratch.ran for scratch in parts]
         # A layer that did not run keeps what it holds now.
-        before = lent.before if all(ran) else None
-        return Rows(mean, var, counts, self._valid(loans, ran, var), ran, None if own else lent, before)
+        before = wide.before if all(ran) else None
+        return Collected(mean, var, counts, self._valid(parts, ran, var), ran, None if own else wide, before)
 
-    def settle(self, rows: Rows, batch: tuple[Tensor, Tensor] | None = None) -> None:
+    def settle(self, collected: Collected, batch: tuple[Tensor, Tensor] | None = None) -> None:
         """Update the running statistics of all layers.
 
         Args:
-            rows: as from `collect`.
+            collected: as from `collect`.
             batch: mean and *unbiased* variance of the batch, (C,) each, where the kernel made new running statistics of
-                them in `rows`; for listeners.
+                them in `collected`; for listeners.
         """
-        both = self._statistics() if rows.before is None else rows.before
+        both = self._statistics() if collected.before is None else collected.before
         before = self._halves(both)
         if self._tied is None:  # nobody listens to the private ones
-            self._tell(rows, batch, before)
+            self._notify(collected, batch, before)
         if self.rules:
-            new = torch.cat(self._updated(rows, before))
+            new = torch.cat(self._updated(collected, before))
         else:
-            new = torch.cat((rows.mean, rows.var)) if rows.lent is None else rows.lent.rows
-        if rows.valid is not None:
-            valid = rows.valid.index_select(0, self._owner_twice)
-            out = None if rows.lent is None else rows.lent.writable
+            new = torch.cat((collected.mean, collected.var)) if collected.wide is None else collected.wide.rows
+        if collected.valid is not None:
+            valid = collected.valid.index_select(0, self._owner_twice)
+            out = None if collected.wide is None else collected.wide.writable
             new = torch.where(valid, new.to(self.dtype), both, out=out)
-        self._write(new, rows.lent)
-        self._count(rows.valid)
+        self._write(new, collected.wide)
+        self._count(collected.valid)
 
-    def _updated(self, rows: Rows, before: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _updated(self, collected: Collected, before: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if self._rule is None:
-            return self._update_each(rows, before, self.next_steps())
-        updated = self._rule.update(*before, _WideBatch.of(rows, self))
+            return self._update_each(collected, before, self.next_steps())
+        updated = self._rule.update(*before, _WideBatch.of(collected, self))
         self._check_state(self._rule)
         return updated
 
-    def _write(self, new: Tensor, lent: Lent | None) -> None:
+    def _write(self, new: Tensor, wide: WideScratch | None) -> None:
         if self._tied is not None:
             self._tied[0].copy_(new)
             return
-        if lent is None:
+        if wide is None:
             pieces: Sequence[Tensor] = new.split(self._sizes * 2)
         else:
-            pieces = lent.pieces  # cut up already
-            if new is not lent.rows and new is not lent.writable:
-                lent.writable.copy_(new)
+            pieces = wide.pieces  # cut up already
+            if new is not wide.rows and new is not wide.writable:
+                wide.writable.copy_(new)
         copy_each(self._running(), list(pieces))
 
     def _count(self, valid: Tensor | None) -> None:
@@ -272,15 +274,15 @@ class Group:
         mean, var = (both.to(self._moments_dtype()) if self.rules else both).split(self._channels)
         return mean, var
 
-    def _valid(self, loans: Sequence[Loan], ran: Sequence[bool], var: Tensor) -> Tensor | None:
+    def _valid(self, parts: Sequence[ScratchRows], ran: Sequence[bool], var: Tensor) -> Tensor | None:
         """Which layers' batches count: those that ran, and were finite if anything else is to be skipped."""
         valid = self.finite(var) if self.skip_nonfinite else None
         if not all(ran):
             who = self.flags(ran)
             valid = who if valid is None else valid & who
-        if any(loan.valid is not None for loan in loans):
+        if any(scratch.valid is not None for scratch in parts):
             yes = self.flags([True])[0]
-            own = torch.stack([yes if loan.valid is None else loan.valid for loan in loans])
+            own = torch.stack([yes if scratch.valid is None else scratch.valid for scratch in parts])
             valid = own if valid is None else valid & own
         return valid
 
@@ -294,15 +296,15 @@ class Group:
             self._known[key] = torch.tensor(values, dtype=dtype, device="cpu").to(self.device, non_blocking=True)
         return self._known[key]
 
-    def _tell(self, rows: Rows, batch: tuple[Tensor, Tensor] | None, before: tuple[Tensor, Tensor]) -> None:
+    def _notify(self, collected: Collected, batch: tuple[Tensor, Tensor] | None, before: tuple[Tensor, Tensor]) -> None:
         listeners = {
             id(each): each for layer in self.layers if LISTENERS in layer.__dict__ for each in layer.__dict__[LISTENERS]
         }
         if listeners:
-            count = rows.count if rows.valid is None else torch.where(rows.valid, rows.count, 0.0)
+            count = collected.count if collected.valid is None else torch.where(collected.valid, collected.count, 0.0)
             # Copies: the rows are written once more.
-            mean, var = (rows.mean.clone(), rows.var.clone()) if batch is None else batch
-            settled = Settled(self.layers, mean, var, count, rows.ran, before)
+            mean, var = (collected.mean.clone(), collected.var.clone()) if batch is None else batch
+            settled = Settled(self.layers, mean, var, count, collected.ran, before)
             for listener in listeners.values():
                 listener(settled)
 
@@ -340,16 +342,16 @@ class Group:
                     f"place: batch.write(self.{name}, value)."
                 )
 
-    def _update_each(self, rows: Rows, before: tuple[Tensor, Tensor], steps: Tensor) -> tuple[Tensor, Tensor]:
+    def _update_each(self, collected: Collected, before: tuple[Tensor, Tensor], steps: Tensor) -> tuple[Tensor, Tensor]:
         """The same for a rule that is not known to be elementwise: layer by layer, as it was written."""
         means, variances = [], []
         running = zip(*(self.split(each) for each in before), strict=True)
         # Copies: a rule may keep what it is given.
-        means_of_batch, variances_of_batch = self.split(rows.mean.clone()), self.split(rows.var.clone())
+        means_of_batch, variances_of_batch = self.split(collected.mean.clone()), self.split(collected.var.clone())
         for place, (rule, (old_mean, old_var)) in enumerate(zip(self.rules, running, strict=True)):
             mean, var = means_of_batch[place], variances_of_batch[place]
-            count = rows.count[place]
-            valid = None if rows.valid is None else rows.valid[place]
+            count = collected.count[place]
+            valid = None if collected.valid is None else collected.valid[place]
             new_mean, new_var = rule.update(old_mean, old_var, Batch(mean, var, count, steps[place], valid))
             means.append(new_mean)
             variances.append(new_var)

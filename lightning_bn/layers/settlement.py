@@ -1,10 +1,10 @@
-"""How the batch of a forward gets into the running statistics: settled for all layers of a model at once, or for one
-layer by itself.
+"""How the batch of a forward gets into the running statistics: for all layers of a model at once, or for one layer by
+itself.
 
-When the outermost forward of a model begins, its ledger (`lightning_bn.layers.ledger`) lends each layer a pair of rows,
-and the layer's forward lets the kernel write into them. When it ends, all loans are settled together, as if the layers
-were one wide layer. A layer that nobody has lent anything, because it is called by itself or inside compiled code,
-settles at once: slower, and with the same result."""
+When the outermost forward of a model begins, its deferred updates (`lightning_bn.layers.deferred`) give each layer a
+pair of scratch rows, and the layer's forward lets the kernel write into them. When it ends, all are settled together,
+as if the layers were one wide layer. A layer without scratch rows, because it is called by itself or inside compiled
+code, settles at once: slower, and with the same result."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from lightning_bn.torch_internals import in_backward, kernel_moments, saved_stat
 
 __all__ = [
     "LISTENERS",
-    "LOAN",
+    "SCRATCH",
     "Listener",
     "Neighbours",
-    "Loan",
+    "ScratchRows",
     "MERGED",
     "OBSERVED",
-    "RESTING",
+    "IDLE",
     "ATTACHED",
     "SYNCHRONISED",
     "Settled",
     "advance",
     "batch_moments",
-    "borrowed",
+    "scratch_of",
     "count_like",
     "exclusive",
     "is_finite",
-    "is_lent",
+    "is_deferred",
     "is_synchronised",
     "kept_statistics",
     "kernel_momentum",
@@ -51,18 +51,18 @@ __all__ = [
     "rule_of",
     "rule_unless_kernel",
     "synchronised_moments",
-    "tell",
+    "notify",
     "torch_rule",
     "write",
 ]
 
 # Names of attributes that a layer, of whatever class, has for a while.
 SYNCHRONISED = "_moments_of_all_ranks"  # while it normalises with the batch of all ranks: the `Moments` of the last one
-LOAN = "_loan"  # during a forward of its model
+SCRATCH = "_scratch_rows"  # during a forward of its model
 ATTACHED = "_lightning_bn_service"  # of a subclass of another package, while it has an averaging
-MERGED = "_merged_over_ranks"  # while a ledger merges its statistics over ranks, to which all others yield
-OBSERVED = "_lightning_bn_observed"  # of a layer of plain torch, while a ledger serves it
-RESTING = "_ledgers_at_rest"  # the ledgers of parts of the model that have so far run inside of its forward alone
+MERGED = "_merged_over_ranks"  # while its statistics are merged over ranks, to which other updates yield
+OBSERVED = "_lightning_bn_observed"  # of a layer of plain torch, while its updates are deferred
+IDLE = "_idle_updates"  # the deferred updates of parts of the model that have only run inside of its forward
 LISTENERS = "_listeners"  # while somebody wants to know the moments of its batches
 
 _at_once = threading.Lock()  # two threads may run one layer
@@ -87,41 +87,41 @@ class Settled:
     before: tuple[Tensor, Tensor]  # running mean and variance, (C,) each, that were there before the batch
 
 
-class Loan:
-    """The rows that one layer is lent for one forward of its model, and what it reports of its run.
+class ScratchRows:
+    """The rows that one layer writes in one forward of its model, and what it reports of its run.
 
     The rows are zeros with momentum 1, in which the kernel leaves the batch's mean and *unbiased* variance, or copies
     of the running statistics with the layer's own momentum, of which the kernel makes the new running statistics."""
 
-    __slots__ = ("batch", "count", "ledger", "mean", "momentum", "own_rows", "ran", "rows", "valid", "var")
+    __slots__ = ("batch", "count", "mean", "momentum", "own_rows", "ran", "rows", "updates", "valid", "var")
 
     count: int | Tensor  # values per channel
     valid: Tensor | None  # (), bool: whether the batch counts for other reasons than being finite
     batch: tuple[Tensor, Tensor] | None  # mean and unbiased variance of the batch, where the rows are not these
-    own_rows: bool  # whether mean and var are other tensors than those that the ledger cut out of its one
+    own_rows: bool  # whether mean and var are other tensors than the parts of the wide rows
 
-    def __init__(self, ledger: Any, mean: Tensor, var: Tensor) -> None:
-        self.ledger = ledger
+    def __init__(self, updates: Any, mean: Tensor, var: Tensor) -> None:
+        self.updates = updates
         self.rows = mean, var
         self.momentum: float | None = None  # None: rows of zeros
-        self.renew()
+        self.reset()
 
-    def renew(self) -> None:
-        """Forget what was reported: the rows are lent once more."""
+    def reset(self) -> None:
+        """Forget what was reported, for another forward."""
         self.mean, self.var = self.rows
         self.ran = self.own_rows = False
         self.count, self.valid, self.batch = 0, None, None
 
-    def take_own_rows(self) -> None:
+    def copy_rows(self) -> None:
         """Exchange the rows for copies, which may be written without changing what autograd has saved of the other
         layers' rows."""
         self.mean, self.var, self.own_rows = self.mean.clone(), self.var.clone(), True
 
-    def repay(self, count: int | Tensor) -> None:
+    def report(self, count: int | Tensor) -> None:
         """Report that the kernel has written the rows, of a batch of `count` values per channel."""
         self.ran, self.count = True, count
 
-    def repay_moments(self, batch: Batch, running: tuple[Tensor, Tensor]) -> None:
+    def report_moments(self, batch: Batch, running: tuple[Tensor, Tensor]) -> None:
         """Report a batch whose moments are known and that the kernel has not seen."""
         mean, var = batch.mean, batch.var
         if self.momentum is not None:
@@ -133,7 +133,7 @@ class Loan:
         self.ran, self.count, self.valid = True, batch.count, batch.valid
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of a layer in the middle of its model's forward has borrowed nothing."""
+        """A copy of a layer in the middle of its model's forward has scratch_of nothing."""
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
@@ -144,25 +144,25 @@ def is_synchronised(layer: _BatchNorm) -> bool:
     return SYNCHRONISED in layer.__dict__
 
 
-def is_lent(layer: _BatchNorm) -> bool:
+def is_deferred(layer: _BatchNorm) -> bool:
     """Whether a forward of the layer's model is under way, at whose end the layer's batch is settled."""
-    return layer.__dict__.get(LOAN) is not None
+    return layer.__dict__.get(SCRATCH) is not None
 
 
-def borrowed(layer: _BatchNorm) -> Loan | None:
-    """Return the loan that this call of the layer may use, or None where it must settle by itself."""
-    loan: Loan | None = layer.__dict__.get(LOAN)
-    if loan is not None and not loan.ledger.is_running():  # interrupted
-        loan.ledger.abort()
-        loan = None
-    if loan is None:
-        if RESTING in layer.__dict__ and not in_backward():
-            for ledger in list(layer.__dict__[RESTING]):
-                ledger.wake()
+def scratch_of(layer: _BatchNorm) -> ScratchRows | None:
+    """Return the scratch that this call of the layer may use, or None where it must settle by itself."""
+    scratch: ScratchRows | None = layer.__dict__.get(SCRATCH)
+    if scratch is not None and not scratch.updates.is_running():  # interrupted
+        scratch.updates.abort()
+        scratch = None
+    if scratch is None:
+        if IDLE in layer.__dict__ and not in_backward():
+            for updates in list(layer.__dict__[IDLE]):
+                updates.resume()
         return None
-    if loan.ledger.thread != threading.get_ident() or in_backward():
+    if scratch.updates.thread != threading.get_ident() or in_backward():
         return None
-    return loan.ledger.another(layer) if loan.ran else loan
+    return scratch.updates.next_round(layer) if scratch.ran else scratch
 
 
 def torch_rule(momentum: float | None) -> Averaging:
@@ -255,9 +255,9 @@ def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
 
     If another thread is in the middle of a forward of the layer's model, that forward's settlement does it, since it
     will write the buffers."""
-    loan: Loan | None = None if torch.compiler.is_compiling() else layer.__dict__.get(LOAN)
-    if loan is not None:
-        loan.ledger.later.append((layer, averaging, batch))
+    scratch: ScratchRows | None = None if torch.compiler.is_compiling() else layer.__dict__.get(SCRATCH)
+    if scratch is not None:
+        scratch.updates.later.append((layer, averaging, batch))
         return
     with exclusive():
         _advance(layer, averaging, batch)
@@ -269,7 +269,7 @@ def _advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
         return  # a replica that `DataParallel` throws away after the forward, buffers and all
     dtype = batch.mean.dtype
     running = mean.to(dtype), var.to(dtype)
-    tell(layer, batch, running)
+    notify(layer, batch, running)
     mean, var = averaging.update(*running, per_channel(batch) if averaging.elementwise else batch)
     write(layer, mean, var, batch.valid)
 
@@ -296,7 +296,7 @@ def write(layer: _BatchNorm, mean: Tensor, var: Tensor, valid: Tensor | None) ->
         layer.num_batches_tracked.add_(1 if valid is None else valid)
 
 
-def tell(layer: _BatchNorm, batch: Batch, running: tuple[Tensor, Tensor]) -> None:
+def notify(layer: _BatchNorm, batch: Batch, running: tuple[Tensor, Tensor]) -> None:
     """Tell the layer's listeners of a batch that it settles by itself."""
     if not torch.compiler.is_compiling() and (listeners := layer.__dict__.get(LISTENERS)):
         settled = Settled([layer], batch.mean, batch.var, batch.count.reshape(1), [True], running)

@@ -14,42 +14,54 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.averaging.training_state import apply_to_statistics
 from lightning_bn.buffers import next_step, running_mean, running_statistics
-from lightning_bn.layers.calls import input_and_mask
 from lightning_bn.layers.settlement import (
     ATTACHED,
     LISTENERS,
-    LOAN,
     OBSERVED,
-    Loan,
+    SCRATCH,
+    ScratchRows,
     advance,
     batch_moments,
-    borrowed,
     count_like,
     is_finite,
     is_synchronised,
     kernel_momentum,
+    notify,
     rule_of,
+    scratch_of,
     synchronised_moments,
-    tell,
     write,
 )
 from lightning_bn.torch_internals import in_backward
 
-__all__ = ["Exchange", "has_attached_averaging", "observe", "detach_averaging", "attach_averaging"]
+__all__ = ["StandIns", "attach_averaging", "detach_averaging", "has_attached_averaging", "input_and_mask", "observe"]
 
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-_EXCHANGED = "_lightning_bn_exchanged"
+_STAND_INS = "_lightning_bn_stand_ins"
 
 
-class Exchange:
+def input_and_mask(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Return what a call of `layer` normalises, and the mask, if a layer of this package is given one.
+
+    The second argument of another package's forward may mean something else.
+    """
+    # torch.compile of 2.6 and 2.7 knows no zip(strict=...).
+    given = dict(zip(("input", "mask"), args)) | kwargs  # noqa: B905
+    mask = given.get("mask")
+    if not (getattr(type(layer), "takes_mask", False) and isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        mask = None
+    return given["input"] if "input" in given else next(iter(given.values())), mask
+
+
+class StandIns:
     """What a layer has in the place of its own buffers, momentum and 16-bit parameters during one call, and what it
     had."""
 
-    def __init__(self, layer: _BatchNorm, loan: Loan | None, scratch: bool) -> None:
+    def __init__(self, layer: _BatchNorm, scratch: ScratchRows | None, zeroed: bool) -> None:
         self.thread = threading.get_ident()
-        self.loan = loan
         self.scratch = scratch
+        self.zeroed = zeroed
         self.buffers: dict[str, Tensor | None] = {name: layer._buffers[name] for name in _BUFFERS}
         named = ((name, layer._parameters.get(name)) for name in ("weight", "bias"))
         self.parameters = {name: parameter for name, parameter in named if parameter is not None}
@@ -57,9 +69,9 @@ class Exchange:
 
     def make(self, layer: _BatchNorm) -> None:
         (mean, var), tracked = running_statistics(layer), layer.num_batches_tracked
-        if self.loan is not None:
-            mean, var = self.loan.mean, self.loan.var
-        elif self.scratch:
+        if self.scratch is not None:
+            mean, var = self.scratch.mean, self.scratch.var
+        elif self.zeroed:
             dtype = torch.promote_types(mean.dtype, torch.float32)
             mean, var = torch.zeros(2, layer.num_features, dtype=dtype, device=mean.device).unbind()
         else:
@@ -69,7 +81,7 @@ class Exchange:
             "running_var": var,
             "num_batches_tracked": None if tracked is None else tracked.clone(),
         }
-        if self.scratch:
+        if self.zeroed:
             layer.momentum = 1.0
         for name, parameter in self.parameters.items():
             if (
@@ -87,7 +99,7 @@ class Exchange:
         return left  # type: ignore[return-value]
 
 
-class _Service:
+class _HooksAround:
     """Two hooks around a layer's own forward: it runs with other tensors for buffers, and then its own get the average.
 
     A batch-norm forward that follows torch's pattern calls ``F.batch_norm`` with the module's own buffers and
@@ -113,30 +125,30 @@ class _Service:
         if not layer.track_running_stats:
             return
         self._lock.acquire()
-        interrupted: Exchange | None = layer.__dict__.pop(_EXCHANGED, None)
+        interrupted: StandIns | None = layer.__dict__.pop(_STAND_INS, None)
         if interrupted is not None:  # by a BaseException, of which no hook is told
             interrupted.undo(layer)
             self._lock.release()
         compiling = torch.compiler.is_compiling()
-        loan = borrowed(layer) if layer.training and not compiling else None
-        if loan is not None and is_synchronised(layer):
-            loan.take_own_rows()
-        elsewhere = LOAN in layer.__dict__ and not in_backward() and loan is None
-        momentum = kernel_momentum(layer) if loan is None else loan.momentum
-        exchange = Exchange(layer, loan, scratch=layer.training and (momentum is None or elsewhere))
-        layer.__dict__[_EXCHANGED] = exchange
-        exchange.make(layer)
+        scratch = scratch_of(layer) if layer.training and not compiling else None
+        if scratch is not None and is_synchronised(layer):
+            scratch.copy_rows()
+        elsewhere = SCRATCH in layer.__dict__ and not in_backward() and scratch is None
+        momentum = kernel_momentum(layer) if scratch is None else scratch.momentum
+        stand_ins = StandIns(layer, scratch, zeroed=layer.training and (momentum is None or elsewhere))
+        layer.__dict__[_STAND_INS] = stand_ins
+        stand_ins.make(layer)
 
     @torch.no_grad()
     def _leave(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None) -> None:
-        exchange: Exchange | None = layer.__dict__.pop(_EXCHANGED, None)
-        if exchange is None:
+        stand_ins: StandIns | None = layer.__dict__.pop(_STAND_INS, None)
+        if stand_ins is None:
             return
         try:
-            mean, var = exchange.undo(layer)
+            mean, var = stand_ins.undo(layer)
             if output is not None and layer.training and not in_backward():
                 input, _ = input_and_mask(layer, args, kwargs)
-                _take(layer, exchange, mean, var, input, output)
+                _take(layer, stand_ins, mean, var, input, output)
         finally:
             self._lock.release()
 
@@ -147,27 +159,27 @@ class _Service:
         self.__dict__.update(state, _lock=threading.RLock())
 
 
-def _take(layer: _BatchNorm, exchange: Exchange, mean: Tensor, var: Tensor, input: Tensor, output: Tensor) -> None:
+def _take(layer: _BatchNorm, stand_ins: StandIns, mean: Tensor, var: Tensor, input: Tensor, output: Tensor) -> None:
     """Report or settle what the layer's forward has left in the buffers it was given."""
     synchronised = synchronised_moments(layer)
     count: int | Tensor = input.numel() // layer.num_features if synchronised is None else synchronised.count
     listened = (
         LISTENERS in layer.__dict__
-        and not exchange.scratch
-        and (exchange.loan is None or exchange.loan.momentum is not None)
+        and not stand_ins.zeroed
+        and (stand_ins.scratch is None or stand_ins.scratch.momentum is not None)
     )
     batch = batch_moments(layer, input, output) if listened else None
-    loan = exchange.loan
-    if loan is not None:
-        if mean is not loan.mean:  # the forward has put other tensors in their place
-            loan.mean, loan.var, loan.own_rows = mean, var, True
-        loan.batch = batch
-        if loan.momentum is not None or isinstance(count, Tensor) or count > 0:
-            loan.repay(count)
+    scratch = stand_ins.scratch
+    if scratch is not None:
+        if mean is not scratch.mean:  # the forward has put other tensors in their place
+            scratch.mean, scratch.var, scratch.own_rows = mean, var, True
+        scratch.batch = batch
+        if scratch.momentum is not None or isinstance(count, Tensor) or count > 0:
+            scratch.report(count)
         return
-    if not exchange.scratch:
+    if not stand_ins.zeroed:
         if batch is not None:
-            tell(layer, _batch(layer, *batch, count, None), running_statistics(layer))
+            notify(layer, _batch(layer, *batch, count, None), running_statistics(layer))
         write(layer, mean, var, is_finite(var))
     elif isinstance(count, Tensor) or count > 0:
         advance(layer, rule_of(layer), _batch(layer, mean, var, count, is_finite(var)))
@@ -195,12 +207,12 @@ class _WideStatistics:
 
 
 def observe(layer: _BatchNorm) -> Callable[[], None]:
-    """Let the layer of plain torch take loans from a ledger, adding only two hooks. Returns a function that removes
+    """Let the layer of plain torch defer its updates, adding only two hooks. Returns a function that removes
     them."""
-    layer.__dict__[OBSERVED] = service = _Service(layer)
+    layer.__dict__[OBSERVED] = hooks = _HooksAround(layer)
 
     def end() -> None:
-        service.end()
+        hooks.end()
         del layer.__dict__[OBSERVED]
 
     return end
@@ -221,14 +233,14 @@ def attach_averaging(layer: _BatchNorm, averaging: Averaging) -> None:
     if averaging.by_momentum:
         layer.momentum = averaging.kernel_momentum
     layer.__dict__["_apply"] = _WideStatistics(layer)
-    layer.__dict__[ATTACHED] = _Service(layer)
+    layer.__dict__[ATTACHED] = _HooksAround(layer)
 
 
 def detach_averaging(layer: _BatchNorm) -> None:
     """Undo `attach_averaging`; a layer without one stays as it is."""
-    service = layer.__dict__.pop(ATTACHED, None)
-    if service is not None:
-        service.end()
+    hooks = layer.__dict__.pop(ATTACHED, None)
+    if hooks is not None:
+        hooks.end()
         del layer.averaging
         layer.__dict__.pop("_apply", None)
         if layer.weight is not None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.layers.group import Group, Rows
-from lightning_bn.layers.ledger import Ledger
-from lightning_bn.layers.settlement import Loan
+from lightning_bn.layers.deferred import DeferredUpdates
+from lightning_bn.layers.group import Collected, LayerGroup
+from lightning_bn.layers.settlement import SCRATCH, ScratchRows
 from lightning_bn.moments import Moments, wide_dtype
 from lightning_bn.torch_internals import await_buffers
 
-__all__ = ["MergingLedger", "ShiftedSums"]
+__all__ = ["MergedUpdates", "ShiftedSums"]
 
 AddUp = Callable[[Tensor], Callable[[], None]]
 """Begins to replace a tensor by its sum over all ranks, in place; returns what waits for that."""
@@ -54,7 +54,7 @@ class ShiftedSums:
         return Moments(values, shift + offset, (second - first * offset).clamp(min=0))
 
 
-class MergingLedger(Ledger):
+class MergedUpdates(DeferredUpdates):
     """Settles a forward with the batches of all ranks.
 
     When the outermost forward ends, one sum over the ranks is begun, and waited for when somebody asks for a layer's
@@ -81,7 +81,7 @@ class MergingLedger(Ledger):
 
     @torch.no_grad()
     def end(self) -> None:
-        collected = [(group, group.collect(lent)) for round_ in self.rounds for group, lent in round_]
+        collected = [(group, group.collect(wide)) for round_ in self.rounds for group, wide in round_]
         merge = _Merge(self, collected)
         self.rounds = []
         if not self._have_met:
@@ -91,10 +91,12 @@ class MergingLedger(Ledger):
         await_buffers(merge.layers(), merge.settle)
 
     @torch.no_grad()
-    def another(self, layer: _BatchNorm) -> Loan:
-        return self.lend_again(layer)  # all rounds are merged together when the forward ends
+    def next_round(self, layer: _BatchNorm) -> ScratchRows:
+        self._begin_round()  # all rounds are merged together when the forward ends
+        scratch: ScratchRows = layer.__dict__[SCRATCH]
+        return scratch
 
-    def shift(self, group: Group) -> Tensor:
+    def shift(self, group: LayerGroup) -> Tensor:
         """Return what the means of the group's channels were at the last forward, (C,); zero where none is known."""
         dtype = wide_dtype(group.device)
         none = [
@@ -104,7 +106,7 @@ class MergingLedger(Ledger):
         ]
         return torch.cat([self._shifts[layer] if layer in self._shifts else none.pop(0) for layer in group.layers])
 
-    def take_shift(self, group: Group, moments: Moments, before: Tensor) -> None:
+    def take_shift(self, group: LayerGroup, moments: Moments, before: Tensor) -> None:
         """Keep the means that were found, where there was data and it was finite."""
         known = (moments.count > 0) & moments.mean.isfinite()
         self._shifts.update(zip(group.layers, group.split(torch.where(known, moments.mean, before)), strict=True))
@@ -116,8 +118,8 @@ class MergingLedger(Ledger):
 class _Merge:
     """The sum over the ranks that a forward has begun."""
 
-    def __init__(self, ledger: MergingLedger, collected: list[tuple[Group, Rows]]) -> None:
-        self._ledger = ledger
+    def __init__(self, updates: MergedUpdates, collected: list[tuple[LayerGroup, Collected]]) -> None:
+        self._updates = updates
         self._collected = collected
         self.begin()
 
@@ -125,34 +127,35 @@ class _Merge:
         return [layer for group, _ in self._collected for layer in group.layers]
 
     def begin(self) -> None:
-        self._shifts = [self._ledger.shift(group) for group, _ in self._collected]
+        self._shifts = [self._updates.shift(group) for group, _ in self._collected]
         parts = [
-            self._own(group, rows, shift) for (group, rows), shift in zip(self._collected, self._shifts, strict=True)
+            self._own(group, collected, shift)
+            for (group, collected), shift in zip(self._collected, self._shifts, strict=True)
         ]
         self._sizes = [len(part) for part in parts]
         self._sums = torch.cat(parts)
-        self._wait = self._ledger.add_up(self._sums)
+        self._wait = self._updates.add_up(self._sums)
 
     def take_shifts(self) -> None:
         """Wait, and take the means that were found for the shifts of the next sum."""
         for (group, _), (_, moments), shift in zip(self._collected, self._merged(), self._shifts, strict=True):
-            self._ledger.take_shift(group, moments, shift)
+            self._updates.take_shift(group, moments, shift)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Wait, and let every group take in the batch of all ranks."""
         # Whoever asks may be evaluating in inference mode, whose tensors training could not go on with.
         with torch.inference_mode(False):
-            for (group, rows), (count, moments), shift in zip(
+            for (group, collected), (count, moments), shift in zip(
                 self._collected, self._merged(), self._shifts, strict=True
             ):
-                self._ledger.take_shift(group, moments, shift)
-                group.settle(_of_all_ranks(group, count, moments, rows))
+                self._updates.take_shift(group, moments, shift)
+                group.settle(_of_all_ranks(group, count, moments, collected))
 
-    def _own(self, group: Group, rows: Rows, shift: Tensor) -> Tensor:
+    def _own(self, group: LayerGroup, collected: Collected, shift: Tensor) -> Tensor:
         dtype = shift.dtype
-        count, mean, var = rows.count.to(dtype), rows.mean.to(dtype), rows.var.to(dtype)
-        if not self._ledger.counted:
+        count, mean, var = collected.count.to(dtype), collected.mean.to(dtype), collected.var.to(dtype)
+        if not self._updates.counted:
             count = torch.zeros_like(count)
         values = group.widened(count)
         return ShiftedSums.of(count, values, mean, torch.where(values > 1, var * (values - 1), 0.0), shift)
@@ -168,8 +171,8 @@ class _Merge:
         return merged
 
 
-def _of_all_ranks(group: Group, count: Tensor, moments: Moments, own: Rows) -> Rows:
+def _of_all_ranks(group: LayerGroup, count: Tensor, moments: Moments, own: Collected) -> Collected:
     dtype = own.mean.dtype
     mean, var = moments.mean.to(dtype), moments.variance(unbiased=True).to(dtype)
     valid = count > 1
-    return Rows(mean, var, count.to(dtype), valid & group.finite(var) if group.skip_nonfinite else valid, own.ran)
+    return Collected(mean, var, count.to(dtype), valid & group.finite(var) if group.skip_nonfinite else valid, own.ran)

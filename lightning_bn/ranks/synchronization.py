@@ -22,12 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.batch_norm import masked_batch_norm
-from lightning_bn.layers.ledger import takes_loans
+from lightning_bn.layers.deferred import can_defer
 from lightning_bn.layers.settlement import MERGED, SYNCHRONISED
 from lightning_bn.layers.subclasses import observe
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.collective import Group, Ranks
-from lightning_bn.ranks.merging import MergingLedger
+from lightning_bn.ranks.merging import MergedUpdates
 
 __all__ = ["merge_over_ranks", "merge_statistics", "synchronise", "unsynchronised"]
 
@@ -229,19 +229,19 @@ def merge_statistics(model: nn.Module, group: Group = None, *, counted: bool = T
     """
     ranks = Ranks(group, task="BatchNormSync", afterwards="The running statistics are those before this batch.")
     layers = [layer.module for layer in find_batch_norms(model) if layer.module.running_mean is not None]
-    ends = [observe(layer) for layer in layers if not takes_loans(layer)]
+    ends = [observe(layer) for layer in layers if not can_defer(layer)]
     for layer in layers:
         layer.__dict__[MERGED] = True
-    ledgers = []
+    merged = []
     for part in dict.fromkeys([model, *parts_called_by(model)]):
         inside = [layer.module for layer in find_batch_norms(part) if layer.module.running_mean is not None]
         if inside:
-            ledgers.append(MergingLedger(inside, ranks.add_up, counted=counted))
-            ledgers[-1].attach(part)
+            merged.append(MergedUpdates(inside, ranks.add_up, counted=counted))
+            merged[-1].attach(part)
 
     def undo() -> None:
-        for ledger in ledgers:
-            ledger.detach()
+        for updates in merged:
+            updates.detach()
         for layer in layers:
             layer.__dict__.pop(MERGED, None)
         for end in ends:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_bn.recalibration.kept_objects import KeptObjects
 from lightning_bn.recalibration.kept_tensors import KeptTensors
-from lightning_bn.sharding import is_lent
+from lightning_bn.sharding import is_transient
 
 __all__ = ["Weights", "kept"]
 
@@ -52,7 +52,7 @@ def kept(**roots: object) -> Iterator[Weights]:
                 root.buffers()
             )  # those that are on their way from other ranks arrive, and the module has its own again
     objects = KeptObjects(roots)
-    own = [parameter for parameter in objects.parameters if not is_lent(parameter)]
+    own = [parameter for parameter in objects.parameters if not is_transient(parameter)]
     parameters, tensors = KeptTensors(own), KeptTensors(objects.tensors)
     try:
         objects.exchange()

@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.buffers import running_mean, running_statistics, running_var
 from lightning_bn.channel_moments import channel_moments
 from lightning_bn.layers.batch_norm import AveragedBatchNorm
-from lightning_bn.layers.calls import input_and_mask
-from lightning_bn.layers.trial import why_unsupported
+from lightning_bn.layers.conversion import why_unsupported
+from lightning_bn.layers.subclasses import input_and_mask
 from lightning_bn.modes import kept_attribute
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import unsynchronised

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, user_name
-from lightning_bn.layers.settlement import is_lent
+from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
 from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
 
@@ -292,7 +292,7 @@ class _LayerHooks(_Hooks):
 
 def moves_later(layer: _BatchNorm) -> bool:
     """Whether what a training forward of the layer measures moves its statistics only after that forward."""
-    return is_lent(layer)
+    return is_deferred(layer)
 
 
 def _version(tensor: Tensor | None) -> int | None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_bn import ActivationStatsMonitor, BatchNormRecalibration, ModeCheck, Window, convert_batch_norm
-from lightning_bn.layers.ledger import Ledger
+from lightning_bn.layers.deferred import DeferredUpdates
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own, on its way through Lightning's code
 
@@ -76,7 +76,7 @@ def test_all_three_callbacks() -> None:
         for module in watched.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     ]
-    assert all(isinstance(getattr(hook, "__self__", None), Ledger) for hook in hooks), (
+    assert all(isinstance(getattr(hook, "__self__", None), DeferredUpdates) for hook in hooks), (
         "but for what settle_together has placed"
     )
 

@@ -21,9 +21,9 @@ from lightning_bn import (
     settle_together,
     to_torch,
 )
-from lightning_bn.layers.group import Group
-from lightning_bn.layers.ledger import Ledger
-from lightning_bn.layers.settlement import is_lent
+from lightning_bn.layers.deferred import DeferredUpdates
+from lightning_bn.layers.group import LayerGroup
+from lightning_bn.layers.settlement import is_deferred
 
 
 @each_average
@@ -34,21 +34,23 @@ def test_every_average_is_the_oracles(name: str) -> None:
     record = Record(model)
     for batch in batches(11):
         model(batch)
-    assert all(record.lent)
+    assert all(record.deferred)
     agree(model, record, AVERAGES[name][1])
 
 
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda patch: patch.setattr(Group, "_valid", lambda *_: None),
-        lambda patch: patch.setattr(Ledger, "end", lambda self: None),
-        lambda patch: patch.setattr(Group, "finite", lambda self, var: torch.ones(len(self.layers), dtype=torch.bool)),
+        lambda patch: patch.setattr(LayerGroup, "_valid", lambda *_: None),
+        lambda patch: patch.setattr(DeferredUpdates, "end", lambda self: None),
+        lambda patch: patch.setattr(
+            LayerGroup, "finite", lambda self, var: torch.ones(len(self.layers), dtype=torch.bool)
+        ),
     ],
     ids=["masks nothing", "never settles", "takes NaN for finite"],
 )
 def test_oracle_goes_red(spoil: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison above, of a run with a left-out part and a NaN, notices a ledger that is spoiled."""
+    """The comparison above, of a run with a left-out part and a NaN, notices deferred updates that are spoiled."""
 
     spoil(monkeypatch)
     model = net("window of 3")
@@ -82,15 +84,15 @@ def test_plain_layers_are_torchs_to_the_bit(momentum: float) -> None:
 
 @each_average
 def test_settled_together_or_alone_is_the_same_to_the_bit(name: str) -> None:
-    """The same layers without a ledger, each settling at once, hold the same."""
+    """The same layers without deferred updates, each settling at once, hold the same."""
     together, alone = net(name), net(name)
     for module in alone.modules():
         module._forward_pre_hooks.clear(), module._forward_hooks.clear(), module._forward_hooks_always_called.clear()
     records = [Record(model) for model in (together, alone)]
     for batch in batches():
         together(batch), alone(batch)
-    assert all(records[0].lent)
-    assert not any(records[1].lent)
+    assert all(records[0].deferred)
+    assert not any(records[1].deferred)
     for (key, one), other in zip(together.state_dict().items(), alone.state_dict().values(), strict=True):
         torch.testing.assert_close(
             one, other, rtol=0 if "pooled" not in name else 1e-6, atol=0 if "pooled" not in name else 1e-6, msg=key
@@ -132,7 +134,7 @@ def test_a_layer_called_twice_counts_twice(name: str) -> None:
     for batch in batches(5):
         model(batch)
     assert len(record.inputs["body.4"]) == 15
-    assert all(record.lent)
+    assert all(record.deferred)
     agree(model, record, AVERAGES[name][1])
 
 
@@ -159,13 +161,13 @@ def test_a_part_that_is_called_by_itself(name: str) -> None:
     del record.inputs["model.side.1"]
     del step.model.side
     # The head holds one layer alone, and is a part all the same.
-    assert all(record.lent)
+    assert all(record.deferred)
     agree(step, record, AVERAGES[name][1])
     layer = step.model.body[1]
     tracked = int(layer.num_batches_tracked)
     layer(torch.randn(4, 3, 2, 2))
     assert layer.num_batches_tracked == tracked + 1
-    assert not is_lent(layer)
+    assert not is_deferred(layer)
 
 
 def test_in_the_middle_of_a_forward_statistics_are_those_before_the_batch() -> None:
@@ -200,7 +202,7 @@ def test_a_forward_that_raises_leaves_all_statistics(name: str, error: type[Base
     record.inputs["body.1"].pop()
     for batch in batches()[2:]:
         model(batch)
-    assert all(record.lent)
+    assert all(record.deferred)
     agree(model, record, AVERAGES[name][1])
     model.body[3].register_forward_hook(fail)
     with pytest.raises(error):

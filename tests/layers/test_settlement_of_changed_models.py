@@ -23,8 +23,8 @@ from lightning_bn import (
     convert_batch_norm,
     settle_together,
 )
-from lightning_bn.layers.ledger import Ledger
-from lightning_bn.layers.settlement import is_lent
+from lightning_bn.layers.deferred import DeferredUpdates
+from lightning_bn.layers.settlement import is_deferred
 
 
 @few_averages
@@ -55,7 +55,7 @@ def test_a_copy_of_the_model_trains_on_by_itself(name: str, way: Callable[[Net],
     untouched = copy.deepcopy(model.state_dict())
     for batch in batches()[4:]:
         twin(batch)
-    assert all(record.lent)
+    assert all(record.deferred)
     assert all(torch.equal(value, untouched[key]) for key, value in model.state_dict().items())
     for batch in batches()[4:]:
         model(batch)
@@ -82,14 +82,14 @@ def test_a_copy_of_one_layer_holds_that_layer_alone(name: str) -> None:
 
 
 def test_a_copy_in_the_middle_of_a_forward() -> None:
-    """A layer that is copied while it is lent rows has borrowed nothing."""
+    """A layer that is copied in the middle of a forward has no scratch rows."""
     model, copies = net("window of 3"), []
     model.body[2].register_forward_hook(
         lambda *_: copies.append((copy.deepcopy(model.body[1]), pickle.loads(pickle.dumps(model.body[4]))))
     )
     model(batches()[0])
     for layer in copies[0]:
-        assert not is_lent(layer)
+        assert not is_deferred(layer)
         layer(torch.randn(4, layer.num_features, 2, 2))
         assert layer.num_batches_tracked == 1
 
@@ -136,7 +136,7 @@ def test_built_on_meta(name: str) -> None:
     record = Record(model)
     for batch in batches():
         model(batch)
-    assert all(record.lent)
+    assert all(record.deferred)
     agree(model, record, AVERAGES[name][1])
 
 
@@ -154,7 +154,7 @@ def test_compiled_whole(name: str) -> None:
 
 @few_averages
 def test_a_compiled_part_in_an_eager_model(name: str) -> None:
-    """What the eager layers are lent does not reach the compiled ones."""
+    """The eager layers' scratch rows do not reach the compiled ones."""
     model = net(name)
     twin = copy.deepcopy(model)
     twin.body.compile(fullgraph=True, backend="aot_eager")
@@ -199,7 +199,7 @@ def test_replicas_of_data_parallel(name: str) -> None:
         thread = threading.Thread(target=_replicated(model), args=(batch,))
         thread.start()
         thread.join()
-    assert not any(record.lent)
+    assert not any(record.deferred)
     agree(model, record, AVERAGES[name][1])
 
 
@@ -226,17 +226,19 @@ def test_freezing_and_thawing(name: str) -> None:
 
 
 def test_a_layer_that_is_replaced_settles_by_itself_until_it_is_told() -> None:
-    """A new layer is no part of the ledger, and is right all the same; settle_together takes it in."""
+    """A new layer has no deferred updates, and is right all the same; settle_together takes it in."""
     model = net("window of 3")
     model.body[4] = BatchNorm2d(5, averaging=Window(3))
     record = Record(model)
     model(batches()[0])
-    assert record.lent == [True, False, True, True]
+    assert record.deferred == [True, False, True, True]
     settle_together(settle_together(model))
     for batch in batches()[1:]:
         model(batch)
-    assert all(record.lent[4:])
-    assert sum(type(getattr(hook, "__self__", None)) is Ledger for hook in model._forward_pre_hooks.values()) == 1
+    assert all(record.deferred[4:])
+    assert (
+        sum(type(getattr(hook, "__self__", None)) is DeferredUpdates for hook in model._forward_pre_hooks.values()) == 1
+    )
     agree(model, record, AVERAGES["window of 3"][1])
 
 

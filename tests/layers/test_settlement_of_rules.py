@@ -58,7 +58,7 @@ def test_a_rule_of_a_users_in_both_forms() -> None:
                 torch.manual_seed(0)
                 model = convert_batch_norm(Net(), averaging)
                 model.load_state_dict(state)
-        assert all(record.lent)
+        assert all(record.deferred)
         runs.append(model.state_dict())
     for (key, one), other in zip(runs[0].items(), runs[1].values(), strict=True):
         if "state_of" not in key:
@@ -145,7 +145,7 @@ def test_masks(name: str) -> None:
 
 @each_average
 def test_subclasses_of_other_packages(name: str) -> None:
-    """They keep their own forward, borrow rows from the ledger, and give theirs back to autograd."""
+    """They keep their own forward, run on scratch rows, and leave theirs to autograd."""
     torch.manual_seed(0)
     averaging, oracle = AVERAGES[name]
     model = convert_batch_norm(
@@ -158,7 +158,7 @@ def test_subclasses_of_other_packages(name: str) -> None:
     for batch in batches():
         for each in (model, plain):
             each(batch).square().sum().backward()
-    assert all(record.lent)
+    assert all(record.deferred)
     agree(model, record, oracle)
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad)

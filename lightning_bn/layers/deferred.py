@@ -1,5 +1,5 @@
-"""The ledger of a model: what its layers are lent for one forward, settled for all of them together when the forward
-ends."""
+"""The deferred updates of a model: its layers' batches are put down in scratch rows during a forward, and settled for
+all layers together when it ends."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.buffers import next_step
 from lightning_bn.discovery import find_batch_norms, parts_called_by
-from lightning_bn.layers.forwards import OutermostForward
-from lightning_bn.layers.group import Group, Lent
+from lightning_bn.layers.group import LayerGroup, WideScratch
 from lightning_bn.layers.settlement import (
     ATTACHED,
+    IDLE,
     LISTENERS,
-    LOAN,
     MERGED,
     OBSERVED,
-    RESTING,
-    Loan,
+    SCRATCH,
     Neighbours,
+    ScratchRows,
     advance,
     rule_of,
     rule_unless_kernel,
 )
+from lightning_bn.outermost import OutermostForward
 from lightning_bn.torch_internals import buffers_of
 
-__all__ = ["Ledger", "release", "settle_together", "takes_loans"]
+__all__ = ["DeferredUpdates", "release", "settle_together", "can_defer"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -70,39 +70,39 @@ def settle_together(model: M) -> M:
     modules: list[nn.Module] = [model, *parts_called_by(model)]
     for module in dict.fromkeys(modules):
         release(module)
-        layers = [layer.module for layer in find_batch_norms(module) if takes_loans(layer.module)]
+        layers = [layer.module for layer in find_batch_norms(module) if can_defer(layer.module)]
         if layers and layers != [module]:
-            Ledger(layers).attach(module)
+            DeferredUpdates(layers).attach(module)
     return model
 
 
 def release(module: nn.Module) -> None:
-    """Take away the ledger that `settle_together` gave to this very module."""
+    """Take away the hooks that `settle_together` set on this very module."""
     for hook in list(module._forward_pre_hooks.values()):
-        ledger = getattr(hook, "__self__", None)
-        if type(ledger) is Ledger:
-            ledger.detach()
+        updates = getattr(hook, "__self__", None)
+        if type(updates) is DeferredUpdates:
+            updates.detach()
     for layer in find_batch_norms(module):
-        for ledger in list(layer.module.__dict__.get(RESTING, [])):
-            if ledger.module is module:
-                ledger.end_rest()
+        for updates in list(layer.module.__dict__.get(IDLE, [])):
+            if module in updates.modules:
+                updates.end_idling()
 
 
-def takes_loans(layer: nn.Module) -> bool:
-    """Whether the layer's forward knows of loans: this package's, and subclasses of other packages that were given an
-    averaging."""
-    return getattr(type(layer), "takes_loans", False) or ATTACHED in layer.__dict__ or OBSERVED in layer.__dict__
+def can_defer(layer: nn.Module) -> bool:
+    """Whether the layer's forward can write scratch rows: this package's, and that of others which `attach_averaging`
+    or `observe` has put hooks around."""
+    return getattr(type(layer), "can_defer", False) or ATTACHED in layer.__dict__ or OBSERVED in layer.__dict__
 
 
-class Ledger(OutermostForward):
-    """Lends to `layers` when the outermost forward of a module begins, and settles when it ends.
+class DeferredUpdates(OutermostForward):
+    """Gives `layers` scratch rows when the outermost forward of a module begins, and settles when it ends.
 
     Args:
         layers: which are below that module.
     """
 
     merges = False
-    """Whether the statistics are those of several ranks. To a ledger that merges all others yield."""
+    """Whether the statistics are those of several ranks. To updates that merge all others yield."""
 
     def __init__(self, layers: Iterable[_BatchNorm]) -> None:
         super().__init__()
@@ -110,91 +110,85 @@ class Ledger(OutermostForward):
             layer for layer in layers if layer.running_mean is not None and layer.num_batches_tracked is not None
         ]
         self.thread = 0
-        self.has_rested = False
+        self.was_idle = False
         self.later: list[tuple[_BatchNorm, Averaging, Batch]] = []
         """Batches that other threads have run through the layers meanwhile."""
-        self._plans: dict[tuple[Any, ...], list[Group]] = {}
-        self.rounds: list[list[tuple[Group, Lent]]] = []
-        """What was lent in this forward and is not settled yet: of a layer that is called again, a round for each
-        call."""
-        self._groups: list[Group] = []
+        self._plans: dict[tuple[Any, ...], list[LayerGroup]] = {}
+        self.rounds: list[list[tuple[LayerGroup, WideScratch]]] = []
+        """What is not settled yet: of a layer that is called again in a forward, a round for each call."""
+        self._groups: list[LayerGroup] = []
 
-    def begin(self) -> bool:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         for layer in self.layers:
-            loan: Loan | None = layer.__dict__.get(LOAN)
-            if loan is not None:
-                if loan.ledger.is_running():
-                    if not loan.ledger.merges:  # for as long as the ranks meet, and no longer
-                        self.rest()
-                    return False  # a model around this one has lent already
-                loan.ledger.abort()
+            scratch: ScratchRows | None = layer.__dict__.get(SCRATCH)
+            if scratch is not None:
+                if scratch.updates.is_running():
+                    if not scratch.updates.merges:  # for as long as the ranks meet, and no longer
+                        self.idle()
+                    return False  # a model around this one has begun already
+                scratch.updates.abort()
         signature = self._signature()
         if not any(signature):
             return False
         self._groups = self._plan(signature)
         self.rounds = []
-        self._lend()
+        self._begin_round()
         return True
 
-    def rest(self) -> None:
-        """Take the hooks away until a layer finds that nobody has lent it anything: most parts of a model never run but
+    def idle(self) -> None:
+        """Take the hooks away until a layer finds that it has no scratch rows: most parts of a model never run but
         inside of it, and a hook costs at every step."""
-        if not self.has_rested:
-            self.has_rested = True
+        if not self.was_idle:
+            self.was_idle = True
             self.detach()
             for layer in self.layers:
-                layer.__dict__.setdefault(RESTING, Neighbours()).append(self)
+                layer.__dict__.setdefault(IDLE, Neighbours()).append(self)
 
-    def wake(self) -> None:
-        """Lend again from the next forward of the module on, and never rest again."""
-        self.end_rest()
-        if self.module is not None:
-            self.attach(self.module)
+    def resume(self) -> None:
+        """Set the hooks again, and never idle again."""
+        self.end_idling()
+        self.attach(*self.modules)
 
-    def end_rest(self) -> None:
-        """Let the layers forget this ledger."""
+    def end_idling(self) -> None:
+        """Let the layers forget these updates."""
         for layer in self.layers:
-            at_rest = layer.__dict__.get(RESTING, [])
-            if self in at_rest:
-                at_rest.remove(self)
-            if not at_rest:
-                layer.__dict__.pop(RESTING, None)
+            idle = layer.__dict__.get(IDLE, [])
+            if self in idle:
+                idle.remove(self)
+            if not idle:
+                layer.__dict__.pop(IDLE, None)
 
     @torch.no_grad()
     def end(self) -> None:
-        for lent in self.rounds.pop():
-            _settle(*lent)
+        for wide in self.rounds.pop():
+            _settle(*wide)
 
     def close(self) -> None:
         self.rounds = []
         for group in self._groups:
             for layer in group.layers:
-                layer.__dict__.pop(LOAN, None)
+                layer.__dict__.pop(SCRATCH, None)
         self._groups = []
         later, self.later = self.later, []
         for layer, averaging, batch in later:
             advance(layer, averaging, Batch(batch.mean, batch.var, batch.count, next_step(layer), batch.valid))
 
-    def another(self, layer: _BatchNorm) -> Loan:
-        """Begin a second round, for a layer that is called again; the first is settled now."""
+    def next_round(self, layer: _BatchNorm) -> ScratchRows:
+        """Begin a second round, for a layer that is called again, and return its rows; the first is settled now."""
         self.end()
-        return self.lend_again(layer)
-
-    def lend_again(self, layer: _BatchNorm) -> Loan:
-        """Begin a second round, and return the loan of `layer`."""
-        self._lend()
-        loan: Loan = layer.__dict__[LOAN]
-        return loan
+        self._begin_round()
+        scratch: ScratchRows = layer.__dict__[SCRATCH]
+        return scratch
 
     @torch.no_grad()
-    def _lend(self) -> None:
+    def _begin_round(self) -> None:
         self.thread = threading.get_ident()
-        round_: list[tuple[Group, Lent]] = []
+        round_: list[tuple[LayerGroup, WideScratch]] = []
         for group in self._groups:
-            lent = group.lend(self, len(self.rounds))
-            for layer, loan in zip(group.layers, lent.loans, strict=True):
-                layer.__dict__[LOAN] = loan
-            round_.append((group, lent))
+            wide = group.scratch(self, len(self.rounds))
+            for layer, scratch in zip(group.layers, wide.parts, strict=True):
+                layer.__dict__[SCRATCH] = scratch
+            round_.append((group, wide))
         self.rounds.append(round_)
 
     def _signature(self) -> tuple[Any, ...]:
@@ -212,7 +206,7 @@ class Ledger(OutermostForward):
                 found.append((rule_told(layer), mean.dtype, mean.device))
         return tuple(found)
 
-    def _plan(self, signature: tuple[Any, ...]) -> list[Group]:
+    def _plan(self, signature: tuple[Any, ...]) -> list[LayerGroup]:
         groups = self._plans.get(signature)
         if groups is None or not all(group.is_tied() for group in groups):
             if len(self._plans) >= _PLANS:
@@ -220,7 +214,7 @@ class Ledger(OutermostForward):
             groups = self._plans[signature] = self._grouped(signature)
         return groups
 
-    def _grouped(self, signature: tuple[Any, ...]) -> list[Group]:
+    def _grouped(self, signature: tuple[Any, ...]) -> list[LayerGroup]:
         members: dict[tuple[Any, ...], list[tuple[_BatchNorm, Averaging | None]]] = {}
         for layer, sign in zip(self.layers, signature, strict=True):
             if sign is not None:
@@ -228,7 +222,7 @@ class Ledger(OutermostForward):
                 key = (_kind(rule), dtype, device, getattr(layer, "skip_nonfinite", True))
                 members.setdefault(key, []).append((layer, rule))
         return [
-            Group(
+            LayerGroup(
                 [layer for layer, _ in pairs], [rule for _, rule in pairs if rule is not None], skip_nonfinite=key[-1]
             )
             for key, pairs in members.items()
@@ -250,11 +244,11 @@ def _kind(rule: Averaging | None) -> tuple[Any, ...]:
     return (type(rule), *settings.items()) if alike else (type(rule), id(rule) if rule.elementwise else None)
 
 
-def _settle(group: Group, lent: Lent) -> None:
-    if not lent.ran:
+def _settle(group: LayerGroup, wide: WideScratch) -> None:
+    if not wide.ran:
         return
     batch = None
     if not group.rules and any(LISTENERS in layer.__dict__ for layer in group.layers):
-        moments = [loan.batch or (loan.mean, loan.var) for loan in lent.loans]
+        moments = [scratch.batch or (scratch.mean, scratch.var) for scratch in wide.parts]
         batch = torch.cat([mean for mean, _ in moments]), torch.cat([var for _, var in moments])
-    group.settle(group.collect(lent), batch)
+    group.settle(group.collect(wide), batch)

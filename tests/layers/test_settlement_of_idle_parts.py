@@ -1,4 +1,4 @@
-"""Rows that are used again in each forward, and hooks of a model's parts that rest while nobody needs them."""
+"""Rows that are used again in each forward, and hooks of a model's parts that are removed while nobody needs them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_parts_without_hooks_are_found_when_they_are_called_by_themselves(name: 
     features = [torch.randn(4, 5) * t for t in range(1, 6)]
     for batch in features:
         model.head(batch)
-    assert record.lent[-5:] == [False, True, True, True, True]
+    assert record.deferred[-5:] == [False, True, True, True, True]
     for batch in batches():
-        model(batch)  # and never rests again
+        model(batch)  # and is never idle again
         model.head(features[0])
-    assert all(record.lent[-10:])
+    assert all(record.deferred[-10:])
     agree(model, record, AVERAGES[name][1])
 
 
@@ -56,8 +56,8 @@ def test_a_copy_of_a_model_whose_parts_rest(name: str, way: object) -> None:
     assert len(alone) < len(pickle.dumps(model)) / 2
 
 
-def test_settling_together_again_wakes_nobody_twice() -> None:
-    """Ledgers at rest are replaced, not doubled."""
+def test_settling_together_again_sets_no_hook_twice() -> None:
+    """Idle updates are replaced, not doubled."""
     model = net("plain")
     model(batches()[0])
     settle_together(model)
@@ -69,7 +69,7 @@ def test_settling_together_again_wakes_nobody_twice() -> None:
 
 @few_averages
 def test_a_layer_called_by_itself_after_an_interrupt(name: str) -> None:
-    """Its batch counts, though the forward that had lent it rows was never told of its end."""
+    """Its batch counts, though the forward that had given it scratch rows was never told of its end."""
     model = net(name)
     record = Record(model)
     model(batches()[0])
@@ -97,7 +97,7 @@ class Newest(Averaging):
 
 
 def test_what_a_rule_keeps_is_not_written_by_later_forwards() -> None:
-    """The rows are lent again and again; a rule's own copy of a batch's mean stays that batch's."""
+    """The rows are used again and again; a rule's own copy of a batch's mean stays that batch's."""
     model = settle_together(nn.Sequential(nn.Linear(3, 3), BatchNorm1d(3, averaging=Newest()), nn.Linear(3, 3)))
     means = []
     model[1].register_forward_pre_hook(lambda _, args: means.append(args[0].detach().mean(0)))
