@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from small_data import BATCHES, data
+from small_data import data
 from small_models import Module, Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -359,28 +359,3 @@ def test_compiled_part() -> None:
     module = Module()
     module.model = torch.compile(module.model, backend="aot_eager")
     assert said(module, max_epochs=2) == []
-
-
-class Recorder(pl.Callback):
-    """Writes what `check` found on this rank into a file, since a spawned rank's objects don't come back."""
-
-    def __init__(self, check: ModeCheck, folder: Path) -> None:
-        self.check, self.folder = check, folder
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        codes = [f"{finding.level} {finding.code} {finding.message}" for finding in self.check.findings]
-        (self.folder / f"rank{trainer.global_rank}.txt").write_text("\n".join(codes))
-
-
-def test_two_processes(tmp_path: Path) -> None:
-    """Distributed training in two processes: DDP copies every buffer at each forward, which moves versions and no
-    statistics."""
-    check = ModeCheck(action="log")
-    with quiet():
-        run = trainer(
-            check, Recorder(check, tmp_path), strategy="ddp_spawn", devices=2, max_epochs=2, default_root_dir=tmp_path
-        )
-        run.fit(Module(), data(batches=2 * BATCHES), data(batches=4))
-    texts = [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]
-    assert all("BN304" in text for text in texts)
-    assert not any(line.startswith(("warning", "error")) for text in texts for line in text.splitlines())

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from fitting import quiet
-from processes import environment, free_port, spawn
 
 from lightning_bn.rules import RULES
 from lightning_bn.rules.register import LINK
@@ -36,24 +35,6 @@ def test_programs(code: str) -> None:
     exec(PRELUDE, namespace)
     assert code in codes(namespace, wrong)
     assert code not in codes(namespace, mended)
-
-
-def on_a_rank(rank: int, world: int, port: int, folder: Path) -> None:
-    """Run BN306's programs as one of `world` processes, and leave the codes of each in a file."""
-    environment(rank, world, port)
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    exec(PRELUDE, namespace)
-    found = [" ".join(codes(namespace, block)) for block in SECTIONS["BN306"]]
-    (folder / f"rank{rank}.txt").write_text("\n".join(found))
-
-
-def test_programs_of_two_processes(tmp_path: Path) -> None:
-    """Each rank hears of the first program of BN306 and not of the second."""
-    spawn(on_a_rank, 2, free_port(), tmp_path)
-    for rank in range(2):
-        wrong, mended = (tmp_path / f"rank{rank}.txt").read_text().split("\n")
-        assert "BN306" in wrong
-        assert "BN306" not in mended
 
 
 @pytest.mark.parametrize("code", RULES)

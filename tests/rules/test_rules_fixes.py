@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bn import ModeCheck
 
-SEEDS = range(4)
+SEEDS = range(2)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -25,8 +25,9 @@ def test_fix_works(name: str) -> None:
     """The finding comes; with its fix applied as printed nothing above information is said, and the network is no worse
     on data held out.
 
-    The loss depends on the seed, so several are fitted. Where the mistake costs something, the worst mended network is
-    better than the best other one. Elsewhere the mend costs less than another seed may.
+    The loss depends on the seed, so two are fitted, which is half of what the bounds were tried with. Where the
+    mistake costs something, the worse mended network is better than the better other one. Elsewhere the mend costs less
+    than another seed may.
     """
     mistake, wrong, mended = PROGRAMS[name], [], []
     for seed in SEEDS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,7 +13,6 @@ from digits import Classifier, ConvNet, digits
 from fitting import quiet, trainer
 from found import findings, of, serious
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy
 from small_data import data
 from small_models import Module, Net
 from torch import Tensor, nn
@@ -236,27 +234,6 @@ def test_no_running_statistics() -> None:
     model.backbone[0][1] = nn.BatchNorm2d(4, track_running_stats=False)
     (finding,) = of("BN211", findings(Module(model)))
     assert (finding.level, finding.layers) == ("info", ("model.backbone.0.1",))
-
-
-class Records(pl.Callback):
-    """Writes what `check` found on this rank into a file, since a spawned rank's objects don't come back."""
-
-    def __init__(self, check: ModeCheck, folder: Path) -> None:
-        self.check, self.folder = check, folder
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        codes = " ".join(finding.code for finding in self.check.findings)
-        (self.folder / f"rank{trainer.global_rank}.txt").write_text(codes)
-
-
-def test_ranks_with_statistics_of_their_own(tmp_path: Path) -> None:
-    """DDP with broadcast_buffers=False: every rank judges another network, and hears so."""
-    check_ = ModeCheck(action="log")
-    strategy = DDPStrategy(start_method="spawn", broadcast_buffers=False)
-    with quiet():
-        run = trainer(check_, Records(check_, tmp_path), strategy=strategy, devices=2, default_root_dir=tmp_path)
-        run.fit(Module(), data(batches=12), data(batches=4))
-    assert all("BN306" in (tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1))
 
 
 class TestCascades:
