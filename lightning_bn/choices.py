@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.discovery import user_name
+from lightning_bn.error_boundary import theirs
 
 __all__ = ["Choice", "Choices", "as_list", "as_patterns", "check_choices", "is_chosen"]
 
@@ -68,4 +69,5 @@ def _means(choice: Choice, name: str, module: nn.Module) -> bool:
         return choice == name or (leaf and fnmatchcase(name, choice))
     if isinstance(choice, type):
         return isinstance(module, choice)
-    return bool(choice(name, module))
+    with theirs():
+        return bool(choice(name, module))

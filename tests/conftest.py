@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,8 +10,13 @@ import pytest
 import torch
 from limits import SCALE, limit
 
+from lightning_bn.error_boundary import RERAISE
+
 # Tests may use what the examples share.
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+# An error inside of an observer is hidden from users, and never from these tests, nor from the processes they start.
+os.environ[RERAISE] = "1"
 
 DEVICES = ["cpu"]
 if torch.accelerator.is_available():

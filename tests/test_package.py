@@ -108,6 +108,7 @@ GROUND = {
     "tables",
     "number_blocks",
     "sharding",
+    "error_boundary",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "journal": {"number_blocks"},  # nor torch: see the test below
@@ -115,7 +116,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "torch_internals": set(),
     "buffers": set(),
     "discovery": set(),
-    "choices": {"discovery"},
+    "error_boundary": set(),
+    "choices": {"discovery", "error_boundary"},
     "tables": set(),
     "number_blocks": set(),
     "modes": {"torch_internals", "buffers", "discovery"},

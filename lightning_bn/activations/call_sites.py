@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_bn.discovery import parts_called_by, user_name
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["INPUT", "MAX_CALLS", "CallSite", "CallSites", "interval_at", "label_of"]
@@ -62,6 +63,7 @@ class CallSites:
         step_is_forward: whether the model's own forward stands for a whole training step, as under DDP.
         given: called with the arguments of each outermost call.
         gave: called with what it returned.
+        boundary: stands around every hook.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class CallSites:
         step_is_forward: bool = False,
         given: Callable[[tuple[Any, ...], Mapping[str, Any]], None],
         gave: Callable[[Any], None],
+        boundary: ErrorBoundary = UNBOUNDED,
     ) -> None:
+        self._boundary = boundary
         self._given, self._gave = given, gave
         self._step_is_forward = step_is_forward
         named = {user_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
@@ -111,6 +115,7 @@ class CallSites:
         track.calls[path] += 1
         return CallSite(path, min(track.calls[path], MAX_CALLS))
 
+    @guarded
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # What activation checkpointing repeats is counted apart, and is given nothing new.
         is_again = in_backward()
@@ -123,6 +128,7 @@ class CallSites:
                 self._given(args, kwargs)
         track.running.append((name, Counter()))
 
+    @guarded
     def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         is_again = in_backward()
         track = self._again if is_again else self._forward

@@ -24,6 +24,7 @@ from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.tensor_to_moments import TensorMoments, bucket_counts, read
 from lightning_bn.activations.watched_layers import bounds_of
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.modes import eager, is_extra_pass
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.sharding import full_value
@@ -60,6 +61,7 @@ class LayerCollector:
         channel_dim: which dimension holds the channels, but a batch norm's, whose channels are in dimension 1.
         step_is_forward: whether the model's own forward stands for a whole training step, as under DDP.
         group: the process group whose ranks share a model, None for all.
+        boundary: stands around every hook.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class LayerCollector:
         channel_dim: int = 1,
         step_is_forward: bool = False,
         group: Group = None,
+        boundary: ErrorBoundary = UNBOUNDED,
     ) -> None:
+        self._boundary = boundary
         self.layers = dict(layers)
         self._ranks = Ranks(group, task="ActivationStatsMonitor")
         self._model = model
@@ -101,7 +105,12 @@ class LayerCollector:
         self._called: set[str] = set()
         self._builder = SampleBuilder(self.layers, self._tracking, training=training)
         self._sites = CallSites(
-            model, self.layers, step_is_forward=step_is_forward, given=self._see_input, gave=self._see_result
+            model,
+            self.layers,
+            step_is_forward=step_is_forward,
+            given=self._see_input,
+            gave=self._see_result,
+            boundary=boundary,
         )
         self._is_given = False  # whether this batch's input has been seen
         self._newest: list[tuple[CallSite, Any]] = []  # the activation that came last, by weak reference
@@ -134,7 +143,7 @@ class LayerCollector:
     def _open(self) -> None:
         self._is_open = True
         if self._meter is None:  # built now, when the model has come to its device
-            self._meter = DriftMeter(list(self._tracking.values()))
+            self._meter = DriftMeter(list(self._tracking.values()), self._boundary)
             names = list(self._tracking)
             if self._training:
                 self._observed = frozenset(names[index] for index in self._meter.unreadable())
@@ -265,6 +274,7 @@ class LayerCollector:
                         inputs[indices[key.place.path]] = mean, m2 / (count - 1)
         return self._meter.against(statistics, inputs)
 
+    @guarded
     def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         if not self._is_looking:
             return
@@ -285,6 +295,7 @@ class LayerCollector:
         if name in self._observed and (given := next(_tensors((args, kwargs)), None)) is not None:
             self._take("input", name, CallSite(name, 1), given)
 
+    @guarded
     def _see_gradient(self, name: str, place: CallSite, gradient: Tensor) -> None:
         if self._is_attached:
             self._take("gradient", name, place, gradient)

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.activations.pool_to_host import Array, Mask, joined, silent_numbers, to_host
 from lightning_bn.averaging import Averaging, Cumulative, Exponential
 from lightning_bn.buffers import running_mean
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.deferred import can_defer
 from lightning_bn.layers.settlement import Settled, listening, rule_of
 from lightning_bn.torch_internals import buffers_of
@@ -94,7 +95,8 @@ class DriftMeter:
         [3.0, 3.0, 0.6931, 0.6931]
     """
 
-    def __init__(self, layers: Sequence[_BatchNorm]) -> None:
+    def __init__(self, layers: Sequence[_BatchNorm], boundary: ErrorBoundary = UNBOUNDED) -> None:
+        self._boundary = boundary
         self.layers = list(layers)
         self._before: list[Tensor] | None = None
         self._handed: list[dict[int, tuple[Tensor, Tensor]]] = []  # each layer's first batch since `start`, second, ...
@@ -155,6 +157,7 @@ class DriftMeter:
         self._end()
         self._end = _nothing
 
+    @guarded
     def _hear(self, settled: Settled) -> None:
         widths = [layer.num_features for layer in settled.layers]
         batches = zip(settled.layers, settled.ran, settled.mean.split(widths), settled.var.split(widths), strict=True)

@@ -28,6 +28,7 @@ from lightning_bn.callbacks.both_lightnings import (
 )
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
 from lightning_bn.callbacks.loggers import directories, sinks
+from lightning_bn.callbacks.observing import boundary_of, observing
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.terminal import say
@@ -41,6 +42,7 @@ MAX_HISTOGRAMS = 32
 FILE = "activation_stats.csv"
 
 
+@observing
 class ActivationStatsMonitor(Callback):
     """Name the layer that is sick, since when, and what to do, from the activations of every layer, the model's input,
     and how far batch-norm statistics lag behind.
@@ -135,6 +137,7 @@ class ActivationStatsMonitor(Callback):
         self.prefix = prefix
         self.verbose = verbose
         self.process_group = process_group
+        self._boundary = boundary_of("ActivationStatsMonitor", self._close)
         self._table = LayerTable()
         self._collectors: dict[str, LayerCollector] = {}
         self._report = Report([])
@@ -280,20 +283,22 @@ class ActivationStatsMonitor(Callback):
         self._speak(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        for collector in self._collectors.values():
-            collector.close()
+        self._close()
         self._draw()
         journal_of(trainer).end(trainer, type(exception).__name__)
         if "train" in self._collectors:
             self._speak(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for collector in self._collectors.values():
-            collector.close()
+        self._close()
         journal_of(trainer).end(trainer)
         # They hold the model and the writers; the table is what a user comes back for.
         self._collectors = {}
         self._report = Report([])
+
+    def _close(self) -> None:
+        for collector in self._collectors.values():
+            collector.close()
 
     def _collector(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> LayerCollector:
         if stage not in self._collectors:
@@ -310,6 +315,7 @@ class ActivationStatsMonitor(Callback):
                 channel_dim=self.channel_dim,
                 step_is_forward=trainer.strategy.model is not pl_module,
                 group=self.process_group or data_parallel_group(trainer),
+                boundary=self._boundary,
             )
         return self._collectors[stage]
 
@@ -350,12 +356,13 @@ class ActivationStatsMonitor(Callback):
             found = scalars(sample, self._has_own_scalars(collector))
             numbers = {f"{tags}/{name}": value for name, value in found.items()}
             for logger in trainer.loggers:
-                logger.log_metrics(numbers, step=step)
+                part = f"its numbers in {type(logger).__name__}"
+                self._boundary.attempt(part, logger.log_metrics, numbers, step=step)
         if trainer.is_global_zero:
-            self._write(trainer, stage)
+            self._boundary.attempt(f"the table {FILE}", self._write, trainer, stage)
         if stage == "train":
             self._newest = sample
-            self._report.update(self._table, sample, step)
+            self._boundary.attempt("pictures and texts", self._report.update, self._table, sample, step)
         self._write_journal(trainer, stage, step, sample)
 
     def _write(self, trainer: Trainer, stage: str) -> None:
@@ -400,9 +407,9 @@ class ActivationStatsMonitor(Callback):
 
     def _speak(self, trainer: Trainer) -> None:
         if self.verbose and trainer.is_global_zero and self._table.last_step() is not None:
-            say(self.verdict())
+            self._boundary.attempt("the verdict", lambda: say(self.verdict()))
 
     def _draw(self) -> None:
         step = self._table.last_step("train")
         if step is not None:
-            self._report.finish(self._table, self._newest, step)
+            self._boundary.attempt("pictures and texts", self._report.finish, self._table, self._newest, step)

@@ -15,6 +15,7 @@ from lightning_bn.averaging import Averaging
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
+from lightning_bn.callbacks.observing import boundary_of, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
@@ -36,6 +37,7 @@ _BATCH = "batch"
 _NUM_BATCHES = 200
 
 
+@observing
 class CompareAverages(Callback):
     """Follow several averages of the batch statistics in one run, and validate under each of them.
 
@@ -95,6 +97,7 @@ class CompareAverages(Callback):
         self.recalibrated = recalibrated
         self.batch = batch
         self.scores = Scores(monitor, mode)
+        self._boundary = boundary_of("CompareAverages", self._close)
         self._followers: Followers | None = None
         self._saved: dict[str, Any] | None = None
         self._hooks = ExitStack()
@@ -125,7 +128,7 @@ class CompareAverages(Callback):
                 f"Leave it out."
             )
         settle_together(pl_module)
-        self._followers = Followers(pl_module, self.averages)
+        self._followers = Followers(pl_module, self.averages, boundary=self._boundary)
         if self._saved is None:
             self.scores.values = {}  # of an earlier fit
         else:
@@ -195,7 +198,8 @@ class CompareAverages(Callback):
             for key, value in metrics.items()
         }
         for logger in trainer.loggers:
-            logger.log_metrics(tags, step=logging_step(trainer))
+            part = f"its entries in {type(logger).__name__}"
+            self._boundary.attempt(part, logger.log_metrics, tags, step=logging_step(trainer))
         journal_of(trainer).write(
             trainer,
             "averages",
@@ -212,11 +216,11 @@ class CompareAverages(Callback):
             print(f"\n{self.scores}\nRecommended: {self._advice()}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._hooks.close()
+        self._close()
         journal_of(trainer).end(trainer, type(exception).__name__)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._hooks.close()
+        self._close()
         journal_of(trainer).end(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -230,6 +234,10 @@ class CompareAverages(Callback):
     def _learning(self) -> set[str]:
         """The names of the layers whose statistics training moves."""
         return {layer.name for layer in learning(self._layers, self._in_eval)}
+
+    def _close(self) -> None:
+        self._pending = {}
+        self._hooks.close()
 
     def _following(self) -> Followers:
         if self._followers is None:

@@ -23,6 +23,7 @@ from lightning_bn.callbacks.both_lightnings import (
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.loggers import log_markdown
+from lightning_bn.callbacks.observing import boundary_of, observing
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
@@ -39,6 +40,7 @@ __all__ = ["ModeCheck"]
 _TAG = "batch_norm/mode_check"
 
 
+@observing
 class ModeCheck(Callback):
     """Watch the modes of all modules and the updates of the batch-norm statistics, and name every mistake with its fix.
 
@@ -98,6 +100,7 @@ class ModeCheck(Callback):
         self.fix = tuple(fix)
         self.every_n_steps = every_n_steps
         self.findings: list[Finding] = []
+        self._boundary = boundary_of("ModeCheck", self._close, intended=(ModeCheckError,))
         self._inspection: Inspection | None = None
         self._batches = 0
         self._modes: Modes | None = None
@@ -224,17 +227,20 @@ class ModeCheck(Callback):
         self._end_evaluation(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._inspection is not None:
-            self._inspection.close()
+        self._close()
         journal_of(trainer).end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._inspection is not None and isinstance(exception, ModeCheckError):
-            self._inspection.close()
+        if isinstance(exception, ModeCheckError):
+            self._close()
         elif self._inspection is not None:
             self._inspection.interrupt()
             self._report(trainer, may_raise=False)
         journal_of(trainer).end(trainer, type(exception).__name__)
+
+    def _close(self) -> None:
+        if self._inspection is not None:
+            self._inspection.close()
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         """Set the hooks; the findings of earlier runs of the same module are not told again."""
@@ -251,7 +257,7 @@ class ModeCheck(Callback):
         )
         known = self._inspection
         if known is None or known.model is not module or known.observer.modules != list(module.modules()):
-            self._inspection = Inspection(module, setting, ignore=self.ignore, fix=self.fix)
+            self._inspection = Inspection(module, setting, ignore=self.ignore, fix=self.fix, boundary=self._boundary)
         else:
             known.setting = setting
         self._look().attach(parts_called_by(module))
@@ -294,7 +300,7 @@ class ModeCheck(Callback):
         if not new:
             return
         self.findings += new
-        self._log(trainer)
+        self._boundary.attempt("its entries in the loggers", self._log, trainer)
         for finding in new:
             journal_of(trainer).write(trainer, "finding", **asdict(finding))
             journal_of(trainer).rule(trainer, finding.code)

@@ -22,6 +22,7 @@ from lightning_bn.callbacks.both_lightnings import (
 )
 from lightning_bn.callbacks.checkpoint_files import KINDS, check_kinds, files_of, statistics_in, write_recalibrated_copy
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
+from lightning_bn.callbacks.observing import boundary_of, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.run_journal import journal_of
@@ -42,6 +43,7 @@ from lightning_bn.recalibration.report import RecalibrationReport
 __all__ = ["BatchNormRecalibration"]
 
 
+@observing
 class BatchNormRecalibration(Callback):
     """Re-estimate the running statistics from training batches with the current weights, by `lightning_bn.recalibrate`.
 
@@ -129,6 +131,7 @@ class BatchNormRecalibration(Callback):
         self.process_group = process_group
         self.report: RecalibrationReport | None = None
         self.kept = True
+        self._boundary = boundary_of("BatchNormRecalibration", self._close)
         self._scores = Scores(monitor or "monitor", mode)
         self._count = 0
         self._last_step: int | None = None
@@ -216,7 +219,14 @@ class BatchNormRecalibration(Callback):
             if self.when == "fit_end" and 0 < trainer.global_step != self._last_step:
                 self._act(trainer, pl_module)
             for path in files_of(trainer, self.checkpoints if self._learning else ()):
-                write_recalibrated_copy(trainer, pl_module, path, lambda: self._recalibrate(trainer, pl_module))
+                self._boundary.attempt(
+                    f"the recalibrated copy of {path}",
+                    write_recalibrated_copy,
+                    trainer,
+                    pl_module,
+                    path,
+                    lambda: self._recalibrate(trainer, pl_module),
+                )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         journal_of(trainer).end(trainer, type(exception).__name__)
@@ -234,6 +244,9 @@ class BatchNormRecalibration(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._count, self._last_step = state_dict["count"], state_dict["last_step"]
+
+    def _close(self) -> None:
+        """Nothing to do: what it changes for a while is restored where it is changed."""
 
     def _look_again(self, module: LightningModule) -> None:
         """Find the layers as they are now; how they train is read off when a batch has been trained."""
@@ -279,7 +292,14 @@ class BatchNormRecalibration(Callback):
             )
         self._count, self._last_step = self._count + 1, trainer.global_step
         values = {f"{self.monitor}_before": before, f"{self.monitor}_after": after, "kept": float(self.kept)}
-        log_report(trainer.loggers, self.report, logging_step(trainer), values if self.monitor else {})
+        self._boundary.attempt(
+            "its entries in the loggers",
+            log_report,
+            trainer.loggers,
+            self.report,
+            logging_step(trainer),
+            values if self.monitor else {},
+        )
         journal_of(trainer).write(
             trainer,
             "recalibration",

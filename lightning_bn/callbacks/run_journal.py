@@ -19,6 +19,7 @@ from lightning_bn.callbacks.both_lightnings import LightningModule, Trainer
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.loggers import main_directory
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
+from lightning_bn.error_boundary import ErrorBoundary, guarded
 from lightning_bn.journal.writer import Journal
 from lightning_bn.layers.settlement import rule_of
 from lightning_bn.rules.page import section
@@ -33,18 +34,22 @@ _JOURNALS: WeakKeyDictionary[Any, RunJournal] = WeakKeyDictionary()
 class RunJournal:
     """What a Trainer does, line by line. Every callback tells the hooks it has; what two of them tell is written once.
 
+    What goes wrong inside of it ends the journal, and no callback.
+
     Args:
         journal: where the lines go.
     """
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
+        self._boundary = ErrorBoundary(f"The journal {journal.path}", self._close)
         self._begun = False
         self._norms: list[BatchNormLayer] = []
         self._waiting: list[tuple[str, dict[str, Any]]] = []
         self._episodes: dict[tuple[Any, ...], tuple[str, ...]] = {}
         self._rules: set[str] = set()
 
+    @guarded
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         """Begin a fit, when the step at which it begins is known; what came before waited for this."""
         if self._begun:
@@ -61,22 +66,26 @@ class RunJournal:
         for kind, fields in waiting:
             self.journal.write(kind, **fields)
 
+    @guarded
     def epoch(self, trainer: Trainer) -> None:
         """Tell that an epoch of training begins; layers that came or went are known from here on."""
         self._norms = find_batch_norms(trainer.lightning_module)
         self.journal.write_once("epoch", step=logging_step(trainer), epoch=trainer.current_epoch)
 
+    @guarded
     def validation(self, trainer: Trainer) -> None:
         """Tell that a validation within a fit has ended."""
         if self._begun and not trainer.sanity_checking:
             self.journal.write_once("validation", step=logging_step(trainer), epoch=trainer.current_epoch)
 
+    @guarded
     def modes(self, trainer: Trainer) -> None:
         """Tell which batch-norm layers are in eval mode in a training step, where that has changed."""
         if self.journal.path is not None:
             asleep = [layer.name for layer in self._norms if not layer.module.training]
             self.journal.write_changed("modes", "eval", asleep, step=logging_step(trainer))
 
+    @guarded
     def write(self, trainer: Trainer, kind: str, **fields: Any) -> None:
         """Write a line; within a fit that has not begun yet, when it does."""
         if self._begun or trainer.state.fn != TrainerFn.FITTING:
@@ -84,6 +93,7 @@ class RunJournal:
         elif self.journal.path is not None:
             self._waiting.append((kind, fields))
 
+    @guarded
     def sample(self, trainer: Trainer, stage: str, step: int, sample: Sample) -> None:
         """Write what was measured of all layers."""
         self.journal.write_sample(
@@ -99,6 +109,7 @@ class RunJournal:
             unjudged=unjudged(sample),
         )
 
+    @guarded
     def channels(
         self,
         stage: str,
@@ -126,17 +137,20 @@ class RunJournal:
                 "histograms", stage=stage, step=step, layers={n: each.tolist() for n, each in histograms.items()}
             )
 
+    @guarded
     def rule(self, trainer: Trainer, code: str) -> None:
         """Write the page of a rule that something refers to, once a fit: whoever reads the journal has it at hand."""
         if code and code not in self._rules:
             self._rules.add(code)
             self.write(trainer, "rule", step=logging_step(trainer), code=code, text=section(code))
 
+    @guarded
     def unseen(self, trainer: Trainer, stage: str, layers: Mapping[str, str]) -> None:
         """Write which layers can't be looked at, and why."""
         if layers:
             self.write(trainer, "unseen", step=logging_step(trainer), stage=stage, layers=dict(layers))
 
+    @guarded
     def episodes(self, trainer: Trainer, described: Iterable[dict[str, Any]]) -> None:
         """Write the episodes that are new or have changed in more than how long they last."""
         for each in described:
@@ -147,6 +161,15 @@ class RunJournal:
                 self.rule(trainer, each["rule"])
                 self.journal.write("episode", **each)
 
+    def failure(self, trainer: Trainer, observer: str, part: str, traceback: str) -> str | None:
+        """Write what went wrong inside of a callback; return where, None where nothing can be written."""
+        self.write(trainer, "failure", step=logging_step(trainer), observer=observer, part=part, traceback=traceback)
+        return None if self.journal.path is None else f"in {self.journal.path}"
+
+    def _close(self) -> None:
+        self.journal = Journal(None)
+
+    @guarded
     def end(self, trainer: Trainer, status: str = "finished") -> None:
         """Tell how a fit ended."""
         if self._begun or self._waiting:

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.buffers import next_step, running_mean, running_statistics
 from lightning_bn.discovery import find_batch_norms
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging
 from lightning_bn.layers.deferred import can_defer
 from lightning_bn.layers.group import Collected, LayerGroup
@@ -75,7 +76,9 @@ class Followers:
         2.9
     """
 
-    def __init__(self, model: nn.Module, averages: Mapping[str, Averaging]) -> None:
+    def __init__(
+        self, model: nn.Module, averages: Mapping[str, Averaging], *, boundary: ErrorBoundary = UNBOUNDED
+    ) -> None:
         for name, averaging in averages.items():
             check_averaging(averaging, f"Followers(model, {{{name!r}: {averaging!r}}})")
         self._layers = {layer.name: layer.module for layer in find_batch_norms(model) if layer.tracks}
@@ -87,6 +90,7 @@ class Followers:
             for name, averaging in averages.items()
         }
         self._model = model
+        self._boundary = boundary
         self._seen: set[_BatchNorm] = set()
         self._traced: set[str] = set()
         self._pending: dict[_BatchNorm, _Moments] = {}
@@ -180,6 +184,7 @@ class Followers:
                     if count is None or bool(shadow.num_batches_tracked == count):
                         self._seen.add(self._layers[path])
 
+    @guarded
     def _settled(self, settled: Settled) -> None:
         """Take in what layers of this package have settled."""
         self._seen.update(layer for layer, ran in zip(settled.layers, settled.ran, strict=True) if ran)
@@ -210,7 +215,7 @@ class Followers:
             elif not in_backward():
                 self._see(layer, args, kwargs, output)
 
-        return hook
+        return self._boundary.guard(hook)
 
     def _see(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Note down the batch of a layer of plain torch."""

@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, user_name
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 
 __all__ = ["Adjacency", "DeadBias", "DropoutShift"]
 
@@ -49,9 +50,11 @@ class Adjacency:
     Args:
         model: whose parameters and dropouts are named.
         layers: its batch-norm layers.
+        boundary: stands around every hook.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer]) -> None:
+    def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer], boundary: ErrorBoundary = UNBOUNDED) -> None:
+        self._boundary = boundary
         self._parameters: dict[Tensor, str] = {
             parameter: user_name(name) for name, parameter in model.named_parameters()
         }
@@ -121,7 +124,7 @@ class Adjacency:
             if node is not None and bias is not None:
                 self._candidates.setdefault(name, (node, bias))
 
-        return look
+        return self._boundary.guard(look)
 
     def _bias_before(self, input: Tensor) -> str | None:
         node = input.grad_fn
@@ -148,7 +151,7 @@ class Adjacency:
                 ratio = (after.sum() / before.sum()).nan_to_num(1.0)
             self._dropped.append((weakref.ref(output), name, dropout.p, ratio))
 
-        return look
+        return self._boundary.guard(look)
 
 
 def _leaf(node: Node | None) -> Tensor | None:

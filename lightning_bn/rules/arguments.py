@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch.optim import Optimizer
 
+from lightning_bn.error_boundary import users_mistake
 from lightning_bn.rules.observer import ancestors
 
 __all__ = ["Setting", "check_action", "check_codes", "check_patterns"]
@@ -61,7 +62,10 @@ def check_patterns(setting: Setting, names: Sequence[str]) -> None:
         alone = replace(setting, allow_eval=(pattern,))
         if not any(alone.allows_eval(name) for name in names):
             parts = [name for name in names if name and "." not in name]
-            raise ValueError(
-                f"{setting.caller}(allow_eval=[{pattern!r}]): no module has such a name. Give module names or patterns "
-                f"of them, as named_modules() has them; the first level here is {', '.join(parts) or 'empty'}."
+            raise users_mistake(
+                ValueError(
+                    f"{setting.caller}(allow_eval=[{pattern!r}]): no module has such a name. Give module names or "
+                    f"patterns of them, as named_modules() has them; the first level here is "
+                    f"{', '.join(parts) or 'empty'}."
+                )
             )

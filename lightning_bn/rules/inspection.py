@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_bn.buffers import running_mean
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.ranks.collective import share
 from lightning_bn.rules import RULES, Finding, Rule
 from lightning_bn.rules.adjacency import Adjacency
@@ -42,6 +43,7 @@ class Inspection:
         setting: what is known of the run apart from the model.
         ignore: codes of rules to leave out.
         fix: codes of rules whose findings are fixed at once.
+        boundary: stands around every hook, and around every rule.
 
     Attributes:
         modes_from: which modes a training step found: those at `begin_batch`; those at the first forward, where someone
@@ -52,13 +54,20 @@ class Inspection:
     """
 
     def __init__(
-        self, model: nn.Module, setting: Setting, *, ignore: Sequence[str] = (), fix: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        setting: Setting,
+        *,
+        ignore: Sequence[str] = (),
+        fix: Sequence[str] = (),
+        boundary: ErrorBoundary = UNBOUNDED,
     ) -> None:
         check_codes(f"{setting.caller}(ignore={list(ignore)})", ignore, RULES)
         self.model = model
-        self.observer = Observer(model)
+        self._boundary = boundary
+        self.observer = Observer(model, boundary)
         self.setting = setting
-        self._register = Register(ignore, fix)
+        self._register = Register(ignore, fix, boundary)
         self.stage, self.step, self.index = "check", 0, -1
         self.trained = False
         check_patterns(setting, self.observer.names)
@@ -93,7 +102,7 @@ class Inspection:
         """Set the hooks; `entries` are the modules that a training step calls."""
         self.observer.attach(entries)
         self._counted = (self._batches, StatisticsSnapshot(self.observer.layers))
-        self._adjacency = Adjacency(self.model, self.observer.layers)
+        self._adjacency = Adjacency(self.model, self.observer.layers, self._boundary)
         self.tracing = True
 
     def renew(self, entries: Callable[[], Iterable[nn.Module]]) -> bool:
@@ -107,7 +116,7 @@ class Inspection:
         if list(self.model.modules()) == old.modules:
             return False
         old.close()
-        self.observer = Observer(self.model)
+        self.observer = Observer(self.model, self._boundary)
         places = {layer.module: index for index, layer in enumerate(self.observer.layers)}
         for known, indices in (
             (self._moving,) * 2,
@@ -192,7 +201,7 @@ class Inspection:
             self._copies.compare()
             self.observer.on_input = self._order.begin_batch()
         elif index == 0 and not is_compiled(self.model):  # a hook would compile it anew
-            self._look = EvaluationProbe(self.observer.layers)
+            self._look = EvaluationProbe(self.observer.layers, self._boundary)
         self.observer.begin(self.observer.snapshot() if training and self.modes_from == "start" else None)
         if training and batches is not None:
             self._marks.take(index, batches)

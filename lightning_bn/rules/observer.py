@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, user_name
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
 from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
@@ -34,9 +35,11 @@ class Observer:
 
     Args:
         model: its modules and layers are found now; hooks come with `attach`.
+        boundary: stands around every hook.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, boundary: ErrorBoundary = UNBOUNDED) -> None:
+        self.boundary = boundary
         named = [(user_name(name), module) for name, module in model.named_modules()]
         self.names = [name for name, _ in named]
         self.modules = [module for _, module in named]
@@ -209,11 +212,13 @@ class _Hooks:
     """The hooks on one module. A copy of the module, made or pickled while it is watched, has hooks that do nothing."""
 
     _observer: Observer | None = None
+    _boundary = UNBOUNDED
 
     def __init__(
         self, observer: Observer, before: Callable[[], RemovableHandle], after: Callable[[], RemovableHandle]
     ) -> None:
         self._observer = observer
+        self._boundary = observer.boundary
         self._handles = (before(), after())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -236,10 +241,12 @@ class _CallHooks(_Hooks):
             lambda: module.register_forward_hook(self._leave, always_call=True),
         )
 
+    @guarded
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and self._observer is not None and self._observer.recording:
             self._observer.enter(self._layers, self._place, args, kwargs)
 
+    @guarded
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.compiler.is_compiling() and self._observer is not None and self._observer.recording:
             self._observer.leave()
@@ -258,6 +265,7 @@ class _LayerHooks(_Hooks):
             lambda: layer.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         )
 
+    @guarded
     def _enter(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or self._observer is None or not self._observer.recording:
             return
@@ -265,6 +273,7 @@ class _LayerHooks(_Hooks):
             self._observer.open_call(_input(args, kwargs))
         self._before = _version(buffers_of(layer).get("num_batches_tracked"))
 
+    @guarded
     def _leave(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling() or self._observer is None or not self._observer.recording:
             return

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.buffers import running_mean, running_var
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.sharding import local_value
 
 __all__ = ["EvaluationProbe", "Look", "far", "vanishing"]
@@ -68,8 +69,9 @@ class EvaluationProbe:
         layers: the model's batch-norm layers.
     """
 
-    def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
+    def __init__(self, layers: Sequence[BatchNormLayer], boundary: ErrorBoundary = UNBOUNDED) -> None:
         self.layers = layers
+        self._boundary = boundary
         self.looks: dict[int, Look] = {}
         self.weights = {
             index: local_value(each.module.weight).clone()
@@ -111,4 +113,4 @@ class EvaluationProbe:
                     weight, running_mean(layer).clone(), running_var(layer).clone(), input.float().var(over)
                 )
 
-        return look
+        return self._boundary.guard(look)

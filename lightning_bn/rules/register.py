@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.rules import RULES, Finding, Level, Rule
 from lightning_bn.rules.fixes import listing, modules_of
 from lightning_bn.rules.observer import ancestors
@@ -46,9 +47,11 @@ class Register:
     Args:
         ignore: codes of rules that are not asked.
         fix: codes of rules whose findings are fixed at once.
+        boundary: of the observer; a rule that fails is asked no more.
     """
 
-    def __init__(self, ignore: Collection[str], fix: Collection[str]) -> None:
+    def __init__(self, ignore: Collection[str], fix: Collection[str], boundary: ErrorBoundary = UNBOUNDED) -> None:
+        self._boundary = boundary
         self.findings: list[Finding] = []
         self._rules = [rule for code, rule in RULES.items() if code not in ignore]
         self._fix = set(fix)
@@ -73,9 +76,12 @@ class Register:
         """Ask every rule; returns whether anything was mended."""
         mended = False
         for rule in self._rules:
-            for seen in question(rule):
-                mended |= self._take(rule, seen, moment)
+            mended |= bool(self._boundary.attempt(f"rule {rule.code}", self._ask, rule, question, moment))
         return mended
+
+    def _ask(self, rule: Rule, question: Callable[[Rule], Iterable[Seen]], moment: Moment) -> bool:
+        mended = [self._take(rule, seen, moment) for seen in question(rule)]
+        return any(mended)
 
     def _take(self, rule: Rule, seen: Seen, moment: Moment) -> bool:
         mended = rule.code in self._fix and seen.mend is not None

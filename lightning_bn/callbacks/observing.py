@@ -1,0 +1,60 @@
+"""Callbacks that only watch: whatever goes wrong inside of them, the fit goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+from weakref import ref
+
+from lightning_bn.callbacks.both_lightnings import Callback, MisconfigurationException, Trainer
+from lightning_bn.callbacks.run_journal import journal_of
+from lightning_bn.error_boundary import ErrorBoundary, Keep, guarded
+from lightning_bn.ranks.collective import RankError
+
+__all__ = ["boundary_of", "observing"]
+
+C = TypeVar("C", bound=type[Callback])
+
+_HOOKS = [name for name in dir(Callback) if name.startswith("on_")] + [
+    "setup",
+    "teardown",
+    "state_dict",
+    "load_state_dict",
+]
+
+
+def observing(callback: C) -> C:
+    """Decorate a class of callbacks: what its hooks raise is caught by the object's ``_boundary``, which is reopened
+    in each ``setup``."""
+    for name in _HOOKS:
+        if name in vars(callback) or name == "setup":
+            method = guarded(getattr(callback, name))
+            setattr(callback, name, _reopening(method) if name == "setup" else method)
+    return callback
+
+
+def boundary_of(
+    observer: str, close: Callable[[], object], *, intended: tuple[type[Exception], ...] = ()
+) -> ErrorBoundary:
+    """Return the boundary of a callback. A lost rank is no fault of the callback: the fit is over anyway."""
+    return ErrorBoundary(observer, close, intended=(MisconfigurationException, RankError, *intended))
+
+
+def _reopening(setup: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(setup)
+    def reopened(self: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._boundary.reopen(_journal_keeper(trainer))
+        setup(self, trainer, *args, **kwargs)
+
+    return reopened
+
+
+def _journal_keeper(trainer: Trainer) -> Keep:
+    whose = ref(trainer)
+
+    def keep(observer: str, part: str, traceback: str) -> str | None:
+        running = whose()
+        return None if running is None else journal_of(running).failure(running, observer, part, traceback)
+
+    return keep
