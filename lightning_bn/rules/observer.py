@@ -122,6 +122,7 @@ class Observer:
     def end(self) -> None:
         """Record nothing until the next `begin`."""
         self.recording = False
+        self.on_input = None  # whoever asked for inputs of training is not asked in an evaluation
         self._sources = []
 
     def _counts(self) -> list[int]:

@@ -17,6 +17,7 @@ from small_models import Module, Net
 from states import hooks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_bn import ModeCheck, ModeCheckError
 
@@ -318,3 +319,18 @@ def test_mends_every_time() -> None:
     module, check = EvalEachEpoch(), ModeCheck(action="log", fix=["BN101"])
     assert len(of("BN101", findings(module, check=check, max_epochs=3))) == 1
     assert int(module.model.head[2].num_batches_tracked) == 3 * (BATCHES - 1)
+
+
+@pytest.mark.parametrize("what", ["validate", "test", "predict"])
+def test_an_evaluation_after_a_fit_of_many_batches(what: str) -> None:
+    """What a rule saw of two epochs of training is put away; the same Trainer evaluates after it."""
+
+    class Whole(Module):
+        test_step = Module.validation_step
+
+        def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return self(batch[0])
+
+    runner, module = trainer(ModeCheck(action="raise"), max_epochs=2), Whole()
+    runner.fit(module, DataLoader(data(4, 30).dataset, 4, shuffle=True), data(batches=1))
+    getattr(runner, what)(module, data(batches=2))
