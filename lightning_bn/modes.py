@@ -5,14 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from lightning_bn.buffers import running_statistics
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.torch_internals import is_compiled
 
@@ -23,7 +20,6 @@ __all__ = [
     "is_extra_pass",
     "kept_attribute",
     "kept_modes",
-    "normalising_with_batches",
     "out_of_inference_mode",
     "paused_statistics",
 ]
@@ -112,44 +108,6 @@ def paused_statistics(module: nn.Module) -> Iterator[None]:
             # A training forward of torch's layer hands its buffers to the kernel, and counts, only where this is set.
             layer.track_running_stats = False
         yield
-
-
-@contextmanager
-@torch.no_grad()
-def normalising_with_batches(layers: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Let batch-norm layers in eval mode normalise with each batch's own mean and *biased* variance.
-
-    No running statistics move and no rank waits for another. An input with one value a channel has no variance and is
-    normalised with the running statistics, as ever in eval.
-
-    Args:
-        layers: those that keep running statistics; their buffers are as before at exit.
-    """
-    held = [(layer, *running_statistics(layer)) for layer in layers]
-    before = [(mean.clone(), var.clone()) for _, mean, var in held]  # DDP may write into them inside
-    with ExitStack() as stack:
-        for layer, mean, var in held:
-            stack.callback(layer.register_forward_pre_hook(_hide, with_kwargs=True).remove)
-            # Whoever looks at the layer between its forwards finds its buffers.
-            shown = partial(_show, mean=mean, var=var)
-            stack.callback(layer.register_forward_hook(shown, always_call=True).remove)
-        try:
-            yield
-        finally:
-            for (_, mean, var), (old_mean, old_var) in zip(held, before, strict=True):
-                mean.copy_(old_mean)
-                var.copy_(old_var)
-
-
-def _hide(layer: _BatchNorm, args: Any, kwargs: Any) -> None:
-    """An eval forward without buffers takes the batch's statistics, without the meeting of ranks that training has."""
-    input = args[0] if args else kwargs.get("input")
-    if isinstance(input, Tensor) and input.numel() > layer.num_features:
-        layer._buffers.update(running_mean=None, running_var=None)
-
-
-def _show(layer: _BatchNorm, args: Any, output: Any, *, mean: Tensor, var: Tensor) -> None:
-    layer._buffers.update(running_mean=mean, running_var=var)
 
 
 def eager(model: nn.Module) -> AbstractContextManager[Any]:

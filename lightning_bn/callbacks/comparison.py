@@ -25,8 +25,9 @@ from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import find_batch_norms, in_eval_mode, learning
 from lightning_bn.layers.batch_norm import check_averaging
 from lightning_bn.layers.deferred import settle_together
-from lightning_bn.modes import eager, normalising_with_batches
+from lightning_bn.modes import eager
 from lightning_bn.recalibration.interrupts import HeldInterrupts
+from lightning_bn.recalibration.measuring import normalising_with_batches
 
 __all__ = ["CompareAverages"]
 

@@ -19,7 +19,7 @@ import lightning.pytorch.cli
 import pytorch_lightning.cli
 import yaml
 from lightning.pytorch.trainer.states import RunningStage
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.both_lightnings import (
@@ -38,8 +38,8 @@ from lightning_bn.callbacks.training_pass import training_pass
 from lightning_bn.checkpoints.health import CheckpointRefusedError, read_checkpoint
 from lightning_bn.cli.output import RefusedError, UsageError
 from lightning_bn.discovery import find_batch_norms
-from lightning_bn.modes import paused_statistics
 from lightning_bn.recalibration import recalibrate
+from lightning_bn.recalibration.measuring import normalising_with_batches
 from lightning_bn.recalibration.report import RecalibrationReport
 
 __all__ = ["Session", "load_checkpoint"]
@@ -141,10 +141,6 @@ class Session:
                 return start(self._module, datamodule=self._datamodule)
         except LIGHTNING_ERRORS as error:
             raise RefusedError(str(error)) from error
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise RefusedError(f"a batch of one can't be normalised by its own statistics. {error}") from error
 
 
 class _Weights(Callback):
@@ -210,20 +206,14 @@ class _BatchStatistics(Callback):
         self._undo = ExitStack()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._undo.enter_context(paused_statistics(pl_module))
-        for layer in find_batch_norms(pl_module):
-            self._undo.callback(_set_training, layer.module, layer.module.training)
-            _set_training(layer.module, True)
+        layers = [layer.module for layer in find_batch_norms(pl_module) if layer.tracks]
+        self._undo.enter_context(normalising_with_batches(layers))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._undo.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._undo.close()
-
-
-def _set_training(module: nn.Module, value: bool) -> None:
-    module.training = value
 
 
 def _build(

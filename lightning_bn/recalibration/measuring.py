@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import unsynchronised
 from lightning_bn.recalibration.tally import Row
 
-__all__ = ["OnInput", "measured"]
+__all__ = ["OnInput", "measured", "normalising_with_batches"]
 
 OnInput = Callable[[int, Row], tuple[Tensor, Tensor]]
 """Called with a layer's place in the list and what goes into it; returns the mean and the variance to normalise with,
@@ -46,6 +47,44 @@ def measured(layers: Sequence[_BatchNorm], on_input: OnInput) -> Iterator[None]:
             handle = layer.register_forward_pre_hook(_hook(place, layer, on_input), with_kwargs=True)
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def normalising_with_batches(layers: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Let batch-norm layers in eval mode normalise with each batch's own mean and *biased* variance.
+
+    No running statistics move and no rank waits for another. An input with one value a channel has no variance and is
+    normalised with the running statistics, as ever in eval.
+
+    Args:
+        layers: those that keep running statistics; their buffers are as before at exit.
+    """
+    held = [(layer, *running_statistics(layer)) for layer in layers]
+    before = [(mean.clone(), var.clone()) for _, mean, var in held]  # DDP may write into them inside
+
+    def of_batch(place: int, row: Row) -> tuple[Tensor, Tensor]:
+        mean, var = before[place]
+        if isinstance(row.values, Tensor):
+            several = row.values > 1
+            return torch.where(several, row.mean, mean), torch.where(several, row.var, var)
+        return (row.mean, row.var) if row.values > 1 else (mean, var)
+
+    with ExitStack() as stack:
+        stack.enter_context(measured(layers, of_batch))
+        for layer, mean, var in held:
+            # Whoever looks at the layer between its forwards finds its buffers.
+            shown = partial(_show, mean=mean, var=var)
+            stack.callback(layer.register_forward_hook(shown, always_call=True).remove)
+        try:
+            yield
+        finally:
+            for (_, mean, var), (old_mean, old_var) in zip(held, before, strict=True):
+                mean.data.copy_(old_mean)
+                var.data.copy_(old_var)
+
+
+def _show(layer: _BatchNorm, args: Any, output: Any, *, mean: Tensor, var: Tensor) -> None:
+    layer._buffers.update(running_mean=mean, running_var=var)
 
 
 def _hook(place: int, layer: _BatchNorm, on_input: OnInput) -> Callable[..., None]:
