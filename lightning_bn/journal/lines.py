@@ -44,16 +44,70 @@ def encode_numbers(values: Iterable[float | None]) -> str:
     return "[" + ",".join([_number(value) for value in values]) + "]"
 
 
+_NUMBER = (int, float)
+# What a reader relies on. A damaged byte may leave JSON of another form; such a line is passed over.
+_NEEDED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("finding", "unseen", "epoch", "validation", "modes", "averages", "recalibration"), ("step",)),
+    **dict.fromkeys(("start", "end", "note", "rule"), ("step",)),
+    **dict.fromkeys(("channels", "histograms"), ("step", "layers")),
+    "episode": ("layer", "statistic", "first"),
+    "rows": ("id", "rows"),
+    "sample": ("stage", "step", "epoch", "rows"),
+}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("step", "epoch", "first", "last", "version"), int),
+    **dict.fromkeys(("time", "peak", "limit", "before", "after", "low", "high", "healthy"), (*_NUMBER, str)),
+    **dict.fromkeys(("stage", "layer", "statistic", "level", "code", "text", "title", "name", "label"), str),
+    **dict.fromkeys(("metrics", "rates", "warming", "unjudged", "report"), dict),
+    **dict.fromkeys(("statistics", "eval", "histogram_edges"), list),
+    "layers": (dict, list),
+}
+_OF_KIND: dict[str, dict[str, type]] = {
+    "layers": {"layers": list},
+    "finding": {"layers": list},
+    **{key: {"layers": dict} for key in ("channels", "histograms", "unseen")},
+    "rows": {"rows": list},
+}
+
+
 def decode(line: bytes) -> dict[str, Any]:
     """Return what a line holds.
 
     Raises:
-        ValueError: a kill cut it short, or it is not of this format.
+        ValueError: a kill cut it short, it is damaged, or it is not of this format.
     """
-    fields = json.loads(line)
-    if not isinstance(fields, dict) or not isinstance(fields.get("kind"), str):
+    fields = json.loads(line, parse_constant=_refuse, parse_float=_finite)
+    if not isinstance(fields, dict) or not isinstance(fields.get("kind"), str) or not _is_of_form(fields):
         raise ValueError(f"not a line of a journal: {line[:80]!r}")
     return fields
+
+
+def _is_of_form(fields: Mapping[str, Any]) -> bool:
+    kind = fields["kind"]
+    described = [each for name in ("layers", "statistics") if kind == name for each in fields.get(name, ())]
+    return (
+        all(fields.get(name) is not None for name in _NEEDED.get(kind, ()))
+        and all(_fits(each, {**_TYPES, **_OF_KIND.get(kind, {})}) for each in (fields, *described))
+        and all(isinstance(each.get("name"), str) for each in described)
+    )
+
+
+def _fits(fields: Any, types: Mapping[str, type | tuple[type, ...]]) -> bool:
+    return isinstance(fields, dict) and all(
+        value is None or name not in types or isinstance(value, types[name]) for name, value in fields.items()
+    )
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(text: str) -> float:
+    """Return a number; one beyond the largest becomes infinite, of which JSON has none."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is no number that was written")
+    return value
 
 
 def _number(value: float | None) -> str:

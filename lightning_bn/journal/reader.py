@@ -80,11 +80,9 @@ class JournalReader:
     def _sort_in(self, fields: dict[str, Any]) -> None:
         kind = fields["kind"]
         if kind == "rows":
-            unjudged = {name: frozenset(places) for name, places in (fields.get("unjudged") or {}).items()}
+            unjudged = {name: frozenset(map(int, places)) for name, places in (fields.get("unjudged") or {}).items()}
             self._rows[fields["id"]] = Rows(tuple(map(str, fields["rows"])), unjudged)
             return
-        if "step" in fields:
-            fields["step"] = int(fields["step"])
         if kind == "start":
             self._forget_after(fields["step"], everything=not fields.get("resumed"))
         if kind in _WHOLE:

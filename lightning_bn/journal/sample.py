@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lightning_bn.journal.lines import decode
 
 __all__ = ["Column", "Rows", "Sample", "columns_of"]
 
@@ -54,16 +56,17 @@ class Sample:
         """Return the stage and the sample of a line.
 
         Raises:
-            KeyError, TypeError, ValueError: it was cut short, or its layers are not known.
+            TypeError, ValueError: it was cut short or is damaged.
         """
         head, found, text = line.partition(_VALUES)
         if not found or not line.endswith(b"}}"):
             raise ValueError("half a sample")
-        fields: dict[str, Any] = json.loads(head + b"}")
-        return str(fields["stage"]), cls(
-            step=int(fields["step"]),
-            epoch=int(fields["epoch"]),
-            layout=rows[fields["rows"]],
+        fields = decode(head + b"}")
+        layout = rows.get(fields["rows"]) or _nameless(text)
+        return fields["stage"], cls(
+            step=fields["step"],
+            epoch=fields["epoch"],
+            layout=layout,
             rates=fields.get("rates") or {},
             warming=fields.get("warming") or {},
             _text=text[:-2],
@@ -95,8 +98,8 @@ class Sample:
     def value(self, statistic: str, place: int) -> float | None:
         """Return a statistic of the layer in one row."""
         text = self._part(statistic)
-        cells = text.split(b",", place + 1) if text else []
-        if len(cells) <= place or cells[place] == b"null":
+        cells = text.split(b",") if text else []
+        if len(cells) != len(self.rows) or cells[place] == b"null":  # with a comma more or less, it is another's
             return None
         try:
             return float(cells[place].strip(b'"'))
@@ -118,9 +121,15 @@ def _column(text: bytes, rows: int) -> Column | None:
         values = np.array(cells, dtype=np.float32)
     except (TypeError, ValueError):
         return None
-    if values.shape != (rows,):
+    if values.shape != (rows,):  # or of text that a damaged byte made
         return None
     return Column(values, tuple(i for i, cell in enumerate(cells) if cell == "nan") if b'"nan"' in text else ())
+
+
+def _nameless(text: bytes) -> Rows:
+    """Rows of a sample whose line of names is damaged: they have numbers, and the map is there."""
+    first = text[text.find(b"[") + 1 : text.find(b"]")]
+    return Rows(tuple(f"row {number}" for number in range(1, 2 + first.count(b","))))
 
 
 def columns_of(samples: Sequence[Sample], statistic: str) -> list[Column | None]:
@@ -128,9 +137,13 @@ def columns_of(samples: Sequence[Sample], statistic: str) -> list[Column | None]
     new = [sample for sample in samples if statistic not in sample._columns]
     texts = [(sample, text) for sample in new if (text := sample._part(statistic)) and b'"' not in text]
     if texts:
-        numbers = np.fromstring(
-            b",".join(text for _, text in texts).replace(b"null", b"nan"), dtype=np.float32, sep=","
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)  # numpy before 2.3 stops at what is no number, and warns
+            try:
+                text = b",".join(text for _, text in texts).replace(b"null", b"nan")
+                numbers = np.fromstring(text, dtype=np.float32, sep=",")
+            except (ValueError, DeprecationWarning):  # a damaged byte: that sample is found one by one
+                numbers = np.empty(0, np.float32)
         if numbers.size == sum(len(sample.rows) for sample, _ in texts):
             ends = np.cumsum([len(sample.rows) for sample, _ in texts])
             for (sample, _), values in zip(texts, np.split(numbers, ends[:-1]), strict=True):
