@@ -1,14 +1,13 @@
 """What a checkpoint file tells about its batch-norm layers, without the code that made it.
 
-Files are read by ``torch.load(weights_only=True)``: code in a hostile pickle is refused, not run.
+Nothing in a file runs: see `reading`.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_bn.checkpoints.norms import StoredNorm, Unjudged, norms_in, printable
+from lightning_bn.checkpoints.reading import CheckpointRefusedError, Contents, read_contents
 from lightning_bn.rules import RULES, Level
 
 __all__ = [
     "CheckpointHealth",
-    "CheckpointRefusedError",
     "HealthFinding",
     "LayerDrift",
     "LayerHealth",
     "StateDrift",
     "compare_checkpoints",
     "inspect_checkpoint",
-    "read_checkpoint",
 ]
 
 EPS = 1e-5
@@ -41,10 +40,6 @@ DEAD_SHARE = 0.5
 
 _LEVELS: tuple[Level, ...] = ("error", "warning", "info")
 _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-
-
-class CheckpointRefusedError(ValueError):
-    """The file can't be read safely, or holds no batch norm."""
 
 
 @dataclass(frozen=True)
@@ -138,23 +133,28 @@ class StateDrift:
     only_second: tuple[str, ...]
     other_size: tuple[str, ...]
     """Layers whose number of channels differs."""
+    unjudged: tuple[str, ...] = ()
+    """What can't be judged, in either file, and why."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings, lists and dicts; what is not finite is None, as JSON has no NaN."""
-        names = {name: list(getattr(self, name)) for name in ("only_first", "only_second", "other_size")}
+        names = {name: list(getattr(self, name)) for name in ("only_first", "only_second", "other_size", "unjudged")}
         return {"layers": [_plain(layer) for layer in self.layers], **names}
 
 
 def inspect_checkpoint(path: Path | str) -> CheckpointHealth:
-    """Look at the batch-norm layers in a state_dict, or a checkpoint that holds one; no model is built and no code in
-    the file runs.
+    """Look at the batch-norm layers in a file, wherever in it they are; no model is built and no code in the file runs.
 
     A layer is what has ``running_mean`` and ``running_var``; an instance norm that tracks statistics looks the same in
     a file.
 
+    Args:
+        path: a state_dict or a checkpoint of any package (``torch.save``, pickle, safetensors, npz), or a folder of
+            model files.
+
     Raises:
         FileNotFoundError: no such file.
-        CheckpointRefusedError: it holds more than tensors and plain data, is damaged, or has no batch norm.
+        CheckpointRefusedError: it is of another kind, is damaged, or has no batch norm.
 
     Example:
         >>> import torch
@@ -168,13 +168,10 @@ def inspect_checkpoint(path: Path | str) -> CheckpointHealth:
         >>> import os
         >>> os.remove("fresh.pt")
     """
-    unjudged: list[str] = []
-    layers = tuple(_layer_health(name, entries) for name, entries in _layers_in(Path(path), unjudged).items())
-    found = [*(finding for layer in layers for finding in _findings(layer)), *_uneven(layers)]
-    found += [
-        HealthFinding("warning", None, name, "it has a running_mean, and no running_var of the same shape: not judged.")
-        for name in unjudged
-    ]
+    contents, norms, unjudged = _layers_of(Path(path))
+    layers = tuple(map(_layer_health, norms))
+    found = [*_about_file(contents, unjudged), *(finding for layer in layers for finding in _findings(layer))]
+    found += _uneven(layers)
     return CheckpointHealth(layers, tuple(sorted(found, key=lambda finding: _LEVELS.index(finding.level))))
 
 
@@ -184,108 +181,63 @@ def compare_checkpoints(first: Path | str, second: Path | str) -> StateDrift:
     Raises:
         FileNotFoundError, CheckpointRefusedError: as of `inspect_checkpoint`, for either file.
     """
-    one, other = _layers_in(Path(first)), _layers_in(Path(second))
+    files = [_layers_of(path)[1:] for path in map(Path, (first, second))]
+    one, other = ({norm.name: norm for norm in norms} for norms, _ in files)
     both = [name for name in one if name in other]
-    other_size = tuple(name for name in both if one[name]["running_mean"].shape != other[name]["running_mean"].shape)
+    other_size = tuple(name for name in both if one[name].channels != other[name].channels)
     layers = [_layer_drift(name, one[name], other[name]) for name in both if name not in other_size]
     return StateDrift(
         layers=tuple(sorted(layers, key=_distance, reverse=True)),
         only_first=tuple(name for name in one if name not in other),
         only_second=tuple(name for name in other if name not in one),
         other_size=other_size,
+        unjudged=tuple(f"{each.name}: {each.why}" for _, unjudged in files for each in unjudged),
     )
 
 
-def read_checkpoint(path: Path, *, weights_only: bool = True) -> Any:
-    """Load a file on the CPU.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointRefusedError: it is damaged, or with `weights_only` holds more than tensors and plain data.
-    """
-    if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder; give a file that is in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
-    except pickle.UnpicklingError as error:
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), ""
-        )
-        if not reason or "operand" in reason:
-            reason = "it is damaged, or no file of torch.save."
-        raise CheckpointRefusedError(f"{path} is refused, and nothing in it was run: {reason}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
-        raise CheckpointRefusedError(f"{path} is not a complete checkpoint: {error}") from error
-
-
-def _layers_in(path: Path, unjudged: list[str] | None = None) -> dict[str, dict[str, Tensor]]:
-    """Return each layer's own entries by its name; names of those that can't be read as a layer go to `unjudged`."""
-    content = read_checkpoint(path)
-    found: dict[str, dict[str, Tensor]] = {}
-    for prefix, state in _states(content):
-        for key, mean in state.items():
-            name, _, last = key.rpartition("running_mean")
-            var = state.get(f"{name}running_var")
-            if last:
-                continue
-            label = ".".join(part for part in (prefix, name.removesuffix(".")) if part)
-            if not _are_statistics(mean, var):
-                (unjudged if unjudged is not None else []).append(label)
-            else:
-                found[label] = {
-                    part: state[name + part]
-                    for part in (*_ENTRIES, _MEANING)
-                    if isinstance(state.get(name + part), Tensor)
-                }
-    if not found:
+def _layers_of(path: Path) -> tuple[Contents, list[StoredNorm], list[Unjudged]]:
+    """Return what is in a file: its layers, and what can't be judged."""
+    contents = read_contents(path)
+    norms, unjudged = norms_in(contents.value)
+    if not norms and not unjudged:
         raise CheckpointRefusedError(
-            f"{path} has no batch-norm layer: no state_dict in it has a running_mean with a running_var."
+            f"{path} has no batch-norm layer: nothing in it has a running_mean with a running_var."
         )
-    return found
+    return contents, norms, unjudged
 
 
-def _are_statistics(mean: Any, var: Any) -> bool:
-    tensors = isinstance(mean, Tensor) and isinstance(var, Tensor)
-    return tensors and mean.dim() == 1 and mean.numel() > 0 and mean.shape == var.shape and not mean.is_meta
+def _about_file(contents: Contents, unjudged: list[Unjudged]) -> Iterator[HealthFinding]:
+    if contents.damaged:
+        names = ", ".join(printable(name) for name in contents.damaged[:3]) + ", ..." * (len(contents.damaged) > 3)
+        text = f"the file is damaged: {len(contents.damaged)} of its records are not what was written: {names}."
+        yield HealthFinding("error", None, "", text)
+    for each in unjudged:
+        yield HealthFinding("warning", None, each.name, each.why)
+    if contents.described:
+        kinds = [printable(name) for name in contents.described]
+        text = (
+            f"it also names {len(kinds)} classes or functions, none of which was imported or called: "
+            f"{', '.join(kinds[:5])}{', ...' * (len(kinds) > 5)}."
+        )
+        yield HealthFinding("info", None, "", text)
 
 
-_ENTRIES = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
-_MEANING = "averaging.state_of"
-
-
-def _states(content: Any, prefix: str = "", depth: int = 3) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Find the mappings that are state_dicts: the Lightning one alone where there is one, else whatever has a
-    running_mean."""
-    if not isinstance(content, Mapping) or not depth:
-        return
-    if isinstance(content.get("state_dict"), Mapping):
-        yield from _states(content["state_dict"], prefix, depth - 1)
-        return
-    if any(isinstance(key, str) and key.rpartition(".")[2] == "running_mean" for key in content):
-        yield prefix, {key: value for key, value in content.items() if isinstance(key, str)}
-        return
-    for key, value in content.items():
-        yield from _states(value, f"{prefix}.{key}" if prefix else str(key), depth - 1)
-
-
-def _layer_health(name: str, entries: Mapping[str, Tensor]) -> LayerHealth:
-    tracked = entries.get("num_batches_tracked")
+def _layer_health(norm: StoredNorm) -> LayerHealth:
+    entries = norm.entries
     mean, var = (entries[part].double() for part in ("running_mean", "running_var"))
-    values = [entries[part].double() for part in _ENTRIES if part in entries]
+    values = [value.double() for value in entries.values()]
     (mean_min, mean_max), (var_min, var_max) = _range(mean), _range(var)
     weight_min, weight_max = _range(entries["weight"]) if "weight" in entries else (None, None)
     bias_min, bias_max = _range(entries["bias"]) if "bias" in entries else (None, None)
     return LayerHealth(
-        name=name,
-        channels=mean.numel(),
-        batches_tracked=None if tracked is None else int(tracked),
+        name=norm.name,
+        channels=norm.channels,
+        batches_tracked=norm.batches_tracked,
         dead=int(((var >= 0) & (var < EPS)).sum()),
         exploded=int((var > EXPLODED).sum()),
         nonfinite=sum(int((~value.isfinite()).sum()) for value in values) + int((var < 0).sum()),
         dead_weights=int((entries["weight"] == 0).sum()) if "weight" in entries else None,
-        averaging=_meaning(entries.get(_MEANING)),
+        averaging=norm.averaging,
         dtype=str(entries["running_var"].dtype).removeprefix("torch."),
         untouched=bool((mean == 0).all() and (var == 1).all()),
         mean_min=mean_min,
@@ -297,11 +249,6 @@ def _layer_health(name: str, entries: Mapping[str, Tensor]) -> LayerHealth:
         bias_min=bias_min,
         bias_max=bias_max,
     )
-
-
-def _meaning(saved: Tensor | None) -> str | None:
-    """Return what a saved averaging says of itself, as ``Window(size=20)``."""
-    return None if saved is None else bytes(saved.tolist()).decode()
 
 
 def _range(values: Tensor) -> tuple[float, float]:
@@ -353,9 +300,9 @@ def _uneven(layers: tuple[LayerHealth, ...]) -> Iterator[HealthFinding]:
         yield HealthFinding("info", None, "", text)
 
 
-def _layer_drift(name: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> LayerDrift:
+def _layer_drift(name: str, first: StoredNorm, second: StoredNorm) -> LayerDrift:
     (mean, var), (new_mean, new_var) = (
-        [state[part].double() for part in ("running_mean", "running_var")] for state in (first, second)
+        [norm.entries[part].double() for part in ("running_mean", "running_var")] for norm in (first, second)
     )
     shift = (new_mean - mean) / (var + EPS).sqrt()
     ratio = ((new_var + EPS) / (var + EPS)).log()

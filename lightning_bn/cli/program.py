@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 import lightning_bn
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = arguments.index("--")
         own, overrides = arguments[:place], arguments[place + 1 :]
     parser = _parser()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name in a file may have letters that a terminal lacks
     try:
         options = parser.parse_args(own, argparse.Namespace(overrides=overrides))
         if options.command is None:
@@ -154,7 +158,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="CKPT",
-        help="a state_dict or Lightning checkpoint; a second to compare",
+        help="a checkpoint of any package, or a folder of model files; a second to compare",
     )
     _add_json(parser)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from lightning_bn.checkpoints.health import (
     CheckpointHealth,
-    CheckpointRefusedError,
     LayerHealth,
     StateDrift,
     compare_checkpoints,
     inspect_checkpoint,
 )
+from lightning_bn.checkpoints.reading import CheckpointRefusedError
 from lightning_bn.cli.output import FINDINGS, OK, RefusedError, UsageError, coloured, print_json, print_table
 from lightning_bn.rules import RULES
 from lightning_bn.rules.page import section
@@ -123,6 +123,8 @@ def _print_drift(drift: StateDrift) -> None:
     ):
         if names:
             print(f"{what}: {', '.join(names)}.")
+    for each in drift.unjudged:
+        print(f"{coloured('warning', 'warning')}: {each}")
     figures = ("mean_shift_max", "mean_shift_rms", "log_variance_ratio_max", "log_variance_ratio_rms")
     rows = [
         (layer.name or "(the model)", *(f"{getattr(layer, name):.3g}" for name in figures)) for layer in drift.layers

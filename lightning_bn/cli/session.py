@@ -35,7 +35,7 @@ from lightning_bn.callbacks.conversion import ConvertBatchNorm
 from lightning_bn.callbacks.isolation import in_stage
 from lightning_bn.callbacks.lightning_internals import validation_loader
 from lightning_bn.callbacks.training_pass import training_pass
-from lightning_bn.checkpoints.health import CheckpointRefusedError, read_checkpoint
+from lightning_bn.checkpoints.reading import CheckpointRefusedError, read_checkpoint
 from lightning_bn.cli.output import RefusedError, UsageError
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.recalibration import recalibrate
