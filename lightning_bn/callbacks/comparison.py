@@ -15,7 +15,7 @@ from lightning_bn.averaging import Averaging
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
-from lightning_bn.callbacks.observing import boundary_of, observing
+from lightning_bn.callbacks.observing import boundary_of, check_logged, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
@@ -137,6 +137,9 @@ class CompareAverages(Callback):
             self._saved = None
         self._hooks.enter_context(self._followers.following())
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_logged("CompareAverages", self.monitor, trainer.callback_metrics)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         journal_of(trainer).begin(trainer, pl_module)
         self._layers = find_batch_norms(pl_module)
@@ -162,6 +165,8 @@ class CompareAverages(Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         self._check_sight()
+        if self._boundary.closed:
+            return
         with HeldInterrupts():  # a Ctrl-C ends a validation or a pass, and comes nowhere else
             for name in self.averages:
                 with self._following().applied(name):
@@ -183,10 +188,8 @@ class CompareAverages(Callback):
         own = {key: trainer.callback_metrics[key].clone() for key in names if key in trainer.callback_metrics}
         rows, self._pending = {_OWN: own, **self._pending}, {}
         if any(self.monitor not in metrics for metrics in rows.values()):
-            raise MisconfigurationException(
-                f"CompareAverages(monitor={self.monitor!r}): validation logs no such metric; it logs "
-                f"{', '.join(names) or 'none'}."
-            )
+            self._boundary.stop(not_logged("CompareAverages", self.monitor, names))
+            return
         # The same on every rank, as what it recommends must be.
         self.metrics = {
             name: {key: float(trainer.strategy.reduce(value, reduce_op="mean")) for key, value in metrics.items()}
@@ -248,10 +251,10 @@ class CompareAverages(Callback):
     def _check_sight(self) -> None:
         missed = self._following().missed()
         if missed:
-            raise MisconfigurationException(
-                f"CompareAverages did not see {', '.join(missed)} run in training: they were compiled in this process "
-                "before the fit, and hooks that come later are never called. Call torch.compiler.reset() before the "
-                "fit, or leave the callback out."
+            self._boundary.stop(
+                f"it did not see {', '.join(missed)} run in training: they were compiled in this process before the "
+                "fit, and hooks that come later are never called. Call torch.compiler.reset() before the fit, or leave "
+                "the callback out."
             )
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import wraps
 from typing import Any, TypeVar
 from weakref import ref
@@ -12,7 +12,7 @@ from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.error_boundary import ErrorBoundary, Keep, guarded
 from lightning_bn.ranks.collective import RankError
 
-__all__ = ["boundary_of", "observing"]
+__all__ = ["boundary_of", "check_logged", "not_logged", "observing"]
 
 C = TypeVar("C", bound=type[Callback])
 
@@ -39,6 +39,22 @@ def boundary_of(
 ) -> ErrorBoundary:
     """Return the boundary of a callback. A lost rank is no fault of the callback: the fit is over anyway."""
     return ErrorBoundary(observer, close, intended=(MisconfigurationException, RankError, *intended))
+
+
+def not_logged(callback: str, monitor: str, logged: Iterable[str]) -> str:
+    """Return what is wrong with ``monitor=`` where validation logs other metrics."""
+    return f"{callback}(monitor={monitor!r}): validation logs no such metric; it logs {', '.join(logged) or 'none'}."
+
+
+def check_logged(callback: str, monitor: str, logged: Collection[str]) -> None:
+    """Raise at the end of the sanity check unless it has logged `monitor`. If it has logged nothing, the module does
+    not log there; a mistake then shows at the first validation, when it is too late to end the fit.
+
+    Raises:
+        MisconfigurationException: with the metrics that there are.
+    """
+    if logged and monitor not in logged:
+        raise MisconfigurationException(not_logged(callback, monitor, logged))
 
 
 def _reopening(setup: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from lightning_bn.callbacks.both_lightnings import (
 )
 from lightning_bn.callbacks.checkpoint_files import KINDS, check_kinds, files_of, statistics_in, write_recalibrated_copy
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
-from lightning_bn.callbacks.observing import boundary_of, observing
+from lightning_bn.callbacks.observing import boundary_of, check_logged, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.run_journal import journal_of
@@ -173,6 +173,10 @@ class BatchNormRecalibration(Callback):
             )
         check_kinds(trainer, self.checkpoints)
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is not None:
+            check_logged("BatchNormRecalibration", self.monitor, trainer.callback_metrics)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         journal_of(trainer).begin(trainer, pl_module)
         KeptObjects({"module": pl_module})  # raises where something could not be put back after a pass
@@ -274,6 +278,8 @@ class BatchNormRecalibration(Callback):
         # A Ctrl-C ends the pass or a validation; anywhere else it is held until what has changed and the report agree.
         with HeldInterrupts():
             before = self._validate(trainer, module)
+            if self._boundary.closed:
+                return
             report = self._recalibrate(trainer, module)
             self.report = replace(report, gone=tuple(sorted(self._gone)))
             try:
@@ -345,10 +351,8 @@ class BatchNormRecalibration(Callback):
             return None
         metrics = validate_once_more(trainer, module)
         if self.monitor not in metrics:
-            raise MisconfigurationException(
-                f"BatchNormRecalibration(monitor={self.monitor!r}): validation logs no such metric; it logs "
-                f"{', '.join(metrics) or 'none'}."
-            )
+            self._boundary.stop(not_logged("BatchNormRecalibration", self.monitor, metrics))
+            return None
         # The same on every rank, or one would roll back where another does not.
         return float(trainer.strategy.reduce(metrics[self.monitor], reduce_op="mean"))
 
