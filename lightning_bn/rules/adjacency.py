@@ -1,11 +1,11 @@
-"""What directly feeds a batch norm, and how often a loss depends on it: proved by the autograd graph of one training
-batch and not guessed from the module tree."""
+"""BN303 and BN305, and what they are judged by: the operation that directly feeds a batch norm, and how often a loss
+depends on it, proved by the autograd graph of one training batch and not guessed from the module tree."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, user_name
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
+from lightning_bn.rules.fixes import listing
+from lightning_bn.rules.rule import Fix, Rule, Seen
 
-__all__ = ["Adjacency", "DeadBias", "DropoutShift"]
+__all__ = ["Adjacency", "BiasBeforeBatchNorm", "DropoutBeforeBatchNorm"]
 
 # Where the bias stands among the inputs of a node, and the dimension of its output that it is added along.
 _BIAS_PLACE = {"ConvolutionBackward0": 2, "AddmmBackward0": 0}
@@ -42,6 +44,53 @@ class DropoutShift:
     p: float
     ratio: float
     """Mean over channels of the variance behind it over the variance before it, in one training batch."""
+
+
+class BiasBeforeBatchNorm(Rule):
+    code = "BN303"
+    title = "a bias directly before a batch norm has no effect"
+    level = "info"
+    why = (
+        "batch norm subtracts the mean, and with it whatever was added to all values of a channel: the bias has no "
+        "gradient."
+    )
+
+    def seen(self, biases: Sequence[DeadBias]) -> Iterator[Seen]:
+        """Look at the biases that a batch norm takes away."""
+        if biases:
+            names = [each.bias for each in biases]
+            yield Seen(
+                [each.layer for each in biases],
+                f"in the graph of the loss, {listing(names)} goes into a batch norm and nowhere else.",
+                fix=Fix(
+                    "bias=False",
+                    "where the model is built",
+                    f"at {names[0].rpartition('.')[0]}: the batch norm has a bias of its own",
+                ),
+            )
+
+
+class DropoutBeforeBatchNorm(Rule):
+    code = "BN305"
+    title = "dropout directly before a batch norm"
+    level = "info"
+    why = (
+        "dropout raises the variance only in training; in eval the layer divides by one its input does not have (Li "
+        "et al. 2019)."
+    )
+
+    def seen(self, dropouts: Sequence[DropoutShift], root: str) -> Iterator[Seen]:
+        """Look at the variances on either side of a dropout that feeds a batch norm; `root` is how the model is
+        called."""
+        if dropouts:
+            first = dropouts[0]
+            yield Seen(
+                [each.layer for each in dropouts],
+                f"behind {first.dropout} (p={first.p}) the variance was {first.ratio:.2f} times that before it.",
+                fix=Fix(
+                    f"recalibrate({root}, batches)", "after training", "or put the dropout after the last batch norm"
+                ),
+            )
 
 
 class Adjacency:

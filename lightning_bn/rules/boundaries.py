@@ -1,18 +1,42 @@
-"""Statistics that move while no batch runs, seen by the versions of buffers, which the host keeps."""
+"""BN107, and what it is judged by: statistics that move while no batch runs, seen by the versions of buffers, which the
+host keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.rules.fixes import expression, modules_of
 from lightning_bn.rules.observer import versions
+from lightning_bn.rules.rule import Configuration, Fix, Rule, Seen
 from lightning_bn.torch_internals import buffers_of
 
-__all__ = ["Boundaries"]
+__all__ = ["Boundaries", "MovedBetweenBatches"]
+
+
+class MovedBetweenBatches(Rule):
+    code = "BN107"
+    title = "a forward between two batches moved the running statistics"
+    why = "they become a mixture of training batches and of what else was run in training mode."
+
+    def seen(self, layers: Sequence[str], when: str, at: Configuration) -> Iterator[Seen]:
+        """Look at layers whose statistics a forward moved while no batch was running."""
+        modules = modules_of(layers, [layer.name for layer in at.observer.layers])
+        target = expression(at.setting.root, modules[0] if len(modules) == 1 else "")
+        fix = Fix(
+            f"with paused_statistics({target}):",
+            "around that forward",
+            f"or {target}.eval() before and {target}.train() after it",
+        )
+        yield Seen(
+            layers,
+            f"{when} num_batches_tracked rose: in a hook, a data set or a callback the model ran in training mode.",
+            fix=fix,
+        )
 
 
 class _State(NamedTuple):

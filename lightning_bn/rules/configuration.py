@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.layers.settlement import is_synchronised
-from lightning_bn.rules.adjacency import DeadBias, DropoutShift
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.fixes import expression, group_norms, listing
-from lightning_bn.rules.order import Order
 from lightning_bn.rules.rule import BatchRecord, Configuration, Fix, Level, Rule, Seen
 
 __all__ = ["CONFIGURATION_RULES"]
@@ -129,29 +127,6 @@ class FewValues(Rule):
         return Seen(names, f"{batch.when} {event}.", level, Fix(norms, note="or a larger batch"))
 
 
-class BiasBeforeBatchNorm(Rule):
-    code = "BN303"
-    title = "a bias directly before a batch norm has no effect"
-    level = "info"
-    why = (
-        "batch norm subtracts the mean, and with it whatever was added to all values of a channel: the bias has no "
-        "gradient."
-    )
-
-    def biases(self, biases: Sequence[DeadBias]) -> Iterator[Seen]:
-        if biases:
-            names = [each.bias for each in biases]
-            yield Seen(
-                [each.layer for each in biases],
-                f"in the graph of the loss, {listing(names)} goes into a batch norm and nowhere else.",
-                fix=Fix(
-                    "bias=False",
-                    "where the model is built",
-                    f"at {names[0].rpartition('.')[0]}: the batch norm has a bias of its own",
-                ),
-            )
-
-
 class BatchPerDevice(Rule):
     code = "BN304"
     title = "the statistics are those of one device's or one accumulation step's batch"
@@ -190,27 +165,6 @@ class BatchPerDevice(Rule):
         return Fix(", ".join(code), "in the Trainer", "; ".join(notes))
 
 
-class DropoutBeforeBatchNorm(Rule):
-    code = "BN305"
-    title = "dropout directly before a batch norm"
-    level = "info"
-    why = (
-        "dropout raises the variance only in training; in eval the layer divides by one its input does not have (Li "
-        "et al. 2019)."
-    )
-
-    def dropouts(self, dropouts: Sequence[DropoutShift], root: str) -> Iterator[Seen]:
-        if dropouts:
-            first = dropouts[0]
-            yield Seen(
-                [each.layer for each in dropouts],
-                f"behind {first.dropout} (p={first.p}) the variance was {first.ratio:.2f} times that before it.",
-                fix=Fix(
-                    f"recalibrate({root}, batches)", "after training", "or put the dropout after the last batch norm"
-                ),
-            )
-
-
 def momentum_of(layer: BatchNormLayer) -> float | None:
     """Return the layer's momentum; None where its average has none."""
     averaging = getattr(layer.module, "averaging", None)
@@ -220,35 +174,6 @@ def momentum_of(layer: BatchNormLayer) -> float | None:
 def _ranks(layer: BatchNormLayer, setting: Setting) -> int:
     """How many devices' batches the layer normalises with."""
     return setting.ranks if layer.synced or is_synchronised(layer.module) else 1
-
-
-class RanksApart(Rule):
-    code = "BN306"
-    title = "each rank evaluates with its own running statistics"
-    why = (
-        "broadcast_buffers=False keeps them apart: each rank evaluates a different network; a checkpoint has rank 0's."
-    )
-    fix = Fix("plugins=[BatchNormSync()]", "in the Trainer", "or DDPStrategy() with its default broadcast_buffers=True")
-
-    def apart(self, layers: Sequence[str], spread: float) -> Iterator[Seen]:
-        if layers:
-            yield Seen(layers, f"the running means of two ranks are up to {spread:.2g} deviations apart.")
-
-
-class SortedBatches(Rule):
-    code = "BN307"
-    title = "the training batches are sorted, and come in the same order in each epoch"
-    why = "an average of the last batches is then one of the last classes: it fits no evaluation."
-    fix = Fix("shuffle=True", "in the training DataLoader")
-
-    def ordered(self, layer: str, order: Order) -> Iterator[Seen]:
-        if order.is_sorted:
-            yield Seen(
-                [layer],
-                f"the means of {order.batches} batches spread {order.spread:.3g} times as much as those of random "
-                "samples would, and each is like its neighbour in the epoch before (correlation "
-                f"{order.likeness:.2f}).",
-            )
 
 
 def _with_momentum(setting: Setting, names: Sequence[str], momentum: float, note: str = "") -> Fix:
@@ -262,9 +187,5 @@ def _with_momentum(setting: Setting, names: Sequence[str], momentum: float, note
 CONFIGURATION_RULES: tuple[Rule, ...] = (
     ExtremeMomentum(),
     FewValues(),
-    BiasBeforeBatchNorm(),
     BatchPerDevice(),
-    DropoutBeforeBatchNorm(),
-    RanksApart(),
-    SortedBatches(),
 )

@@ -12,7 +12,7 @@ from lightning_bn.rules.fixes import call, expression, modules_of, recalibration
 from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.rule import Configuration, Evaluation, Fix, Rule, Seen
 
-__all__ = ["EVALUATION_RULES"]
+__all__ = ["EVALUATION_RULES", "RanksApart", "StaleCopy"]
 
 
 class StaleCopy(Rule):
@@ -23,7 +23,8 @@ class StaleCopy(Rule):
         "it no longer has."
     )
 
-    def stale(self, layers: Sequence[str], at: Configuration) -> Iterator[Seen]:
+    def seen(self, layers: Sequence[str], at: Configuration) -> Iterator[Seen]:
+        """Look at averaged copies that ran in eval mode in training, and whose statistics stayed as they were."""
         modules = modules_of(layers, [layer.name for layer in at.observer.layers])
         fix = Fix(
             call(at.setting.root, modules, "train"),
@@ -109,4 +110,18 @@ class DependsOnBatch(Rule):
             yield Seen(names, f"{evaluation.stage} ran it, and it keeps no running statistics.")
 
 
-EVALUATION_RULES: tuple[Rule, ...] = (StaleCopy(), VanishingVariance(), DependsOnBatch())
+class RanksApart(Rule):
+    code = "BN306"
+    title = "each rank evaluates with its own running statistics"
+    why = (
+        "broadcast_buffers=False keeps them apart: each rank evaluates a different network; a checkpoint has rank 0's."
+    )
+    fix = Fix("plugins=[BatchNormSync()]", "in the Trainer", "or DDPStrategy() with its default broadcast_buffers=True")
+
+    def seen(self, layers: Sequence[str], spread: float) -> Iterator[Seen]:
+        """Look at layers whose statistics differ from rank to rank."""
+        if layers:
+            yield Seen(layers, f"the running means of two ranks are up to {spread:.2g} deviations apart.")
+
+
+EVALUATION_RULES: tuple[Rule, ...] = (StaleCopy(), VanishingVariance(), DependsOnBatch(), RanksApart())

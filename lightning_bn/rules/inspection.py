@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,15 +15,16 @@ from lightning_bn.buffers import running_mean
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.ranks.collective import share
 from lightning_bn.rules import RULES, Finding, Rule
-from lightning_bn.rules.adjacency import Adjacency
+from lightning_bn.rules.adjacency import Adjacency, BiasBeforeBatchNorm, DropoutBeforeBatchNorm
 from lightning_bn.rules.arguments import Setting, check_codes, check_patterns
-from lightning_bn.rules.boundaries import Boundaries
+from lightning_bn.rules.boundaries import Boundaries, MovedBetweenBatches
 from lightning_bn.rules.copies import Copies
+from lightning_bn.rules.evaluations import RanksApart, StaleCopy
 from lightning_bn.rules.exchanged import ExchangedWeights
 from lightning_bn.rules.gaps import Gap, Marks
 from lightning_bn.rules.learning import Learning
 from lightning_bn.rules.observer import Modes, Observer
-from lightning_bn.rules.order import BatchOrder
+from lightning_bn.rules.order import BatchOrder, SortedBatches
 from lightning_bn.rules.probe import EvaluationProbe, vanishing
 from lightning_bn.rules.register import Moment, Register
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Exchange, Return, Seen
@@ -356,7 +358,7 @@ class Inspection:
         self._count(reading)
         if self._adjacency is not None and not self.tracing:
             shifts, self._adjacency = self._adjacency.dropout_shifts(), None
-            self._ask(lambda rule: rule.dropouts(shifts, self.setting.root))
+            self._tell(rule := DropoutBeforeBatchNorm(), partial(rule.seen, shifts, self.setting.root))
         if not reading.sound():
             values = reading.values()
             self._ask(lambda rule: rule.values(values, last, self.setting.root))
@@ -367,7 +369,7 @@ class Inspection:
         order = self._order.found()
         if order is not None:
             name = next(layer.name for layer in self.observer.layers if layer.tracks)
-            self._ask(lambda rule: rule.ordered(name, order))
+            self._tell(rule := SortedBatches(), partial(rule.seen, name, order))
         # A recalibration before the last validation has left statistics that are no average of batches.
         layers, begun = self.observer.layers, self._begun
         apart = [
@@ -396,7 +398,7 @@ class Inspection:
         if stale:
             names = [self.observer.layers[index].name for index in stale]
             at = Configuration(self.observer, self.setting)
-            self._ask(lambda rule: rule.stale(names, at))
+            self._tell(rule := StaleCopy(), partial(rule.seen, names, at))
         if last is not None:
             batch = replace(last, averaged=self._averaged(), undecided=())
             self._ask(lambda rule: rule.batch(batch))
@@ -408,7 +410,7 @@ class Inspection:
         moved = [self.observer.layers[index].name for index in self._boundaries.back()]
         if moved:
             at = Configuration(self.observer, self.setting)
-            self._ask(lambda rule: rule.between(moved, when, at))
+            self._tell(rule := MovedBetweenBatches(), partial(rule.seen, moved, when, at))
 
     def _compare_weights(self, look: EvaluationProbe) -> None:
         """Look whether the evaluation's step exchanged the weights, or weights and statistics were exchanged and do not
@@ -425,7 +427,7 @@ class Inspection:
         }
         spread = ranks_apart(share(own))
         names = [self.observer.layers[index].name for index in spread]
-        self._ask(lambda rule: rule.apart(names, max(spread.values(), default=0.0)))
+        self._tell(rule := RanksApart(), partial(rule.seen, names, max(spread.values(), default=0.0)))
 
     def _judge(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> None:
         """Show the batch to the rules, unless it is like one of the last of its stage; without modes, its forwards
@@ -493,7 +495,7 @@ class Inspection:
     def _end_tracing(self) -> None:
         if self._adjacency is not None:
             biases = self._adjacency.dead_biases()
-            self._ask(lambda rule: rule.biases(biases))
+            self._tell(rule := BiasBeforeBatchNorm(), partial(rule.seen, biases))
         self._stop_tracing()
 
     def _stop_tracing(self) -> None:
@@ -503,6 +505,10 @@ class Inspection:
         self.tracing = False
 
     def _ask(self, question: Callable[[Rule], Iterable[Seen]]) -> None:
+        for rule in RULES.values():
+            self._tell(rule, partial(question, rule))
+
+    def _tell(self, rule: Rule, question: Callable[[], Iterable[Seen]]) -> None:
         moment = Moment(self.observer.layers, self.stage, self.step, self.setting.caller)
-        if self._register.ask(question, moment):
+        if self._register.ask(rule, question, moment):
             self._after = None  # modes were mended

@@ -248,26 +248,6 @@ class MovedWithoutGrad(Rule):
             yield Seen(names, event, level, Fix(f"with paused_statistics({target}):", "around that forward", note))
 
 
-class MovedBetweenBatches(Rule):
-    code = "BN107"
-    title = "a forward between two batches moved the running statistics"
-    why = "they become a mixture of training batches and of what else was run in training mode."
-
-    def between(self, layers: Sequence[str], when: str, at: Configuration) -> Iterator[Seen]:
-        modules = modules_of(layers, [layer.name for layer in at.observer.layers])
-        target = expression(at.setting.root, modules[0] if len(modules) == 1 else "")
-        fix = Fix(
-            f"with paused_statistics({target}):",
-            "around that forward",
-            f"or {target}.eval() before and {target}.train() after it",
-        )
-        yield Seen(
-            layers,
-            f"{when} num_batches_tracked rose: in a hook, a data set or a callback the model ran in training mode.",
-            fix=fix,
-        )
-
-
 def visits(forwards: Sequence[ForwardRecord], observer: Observer) -> list[ForwardRecord]:
     """Return those of a layer's forwards that were a second one in sharpness-aware minimisation.
 
@@ -359,5 +339,4 @@ MODE_RULES: tuple[Rule, ...] = (
     StatisticsWrittenInEvaluation(),
     ModesNotPutBack(),
     MovedWithoutGrad(),
-    MovedBetweenBatches(),
 )

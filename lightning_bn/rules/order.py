@@ -1,16 +1,18 @@
-"""Whether training batches come sorted: they differ more than random samples of the data would, and in each epoch
-alike."""
+"""BN307, and what it is judged by: training batches come sorted if they differ more than random samples of the data
+would, and in each epoch alike."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["BatchOrder", "Order"]
+from lightning_bn.rules.rule import Fix, Rule, Seen
+
+__all__ = ["BatchOrder", "SortedBatches"]
 
 MOST_BATCHES = 64
 """Batches of an epoch that are looked at; of a longer one every second, every fourth and so on."""
@@ -48,6 +50,23 @@ class Order(NamedTuple):
         """
         spread = _normal_of_f(self.spread, self.batches - 1, self.batches * (self.samples - 1))
         return spread > UNLIKELY and self.likeness * math.sqrt(self.batches - 1) > UNLIKELY
+
+
+class SortedBatches(Rule):
+    code = "BN307"
+    title = "the training batches are sorted, and come in the same order in each epoch"
+    why = "an average of the last batches is then one of the last classes: it fits no evaluation."
+    fix = Fix("shuffle=True", "in the training DataLoader")
+
+    def seen(self, layer: str, order: Order) -> Iterator[Seen]:
+        """Look at the order in which two epochs gave their batches; `layer` is the first one to normalise them."""
+        if order.is_sorted:
+            yield Seen(
+                [layer],
+                f"the means of {order.batches} batches spread {order.spread:.3g} times as much as those of random "
+                "samples would, and each is like its neighbour in the epoch before (correlation "
+                f"{order.likeness:.2f}).",
+            )
 
 
 class BatchOrder:

@@ -53,7 +53,7 @@ class Register:
     def __init__(self, ignore: Collection[str], fix: Collection[str], boundary: ErrorBoundary = UNBOUNDED) -> None:
         self._boundary = boundary
         self.findings: list[Finding] = []
-        self._rules = [rule for code, rule in RULES.items() if code not in ignore]
+        self._ignore = set(ignore)
         self._fix = set(fix)
         self._told = 0
         self._severity: dict[str, dict[str, int]] = {code: {} for code in RULES}  # by rule and layer
@@ -72,15 +72,14 @@ class Register:
         """Return the layers or modules that a rule has spoken of, and that stay as they are."""
         return () if code in self._fix else self._severity[code].keys()
 
-    def ask(self, question: Callable[[Rule], Iterable[Seen]], moment: Moment) -> bool:
-        """Ask every rule; returns whether anything was mended."""
-        mended = False
-        for rule in self._rules:
-            mended |= bool(self._boundary.attempt(f"rule {rule.code}", self._ask, rule, question, moment))
-        return mended
+    def ask(self, rule: Rule, question: Callable[[], Iterable[Seen]], moment: Moment) -> bool:
+        """Ask a rule, unless it is ignored; returns whether anything was mended."""
+        if rule.code in self._ignore:
+            return False
+        return bool(self._boundary.attempt(f"rule {rule.code}", self._ask, rule, question, moment))
 
-    def _ask(self, rule: Rule, question: Callable[[Rule], Iterable[Seen]], moment: Moment) -> bool:
-        mended = [self._take(rule, seen, moment) for seen in question(rule)]
+    def _ask(self, rule: Rule, question: Callable[[], Iterable[Seen]], moment: Moment) -> bool:
+        mended = [self._take(rule, seen, moment) for seen in question()]
         return any(mended)
 
     def _take(self, rule: Rule, seen: Seen, moment: Moment) -> bool:

@@ -13,10 +13,8 @@ from lightning_bn.rules.finding import Finding, Fix, Level, ModeCheckError
 from lightning_bn.rules.observer import ForwardRecord, Modes, Observer
 
 if TYPE_CHECKING:
-    from lightning_bn.rules.adjacency import DeadBias, DropoutShift
     from lightning_bn.rules.gaps import Gap
     from lightning_bn.rules.learning import Learning
-    from lightning_bn.rules.order import Order
     from lightning_bn.rules.snapshots import Values
 
 __all__ = [
@@ -165,7 +163,7 @@ class Rule:
     """A mistake, and how it is recognised.
 
     A subclass overrides the methods for the moments at which it can see something; each returns one `Seen` for each
-    cause.
+    cause. A rule with evidence of its own is in one file with it, and is shown it by `Inspection`.
     """
 
     code: ClassVar[str]
@@ -213,31 +211,6 @@ class Rule:
         """Look at weights that were exchanged for others."""
         return ()
 
-    def between(self, layers: Sequence[str], when: str, at: Configuration) -> Iterable[Seen]:
-        """Look at layers whose statistics a forward moved while no batch was running."""
-        return ()
-
-    def stale(self, layers: Sequence[str], at: Configuration) -> Iterable[Seen]:
-        """Look at averaged copies that ran in eval mode in training, and whose statistics stayed as they were."""
-        return ()
-
-    def apart(self, layers: Sequence[str], spread: float) -> Iterable[Seen]:
-        """Look at layers whose statistics differ from rank to rank."""
-        return ()
-
-    def ordered(self, layer: str, order: Order) -> Iterable[Seen]:
-        """Look at the order in which two epochs gave their batches; `layer` is the first one to normalise them."""
-        return ()
-
     def gaps(self, gaps: Sequence[Gap], observer: Observer) -> Iterable[Seen]:
         """Look at how far the running statistics are from the latest batches'."""
-        return ()
-
-    def biases(self, biases: Sequence[DeadBias]) -> Iterable[Seen]:
-        """Look at the biases that a batch norm takes away."""
-        return ()
-
-    def dropouts(self, dropouts: Sequence[DropoutShift], root: str) -> Iterable[Seen]:
-        """Look at the variances on either side of a dropout that feeds a batch norm; `root` is how the model is
-        called."""
         return ()
