@@ -26,7 +26,7 @@ class MovedBetweenBatches(Rule):
     def seen(self, layers: Sequence[str], when: str, at: Configuration) -> Iterator[Seen]:
         """Look at layers whose statistics a forward moved while no batch was running."""
         modules = modules_of(layers, [layer.name for layer in at.observer.layers])
-        target = expression(at.setting.root, modules[0] if len(modules) == 1 else "")
+        target = expression(at.setting.root, modules[0] if len(modules) == 1 else "", at.model)
         fix = Fix(
             f"with paused_statistics({target}):",
             "around that forward",

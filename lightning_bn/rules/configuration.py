@@ -39,9 +39,7 @@ class ExtremeMomentum(Rule):
             if layer.tracks and layer.module.training and momentum_of(layer) == 0
         ]
         if names:
-            yield Seen(
-                names, "momentum is 0.", fix=_with_momentum(at.setting, names, 0.1, "to freeze a layer: layer.eval()")
-            )
+            yield Seen(names, "momentum is 0.", fix=_with_momentum(at, names, 0.1, "to freeze a layer: layer.eval()"))
         large = {
             layer.name: momentum
             for layer in at.observer.layers
@@ -51,7 +49,7 @@ class ExtremeMomentum(Rule):
             momentum = next(iter(large.values()))
             other = round(1 - momentum, 6)
             event = f"momentum is {momentum:g}. In Keras it is the weight of the old value: did you mean {other:g}?"
-            yield Seen(list(large), event, "info", _with_momentum(at.setting, list(large), other))
+            yield Seen(list(large), event, "info", _with_momentum(at, list(large), other))
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if not batch.training:
@@ -66,7 +64,7 @@ class ExtremeMomentum(Rule):
                 list(small),
                 f"{batch.when} momentum is 1 and the batch has {min(small.values())} samples (fewer than "
                 f"{SMALL_BATCH}).",
-                fix=_with_momentum(batch.setting, list(small), 0.1),
+                fix=_with_momentum(batch, list(small), 0.1),
             )
 
 
@@ -123,7 +121,8 @@ class FewValues(Rule):
                 level,
                 Fix("batch_size=16", "in the training DataLoader", "any size above 1"),
             )
-        norms = group_norms(batch.setting.root, [(layer.name, layer.module.num_features) for layer in alone])
+        channels = [(layer.name, layer.module.num_features) for layer in alone]
+        norms = group_norms(batch.setting.root, channels, batch.model)
         return Seen(names, f"{batch.when} {event}.", level, Fix(norms, note="or a larger batch"))
 
 
@@ -176,9 +175,9 @@ def _ranks(layer: BatchNormLayer, setting: Setting) -> int:
     return setting.ranks if layer.synced or is_synchronised(layer.module) else 1
 
 
-def _with_momentum(setting: Setting, names: Sequence[str], momentum: float, note: str = "") -> Fix:
+def _with_momentum(at: Configuration | BatchRecord, names: Sequence[str], momentum: float, note: str = "") -> Fix:
     """The code that gives the layers `names` a momentum."""
-    expressions = [expression(setting.root, name) for name in names]
+    expressions = [expression(at.setting.root, name, at.model) for name in names]
     if len(expressions) == 1:
         return Fix(f"{expressions[0]}.momentum = {momentum:g}", note=note)
     return Fix(f"for layer in ({', '.join(expressions)}): layer.momentum = {momentum:g}", note=note)

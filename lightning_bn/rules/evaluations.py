@@ -27,7 +27,7 @@ class StaleCopy(Rule):
         """Look at averaged copies that ran in eval mode in training, and whose statistics stayed as they were."""
         modules = modules_of(layers, [layer.name for layer in at.observer.layers])
         fix = Fix(
-            call(at.setting.root, modules, "train"),
+            call(at.setting.root, modules, "train", at.model),
             note="as a mean teacher: it then normalises with the batch, and its statistics follow",
         )
         yield Seen(
@@ -39,19 +39,18 @@ class StaleCopy(Rule):
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
         if not evaluation.copies:
             return
-        observer, root = evaluation.observer, evaluation.setting.root
+        observer, root, model = evaluation.observer, evaluation.setting.root, evaluation.model
         names = [observer.layers[index].name for index in evaluation.copies]
         tops = modules_of(names, [layer.name for layer in observer.layers])
         modules = [part for top in tops for part in _called(top, observer, names)]
         original = twin(observer, modules[0], evaluation.moving) if len(modules) == 1 else None
         if original is None:
             # An average of the weights requires no grad, and recalibrate() leaves such layers out unless it is told to.
-            calls = [f'recalibrate({expression(root, name)}, batches, layers="all")' for name in modules]
+            calls = [f'recalibrate({expression(root, name, model)}, batches, layers="all")' for name in modules]
             fix = Fix("; ".join(calls), "after training")
         else:
-            pairs = (
-                f"zip({expression(root, modules[0])}.buffers(), {expression(root, original)}.buffers(), strict=True)"
-            )
+            own, other = (expression(root, name, model) for name in (modules[0], original))
+            pairs = f"zip({own}.buffers(), {other}.buffers(), strict=True)"
             fix = Fix(f"for own, other in {pairs}: own.copy_(other)", "after the teacher's weights are averaged")
         yield Seen(
             names,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -61,26 +62,49 @@ def frozen_regions(
     return modules_of(layers, {layer.name for layer in observer.layers} | own - set(layers))
 
 
-def expression(root: str, name: str) -> str:
-    """Return the expression that leads to the module `name` from `root`.
+def expression(root: str, name: str, model: nn.Module) -> str:
+    """Return the expression that leads to the module `name` from `root`, which is how the code calls `model`.
 
     Example:
-        >>> expression("self", "backbone.layer1.0.bn1")
-        'self.backbone.layer1[0].bn1'
+        >>> model = nn.ModuleDict({"my-head": nn.Sequential(nn.BatchNorm1d(2))})
+        >>> expression("self", "my-head.0", model)
+        "self['my-head'][0]"
     """
-    return root + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
+    for part in name.split(".") if name else ():
+        holder = _holder(model, part)
+        model = getattr(holder, part)
+        if isinstance(holder, nn.ModuleDict) and (keyword.iskeyword(part) or not part.isidentifier()):
+            root += f"[{part!r}]"
+        elif isinstance(holder, (nn.Sequential, nn.ModuleList)) and part.isdecimal() and _at(holder, part) is model:
+            root += f"[{part}]"
+        elif part.isidentifier() and not keyword.iskeyword(part):
+            root += f".{part}"
+        else:
+            root += f".get_submodule({part!r})"
+    return root
 
 
-def call(root: str, names: Sequence[str], method: str) -> str:
-    """Return a line of code that calls `method` of every module in `names`.
+def _holder(module: nn.Module, part: str) -> nn.Module:
+    """Return the module whose child is called `part`: it may be inside of others whose names a user never wrote."""
+    children = dict(module.named_children())
+    return module if part in children or hasattr(module, part) else _holder(next(iter(children.values())), part)
+
+
+def _at(holder: nn.Sequential | nn.ModuleList, part: str) -> nn.Module | None:
+    return holder[int(part)] if int(part) < len(holder) else None
+
+
+def call(root: str, names: Sequence[str], method: str, model: nn.Module) -> str:
+    """Return a line of code that calls `method` of every module in `names`, found as by `expression`.
 
     Example:
-        >>> call("self", ["norm"], "eval")
-        'self.norm.eval()'
-        >>> call("self", ["a", "b"], "eval")
+        >>> model = nn.ModuleDict({"a": nn.BatchNorm1d(2), "b": nn.BatchNorm1d(2)})
+        >>> call("self", ["a"], "eval", model)
+        'self.a.eval()'
+        >>> call("self", ["a", "b"], "eval", model)
         'for module in (self.a, self.b): module.eval()'
     """
-    expressions = [expression(root, name) for name in names]
+    expressions = [expression(root, name, model) for name in names]
     if len(expressions) == 1:
         return f"{expressions[0]}.{method}()"
     return f"for module in ({', '.join(expressions)}): module.{method}()"
@@ -92,7 +116,7 @@ def mode_calls(root: str, observer: Observer, tops: Sequence[str], wanted: Modes
 
     ``self.model.train()`` alone would wake a frozen part: it is followed by ``self.model.backbone.eval()``.
     """
-    want = dict(zip(observer.names, wanted, strict=True))
+    want, model = dict(zip(observer.names, wanted, strict=True)), observer.modules[0]
     given: dict[str, bool] = {}
     calls: list[tuple[str, bool]] = []
     for name, mode in want.items():  # each module after those that hold it
@@ -102,8 +126,8 @@ def mode_calls(root: str, observer: Observer, tops: Sequence[str], wanted: Modes
             if above != mode:
                 calls.append((name, mode))
     if len({mode for _, mode in calls}) == 1:
-        return call(root, [name for name, _ in calls], "train" if calls[0][1] else "eval")
-    return "; ".join(f"{expression(root, name)}.{'train' if mode else 'eval'}()" for name, mode in calls)
+        return call(root, [name for name, _ in calls], "train" if calls[0][1] else "eval", model)
+    return "; ".join(f"{expression(root, name, model)}.{'train' if mode else 'eval'}()" for name, mode in calls)
 
 
 def recalibration(root: str, layers: Sequence[BatchNormLayer], among: Sequence[BatchNormLayer]) -> str:
@@ -133,17 +157,22 @@ def allowed(names: Sequence[str], shown: int = 6) -> str:
     return f"allow_eval={list(dict.fromkeys(names))}"
 
 
-def group_norms(root: str, layers: Sequence[tuple[str, int]]) -> str:
+def group_norms(root: str, layers: Sequence[tuple[str, int]], model: nn.Module) -> str:
     """Return code that puts a group norm in the place of each layer, given by its name and its channels.
 
     The number of groups divides the channels, and is 32 or less; no group is of one channel, which would be an instance
     norm.
 
     Example:
-        >>> group_norms("self", [("model.1", 48)])
-        'self.model[1] = nn.GroupNorm(24, 48)'
+        >>> group_norms("model", [("1", 48)], nn.Sequential(nn.ReLU(), nn.BatchNorm1d(48)))
+        'model[1] = nn.GroupNorm(24, 48)'
     """
-    parts = (f"{expression(root, name)} = nn.GroupNorm({_groups(channels)}, {channels})" for name, channels in layers)
+    parts = []
+    for name, channels in layers:
+        place, norm = expression(root, name, model), f"nn.GroupNorm({_groups(channels)}, {channels})"
+        above, part = name.rpartition(".")[::2]
+        held = f"setattr({expression(root, above, model)}, {part!r}, {norm})"
+        parts.append(held if place.endswith(")") else f"{place} = {norm}")
     return "; ".join(parts)
 
 

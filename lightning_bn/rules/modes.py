@@ -172,7 +172,11 @@ class StatisticsWrittenInEvaluation(Rule):
     def _seen(self, observer: Observer, setting: Setting, moved: list[BatchNormLayer], event: str) -> Seen:
         names = [layer.name for layer in moved]
         modules = modules_of(names, [layer.name for layer in observer.layers])
-        fix = Fix(call(setting.root, modules, "eval"), "at the start of the evaluation step", "and no .train() in it")
+        fix = Fix(
+            call(setting.root, modules, "eval", observer.modules[0]),
+            "at the start of the evaluation step",
+            "and no .train() in it",
+        )
         return Seen(names, event, fix=fix)
 
 
@@ -243,7 +247,7 @@ class MovedWithoutGrad(Rule):
     def _seen(self, batch: BatchRecord, names: list[str], event: str, level: Level) -> Iterator[Seen]:
         if names:
             modules = modules_of(names, [layer.name for layer in batch.observer.layers])
-            target = expression(batch.setting.root, modules[0] if len(modules) == 1 else "")
+            target = expression(batch.setting.root, modules[0] if len(modules) == 1 else "", batch.model)
             note = f"or {target}.eval() if its running statistics are to be used" if len(modules) == 1 else ""
             yield Seen(names, event, level, Fix(f"with paused_statistics({target}):", "around that forward", note))
 

@@ -42,7 +42,7 @@ class Observer:
         self.boundary = boundary
         named = [(user_name(name), module) for name, module in model.named_modules()]
         self.names = [name for name, _ in named]
-        self.modules = [module for _, module in named]
+        self.modules: list[nn.Module] = [module for _, module in named]
         self.layers: list[BatchNormLayer] = find_batch_norms(model)
         self.seen: set[int] = set()
         self.trained: set[int] = set()

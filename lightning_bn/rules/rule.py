@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from torch import nn
+
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.finding import Finding, Fix, Level, ModeCheckError
@@ -50,11 +52,22 @@ class Seen:
 
 
 @dataclass
-class BatchRecord:
-    """What one batch did; in `stage` "train" it may hold several forwards and backwards."""
+class Configuration:
+    """A model at rest."""
 
     observer: Observer
     setting: Setting
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as a whole."""
+        return self.observer.modules[0]
+
+
+@dataclass
+class BatchRecord(Configuration):
+    """What one batch did; in `stage` "train" it may hold several forwards and backwards."""
+
     stage: str
     step: int
     index: int
@@ -93,11 +106,9 @@ class BatchRecord:
 
 
 @dataclass
-class Evaluation:
+class Evaluation(Configuration):
     """What an evaluation left behind."""
 
-    observer: Observer
-    setting: Setting
     stage: str
     evaluated: Collection[int] = ()
     """Indices of the layers that ran in eval mode."""
@@ -124,11 +135,9 @@ class Evaluation:
 
 
 @dataclass
-class Return:
+class Return(Configuration):
     """The way back from an evaluation to training."""
 
-    observer: Observer
-    setting: Setting
     before: Modes
     after: Modes
     interrupted: bool
@@ -149,14 +158,6 @@ class Exchange:
     far: dict[str, float] = field(default_factory=dict)
     """Of layers whose statistics were exchanged too: by what factor the evaluation's spread differs from them, where
     that is far."""
-
-
-@dataclass
-class Configuration:
-    """A model at rest."""
-
-    observer: Observer
-    setting: Setting
 
 
 class Rule:

@@ -63,7 +63,7 @@ class FrozenMoves(Rule):
             f"{event}; {cause}.",
             level="info" if at.setting.scheduled else None,
             fix=Fix(
-                call(at.setting.root, modules, "eval"),
+                call(at.setting.root, modules, "eval", at.model),
                 note="once: Lightning keeps the mode; for data unlike those of its training "
                 f'recalibrate({at.setting.root}, batches, layers="all") before it',
             ),
@@ -254,7 +254,7 @@ class StaleBuffers(Rule):
                 names,
                 event,
                 fix=Fix(
-                    call(at.setting.root, modules, "eval"),
+                    call(at.setting.root, modules, "eval", at.model),
                     note="BaseFinetuning.freeze(train_bn=False) leaves layers like this",
                 ),
             )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from pathlib import Path
 
+import found
 import pytest
 import torch
 from small_data import data
@@ -16,7 +18,7 @@ from torch.optim import optimizer
 from lightning_bn import Finding, ModeCheckError, Window, check, convert_batch_norm, recalibrate, watch
 from lightning_bn.rules import RULES
 from lightning_bn.rules.arguments import Setting
-from lightning_bn.rules.fixes import expression, modules_of
+from lightning_bn.rules.fixes import expression, group_norms, modules_of
 from lightning_bn.rules.inspection import Inspection
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "rules.md"
@@ -251,7 +253,29 @@ def test_expression_runs() -> None:
     """The expression in a fix leads to the module it names."""
     net = Net()
     for name, module in net.named_modules():
-        assert eval(expression("net", name), {"net": net}) is module
+        assert eval(expression("net", name, net), {"net": net}) is module
+
+
+@pytest.mark.parametrize(
+    "key", ["Layer 0", "my-head", "class", "a__to__b", "<user___rates___item>", "0x", "größe", "7"]
+)
+@pytest.mark.parametrize("holder", ["dictionary", "sequence", "module"])
+def test_printed_code_runs_whatever_a_module_is_called(key: str, holder: str) -> None:
+    """Fixes that call, assign to and replace a module run as printed where its name is no identifier, in each kind of
+    module that can hold it."""
+    block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    held = nn.ModuleDict() if holder == "dictionary" else nn.Sequential() if holder == "sequence" else nn.Module()
+    held.add_module(key, block)
+    model = nn.Sequential(nn.Sequential(OrderedDict(held=held, other=nn.BatchNorm1d(4))))
+
+    block.eval()
+    exec(found.only("BN102", check(model)).fix.code, {"model": model})
+    assert block.training
+    block[1].momentum = 0.0
+    exec(found.only("BN301", check(model)).fix.code, {"model": model})
+    assert block[1].momentum == 0.1
+    exec(group_norms("model", [(f"0.held.{key}", 4)], model), {"model": model, "nn": nn})
+    assert isinstance(held.get_submodule(key), nn.GroupNorm)
 
 
 def naive_gap(batches: Tensor, momentum: float, updates: int) -> tuple[list[float], list[float]]:
