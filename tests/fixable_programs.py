@@ -301,7 +301,8 @@ class Freezes(BaseFinetuning):
     """Leaves track_running_stats=False to the backbone."""
 
     def freeze_before_training(self, pl_module: Any) -> None:
-        self.freeze(pl_module.model.backbone, train_bn=False)
+        printed = pl_module.fixed.arguments("in the schedule's call of freeze")
+        self.freeze(pl_module.model.backbone, **{"train_bn": False} | printed)
 
     def finetune_function(self, *_: Any) -> None:
         """Nothing is thawed."""

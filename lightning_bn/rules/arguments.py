@@ -30,6 +30,9 @@ class Setting:
     """Whether the user's code steps the optimizers, and so may call parts of the model in turn."""
     scheduled: bool = False
     """Whether a callback freezes parts of the model for a while and unfreezes them later."""
+    repeats: bool = False
+    """Whether an optimizer runs a batch several times at weights of its own, as LBFGS does; known of itself where
+    `optimizers` are."""
     own_statistics: bool = False
     """Whether nothing makes the running statistics of one rank those of the others (DDP with
     ``broadcast_buffers=False``)."""

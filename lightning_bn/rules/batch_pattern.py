@@ -32,8 +32,8 @@ class ForwardRecord(NamedTuple):
     """Index into `Observer.layers`."""
     training: bool
     moved: bool
-    """Whether it wrote the running statistics: whether the version of ``num_batches_tracked`` rose, which lives on the
-    host."""
+    """Whether it wrote the running statistics: whether it counted its batch, by the version of ``num_batches_tracked``,
+    which lives on the host; in a layer with a forward of its own, whether the statistics themselves were written."""
     tracking: bool
     """The layer's ``track_running_stats`` at that time."""
     grad: bool

@@ -3,7 +3,7 @@ host keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.fixes import expression, modules_of
-from lightning_bn.rules.observer import versions
+from lightning_bn.rules.observer import unsure, versions, writes
 from lightning_bn.rules.rule import Configuration, Fix, Rule, Seen
-from lightning_bn.torch_internals import buffers_of
+from lightning_bn.torch_internals import buffers_of, parameters_of
 
 __all__ = ["Boundaries", "MovedBetweenBatches"]
 
@@ -34,17 +34,19 @@ class MovedBetweenBatches(Rule):
         )
         yield Seen(
             layers,
-            f"{when} num_batches_tracked rose: in a hook, a data set or a callback the model ran in training mode.",
+            f"{when} the running statistics moved: in a hook, a data set or a callback the model ran in training mode.",
             fix=fix,
         )
 
 
 class _State(NamedTuple):
-    """How often each layer's count and mean were written, and which tensor the mean is."""
+    """How often each layer's statistics, mean and weight were written, which tensor the mean is, and the mode."""
 
     counts: list[int]
     means: list[int]
+    weights: list[int]
     tensors: list[Tensor | None]
+    modes: list[bool]
 
     def same_mean(self, other: _State, index: int) -> bool:
         return self.means[index] == other.means[index] and self.tensors[index] is other.tensors[index]
@@ -54,8 +56,9 @@ class Boundaries:
     """Compares the buffers at the end of a batch, or of an evaluation, with those at the next beginning.
 
     A forward counts its batch. So does whoever copies a state in, such as a checkpoint or averaged weights; that also
-    writes the mean where autograd sees it, which torch's kernel does not. The layers of this package write both, and
-    then the count itself must have risen.
+    writes the mean where autograd sees it, which torch's kernel does not. The layers of this package, and those with a
+    forward of their own, write both; then a state was copied if the weight was written too, or if the layer does not
+    learn and is in eval mode; and the count of this package's layers must have risen.
 
     Args:
         layers: the model's batch-norm layers.
@@ -67,9 +70,11 @@ class Boundaries:
         own = (
             index
             for index, layer in enumerate(layers)
-            if getattr(layer.module, "averaging", None) is not None and layer.tracks
+            if layer.tracks
+            and (getattr(layer.module, "averaging", None) or type(layer.module).__module__ == "lightning_bn")
         )
         self._own = {index: place for place, index in enumerate(own)}
+        self._unsure = unsure(layers)
         self._counts: Tensor | None = None
 
     def leave(self) -> None:
@@ -85,35 +90,44 @@ class Boundaries:
         """Whether a layer's mean is unwritten since `leave`."""
         return self._left is not None and self._left.same_mean(self._state(), index)
 
-    def back(self) -> list[int]:
-        """The next batch or evaluation begins: return the indices of the layers that a forward moved since `leave`."""
+    def back(self, held: Collection[int] = ()) -> list[int]:
+        """The next batch or evaluation begins: return the indices of the layers that a forward moved since `leave`.
+
+        Args:
+            held: indices of the layers that do not learn.
+        """
         left, self._left = self._left, None
         if left is None:
             return []
-        counts = versions(self._buffers(), "num_batches_tracked")
+        counts = writes(self._modules, self._unsure)
         if counts == left.counts:  # as between almost all batches
             return []
         now = self._state()
         moved = [index for index, (one, other) in enumerate(zip(counts, left.counts, strict=True)) if one != other]
-        return [index for index in moved if self._by_forward(index, left, now)]
+        return [index for index in moved if self._by_forward(index, left, now, index in held)]
 
-    def _by_forward(self, index: int, left: _State, now: _State) -> bool:
-        if left.tensors[index] is not now.tensors[index]:
+    def _by_forward(self, index: int, left: _State, now: _State, held: bool) -> bool:
+        if left.tensors[index] is not now.tensors[index] or self._modules[index].momentum == 0:
+            return False
+        if index not in self._own and index not in self._unsure:
+            return left.same_mean(now, index)
+        idle = held and not left.modes[index] and not now.modes[index]
+        if left.weights[index] != now.weights[index] or idle:
             return False
         if index not in self._own or self._counts is None:
-            return left.same_mean(now, index)
+            return True
         place, count = self._own[index], self._count()
         return bool((count[place] > self._counts.to(count.device)[place]).item())
 
     def _state(self) -> _State:
-        all_buffers = self._buffers()
-        tensors = [buffers.get("running_mean") for buffers in all_buffers]
-        counts = versions(all_buffers, "num_batches_tracked")
-        return _State(counts, versions(all_buffers, "running_mean"), tensors)
-
-    def _buffers(self) -> list[dict[str, Tensor | None]]:
-        # The dicts are asked for anew: of a layer whose statistics are on their way from other ranks it is another one.
-        return [buffers_of(module) for module in self._modules]
+        all_buffers = [buffers_of(module) for module in self._modules]
+        return _State(
+            writes(self._modules, self._unsure),
+            versions(all_buffers, "running_mean"),
+            versions([parameters_of(module) for module in self._modules], "weight"),
+            [buffers.get("running_mean") for buffers in all_buffers],
+            [module.training for module in self._modules],
+        )
 
     def _count(self) -> Tensor:
         """The batches counted by the layers of this package: does not wait for the device."""

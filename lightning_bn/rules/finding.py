@@ -26,6 +26,7 @@ Place = Literal[
     "in the training DataLoader",
     "where the model is built",
     "after training",
+    "in the schedule's call of freeze",
     "advice",
 ]
 """Where the code of a fix goes. "advice": it is words, not code."""

@@ -407,7 +407,7 @@ class Inspection:
         return [self.observer.layers[index].name for index in sorted(self._copies.written)]
 
     def _compare_boundary(self, when: str) -> None:
-        moved = [self.observer.layers[index].name for index in self._boundaries.back()]
+        moved = [self.observer.layers[index].name for index in self._boundaries.back(self._copies.held)]
         if moved:
             at = Configuration(self.observer, self.setting)
             self._tell(rule := MovedBetweenBatches(), partial(rule.seen, moved, when, at))

@@ -26,7 +26,7 @@ class Learning:
         own = {id(parameter) for module in observer.modules for parameter in module.parameters(recurse=False)}
         # Sharded parameters are others than the model's: then nothing is known.
         self.held = held if held & own else None
-        self.repeats = any(isinstance(each, LBFGS) for each in optimizers)
+        self.repeats = setting.repeats or any(isinstance(each, LBFGS) for each in optimizers)
         """Whether an optimizer runs a batch several times at weights of its own."""
 
     def parameter(self, parameter: nn.Parameter) -> bool:

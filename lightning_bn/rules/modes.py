@@ -155,7 +155,7 @@ class StatisticsWrittenInEvaluation(Rule):
         moved = [layer for layer, forwards in batch.by_layer().items() if any(f.moved for f in forwards)]
         if moved:
             yield self._seen(
-                batch.observer, batch.setting, moved, f"{batch.when} of {batch.stage} num_batches_tracked rose."
+                batch.observer, batch.setting, moved, f"{batch.when} of {batch.stage} the running statistics moved."
             )
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:

@@ -4,7 +4,7 @@ Trainer."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter, sub
 from typing import Any
 
@@ -13,13 +13,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_bn.buffers import running_mean, running_var
 from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, user_name
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
 from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
 
-__all__ = ["ForwardRecord", "Modes", "Observer", "ancestors", "moves_later", "versions"]
+__all__ = [
+    "ForwardRecord",
+    "Modes",
+    "Observer",
+    "ancestors",
+    "moves_later",
+    "tensors_in",
+    "unsure",
+    "versions",
+    "writes",
+]
 
 Modes = tuple[bool, ...]
 """The ``training`` flags of `Observer.modules`, in their order."""
@@ -65,6 +76,8 @@ class Observer:
         self._calls: list[Hashable] = []
         self._versions: list[int] = []
         self._parameters = [parameters_of(layer.module) for layer in self.layers]
+        self.unsure = unsure(self.layers)
+        """Indices of the layers whose count of batches may not tell whether their statistics moved."""
         self._sources: list[weakref.ref[Tensor]] = []
         self._depth = 0
         self._broken = False
@@ -126,8 +139,7 @@ class Observer:
         self._sources = []
 
     def _counts(self) -> list[int]:
-        # The dicts are asked for anew: of a layer whose statistics are on their way from other ranks it is another one.
-        return versions([buffers_of(layer.module) for layer in self.layers], "num_batches_tracked")
+        return writes([layer.module for layer in self.layers], self.unsure)
 
     def end_training_batch(self) -> None:
         """Like `end`; where the layers were not watched, the record is that of the usual batch, and what more was
@@ -174,7 +186,7 @@ class Observer:
         self._depth += 1
         if self._depth > 1:
             return
-        input = next(_tensors((args, kwargs)), None)
+        input = next(tensors_in((args, kwargs)), None)
         if self.on_input is not None and input is not None and not self._calls:
             self.on_input(input)
         self.open_call(input)
@@ -194,6 +206,11 @@ class Observer:
         self._depth = max(self._depth - 1, 0)
         if not self._depth:
             self.at = 0
+
+    def knows_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an earlier call of this batch had the same input."""
+        input = next(tensors_in((args, kwargs)), None)
+        return input is not None and any(source() is input for source in self._sources)
 
     def open_call(self, input: Tensor | None) -> None:
         """Count a call of the model, or of a layer by itself, and find whether an earlier one had the same input."""
@@ -258,7 +275,10 @@ class _LayerHooks(_Hooks):
 
     def __init__(self, observer: Observer, index: int, layer: _BatchNorm) -> None:
         self._index = index
+        self._unsure = index in observer.unsure
         self._before: int | None = None
+        self._values: tuple[Tensor, Tensor] | None = None
+        self._moves: bool | None = None
         super().__init__(
             observer,
             # First in, last out: the layer may have hooks that exchange its buffers for the length of a forward.
@@ -272,7 +292,9 @@ class _LayerHooks(_Hooks):
             return
         if not self._observer.at:
             self._observer.open_call(_input(args, kwargs))
-        self._before = _version(buffers_of(layer).get("num_batches_tracked"))
+        self._before = self._state(layer)
+        if self._unsure and self._moves is None and layer.training and layer.running_mean is not None:
+            self._values = running_mean(layer).clone(), running_var(layer).clone()
 
     @guarded
     def _leave(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -281,12 +303,14 @@ class _LayerHooks(_Hooks):
         observer, index, buffers, input = self._observer, self._index, buffers_of(layer), _input(args, kwargs)
         training, recomputed = layer.training, in_backward()
         tracking = layer.track_running_stats and buffers.get("running_mean") is not None
-        now = _version(buffers.get("num_batches_tracked"))
+        now = self._state(layer)
         # Some tensors keep no version.
         if self._before is None or now is None or (now == self._before and moves_later(layer)):
-            moved = training and tracking and not recomputed
+            moved = training and tracking and not recomputed and layer.momentum != 0
+        elif self._unsure:
+            moved = now != self._before or (training and tracking and not recomputed and self._found_moving(layer))
         else:
-            moved = now != self._before
+            moved = now != self._before and layer.momentum != 0
         weights = _version(parameters_of(layer).get("weight")) or 0
         reweighted = observer.first_weights.setdefault(index, weights) != weights
         call = observer.at or -observer.call
@@ -299,10 +323,46 @@ class _LayerHooks(_Hooks):
             entered = observer.entered_backward
             output.register_hook(lambda _: entered.add(call))
 
+    def _state(self, layer: _BatchNorm) -> int | None:
+        if self._unsure:
+            return sum(writes([layer], {0}))
+        return _version(buffers_of(layer).get("num_batches_tracked"))
+
+    def _found_moving(self, layer: _BatchNorm) -> bool:
+        """Whether training forwards move the statistics: compared once, by their values, which waits for the device."""
+        if self._moves is None and self._values is not None:
+            before, self._values = self._values, None
+            now = running_mean(layer), running_var(layer)
+            self._moves = not all(torch.equal(one, two) for one, two in zip(before, now, strict=True))
+        return bool(self._moves)
+
 
 def moves_later(layer: _BatchNorm) -> bool:
     """Whether what a training forward of the layer measures moves its statistics only after that forward."""
     return is_deferred(layer)
+
+
+def unsure(layers: Iterable[BatchNormLayer]) -> set[int]:
+    """Return the indices of the layers with a forward of their own, which may move their statistics and count
+    nothing."""
+    known = ("torch.", "lightning_bn.")
+    return {
+        index
+        for index, layer in enumerate(layers)
+        if "forward" in layer.module.__dict__ or not type(layer.module).forward.__module__.startswith(known)
+    }
+
+
+def writes(modules: Sequence[nn.Module], unsure: Collection[int]) -> list[int]:
+    """Return how often a forward counted its batch in each of `modules`; for those in `unsure`, how often any of their
+    statistics were written. On the host."""
+    # The dicts are asked for anew: of a layer whose statistics are on their way from other ranks it is another one.
+    all_buffers = [buffers_of(module) for module in modules]
+    counts = versions(all_buffers, "num_batches_tracked")
+    for index in unsure:
+        for name in ("running_mean", "running_var"):
+            counts[index] += _version(all_buffers[index].get(name)) or 0
+    return counts
 
 
 def _version(tensor: Tensor | None) -> int | None:
@@ -330,12 +390,12 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        yield from tensors_in(list(value.values()))

@@ -26,8 +26,8 @@ class LayerValues:
     """The running statistics of one layer, on the host."""
 
     layer: BatchNormLayer
-    mean: Tensor  # (C,)
-    var: Tensor  # (C,)
+    mean: Tensor  # (C,); of a layer with several sets of statistics, all of them, one behind the other
+    var: Tensor  # likewise
     tracked: int
 
     @property
@@ -39,7 +39,13 @@ class LayerValues:
     @property
     def untouched(self) -> bool:
         """Whether they are the 0/1 that a layer starts with."""
-        return bool((self.mean == 0).all() and (self.var == 1).all())
+        return self.initial == "mean is 0 and variance 1"
+
+    @property
+    def initial(self) -> str:
+        """Which of them is what a layer starts with, in words; the empty string where both differ from it."""
+        mean, var = bool((self.mean == 0).all()), bool((self.var == 1).all())
+        return "mean is 0 and variance 1" if mean and var else "mean is 0" * mean + "variance is 1" * var
 
     def equals(self, other: LayerValues) -> bool:
         """Whether mean and variance are bit-identical."""
@@ -59,7 +65,7 @@ class StatisticsSnapshot:
     @torch.no_grad()
     def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
         self.layers = {index: layer for index, layer in enumerate(layers) if _readable(layer)}
-        self._sizes = [layer.module.num_features for layer in self.layers.values()]
+        self._sizes = [running_mean(layer.module).numel() for layer in self.layers.values()]
         if not self.layers:
             return
         modules = [layer.module for layer in self.layers.values()]

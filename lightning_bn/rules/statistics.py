@@ -35,14 +35,18 @@ class FrozenMoves(Rule):
             for layer, forwards in (batch.by_layer().items() if batch.training else ())
             if any(f.moved and f.grad for f in forwards) and self._stands_still(batch, layer)
         ]
-        return self._seen(batch, moved, f"{batch.when} num_batches_tracked rose")
+        return self._seen(batch, moved, f"{batch.when} its running statistics moved")
 
     def counts(self, batch: BatchRecord, moved: dict[int, int], batches: int) -> Iterable[Seen]:
         layers = [layer for index in moved if self._stands_still(batch, layer := batch.observer.layers[index])]
         return self._seen(batch, layers, f"num_batches_tracked rose in {batches} batches")
 
     def at_rest(self, at: Configuration) -> Iterable[Seen]:
-        layers = [layer for layer in at.observer.layers if layer.frozen and layer.tracks and layer.module.training]
+        layers = [
+            layer
+            for layer in at.observer.layers
+            if layer.frozen and layer.tracks and layer.module.training and layer.module.momentum != 0
+        ]
         return self._seen(at, layers, "it is in train mode, so every training batch will move them")
 
     def _stands_still(self, batch: BatchRecord, layer: BatchNormLayer) -> bool:
@@ -177,7 +181,7 @@ class NeverUpdated(Rule):
         ran = set(evaluation.evaluated) - meant - set(evaluation.copies)
         untouched = {index: each for index, each in evaluation.values.items() if index in ran and each.untouched}
         if not evaluation.trained:
-            yield from self._loaded(evaluation, [each.layer for each in untouched.values() if learned(each.layer)])
+            yield from self._loaded(evaluation, [each for index, each in evaluation.values.items() if index in ran])
             return
         # A part that training has not run yet may have its turn in a later epoch.
         waiting = {index for index in untouched if evaluation.fitting and index not in evaluation.observer.trained}
@@ -190,8 +194,7 @@ class NeverUpdated(Rule):
         return self.evaluation(evaluation)
 
     def at_rest(self, at: Configuration) -> Iterator[Seen]:
-        untouched = [each.layer for each in StatisticsSnapshot(at.observer.layers).values().values() if each.untouched]
-        yield from self._loaded(at, [layer for layer in untouched if learned(layer)])
+        yield from self._loaded(at, StatisticsSnapshot(at.observer.layers).values().values())
 
     def _seen(self, evaluation: Evaluation, untouched: list[LayerValues], level: Level) -> Seen:
         tracked = sorted({each.tracked for each in untouched})
@@ -208,12 +211,18 @@ class NeverUpdated(Rule):
             ),
         )
 
-    def _loaded(self, at: Evaluation | Configuration, layers: list[BatchNormLayer]) -> Iterator[Seen]:
-        if layers:
+    def _loaded(self, at: Configuration, among: Iterable[LayerValues]) -> Iterator[Seen]:
+        # A class with a forward of its own may keep one of the two alone.
+        hand_made = {at.observer.layers[index].name for index in at.observer.unsure}
+        found = defaultdict(list)
+        for each in among:
+            if each.initial and (each.untouched or each.layer.name not in hand_made) and learned(each.layer):
+                found[each.initial].append(each.layer)
+        for initial, layers in found.items():
+            cause = "parameters were loaded without buffers" if " and " in initial else "it was reset after training"
             yield Seen(
                 [layer.name for layer in layers],
-                "weight and bias were trained, and mean is 0 and variance 1 in all channels: parameters were loaded "
-                "without buffers.",
+                f"weight and bias were trained, and {initial} in all channels: {cause}.",
                 fix=Fix(
                     recalibration(at.setting.root, layers, at.observer.layers),
                     "after training",
@@ -254,6 +263,10 @@ class StaleBuffers(Rule):
                 names,
                 event,
                 fix=Fix(
+                    "train_bn=True", "in the schedule's call of freeze", "its default: their statistics then follow"
+                )
+                if at.setting.scheduled
+                else Fix(
                     call(at.setting.root, modules, "eval", at.model),
                     note="BaseFinetuning.freeze(train_bn=False) leaves layers like this",
                 ),

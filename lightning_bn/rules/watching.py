@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import LBFGS
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_bn.choices import Choices, as_patterns
@@ -16,6 +18,7 @@ from lightning_bn.rules import Finding, ModeCheckError
 from lightning_bn.rules.arguments import Setting, check_action
 from lightning_bn.rules.finding import Action
 from lightning_bn.rules.inspection import Inspection
+from lightning_bn.rules.observer import tensors_in
 
 __all__ = ["check", "watch"]
 
@@ -52,7 +55,8 @@ def watch(
 ) -> Iterator[list[Finding]]:
     """Observe the forwards of `model` in your own training loop, and report at exit.
 
-    A step of any optimizer that holds one of the model's parameters ends a training batch. What only a Trainer knows
+    A step of any optimizer of torch's that holds one of the model's parameters ends a training batch, and so does a
+    backward that another input follows, or, as long as no such step was seen, any input. What only a Trainer knows
     (stages, batches, who changed a mode) is not checked. No hook is left, also after an exception.
 
     Args:
@@ -79,20 +83,27 @@ def watch(
     inspection.modes_from = "end"
     inspection.attach([model])
     own = {id(parameter) for parameter in model.parameters()}
-    steps = 0
+    batches = _Batches(inspection)
 
-    def trace(module: nn.Module, args: Any, output: Any) -> None:
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            batches.forward(args, kwargs)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             inspection.trace(output)
+            batches.watch_backward(output)
 
     def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal steps
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-            steps += 1
-            inspection.end_batch()
-            inspection.begin_batch("train", steps, steps)
+            batches.step(optimizer)
 
-    handles = [model.register_forward_hook(trace), register_optimizer_step_post_hook(after_step)]
+    handles = [
+        # Before the hook by which the observer takes the call for one of the last batch.
+        model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+        model.register_forward_hook(after),
+        register_optimizer_step_post_hook(after_step),
+    ]
     try:
         inspection.configuration()
         inspection.begin_batch("train", 0, 0)
@@ -102,6 +113,48 @@ def watch(
             handle.remove()
         inspection.finish()
     _report(inspection.findings, action)
+
+
+class _Batches:
+    """Tells where the batches of a loop end that nobody announces.
+
+    A second forward of the same input after a backward is a second pass of one step, as in sharpness-aware minimisation
+    and LBFGS, where an optimizer of torch's takes the steps; an optimizer that is none of torch's is not seen.
+    """
+
+    def __init__(self, inspection: Inspection) -> None:
+        self._inspection = inspection
+        self._batches = self._steps = 0
+        self._backward = False
+        self._stepped = False
+
+    def forward(self, args: Any, kwargs: Any) -> None:
+        """The model is called."""
+        known = self._stepped and self._inspection.observer.knows_input(args, kwargs)
+        if self._backward and not known:
+            self._next()
+        self._backward = False
+
+    def watch_backward(self, output: Any) -> None:
+        """Remember when gradients flow through what the model returned."""
+        first = next((each for each in tensors_in(output) if each.requires_grad), None)
+        if first is not None:
+            first.register_hook(self._passed)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer of torch's has stepped."""
+        if isinstance(optimizer, LBFGS):
+            self._inspection.setting = replace(self._inspection.setting, repeats=True)
+        self._steps, self._stepped, self._backward = self._steps + 1, True, False
+        self._next()
+
+    def _passed(self, gradient: Any) -> None:
+        self._backward = True
+
+    def _next(self) -> None:
+        self._batches += 1
+        self._inspection.end_batch()
+        self._inspection.begin_batch("train", self._steps, self._batches)
 
 
 def _report(findings: Sequence[Finding], action: str) -> None:

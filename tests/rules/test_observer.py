@@ -327,7 +327,6 @@ class TestOtherModules:
         assert [(f.code, f.layers, f.step) for f in found if f.level != "info"] == [
             ("BN201", ("model.backbone.0.1", "model.backbone.1.1"), 0),
             ("BN301", ("model.head.5",), 6),
-            ("BN201", ("model.head.5",), 6),  # no optimizer holds it
         ]
         assert layer_hooks(module) == 0
 
