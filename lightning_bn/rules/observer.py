@@ -25,7 +25,6 @@ __all__ = [
     "Modes",
     "Observer",
     "ancestors",
-    "moves_later",
     "tensors_in",
     "unsure",
     "versions",
@@ -305,7 +304,7 @@ class _LayerHooks(_Hooks):
         tracking = layer.track_running_stats and buffers.get("running_mean") is not None
         now = self._state(layer)
         # Some tensors keep no version.
-        if self._before is None or now is None or (now == self._before and moves_later(layer)):
+        if self._before is None or now is None or (now == self._before and is_deferred(layer)):
             moved = training and tracking and not recomputed and layer.momentum != 0
         elif self._unsure:
             moved = now != self._before or (training and tracking and not recomputed and self._found_moving(layer))
@@ -335,11 +334,6 @@ class _LayerHooks(_Hooks):
             now = running_mean(layer), running_var(layer)
             self._moves = not all(torch.equal(one, two) for one, two in zip(before, now, strict=True))
         return bool(self._moves)
-
-
-def moves_later(layer: _BatchNorm) -> bool:
-    """Whether what a training forward of the layer measures moves its statistics only after that forward."""
-    return is_deferred(layer)
 
 
 def unsure(layers: Iterable[BatchNormLayer]) -> set[int]:
