@@ -268,7 +268,7 @@ class CompareAverages(Callback):
                         self._input.learn_from(trainer, module, batches),
                         forward=partial(self._input.run, trainer),
                         num_batches=_NUM_BATCHES,
-                        layers=lambda name, layer: name in chosen,
+                        layers=sorted(chosen),
                         device=module.device,
                         process_group=data_parallel_group(trainer),
                         progress=False,

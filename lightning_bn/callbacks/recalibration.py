@@ -328,7 +328,7 @@ class BatchNormRecalibration(Callback):
                 num_batches=self.num_batches,
                 tolerance=self.tolerance,
                 exact=self.exact,
-                layers=lambda name, layer: name in chosen,
+                layers=sorted(chosen),
                 device=module.device,
                 process_group=self.process_group or data_parallel_group(trainer),
                 progress=trainer.progress_bar_callback is not None,
