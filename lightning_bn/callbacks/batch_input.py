@@ -16,7 +16,7 @@ from lightning_bn.callbacks.both_lightnings import (
 )
 from lightning_bn.callbacks.lightning_internals import inside_wrapper, number_of_batches
 from lightning_bn.discovery import find_batch_norms
-from lightning_bn.recalibration.keeping import kept
+from lightning_bn.recalibration.kept_objects import kept
 
 __all__ = ["BatchInput", "InputStyle", "SizedBatches", "input_styles"]
 

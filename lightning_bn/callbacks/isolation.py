@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import Sampler
 
 from lightning_bn.callbacks.both_lightnings import CombinedLoader, LightningModule, Trainer, package_of
-from lightning_bn.recalibration.keeping import kept
+from lightning_bn.recalibration.kept_objects import kept
 from lightning_bn.recalibration.random_states import kept_random_states
 
 __all__ = ["in_stage", "isolated", "muted"]
@@ -21,7 +21,7 @@ __all__ = ["in_stage", "isolated", "muted"]
 def isolated(module: LightningModule, loader: Any = None) -> Iterator[None]:
     """Let the module's steps run without grad and leave the RNG, the optimizers and their schedulers as they are.
 
-    What they write into the module itself is undone by `lightning_bn.recalibration.keeping.kept`, around each stretch
+    What they write into the module itself is undone by `lightning_bn.recalibration.kept_objects.kept`, around each stretch
     that runs it: whoever recalibrates inside wants the new statistics to stay.
 
     Args:

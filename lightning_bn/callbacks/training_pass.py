@@ -24,7 +24,7 @@ from lightning_bn.callbacks.lightning_internals import (
 )
 from lightning_bn.modes import eager, extra_pass, kept_attribute
 from lightning_bn.recalibration.interrupts import HeldInterrupts
-from lightning_bn.recalibration.keeping import kept
+from lightning_bn.recalibration.kept_objects import kept
 
 __all__ = ["on_training_device", "quiet", "training_pass", "validate_once_more"]
 

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from lightning_bn.buffers import running_mean
 from lightning_bn.ranks.collective import Ranks
-from lightning_bn.recalibration.pace import in_step
 from lightning_bn.recalibration.tally import Row, Summary, Tally
 
 __all__ = ["Estimate", "OnePass", "PassResult", "Tallies", "merged", "merged_summary", "progress_bar"]
@@ -26,6 +25,8 @@ Estimate = Callable[[int, Summary], tuple[Tensor, Tensor]]
 _PENDING = 32
 # With fewer batches their spread says too little about the standard error to stop by it.
 _MIN_BATCHES = 8
+# Stands for a batch where there is none.
+_NONE = object()
 
 
 class PassResult(NamedTuple):
@@ -160,7 +161,7 @@ class OnePass:
 
     def _taken(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
         if self._in_step:
-            yield from in_step(batches, self._ranks, lambda: self._met)
+            yield from _in_step(batches, self._ranks, lambda: self._met)
             return
         for batch in batches:
             yield batch, True
@@ -173,6 +174,36 @@ class OnePass:
         error = self._tallies.standard_error()
         bar.set_postfix_str(f"std error {error:.3g}, goal {tolerance:g}")
         return self._tallies.batches >= _MIN_BATCHES and error < tolerance
+
+
+def _in_step(batches: Iterator[Any], ranks: Ranks, enough: Callable[[], bool]) -> Iterator[tuple[Any, bool]]:
+    """Yield as many batches as the rank that takes the most: this rank's own, each with True, and then its last one
+    again, with False.
+
+    A forward of a sharded model fetches parameters from all ranks, so that one that has no batch left must run along;
+    what its layers see then does not count. A rank that has no batch at all runs along with one of another rank's.
+
+    Args:
+        batches: of this rank.
+        ranks: which run the model together.
+        enough: tells, before each batch, whether this rank needs no more.
+
+    Raises:
+        RankError: another rank's batches failed.
+    """
+    last = _NONE
+    while True:
+        with ranks.told():
+            batch = _NONE if enough() else next(batches, _NONE)
+        who = ranks.share(batch is not _NONE)
+        if not any(who):
+            return
+        if last is _NONE and not all(who):  # only in the first step, so on all ranks or on none
+            other = ranks.broadcast(batch if ranks.rank == who.index(True) else None, who.index(True))
+            last = other if batch is _NONE else batch
+        if batch is not _NONE:
+            last = batch
+        yield last, batch is not _NONE
 
 
 def progress_bar(

@@ -16,6 +16,7 @@ import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from operator import is_
 from typing import Any
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.hooks import RemovableHandle
 
+from lightning_bn.recalibration.kept_tensors import KeptTensors
 from lightning_bn.recalibration.random_states import generator_keeper, is_generator
-from lightning_bn.sharding import is_fsdp1
+from lightning_bn.sharding import is_fsdp1, is_transient
 
-__all__ = ["KeptObjects"]
+__all__ = ["KeptObjects", "Weights", "kept"]
 
 _Undo = Callable[[], None]
 
@@ -62,6 +64,55 @@ _FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 # The dictionaries of a module whose values torch calls or reads by themselves: which are there is kept, and not what
 # they are.
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
+
+
+class Weights:
+    """The parameters of a model, given their values back between two batches."""
+
+    def __init__(self, parameters: KeptTensors) -> None:
+        self._parameters = parameters
+        self._batches = 0
+
+    def batch_is_done(self) -> None:
+        """Undo what the batch wrote into parameters, so that the next one meets the weights as they are."""
+        if not self._batches:
+            # An average of weights is often written where no version counter sees it: whoever does so does it in the
+            # first batch.
+            self._parameters.find_silent_writes()
+        self._parameters.restore_written()
+        self._batches += 1
+
+
+@contextmanager
+def kept(**roots: object) -> Iterator[Weights]:
+    """Put all back at exit that is written inside into `roots` and what hangs in them: values of tensors bit for bit,
+    in place.
+
+    Parameters and their gradients, buffers, which of them there are, modes, hooks, plain attributes, lists, dicts,
+    metrics at any depth: see `KeptObjects` and `KeptTensors`. It takes the memory of a copy of all tensors. Not the
+    values of parameters that FSDP 1 or DeepSpeed's stage 3 lends for a forward: these forget what is written into them.
+
+    Args:
+        **roots: modules, optimizers, batches; named as an error is to name them.
+
+    Raises:
+        TypeError: something that can't be put back, by name; before anything is done.
+    """
+    for root in roots.values():
+        if isinstance(root, nn.Module):
+            list(
+                root.buffers()
+            )  # those that are on their way from other ranks arrive, and the module has its own again
+    objects = KeptObjects(roots)
+    own = [parameter for parameter in objects.parameters if not is_transient(parameter)]
+    parameters, tensors = KeptTensors(own), KeptTensors(objects.tensors)
+    try:
+        objects.exchange()
+        yield Weights(parameters)
+    finally:
+        objects.restore()
+        parameters.restore()
+        tensors.restore()
 
 
 class KeptObjects:

@@ -18,7 +18,7 @@ from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.recalibration.collection import OnePass, PassResult, merged
 from lightning_bn.recalibration.feeding import Forward, feed, to_device
 from lightning_bn.recalibration.interrupts import HeldInterrupts
-from lightning_bn.recalibration.keeping import Weights, kept
+from lightning_bn.recalibration.kept_objects import Weights, kept
 from lightning_bn.recalibration.measuring import measured
 from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_reports
 from lightning_bn.recalibration.random_states import kept_random_states
