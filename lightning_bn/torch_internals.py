@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "add_each",
+    "address",
     "await_buffers",
     "buffers_of",
     "copy_each",
@@ -24,9 +25,12 @@ __all__ = [
     "is_replica",
     "is_wrapper",
     "kernel_moments",
+    "lazy_copy",
     "parameters_of",
     "saved_statistics",
+    "separate",
     "side_by_side",
+    "storage_reference",
 ]
 
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
@@ -37,6 +41,9 @@ _foreach_copy = getattr(torch, "_foreach_copy_", None)
 _foreach_add = getattr(torch, "_foreach_add_", None)
 _is_wrapper = getattr(getattr(torch.utils, "_python_dispatch", None), "is_traceable_wrapper_subclass", None)
 _flatten_dense_tensors = getattr(torch._utils, "_flatten_dense_tensors", None)
+_lazy_clone = getattr(torch, "_lazy_clone", None)
+_data_address = getattr(torch._C, "_data_address", None)
+_weak_reference = getattr(torch.UntypedStorage, "_weak_ref", None)
 
 
 def in_backward() -> bool:
@@ -196,6 +203,48 @@ def _of_kernel(node: Any) -> bool:
     """Whether a graph node is that of one of batch norm's own kernels (native, cuDNN, MIOpen), and not a Python
     function of that name."""
     return "BatchNorm" in type(node).__name__ and not isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def lazy_copy(tensor: Tensor) -> Tensor | None:
+    """Return a tensor like `tensor`, over a copy of its whole storage that torch makes when either is first written.
+
+    Whichever is written first gets new memory, and the other stays. `torch._lazy_clone` is what torch's own
+    ``reshape`` and compiler are to use, and has no public name; without it a copy of everything must be made at once.
+
+    Returns:
+        None where the function is gone, and for memory that is not torch's alone: shared between processes, an array
+        of numpy's, a file.
+    """
+    if _lazy_clone is None or _data_address is None or _weak_reference is None:
+        return None
+    try:
+        copy: Tensor = _lazy_clone(tensor)
+    except (RuntimeError, NotImplementedError):
+        return None
+    return copy
+
+
+def address(tensor: Tensor) -> int:
+    """Return where the values of `tensor` begin.
+
+    The public ``data_ptr()`` counts as a write, and has a lazy copy made.
+    """
+    return int(tensor.data_ptr() if _data_address is None else _data_address(tensor))
+
+
+def storage_reference(tensor: Tensor) -> int:
+    """Return a reference to the storage of a `lazy_copy` that does not keep it alive, for `separate` to free. Python's
+    own weak references are to the Python object, which comes and goes."""
+    reference: int = tensor.untyped_storage()._weak_ref()  # type: ignore[assignment]
+    return reference
+
+
+def separate(reference: int) -> None:
+    """Give a storage memory of its own now, where somebody still holds it and it shares memory lazily."""
+    storage = torch.UntypedStorage._new_with_weak_ptr(reference)
+    if storage is not None:
+        storage.data_ptr()
+    torch.UntypedStorage._free_weak_ref(reference)
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:

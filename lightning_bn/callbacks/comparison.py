@@ -26,7 +26,6 @@ from lightning_bn.discovery import find_batch_norms, in_eval_mode, learning
 from lightning_bn.layers.batch_norm import check_averaging
 from lightning_bn.layers.deferred import settle_together
 from lightning_bn.modes import eager
-from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.measuring import normalising_with_batches
 
 __all__ = ["CompareAverages"]
@@ -167,18 +166,17 @@ class CompareAverages(Callback):
         self._check_sight()
         if self._boundary.closed:
             return
-        with HeldInterrupts():  # a Ctrl-C ends a validation or a pass, and comes nowhere else
-            for name in self.averages:
-                with self._following().applied(name):
-                    self._pending[name] = validate_once_more(trainer, pl_module)
-            chosen = self._learning()
-            if self.recalibrated and chosen:
-                with self._recalibrated(trainer, pl_module):
-                    self._pending[_RECALIBRATED] = validate_once_more(trainer, pl_module)
-            if self.batch and chosen:
-                layers = [layer.module for layer in find_batch_norms(pl_module) if layer.name in chosen]
-                with eager(pl_module), normalising_with_batches(layers):
-                    self._pending[_BATCH] = validate_once_more(trainer, pl_module)
+        for name in self.averages:
+            with self._following().applied(name):
+                self._pending[name] = validate_once_more(trainer, pl_module)
+        chosen = self._learning()
+        if self.recalibrated and chosen:
+            with self._recalibrated(trainer, pl_module):
+                self._pending[_RECALIBRATED] = validate_once_more(trainer, pl_module)
+        if self.batch and chosen:
+            layers = [layer.module for layer in find_batch_norms(pl_module) if layer.name in chosen]
+            with eager(pl_module), normalising_with_batches(layers):
+                self._pending[_BATCH] = validate_once_more(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._pending:

@@ -21,8 +21,8 @@ __all__ = ["in_stage", "isolated", "muted"]
 def isolated(module: LightningModule, loader: Any = None) -> Iterator[None]:
     """Let the module's steps run without grad and leave the RNG, the optimizers and their schedulers as they are.
 
-    What they write into the module itself is undone by `lightning_bn.recalibration.kept_objects.kept`, around each stretch
-    that runs it: whoever recalibrates inside wants the new statistics to stay.
+    What they write into the module itself is undone by `recalibration.kept_objects.kept`, around each stretch that runs
+    it: whoever recalibrates inside wants the new statistics to stay.
 
     Args:
         module: in a fit.

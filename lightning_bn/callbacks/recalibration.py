@@ -36,8 +36,6 @@ from lightning_bn.callbacks.training_pass import (
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning
 from lightning_bn.recalibration import recalibrate
-from lightning_bn.recalibration.interrupts import HeldInterrupts
-from lightning_bn.recalibration.kept_objects import KeptObjects
 from lightning_bn.recalibration.report import RecalibrationReport
 
 __all__ = ["BatchNormRecalibration"]
@@ -53,9 +51,8 @@ class BatchNormRecalibration(Callback):
     are. Whatever the order in ``Trainer(callbacks=...)``, it acts after `WeightAveraging`, `EMAWeightAveraging` and
     `StochasticWeightAveraging` have put their weights in and before `ModelCheckpoint` saves.
 
-    To leave them so, each pass copies the tensors of the module, gradients included, and those of its optimizers, on
-    their own device, and puts back what was written: with Adam the memory of parameters and state once more, until the
-    pass ends. What can't be copied raises a TypeError at the start of the fit, by name.
+    Each pass works on lazy copies of the tensors of the module, its gradients and its optimizers: what nobody writes
+    takes no memory, see `recalibrate`.
 
     Args:
         when: "fit_end", once, after the last training step. "validation", before the validations of a fit, except the
@@ -179,7 +176,6 @@ class BatchNormRecalibration(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         journal_of(trainer).begin(trainer, pl_module)
-        KeptObjects({"module": pl_module})  # raises where something could not be put back after a pass
         self._look_again(pl_module)
         if self.dataloader is not None:
             with training_pass(trainer, pl_module, self.dataloader) as batches:
@@ -275,21 +271,19 @@ class BatchNormRecalibration(Callback):
                 f"BatchNormRecalibration: {_why_none(self._layers)}, so their statistics were left as they are."
             )
             return
-        # A Ctrl-C ends the pass or a validation; anywhere else it is held until what has changed and the report agree.
-        with HeldInterrupts():
-            before = self._validate(trainer, module)
-            if self._boundary.closed:
-                return
-            report = self._recalibrate(trainer, module)
-            self.report = replace(report, gone=tuple(sorted(self._gone)))
-            try:
-                after = self._validate(trainer, module)
-                self.kept = before is None or after is None or self._scores.better(after, before)
-            except BaseException:
-                self.report.rollback()
-                raise
-            if not self.kept:
-                self.report.rollback()
+        before = self._validate(trainer, module)
+        if self._boundary.closed:
+            return
+        report = self._recalibrate(trainer, module)
+        self.report = replace(report, gone=tuple(sorted(self._gone)))
+        try:
+            after = self._validate(trainer, module)
+            self.kept = before is None or after is None or self._scores.better(after, before)
+        except BaseException:
+            self.report.rollback()
+            raise
+        if not self.kept:
+            self.report.rollback()
         if self.report.not_run:
             rank_zero_warn(
                 f"BatchNormRecalibration: {', '.join(self.report.not_run)} did not run and kept their statistics. If "

@@ -23,7 +23,6 @@ from lightning_bn.callbacks.lightning_internals import (
     validation_metrics,
 )
 from lightning_bn.modes import eager, extra_pass, kept_attribute
-from lightning_bn.recalibration.interrupts import HeldInterrupts
 from lightning_bn.recalibration.kept_objects import kept
 
 __all__ = ["on_training_device", "quiet", "training_pass", "validate_once_more"]
@@ -31,12 +30,8 @@ __all__ = ["on_training_device", "quiet", "training_pass", "validate_once_more"]
 
 @contextmanager
 def quiet(trainer: Trainer, module: LightningModule, loader: Any = None) -> Iterator[None]:
-    """Let the module run as in training, but without grad, a trace or a log entry, and uncompiled.
-
-    A Ctrl-C is held until all is restored, but where the block lets it through.
-    """
+    """Let the module run as in training, but without grad, a trace or a log entry, and uncompiled."""
     with (
-        HeldInterrupts(),
         extra_pass(),
         isolated(module, loader),
         muted(trainer, module),
@@ -68,14 +63,13 @@ def training_pass(trainer: Trainer, module: LightningModule, dataloader: Any = N
 
 def validate_once_more(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
     """Return the metrics that validation would log now; nothing is logged, and no callback is called."""
-    with HeldInterrupts() as interrupts, in_stage(trainer, RunningStage.VALIDATING), ExitStack() as stack:
+    with in_stage(trainer, RunningStage.VALIDATING), ExitStack() as stack:
         loader = validation_loader(trainer)
         stack.enter_context(extra_pass())
         stack.enter_context(isolated(module, loader))
         stack.enter_context(kept(module=module))
         stack.enter_context(_kept_broadcast(trainer.strategy.model))
         stack.callback(loader.reset)  # ends the workers
-        stack.enter_context(interrupts.allowed())
         return validation_metrics(trainer, loader)
 
 

@@ -44,8 +44,9 @@ class Tallies:
     """What every layer of a list has seen so far: one tally for the layers of each device."""
 
     def __init__(self, layers: Sequence[_BatchNorm], *, pending: int | None) -> None:
-        devices = [running_mean(layer).device for layer in layers]
-        places = {device: [place for place, own in enumerate(devices) if own == device] for device in devices}
+        places: dict[torch.device, list[int]] = {}
+        for place, layer in enumerate(layers):
+            places.setdefault(running_mean(layer).device, []).append(place)
         self._parts = [_Part(layers, own, device, pending) for device, own in places.items()]
         self._home = {place: (part.tally, number) for part in self._parts for number, place in enumerate(part.places)}
         self._samples: dict[int, int] = {}

@@ -1,21 +1,17 @@
-"""What hangs in the attributes of a model, found and kept, and put back in place."""
+"""A model that stays as it is, whatever is run on it meanwhile."""
 
 from __future__ import annotations
 
-import copy
 import enum
 import io
 import logging
-import pathlib
 import queue
-import re
 import sys
 import threading
 import types
-import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from operator import is_
@@ -24,41 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.recalibration.kept_tensors import KeptTensors
 from lightning_bn.recalibration.random_states import generator_keeper, is_generator
+from lightning_bn.recalibration.transaction import completely
 from lightning_bn.sharding import is_fsdp1, is_transient
 
-__all__ = ["KeptObjects", "Weights", "kept"]
+__all__ = ["kept"]
 
-_Undo = Callable[[], None]
-
-# What has no state of its own, or one that only its maker changes.
-_ATOMS: set[type] = {
-    *(type(None), bool, int, float, complex, str, bytes, type, range, slice, type(...), type(NotImplemented)),
-    *(types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.CodeType, types.MappingProxyType),
-    *(
-        weakref.ReferenceType,
-        weakref.ProxyType,
-        weakref.CallableProxyType,
-        weakref.WeakMethod,
-        re.Pattern,
-        RemovableHandle,
-    ),
-    *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
-}
-_ATOMIC_BASES = (type, enum.Enum, pathlib.PurePath)
-# What several threads share, what leads out of the process, and data: none of it is a model's state.
-_LOCKS = (
-    type(threading.Lock()),
-    type(threading.RLock()),
-    threading.Condition,
-    threading.Event,
-    threading.Semaphore,
+# What attributes hold most often, and can't change.
+_CONSTANTS: set[type] = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
+_CONSTANTS |= {types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, *weakref.ProxyTypes}
+# What threads share: whatever holds one of them may be another thread's doing.
+_SHARED = (
+    *(type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, threading.Semaphore),
     threading.Thread,
 )
-_OUTSIDE = (*_LOCKS, queue.Queue, logging.Logger, logging.Handler, io.IOBase, DataLoader, Dataset)
+# Classes, what leads out of the process, and data.
+_LEFT_ALONE = (type, enum.Enum, *_SHARED, queue.Queue, logging.Logger, logging.Handler, io.IOBase, DataLoader, Dataset)
 # What runs a model (a Trainer, a logger) hangs in its attributes too, and is no part of it.
 _FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 # The dictionaries of a module whose values torch calls or reads by themselves: which are there is kept, and not what
@@ -66,90 +45,74 @@ _FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 
 
-class Weights:
-    """The parameters of a model, given their values back between two batches."""
-
-    def __init__(self, parameters: KeptTensors) -> None:
-        self._parameters = parameters
-        self._batches = 0
-
-    def batch_is_done(self) -> None:
-        """Undo what the batch wrote into parameters, so that the next one meets the weights as they are."""
-        if not self._batches:
-            # An average of weights is often written where no version counter sees it: whoever does so does it in the
-            # first batch.
-            self._parameters.find_silent_writes()
-        self._parameters.restore_written()
-        self._batches += 1
-
-
 @contextmanager
-def kept(**roots: object) -> Iterator[Weights]:
-    """Put all back at exit that is written inside into `roots` and what hangs in them: values of tensors bit for bit,
-    in place.
+def kept(**roots: object) -> Iterator[KeptTensors]:
+    """Restore at exit what is written inside into `roots` and what they hold: values of tensors bit for bit, in place.
 
-    Parameters and their gradients, buffers, which of them there are, modes, hooks, plain attributes, lists, dicts,
-    metrics at any depth: see `KeptObjects` and `KeptTensors`. It takes the memory of a copy of all tensors. Not the
-    values of parameters that FSDP 1 or DeepSpeed's stage 3 lends for a forward: these forget what is written into them.
+    Kept are parameters and their gradients, buffers, which of them there are, modes, hooks, attributes, and in these
+    at any depth: modules, metrics, objects of classes written in Python, lists, dicts, sets, deques, arrays of numpy,
+    generators of random numbers. Each is restored in place, so that whoever else holds it sees it too.
+
+    Left alone: functions and what they close over, iterators, attributes in slots, objects of classes written in C
+    (an array of Python's, a process group), locks and whatever holds one, loggers, open files, loaders, datasets,
+    Lightning's own objects that are no modules, and parameters that FSDP 1 or DeepSpeed's stage 3 lends for a forward:
+    these forget what is written into them.
+
+    What nobody writes takes no memory, see `KeptTensors`.
 
     Args:
-        **roots: modules, optimizers, batches; named as an error is to name them.
+        **roots: modules, optimizers, batches.
 
     Raises:
-        TypeError: something that can't be put back, by name; before anything is done.
+        TypeError: a parameter that is lazy; before anything is done.
     """
     for root in roots.values():
         if isinstance(root, nn.Module):
-            list(
-                root.buffers()
-            )  # those that are on their way from other ranks arrive, and the module has its own again
-    objects = KeptObjects(roots)
-    own = [parameter for parameter in objects.parameters if not is_transient(parameter)]
-    parameters, tensors = KeptTensors(own), KeptTensors(objects.tensors)
-    try:
-        objects.exchange()
-        yield Weights(parameters)
-    finally:
+            _check_module(root)
+    objects = _Objects(roots.values())
+    tensors = KeptTensors()
+
+    def restore() -> None:
         objects.restore()
-        parameters.restore()
         tensors.restore()
 
+    try:
+        tensors.exchange(objects.tensors, objects.arrays)
+        yield tensors
+    finally:
+        completely(restore)
 
-class KeptObjects:
-    """The state of objects and of all that hangs in them, but for the values of tensors.
 
-    Modules, attributes, lists, dicts, sets, deques, numpy arrays, generators of random numbers, at any depth; each is
-    put back in place, so that whoever else holds it sees it too. What else has a state, and can be copied, is exchanged
-    for a copy meanwhile.
+def _check_module(module: nn.Module) -> None:
+    list(module.buffers())  # those that are on their way from other ranks arrive, and the module has its own again
+    for name, parameter in module.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise TypeError(
+                f"recalibrate(model, batches): model.{name} is lazy and has no values yet. Run a batch through the "
+                f"model first."
+            )
 
-    Left alone: functions and what they close over, weak references, locks and whatever holds one, loggers, open files,
-    loaders, datasets, Lightning's own objects that are no modules, and what a library written in C hands out and can't
-    copy, such as a process group.
 
-    Args:
-        roots: objects by the name a user knows them by.
+class _Objects:
+    """The state of objects and of all that they hold, but for the values of tensors.
+
     Attributes:
-        parameters, tensors: all that were found.
-
-    Raises:
-        TypeError: something can't be put back; it is named.
+        tensors: all that were found, but for lent parameters.
+        arrays: where the memory of each array of numpy's begins.
     """
 
-    def __init__(self, roots: dict[str, object]) -> None:
-        self.parameters: list[Tensor] = []
+    def __init__(self, roots: Iterable[object]) -> None:
         self.tensors: list[Tensor] = []
-        self._undo: list[_Undo] = []
+        self.arrays: list[int] = []
+        self._undo: list[Callable[[], None]] = []
         self._empty: list[Any] = []
-        self._exchange: list[_Undo] = []
         self._seen: dict[int, object] = {}
-        self._waiting: list[tuple[str, object, Any]] = [(name, root, None) for name, root in roots.items()]
+        self._waiting: list[Any] = list(roots)
         while self._waiting:
-            self._visit(*self._waiting.pop())
-
-    def exchange(self) -> None:
-        """Put copies in the place of what can only be kept so."""
-        for each in self._exchange:
-            each()
+            thing = self._waiting.pop()
+            if id(thing) not in self._seen:
+                self._seen[id(thing)] = thing
+                self._visit(thing)
 
     def restore(self) -> None:
         """Put everything back."""
@@ -159,29 +122,28 @@ class KeptObjects:
         for undo in self._undo:
             undo()
 
-    def _visit(self, name: str, thing: Any, holder: Any) -> None:
-        kind = type(thing)
-        if kind in _ATOMS or id(thing) in self._seen:
-            return
-        self._seen[id(thing)] = thing
+    def _visit(self, thing: Any) -> None:
         if isinstance(thing, Tensor):
-            self._visit_tensor(name, thing)
+            if not is_transient(thing):
+                self.tensors.append(thing)
+            if thing.is_leaf and thing.grad is not None:
+                self._waiting.append(thing.grad)
         elif isinstance(thing, nn.Module):
-            self._visit_module(name, thing)
-        elif not self._visit_container(name, thing) and not _is_left_alone(kind):
-            self._visit_object(name, thing, holder)
+            self._visit_module(thing)
+        elif isinstance(thing, (dict, list, deque, set, tuple, frozenset)):
+            self._visit_container(thing)
+        elif is_generator(thing):
+            self._undo.append(generator_keeper(thing))
+        elif _is_array(thing):
+            self.arrays.append(thing.__array_interface__["data"][0])
+            self._undo.append(partial(_restore_array, thing, thing.copy()))
+        elif not _is_left_alone(type(thing)):
+            self._visit_attributes(thing)
 
-    def _visit_tensor(self, name: str, tensor: Tensor) -> None:
-        if nn.parameter.is_lazy(tensor):
-            raise TypeError(
-                f"recalibrate(model, batches): {name} is lazy and has no values yet. Run a batch through the model "
-                f"first."
-            )
-        (self.parameters if isinstance(tensor, nn.Parameter) else self.tensors).append(tensor)
-        if tensor.is_leaf and tensor.grad is not None:
-            self._later(f"{name}.grad", tensor.grad, None)
+    def _later(self, values: Iterable[Any]) -> None:
+        self._waiting += [value for value in values if type(value) not in _CONSTANTS]
 
-    def _visit_module(self, name: str, module: nn.Module) -> None:
+    def _visit_module(self, module: nn.Module) -> None:
         attributes = vars(module)
         if is_fsdp1(module):  # what it notes of its parameters must agree with them
             attributes = {key: attributes[key] for key in ("_modules", *_HOOKS)}
@@ -191,142 +153,40 @@ class KeptObjects:
         if isinstance(module, torch.jit.ScriptModule):
             # Its attributes lie in C++; its training flag goes by the module's own setter.
             self._undo.append(partial(setattr, module, "training", module.training))
-            self.parameters += module.parameters()
-            self.tensors += module.buffers()
+            self._later((*module.parameters(), *module.buffers()))
             return
-        for key, value in attributes.items():
-            if _is_constant(value):
-                continue
-            if key in _HOOKS:
-                if value:
-                    self._keep_members(value)
-                else:
-                    self._empty.append(value)
-            elif key in ("_parameters", "_buffers", "_modules"):
-                self._undo.append(partial(_restore_dict, value, dict(value)))
-                for child, part in value.items():
-                    if part is not None:
-                        self._later(f"{name}.{child}", part, value)
-            else:
-                self._later(f"{name}.{key}", value, attributes)
+        self._later([value for key, value in attributes.items() if key not in _HOOKS])
+        for key in _HOOKS:
+            hooks = attributes.get(key)
+            if hooks and isinstance(hooks, dict):
+                self._undo.append(partial(_restore_dict, hooks, dict(hooks)))
+            elif isinstance(hooks, dict):
+                self._empty.append(hooks)
 
-    def _keep_members(self, members: Any) -> None:
-        if isinstance(members, dict):
-            self._undo.append(partial(_restore_dict, members, dict(members)))
-        elif isinstance(members, set):
-            self._undo.append(partial(_restore_set, members, set(members)))
-
-    def _visit_container(self, name: str, thing: Any) -> bool:
-        """Keep what Python's own containers hold, and subclasses of them; tell whether it was one."""
+    def _visit_container(self, thing: Any) -> None:
         if isinstance(thing, dict):
             self._undo.append(partial(_restore_dict, thing, dict(thing)))
-            for key, value in thing.items():
-                self._later(f"{name}[{key!r:.40}]", value, thing)
-                self._later(f"a key of {name}", key, None)
-        elif isinstance(thing, (list, deque)):
-            self._undo.append(partial(_restore_list, thing, list(thing)))
-            for place, value in enumerate(thing):
-                self._later(f"{name}[{place}]", value, thing)
-        elif isinstance(thing, (tuple, set, frozenset)):
-            self._keep_members(thing)
-            for place, value in enumerate(thing):
-                self._later(f"{name}[{place}]", value, None)
-        elif isinstance(thing, bytearray):
-            self._undo.append(partial(thing.__setitem__, slice(None), bytes(thing)))
+            self._later(thing.values())
         else:
-            return False
-        if type(thing).__module__ != "builtins" and hasattr(thing, "__dict__"):
-            self._keep_attributes(name, thing)
-        return True
+            if isinstance(thing, (list, deque)):
+                self._undo.append(partial(_restore_list, thing, list(thing)))
+            elif isinstance(thing, set):
+                self._undo.append(partial(_restore_set, thing, set(thing)))
+            self._later(thing)
+        if type(thing).__module__ != "builtins":
+            self._visit_attributes(thing)
 
-    def _visit_object(self, name: str, thing: Any, holder: Any) -> None:
-        if is_generator(thing):
-            self._undo.append(generator_keeper(thing))
-        elif _is_array(thing):
-            self._undo.append(partial(_restore_array, thing, thing.copy()))
-        elif isinstance(thing, types.MethodType):
-            self._later(f"{name}.__self__", thing.__self__, None)
-        elif isinstance(thing, partial):
-            for part in (thing.func, thing.args, thing.keywords):
-                self._later(name, part, None)
-        elif isinstance(thing, (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)):
-            raise TypeError(_cant_be_kept(name, thing))
-        elif _has_attributes(thing):
-            self._keep_attributes(name, thing)
-        else:
-            self._keep_by_a_copy(name, thing, holder)
-
-    def _keep_attributes(self, name: str, thing: Any) -> None:
-        """Keep the attributes of an object of a class written in Python."""
-        own = getattr(thing, "__dict__", {})
-        if any(isinstance(value, _LOCKS) for value in own.values() if type(value) not in _ATOMS):
-            return
-        if own:
+    def _visit_attributes(self, thing: Any) -> None:
+        own = getattr(thing, "__dict__", None)
+        if own and not any(isinstance(value, _SHARED) for value in own.values() if type(value) not in _CONSTANTS):
             self._undo.append(partial(_restore_dict, own, dict(own)))
-        for key, value in own.items():
-            self._later(f"{name}.{key}", value, own)
-        for slot in _slots(type(thing)):
-            value = getattr(thing, slot, _NOTHING)
-            self._undo.append(partial(_restore_slot, thing, slot, value))
-            self._later(f"{name}.{slot}", value, None)
-
-    def _keep_by_a_copy(self, name: str, thing: Any, holder: Any) -> None:
-        """Let the pass work on a copy: the holder's own restoring puts the thing itself back."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.14 copies no iterator of itertools
-                twin = copy.deepcopy(thing)
-        except Exception as error:  # anybody's __deepcopy__ may raise anything
-            if type(thing).__flags__ & _HEAP_TYPE and not isinstance(thing, Iterator):
-                return
-            raise TypeError(_cant_be_kept(name, thing)) from error
-        if twin is thing:
-            return
-        if holder is None:
-            raise TypeError(_cant_be_kept(name, thing))
-        self._exchange.append(partial(_put_in_place, holder, thing, twin))
-
-    def _later(self, name: str, value: object, holder: Any) -> None:
-        if not _is_constant(value):
-            self._waiting.append((name, value, holder))
-
-
-_NOTHING = type("Nothing", (), {})  # stands for an attribute that is not there
-_HEAP_TYPE = 1 << 9  # of classes made at run time: by class statements, and by C libraries for what they hand out
-
-
-def _is_constant(value: Any) -> bool:
-    """Whether nothing can change in `value`; of the attributes of a network's modules, most are so."""
-    kind = type(value)
-    return kind in _ATOMS or (kind is tuple and all(type(each) in _ATOMS for each in value))
+            self._later(own.values())
 
 
 def _is_left_alone(kind: type) -> bool:
-    if issubclass(kind, (*_ATOMIC_BASES, *_OUTSIDE)):
+    if issubclass(kind, _LEFT_ALONE):
         return True
     return any(base.__module__.partition(".")[0] in _FRAMEWORKS for base in kind.__mro__)
-
-
-def _cant_be_kept(name: str, thing: object) -> str:
-    return (
-        f"recalibrate(model, batches): {name} is a {type(thing).__name__}, which could not be put back after the pass. "
-        "Keep it outside the model, or keep in its place what it is made from (a loader, not its iterator)."
-    )
-
-
-def _has_attributes(thing: object) -> bool:
-    """Whether it is of a class written in Python, whose instances hold what they have in attributes."""
-    return hasattr(thing, "__dict__") or any("__slots__" in vars(base) for base in type(thing).__mro__)
-
-
-def _slots(kind: type) -> Iterator[str]:
-    for base in kind.__mro__:
-        slots = base.__dict__.get("__slots__", ())
-        for slot in (slots,) if isinstance(slots, str) else slots:
-            if slot not in ("__dict__", "__weakref__"):
-                yield (
-                    f"_{base.__name__.lstrip('_')}{slot}" if slot.startswith("__") and not slot.endswith("__") else slot
-                )
 
 
 def _is_array(thing: object) -> bool:
@@ -350,10 +210,9 @@ def _restore_dict(members: dict[Any, Any], before: dict[Any, Any]) -> None:
 
 
 def _restore_list(members: Any, before: list[Any]) -> None:
-    if len(members) == len(before) and all(map(is_, members, before)):
-        return
-    members.clear()
-    members.extend(before)
+    if len(members) != len(before) or not all(map(is_, members, before)):
+        members.clear()
+        members.extend(before)
 
 
 def _restore_set(members: set[Any], before: set[Any]) -> None:
@@ -364,16 +223,3 @@ def _restore_set(members: set[Any], before: set[Any]) -> None:
 def _restore_array(array: Any, before: Any) -> None:
     if array.tobytes() != before.tobytes():
         array[...] = before
-
-
-def _restore_slot(thing: Any, slot: str, before: Any) -> None:
-    if before is not _NOTHING:
-        object.__setattr__(thing, slot, before)
-    elif hasattr(thing, slot):
-        object.__delattr__(thing, slot)
-
-
-def _put_in_place(holder: Any, thing: object, twin: object) -> None:
-    places = holder.items() if isinstance(holder, dict) else enumerate(holder)
-    for place in [place for place, value in places if value is thing]:
-        holder[place] = twin

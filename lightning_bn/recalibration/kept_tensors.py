@@ -1,140 +1,195 @@
-"""The values of tensors, kept while others' code runs and put back where it wrote."""
+"""Tensors that keep their values while third-party code runs, at no cost for those that nobody writes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from lightning_bn.modes import out_of_inference_mode
-from lightning_bn.torch_internals import side_by_side
+from lightning_bn.torch_internals import address, lazy_copy, separate, storage_reference
 
 __all__ = ["KeptTensors"]
 
-# Tensors up to this size are copied and compared side by side, in one go for all; larger ones each by itself.
-_SMALL = 2**14
+# Memory that a storage has left; an array of numpy's may still look at it.
+_left: list[Tensor] = []
+
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class KeptTensors:
-    """Copies of `tensors`, by which writes into them are found and undone, bit for bit.
+    """Gives tensors other memory to work on, and their own memory back.
 
-    A tensor's version counter tells of most writes at no cost, but neither of those through ``.data``, as averages of
-    weights are often updated, nor of those of batch norm's kernel. So in the end values are compared. What is undone:
-    values, in place; another storage (``p.data = ...``); ``requires_grad``; which tensor ``.grad`` is.
+    The other memory is a lazy copy of each storage, which torch makes when somebody first writes into it: a write in
+    place, through ``.data``, by a kernel that counts no version, or into an array of numpy's taken meanwhile. Tensors
+    that share a storage share its copy. So nothing is compared, and what nobody writes takes no memory.
+
+    Where there is no lazy copy (`lazy_copy` says when) a tensor is copied at once, and its value written back where the
+    bits differ: subclasses, sparse and quantised tensors, tensors made in inference mode, and those whose memory one of
+    numpy's arrays has too, which writes past torch.
+
+    ``requires_grad`` and which tensor ``.grad`` is are kept too.
     """
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            self._kept = [_keep(tensor) for tensor in tensors if not _cant_be_written(tensor)]
-            self._groups = [_Group(group) for group in _grouped(self._kept)]
-        self._silent: list[tuple[_Kept, Tensor]] = []
+    def __init__(self) -> None:
+        self._storages: list[_Storage] = []
+        self._copied: list[_Copied] = []
+        self._gradients: list[tuple[Tensor, bool, Tensor | None]] = []
+
+    def exchange(self, tensors: Iterable[Tensor], arrays: Sequence[int] = ()) -> None:
+        """Give `tensors`, each once, the memory to work on.
+
+        Args:
+            tensors: those to keep.
+            arrays: where the memory of each of numpy's arrays that may be written begins.
+        """
+        by_storage: dict[int, _Storage] = {}
+        with out_of_inference_mode():
+            for tensor in tensors:
+                if tensor.is_leaf:
+                    self._gradients.append((tensor, tensor.requires_grad, tensor.grad))
+                if tensor.is_meta:
+                    continue
+                if not _is_plain(tensor) or tensor.is_inference():
+                    self._copied.append(_Copied(tensor))
+                    continue
+                memory = tensor.data
+                untyped = memory.untyped_storage()
+                if tensor.numel() and not untyped.nbytes():  # FSDP has freed it
+                    continue
+                storage = by_storage.get(untyped._cdata)
+                if storage is None:
+                    storage = by_storage[untyped._cdata] = _Storage(memory)
+                    self._storages.append(storage)
+                storage.tensors.append(tensor)
+                storage.memories.append(memory)
+            for storage in self._storages:
+                if (arrays and _holds_any(storage.memories[0], arrays)) or not storage.exchange():
+                    self._copied += map(_Copied, storage.tensors)
+            self._storages = [storage for storage in self._storages if storage.original is not None]
+
+    def restore_parameters(self) -> None:
+        """Undo what was written into parameters since `exchange`."""
+        for storage in self._storages:
+            if storage.is_written() and any(isinstance(tensor, torch.nn.Parameter) for tensor in storage.tensors):
+                storage.exchange()
+        for copied in self._copied:
+            if isinstance(copied.tensor, torch.nn.Parameter):
+                copied.restore()
 
     def restore(self) -> None:
         """Give every tensor back what it was."""
-        for kept in self._kept:
-            _restore_all_but_values(kept)
-        for group in self._groups:
-            for kept, value in group.changed():
-                _write(kept, value)
-
-    def find_silent_writes(self) -> None:
-        """Compare all values once, so that `restore_written` knows of tensors that are written without being
-        counted."""
-        self._silent = [pair for group in self._groups for pair in group.changed()]
-
-    def restore_written(self) -> None:
-        """Give those their values back that say that they were written, or were found to be written without saying so;
-        at little cost."""
-        written = {id(kept.tensor) for kept in self._kept if _is_written(kept)}
-        if written:
-            for kept, value in [
-                pair for group in self._groups for pair in group.values() if id(pair[0].tensor) in written
-            ]:
-                _restore_all_but_values(kept)
-                _write(kept, value)
-        for kept, value in self._silent:
-            _write(kept, value)
+        # No block with another grad mode: an interrupt at its end would leave that mode behind.
+        for storage in self._storages:
+            storage.restore()
+        for copied in self._copied:
+            copied.restore()
+        for tensor, requires_grad, grad in self._gradients:
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+            if tensor.grad is not grad:
+                tensor.grad = grad
 
 
-class _Kept(NamedTuple):
-    tensor: Tensor
-    memory: Tensor
-    """The same memory, and no parameter: it stays where the tensor was when another storage is put under that."""
-    pointer: int
-    version: int
-    requires_grad: bool
-    grad: Tensor | None
+class _Storage:
+    """A storage whose tensors work on a lazy copy of it.
+
+    Of two storages that share memory lazily, torch moves the one that is written to new memory. Here that is the copy;
+    the storage itself stays where it is, for all who hold it.
+    """
+
+    __slots__ = ("_address", "_copy", "_given", "memories", "original", "tensors")
+
+    def __init__(self, memory: Tensor) -> None:
+        self._address = address(memory)
+        self.tensors: list[Tensor] = []
+        self.memories: list[Tensor] = []
+        """The same memory as the tensors', and no parameters: they stay when other memory is put under those."""
+        # Copies are in attributes, and not in local variables, which the traceback of an interrupt would hold.
+        self.original: Tensor | None = None
+        """A lazy copy, like the first tensor, that nobody writes into."""
+        self._copy: Tensor | None = None
+        self._given: list[int] = []
+
+    def exchange(self) -> bool:
+        """Let the tensors work on a new copy; return whether there is one."""
+        if self.original is None:
+            self.original = lazy_copy(self.memories[0])
+        if self.original is None:
+            return False
+        self._copy = lazy_copy(self.original)
+        if self._copy is None:
+            raise RuntimeError("recalibrate(model, batches): torch made a lazy copy of a tensor, and now makes none.")
+        self._given.append(storage_reference(self._copy))
+        self.tensors[0].data = self._copy
+        for tensor, alike in zip(self.tensors[1:], self._alike(self._copy), strict=True):
+            tensor.data = alike
+        self._copy = None
+        return True
+
+    def _alike(self, copy: Tensor) -> Iterator[Tensor]:
+        """Yield a tensor for each but the first, over the storage of `copy`, which is like the first."""
+        for memory in self.memories[1:]:
+            alike = torch.empty(0, dtype=memory.dtype, device=memory.device)
+            yield alike.set_(copy.untyped_storage(), memory.storage_offset(), memory.shape, memory.stride())
+
+    def is_written(self) -> bool:
+        moved = self._address - address(self.memories[0])  # other than 0 where others have written into the storage
+        return any(
+            address(tensor) != address(memory) + moved or tensor.shape != memory.shape
+            for tensor, memory in zip(self.tensors, self.memories, strict=True)
+        )
+
+    def restore(self) -> None:
+        for tensor, memory in zip(self.tensors, self.memories, strict=True):
+            tensor.data = memory
+        memory = self.memories[0]
+        if self.original is not None and address(memory) != self._address:
+            # Written through a tensor that is not among those that were found.
+            memory.untyped_storage().copy_(self.original.untyped_storage())
+            _left.append(self.original)
+        self.original = self._copy = None
+        while self._given:
+            separate(self._given[-1])
+            self._given.pop()
+        self.memories[0].data_ptr()  # it is alone now: being written does not move it
 
 
-def _keep(tensor: Tensor) -> _Kept:
-    grad = tensor.grad if tensor.is_leaf else None
-    return _Kept(tensor, tensor.data, _pointer(tensor), _version(tensor), tensor.requires_grad, grad)
+class _Copied:
+    """A tensor that is written in place, and a copy of what it was."""
 
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._memory = tensor.data
+        self._copy = self._memory.clone()
 
-def _is_written(kept: _Kept) -> bool:
-    return _version(kept.tensor) != kept.version or _pointer(kept.tensor) != kept.pointer
-
-
-def _restore_all_but_values(kept: _Kept) -> None:
-    tensor = kept.tensor
-    if _pointer(tensor) != kept.pointer or tensor.shape != kept.memory.shape:
-        tensor.data = kept.memory
-    if tensor.is_leaf:
-        if tensor.requires_grad != kept.requires_grad:
-            tensor.requires_grad_(kept.requires_grad)
-        if tensor.grad is not kept.grad:
-            tensor.grad = kept.grad
-
-
-class _Group:
-    """Tensors of one type and device, copied into one."""
-
-    def __init__(self, group: list[_Kept]) -> None:
-        self._group = group
-        self._memory = [kept.memory for kept in group]
-        self._copy = self._memory[0].clone() if len(group) == 1 else side_by_side(self._memory)
-
-    def values(self) -> list[tuple[_Kept, Tensor]]:
-        if len(self._group) == 1:
-            return [(self._group[0], self._copy)]
-        parts = self._copy.split([memory.numel() for memory in self._memory])
-        return [(kept, part.view(kept.memory.shape)) for kept, part in zip(self._group, parts, strict=True)]
-
-    def changed(self) -> list[tuple[_Kept, Tensor]]:
-        """Return the tensors whose bits are others now, with what they were."""
-        if not _is_plain(self._group[0].tensor):
-            return self.values()  # what its bits are can't be asked
-        with torch.no_grad():
-            now = self._memory[0] if len(self._group) == 1 else side_by_side(self._memory)
-            if _same_bits(now, self._copy):
-                return []
-            return [(kept, value) for kept, value in self.values() if not _same_bits(kept.memory, value)]
-
-
-def _grouped(all_kept: Iterable[_Kept]) -> list[list[_Kept]]:
-    groups: dict[Any, list[_Kept]] = {}
-    for kept in all_kept:
-        memory = kept.memory
-        together = memory.numel() <= _SMALL and _is_plain(kept.tensor)
-        groups.setdefault((memory.dtype, memory.device) if together else id(kept.tensor), []).append(kept)
-    return list(groups.values())
+    def restore(self) -> None:
+        tensor, memory = self.tensor, self._memory
+        plain = _is_plain(tensor)
+        if tensor.shape != memory.shape or (plain and tensor.data_ptr() != memory.data_ptr()):
+            tensor.data = memory
+        if plain and any(stride == 0 and size > 1 for stride, size in zip(memory.stride(), memory.shape, strict=True)):
+            return  # one value stands at many places: no write in place goes there
+        if not plain or not _same_bits(memory, self._copy):  # of others nothing tells what their bits are
+            with torch.inference_mode() if tensor.is_inference() else nullcontext():
+                memory.copy_(self._copy)
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_quantized
+    return (
+        type(tensor) in _PLAIN
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )
 
 
-def _cant_be_written(tensor: Tensor) -> bool:
-    """Whether it has no memory (on the meta device, or freed by FSDP), or one value stands at many places: no write in
-    place goes there."""
-    if tensor.is_meta or (_is_plain(tensor) and tensor.numel() > 0 and tensor.untyped_storage().size() == 0):
-        return True
-    strided = tensor.layout is torch.strided and not tensor.is_contiguous()
-    return strided and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+def _holds_any(memory: Tensor, addresses: Iterable[int]) -> bool:
+    storage = memory.untyped_storage()
+    begin = address(memory) - memory.storage_offset() * memory.element_size()
+    return any(begin <= each < begin + storage.nbytes() for each in addresses)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
@@ -143,18 +198,3 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     bits = _BITS[one.element_size()]
     # A NaN is not equal to itself, and -0.0 is to 0.0.
     return torch.equal(one.view(bits), other.view(bits)) if one.dtype.is_floating_point else torch.equal(one, other)
-
-
-def _version(tensor: Tensor) -> int:
-    """The number of in-place writes so far; a tensor made in inference mode does not count them."""
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _pointer(tensor: Tensor) -> int:
-    return tensor.data_ptr() if _is_plain(tensor) else 0
-
-
-def _write(kept: _Kept, value: Tensor) -> None:
-    inference = kept.tensor.is_inference()
-    with torch.inference_mode() if inference else out_of_inference_mode(), torch.no_grad():
-        kept.memory.copy_(value)

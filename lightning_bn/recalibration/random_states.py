@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_bn.recalibration.transaction import completely
+
 __all__ = ["generator_keeper", "is_generator", "kept_random_states"]
 
 # Containers longer than this hold data and no generators.
@@ -30,11 +32,15 @@ def kept_random_states(batches: object) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         restores.append(_keeper(numpy.random.get_state, numpy.random.set_state))
+
+    def restore() -> None:
+        for each in restores:
+            each()
+
     try:
         yield
     finally:
-        for restore in restores:
-            restore()
+        completely(restore)
 
 
 def _keeper(get: Callable[[], Any], put: Callable[[Any], Any]) -> Callable[[], Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
-from lightning_bn.recalibration.interrupts import HeldInterrupts
-from lightning_bn.recalibration.transaction import StatisticsChange, undo
+from lightning_bn.recalibration.transaction import StatisticsChange, completely, undo
 from lightning_bn.tables import html_table, text_table
 
 __all__ = ["LayerReport", "RecalibrationReport"]
@@ -78,8 +78,7 @@ class RecalibrationReport:
         Nothing else was changed, so the model is what it was; an averaging's history was never touched. After a dry run
         there is nothing to undo and nothing happens. Under several ranks each calls it for itself.
         """
-        with HeldInterrupts():
-            undo(self._changes)
+        completely(partial(undo, self._changes))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain numbers, strings, lists and dicts; what is not finite is None, as JSON has no

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,8 @@ from lightning_bn.modes import eager, extra_pass
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.recalibration.collection import OnePass, PassResult, merged
 from lightning_bn.recalibration.feeding import Forward, feed, to_device
-from lightning_bn.recalibration.interrupts import HeldInterrupts
-from lightning_bn.recalibration.kept_objects import Weights, kept
+from lightning_bn.recalibration.kept_objects import kept
+from lightning_bn.recalibration.kept_tensors import KeptTensors
 from lightning_bn.recalibration.measuring import measured
 from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_reports
 from lightning_bn.recalibration.random_states import kept_random_states
@@ -57,11 +56,8 @@ def recalibrate(
     ``running_mean`` and ``running_var`` become the mean and the variance of what each layer gets from the data. They
     are written in place, at the end, and nothing else is changed: not ``num_batches_tracked``, no mode, hook, momentum,
     gradient or random state (torch's, the accelerator's, numpy's, Python's, those in the loader). Whatever is raised on
-    the way, Ctrl-C included, leaves the statistics as they were too. Gradients are off, and every layer is in eval
-    mode, dropout too: the statistics are those of inference. (Behind dropout of rate p the variance in training is
-    1/(1-p) times that at inference, twice as large at p = 0.5. This removes the difference; it does not always lower
-    the loss, since the weights were trained with it: an MLP's negative log-likelihood went from .219 to .246 at p =
-    0.3.)
+    the way leaves the statistics as they were too; so does Ctrl-C, unless it comes after they are written. Gradients
+    are off, and every layer is in eval mode, dropout too: the statistics are those of inference.
 
     Args:
         model: any module; layers of torch, of this package and any other subclass of ``_BatchNorm``. Of a
@@ -80,16 +76,11 @@ def recalibrate(
         pooled: True, the mean and the *unbiased* variance of all the data together, each value counted once. False,
             Ioffe & Szegedy's estimator: the average of the batch means and of the *unbiased within-batch* variances,
             each batch counted once.
-        exact: False, each layer normalises with the batch, as in training: the first layer's statistics are right for
-            any batches, deeper ones are biased if batches are small, since what they get was normalised by a small
-            batch (variance -9 to -14 % with 8 images a batch, -2 to -3 % with 32). True, the batches go through the
-            network together and each layer normalises all of them with its new statistics: those of the network as it
-            runs at inference, for batches of any size and order. It takes about as long. It needs the memory of an
-            eval forward on ``num_batches * batch_size`` images at once, so choose `num_batches` accordingly. It can't
-            stop early, so it takes no `tolerance`. A layer that is called
-            several times in a forward has its new statistics only at the last call, at earlier ones those of the calls
-            so far. Around a layer the forward may change autocast, grad and inference mode; other global states are
-            common to all batches.
+        exact: False, each layer normalises with the batch, as in training: deeper layers' statistics are biased where
+            batches are small. True, the batches go through the network together and each layer normalises all of them
+            with its new statistics: those of the network as it runs at inference, for batches of any size and order.
+            It takes about as long, and the memory of an eval forward on ``num_batches * batch_size`` images at once. It
+            can't stop early, so it takes no `tolerance`.
         layers: None, those that track statistics and are not frozen: frozen is a layer of whose parameters (of one
             without any: of whose module) none has ``requires_grad=True``, and, in a model in training mode, one in eval
             mode. ``"all"``: the frozen too. Or a predicate ``(name, module) -> bool``.
@@ -123,9 +114,10 @@ def recalibrate(
     its last one, which does not count; a forward that raises there ends the other ranks by the group's timeout.
 
     What the forward writes elsewhere is restored too: parameters, gradients, buffers, and what the model's attributes
-    hold at any depth. For this all tensors of the model are copied when the pass begins, on their own device, and kept
-    until it ends: it takes the memory of a second model, gradients included. A value that can't be copied raises a
-    TypeError with its name, before the first batch runs.
+    hold at any depth, but for iterators, attributes in slots and objects of classes written in C. For this the forward
+    works on lazy copies of the model's tensors, on their own device: what nobody writes takes no memory. Tensors in
+    shared memory or over an array of numpy's are copied. An array that was taken from a tensor before, is held outside
+    of the model and is written by the forward is not seen.
 
     Example:
         >>> import torch
@@ -155,16 +147,22 @@ def recalibrate(
         _check_exact(exact, sharded)
         run = _runner(core, forward, device)
     ranks.agree(_common(core, chosen, options, pooled=pooled, sharded=sharded))
-    # What the pass holds is freed inside the block: a Ctrl-C while it is freed behind it would come after the change
-    # and before the caller has the report.
-    with HeldInterrupts() as interrupts:
-        estimator = Estimator(chosen, ranks, pooled=pooled, prior=prior)
-        return _recalibrate(core, chosen, ranks, batches, run, estimator, options, interrupts, sharded=sharded)
+    report, changes = _estimated(
+        core,
+        chosen,
+        ranks,
+        batches,
+        run,
+        options,
+        Estimator(chosen, ranks, pooled=pooled, prior=prior),
+        sharded=sharded,
+    )
+    commit(changes)
+    return report
 
 
-def recalibrated(
-    model: nn.Module, batches: Iterable[Any], **options: Any
-) -> AbstractContextManager[RecalibrationReport]:
+@contextmanager
+def recalibrated(model: nn.Module, batches: Iterable[Any], **options: Any) -> Iterator[RecalibrationReport]:
     """Recalibrate `model` inside the block, and restore the old statistics bit for bit afterwards, also on an
     exception.
 
@@ -186,50 +184,51 @@ def recalibrated(
         >>> model[0].running_mean
         tensor([0.])
     """
-    return _Recalibrated(partial(recalibrate, model, batches, **options))
+    report = recalibrate(model, batches, **options)
+    try:
+        yield report
+    finally:
+        report.rollback()
 
 
-class _Recalibrated(AbstractContextManager[RecalibrationReport]):
-    """A class, since a generator's block begins only after code of contextlib's in which a Ctrl-C is not held."""
-
-    def __init__(self, call: Callable[[], RecalibrationReport]) -> None:
-        self._call = call
-
-    def __enter__(self) -> RecalibrationReport:
-        with HeldInterrupts() as interrupts:
-            self._report = self._call()
-            interrupts.undo = self._report.rollback
-            return self._report  # between the end of `with` and the user's block Python looks for no signal
-
-    def __exit__(self, *_: object) -> None:
-        self._report.rollback()
-
-
-def _recalibrate(
+def _estimated(
     model: nn.Module,
     chosen: list[BatchNormLayer],
     ranks: Ranks,
     batches: Iterable[Any],
     run: Callable[[Any], object],
-    estimator: Estimator,
     options: _Options,
-    interrupts: HeldInterrupts,
+    estimator: Estimator,
     *,
     sharded: bool,
-) -> RecalibrationReport:
+) -> tuple[RecalibrationReport, list[StatisticsChange]]:
+    """Let the data through the model, and return the report, and the changes to make; nothing is changed yet."""
     collection = _pass(chosen, ranks, estimator, options, sharded=sharded)
     with (
-        _all_else_kept(model, batches) as weights,
+        _all_else_kept(model, batches) as tensors,
         measured([layer.module for layer in chosen], collection.on_input),
-        interrupts.allowed(),
     ):
-        seen = _collected(collection, ranks, batches, run, weights, interrupts, sharded=sharded)
+        try:
+            seen = collection.collect(batches, run if options.exact else _with_the_weights_as_they_are(run, tensors))
+        except BaseException as error:
+            # Other ranks of a sharded model wait in a forward, for parameters, and would take a word for these.
+            if not sharded:
+                ranks.fail(error)
+            raise
+        seen = merged(seen, ranks)
         changes = agreed_changes(chosen, ranks, estimator, seen)
-    report = _report(chosen, changes, seen, options)
-    if not options.dry_run:
-        interrupts.undo = report.rollback
-        commit([change for change in changes if change is not None])
-    return report
+    made = [] if options.dry_run else [change for change in changes if change is not None]
+    return _report(chosen, changes, seen, options), made
+
+
+def _with_the_weights_as_they_are(run: Callable[[Any], object], tensors: KeptTensors) -> Callable[[Any], None]:
+    """Return a `run` after which the next batch meets the weights unchanged; in lockstep all batches run at once."""
+
+    def run_one(batch: Any) -> None:
+        run(batch)
+        tensors.restore_parameters()
+
+    return run_one
 
 
 @dataclass(frozen=True)
@@ -301,19 +300,19 @@ def _runner(model: nn.Module, forward: Forward | None, device: torch.device | st
 
 
 @contextmanager
-def _all_else_kept(model: nn.Module, batches: object) -> Iterator[Weights]:
+def _all_else_kept(model: nn.Module, batches: object) -> Iterator[KeptTensors]:
     """Prepare the model for a pass over the data, and put back at exit what the preparation or the pass changes."""
     # Not inference mode, and out of the caller's: what the model caches on the way would be of no use for training.
     with (
         extra_pass(),
         kept_random_states(batches),
-        kept(model=model) as weights,
+        kept(model=model) as tensors,
         eager(model),
         torch.inference_mode(False),
         torch.no_grad(),
     ):
         model.eval()
-        yield weights
+        yield tensors
 
 
 def _pass(
@@ -332,39 +331,6 @@ def _pass(
     from lightning_bn.recalibration.exact import ExactPass  # it alone needs greenlet
 
     return ExactPass(modules, ranks, estimator, num_batches=options.num_batches, progress=options.progress)
-
-
-def _collected(
-    collection: OnePass | ExactPass,
-    ranks: Ranks,
-    batches: Iterable[Any],
-    run: Callable[[Any], object],
-    weights: Weights,
-    interrupts: HeldInterrupts,
-    *,
-    sharded: bool,
-) -> PassResult:
-    """Let the data through, and return what all ranks have seen together."""
-
-    def run_one(batch: Any) -> None:
-        run(batch)
-        interrupts.check()
-
-    def run_with_the_weights_as_they_are(batch: Any) -> None:
-        run_one(batch)
-        weights.batch_is_done()
-
-    try:
-        # In lockstep all batches are on their way at once: what they write into weights is undone when all are through.
-        seen = collection.collect(
-            batches, run_with_the_weights_as_they_are if isinstance(collection, OnePass) else run_one
-        )
-    except BaseException as error:
-        # Other ranks of a sharded model wait in a forward, for parameters, and would take a word for these.
-        if not sharded:
-            ranks.fail(error)
-        raise
-    return merged(seen, ranks)
 
 
 def _report(

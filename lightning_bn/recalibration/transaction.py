@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
-import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.buffers import running_statistics
 
-__all__ = ["StatisticsChange", "commit", "undo"]
+__all__ = ["StatisticsChange", "commit", "completely", "undo"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,23 @@ class StatisticsChange:
 
     def write(self, statistics: tuple[Tensor, Tensor], history: Mapping[str, Tensor]) -> None:
         """Write mean and variance into the layer's buffers, and the history where it is, in place."""
-        with torch.no_grad():
-            for buffer, value in zip(running_statistics(self.layer), statistics, strict=True):
-                buffer.copy_(value)
-            for name, tensor in self.tensors.items():
-                tensor.copy_(history[name])
+        # `detach`, and no block without grad: an interrupt at its end would leave the grad mode behind.
+        for buffer, value in zip(running_statistics(self.layer), statistics, strict=True):
+            buffer.detach().copy_(value)
+        for name, tensor in self.tensors.items():
+            tensor.detach().copy_(history[name])
+
+
+def completely(undo: Callable[[], None]) -> None:
+    """Call `undo`, which may be done twice, and again where a Ctrl-C ends it half-way.
+
+    One that comes between two instructions around the call is not caught: Python can't hold it back there.
+    """
+    try:
+        undo()
+    except BaseException:
+        undo()
+        raise
 
 
 def undo(changes: Iterable[StatisticsChange]) -> None:
@@ -48,5 +60,5 @@ def commit(changes: list[StatisticsChange]) -> None:
         for change in changes:
             change.write(change.new, change.new_history)
     except BaseException:
-        undo(changes)
+        completely(partial(undo, changes))
         raise
