@@ -1,0 +1,49 @@
+"""What a recalibration costs beside the forwards grows with the layers, and not faster; counted, not timed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recalibration_models import mlp
+from torch import Tensor, nn
+
+import lightning_bn
+from lightning_bn import recalibrate
+
+
+def bytecodes(call: Callable[[], object]) -> int:
+    """Return how many bytecodes of the package `call` runs, those of comprehensions too."""
+    package, count = str(Path(lightning_bn.__file__).parent), 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return count
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_four_times_the_layers_are_four_times_the_work(exact: bool) -> None:
+    """In bytecodes of the package."""
+    few, many = (mlp(layers) for layers in (40, 160))
+    batches = list(torch.randn(2, 8, 10))
+
+    def run(model: nn.Module, data: list[Tensor]) -> int:
+        return bytecodes(lambda: recalibrate(model, data, exact=exact, progress=False))
+
+    run(few, batches)  # imports
+    assert run(many, batches) < 4 * run(few, batches)
