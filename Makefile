@@ -44,6 +44,7 @@ bench: .venv/dev.installed
 	$(BIN)/python benchmarks/host_cost.py
 	$(BIN)/python benchmarks/batch_norm.py
 	$(BIN)/python benchmarks/recalibration.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/activation_stats.py
 	$(BIN)/python benchmarks/communication.py
 	$(BIN)/python benchmarks/page.py
