@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -60,21 +60,20 @@ class KeptTensors:
                 untyped = memory.untyped_storage()
                 if tensor.numel() and not untyped.nbytes():  # FSDP has freed it
                     continue
-                storage = by_storage.get(untyped._cdata)
-                if storage is None:
-                    storage = by_storage[untyped._cdata] = _Storage(memory)
-                    self._storages.append(storage)
-                storage.tensors.append(tensor)
-                storage.memories.append(memory)
+                if untyped._cdata in by_storage:
+                    by_storage[untyped._cdata].members.append((tensor, memory))
+                else:
+                    by_storage[untyped._cdata] = _Storage(tensor, memory)
+                    self._storages.append(by_storage[untyped._cdata])
             for storage in self._storages:
-                if (arrays and _holds_any(storage.memories[0], arrays)) or not storage.exchange():
-                    self._copied += map(_Copied, storage.tensors)
+                if (arrays and _holds_any(storage.members[0][1], arrays)) or not storage.exchange():
+                    self._copied += [_Copied(tensor) for tensor, _ in storage.members]
             self._storages = [storage for storage in self._storages if storage.original is not None]
 
     def restore_parameters(self) -> None:
         """Undo what was written into parameters since `exchange`."""
         for storage in self._storages:
-            if storage.is_written() and any(isinstance(tensor, torch.nn.Parameter) for tensor in storage.tensors):
+            if storage.is_written() and any(isinstance(tensor, torch.nn.Parameter) for tensor, _ in storage.members):
                 storage.exchange()
         for copied in self._copied:
             if isinstance(copied.tensor, torch.nn.Parameter):
@@ -101,13 +100,13 @@ class _Storage:
     the storage itself stays where it is, for all who hold it.
     """
 
-    __slots__ = ("_address", "_copy", "_given", "memories", "original", "tensors")
+    __slots__ = ("_address", "_copy", "_given", "members", "original")
 
-    def __init__(self, memory: Tensor) -> None:
+    def __init__(self, tensor: Tensor, memory: Tensor) -> None:
+        self.members = [(tensor, memory)]
+        """Each tensor over the storage, and the same memory as no parameter: that stays when other memory is put under
+        the tensor."""
         self._address = address(memory)
-        self.tensors: list[Tensor] = []
-        self.memories: list[Tensor] = []
-        """The same memory as the tensors', and no parameters: they stay when other memory is put under those."""
         # Copies are in attributes, and not in local variables, which the traceback of an interrupt would hold.
         self.original: Tensor | None = None
         """A lazy copy, like the first tensor, that nobody writes into."""
@@ -117,45 +116,40 @@ class _Storage:
     def exchange(self) -> bool:
         """Let the tensors work on a new copy; return whether there is one."""
         if self.original is None:
-            self.original = lazy_copy(self.memories[0])
+            self.original = lazy_copy(self.members[0][1])
         if self.original is None:
             return False
         self._copy = lazy_copy(self.original)
         if self._copy is None:
             raise RuntimeError("recalibrate(model, batches): torch made a lazy copy of a tensor, and now makes none.")
         self._given.append(storage_reference(self._copy))
-        self.tensors[0].data = self._copy
-        for tensor, alike in zip(self.tensors[1:], self._alike(self._copy), strict=True):
-            tensor.data = alike
+        self.members[0][0].data = self._copy
+        for tensor, memory in self.members[1:]:
+            alike = torch.empty(0, dtype=memory.dtype, device=memory.device)
+            place = (memory.storage_offset(), memory.shape, memory.stride())
+            tensor.data = alike.set_(self._copy.untyped_storage(), *place)
         self._copy = None
         return True
 
-    def _alike(self, copy: Tensor) -> Iterator[Tensor]:
-        """Yield a tensor for each but the first, over the storage of `copy`, which is like the first."""
-        for memory in self.memories[1:]:
-            alike = torch.empty(0, dtype=memory.dtype, device=memory.device)
-            yield alike.set_(copy.untyped_storage(), memory.storage_offset(), memory.shape, memory.stride())
-
     def is_written(self) -> bool:
-        moved = self._address - address(self.memories[0])  # other than 0 where others have written into the storage
+        moved = self._address - address(self.members[0][1])  # other than 0 where others have written into the storage
         return any(
             address(tensor) != address(memory) + moved or tensor.shape != memory.shape
-            for tensor, memory in zip(self.tensors, self.memories, strict=True)
+            for tensor, memory in self.members
         )
 
     def restore(self) -> None:
-        for tensor, memory in zip(self.tensors, self.memories, strict=True):
+        for tensor, memory in self.members:
             tensor.data = memory
-        memory = self.memories[0]
+        memory = self.members[0][1]
         if self.original is not None and address(memory) != self._address:
             # Written through a tensor that is not among those that were found.
             memory.untyped_storage().copy_(self.original.untyped_storage())
             _left.append(self.original)
         self.original = self._copy = None
         while self._given:
-            separate(self._given[-1])
-            self._given.pop()
-        self.memories[0].data_ptr()  # it is alone now: being written does not move it
+            separate(self._given.pop())
+        memory.data_ptr()  # it is alone now: being written does not move it
 
 
 class _Copied:

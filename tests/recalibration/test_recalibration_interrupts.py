@@ -73,7 +73,7 @@ def test_an_interrupt_while_it_prepares_or_undoes_changes_nothing(exact: bool) -
     line = 0
     while interrupt_at(line, lambda: recalibrate(model, batches, exact=exact, progress=False), undoing=True):
         assert before == everything(model), f"after line {line}"
-        line += 1 + line // 25
+        line += 1 + line // 40
     assert line > 400
     assert before != everything(model)
 
