@@ -21,6 +21,7 @@ REFERENCE: dict[str, dict[str, list[str]]] = {
         "ActivationStatsMonitor": ["table", "episodes", "ailments", "verdict", "picture"],
         "BatchNormRecalibration": [],
         "ConvertBatchNorm": [],
+        "FreezeBatchNorm": [],
         "CompareAverages": ["recommended"],
         "BatchNormSync": ["apply", "revert"],
     },

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.activation_stats import ActivationStatsMonitor as ActivationStatsMonitor
     from lightning_bn.callbacks.comparison import CompareAverages as CompareAverages
     from lightning_bn.callbacks.conversion import ConvertBatchNorm as ConvertBatchNorm
+    from lightning_bn.callbacks.freezing import FreezeBatchNorm as FreezeBatchNorm
     from lightning_bn.callbacks.mode_check import ModeCheck as ModeCheck
     from lightning_bn.callbacks.recalibration import BatchNormRecalibration as BatchNormRecalibration
     from lightning_bn.callbacks.synchronisation import BatchNormSync as BatchNormSync
@@ -55,6 +56,7 @@ __all__ = [
     "Exponential",
     "Finding",
     "Fix",
+    "FreezeBatchNorm",
     "LayerReport",
     "ModeCheck",
     "ModeCheckError",
@@ -89,6 +91,7 @@ _LAZY: dict[str, str] = {
     "Exponential": "averaging",
     "Finding": "rules",
     "Fix": "rules",
+    "FreezeBatchNorm": "callbacks.freezing",
     "LayerReport": "recalibration.report",
     "ModeCheck": "callbacks.mode_check",
     "ModeCheckError": "rules",

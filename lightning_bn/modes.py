@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.torch_internals import is_compiled
@@ -17,6 +18,8 @@ __all__ = [
     "eager",
     "evaluating",
     "extra_pass",
+    "held_in_eval",
+    "is_held_in_eval",
     "is_extra_pass",
     "kept_attribute",
     "kept_modes",
@@ -78,6 +81,44 @@ def evaluating(module: nn.Module, *, training: Iterable[nn.Module] = ()) -> Iter
             # Not .train(): that is recursive, and a layer may carry modules of its own (an activation, a dropout).
             submodule.training = True
         yield
+
+
+@contextmanager
+def held_in_eval(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Keep batch norms in eval mode from their next forward on, whoever calls ``train()`` of them or of a module around
+    them, or sets their flag; each flag is as before at exit. Copies that are made inside are held by nobody."""
+    layers = list(layers)
+    with kept_attribute(layers, "training"), ExitStack() as stack:
+        for layer in layers:
+            vars(layer)["train"] = _StaysInEval(layer)
+            stack.callback(vars(layer).pop, "train")
+            stack.callback(layer.register_forward_pre_hook(_back_to_eval, prepend=True).remove)
+        yield
+
+
+def is_held_in_eval(layer: nn.Module) -> bool:
+    """Whether the layer is inside of `held_in_eval`."""
+    return isinstance(vars(layer).get("train"), _StaysInEval)
+
+
+class _StaysInEval:
+    """Stands before a layer's own ``train``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        for child in self._layer.children():  # an activation or a dropout of the layer's own
+            child.train(mode)
+        return self._layer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._layer, "train")  # which a copy does not have yet, so it gets that of its class
+
+
+def _back_to_eval(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    if is_held_in_eval(layer):  # not a copy, which has this hook too
+        layer.training = False
 
 
 @contextmanager

@@ -143,7 +143,12 @@ EITHER = {
     "pytorch_lightning.cli",
 }
 CALLBACKS = {
-    f"callbacks.{name}" for name in ("activation_stats", "comparison", "conversion", "mode_check", "recalibration")
+    "callbacks.activation_stats",
+    "callbacks.comparison",
+    "callbacks.conversion",
+    "callbacks.freezing",
+    "callbacks.mode_check",
+    "callbacks.recalibration",
 }
 
 

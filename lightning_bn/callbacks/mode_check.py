@@ -27,8 +27,9 @@ from lightning_bn.callbacks.observing import boundary_of, observing
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
-from lightning_bn.discovery import parts_called_by
+from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.deferred import settle_together
+from lightning_bn.modes import is_held_in_eval
 from lightning_bn.rules import RULES, Finding, ModeCheckError
 from lightning_bn.rules.arguments import Setting, check_action, check_codes
 from lightning_bn.rules.finding import Action, markdown
@@ -244,10 +245,11 @@ class ModeCheck(Callback):
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         """Set the hooks; the findings of earlier runs of the same module are not told again."""
+        held = [layer.name for layer in find_batch_norms(module) if is_held_in_eval(layer.module)]
         setting = Setting(
             root="self",
             caller="ModeCheck",
-            allow_eval=as_patterns(module, self.allow_eval),
+            allow_eval=(*as_patterns(module, self.allow_eval), *held),
             ranks=trainer.world_size,
             accumulated=trainer.accumulate_grad_batches,
             manual=not module.automatic_optimization,
