@@ -93,7 +93,7 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def fitted(rank: int, group: Any, folder: str) -> dict[str, Any]:
+def fitted(rank: int, group: Any, folder: Path) -> dict[str, Any]:
     """A Trainer for each process, which knows of no other: the callbacks' group alone tells who shares a model."""
     monitor = ActivationStatsMonitor(every_n_steps=1, verbose=False, process_group=group)
     recalibration = BatchNormRecalibration(forward=lambda module, batch: module.net(batch), process_group=group)
@@ -242,9 +242,8 @@ def whole(step: int) -> Tensor:
     return torch.cat([data(rank, step, 8 - rank) for rank in range(4)])
 
 
-def each_rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    processes.join_group(rank, world, f"{folder}/store")
+def each_rank(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    processes.join_group(rank, world, folder / "store")
     groups = [dist.new_group(members) for members in NAMES]
     own, other = groups[rank // 2], groups[1 - rank // 2]
     results: dict[str, Any] = {f"recalibrated, {exact}": recalibrated(rank, own, exact) for exact in (False, True)}
@@ -263,5 +262,4 @@ def each_rank(rank: int, world: int, folder: str) -> None:
     results["one step"] = one_step(rank)
     results["tensor parallel"] = in_tensor_parallel(rank)
     results["resumed"] = resumed(rank, own)
-    torch.save(results, f"{folder}/{rank}.pt")
-    processes.leave_group()
+    return results

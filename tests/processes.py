@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +53,21 @@ def spawn(function: Callable[..., None], world: int, *arguments: Any, seconds: f
                 process.kill()
 
 
-def join_group(rank: int, world: int, store: str) -> None:
+def results(function: Callable[..., Any], world: int, folder: Path, *arguments: Any, seconds: float = 150) -> list[Any]:
+    """Return what ``function(rank, world, folder, *arguments)`` returned in each of `world` processes; a group that it
+    joined is left behind it."""
+    spawn(_save, world, folder, function, arguments, seconds=seconds)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _save(rank: int, world: int, folder: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.save(function(rank, world, folder, *arguments), folder / f"{rank}.pt")
+    if dist.is_initialized():
+        leave_group()
+
+
+def join_group(rank: int, world: int, store: Path) -> None:
     """Make this process a member of a gloo group that meets at the file `store`."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -83,7 +84,7 @@ def fsdp2(tensor_parallel: int = 1) -> Strategy:
     return ModelParallelStrategy(data_parallel_size=2 // tensor_parallel, tensor_parallel_size=tensor_parallel)
 
 
-def fit(folder: str, *callbacks: pl.Callback, strategy: Strategy, **options: Any) -> dict[str, Any]:
+def fit(folder: Path, *callbacks: pl.Callback, strategy: Strategy, **options: Any) -> dict[str, Any]:
     runner = trainer(
         *callbacks,
         devices=2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import processes
@@ -253,13 +254,12 @@ def test_mistakes_are_told(build: Any, error: type[Exception], message: str) -> 
         build()
 
 
-def _rank(rank: int, world: int, batches: list[list[Tensor]], folder: str) -> None:
-    processes.join_group(rank, world, f"{folder}/store")
+def _rank(rank: int, world: int, folder: Path, batches: list[list[Tensor]]) -> dict[str, Any]:
+    processes.join_group(rank, world, folder / "store")
     stats = ActivationStats(3, histogram=True)
     for batch in batches[rank]:
         stats.update(batch)
-    torch.save(plain(stats.compute()), f"{folder}/{rank}.pt")
-    processes.leave_group()
+    return plain(stats.compute())
 
 
 def test_two_processes_are_as_one(tmp_path: Any) -> None:
@@ -270,8 +270,7 @@ def test_two_processes_are_as_one(tmp_path: Any) -> None:
     }.items():
         folder = tmp_path / name
         folder.mkdir()
-        processes.spawn(_rank, 2, batches, str(folder))
-        found = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+        found = processes.results(_rank, 2, folder, batches)
         for values in found:
             assert_same(values, oracle([batch for rank in batches for batch in rank], 3))
             assert values["histogram"] == found[0]["histogram"]

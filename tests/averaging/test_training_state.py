@@ -14,7 +14,7 @@ import pytest
 import torch
 from fitting import trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -169,21 +169,19 @@ def test_lightnings_weight_averaging_leaves_it_alone(tmp_path: Path) -> None:
     assert same(*ends)
 
 
-def _rank(rank: int, world: int, folder: str) -> None:
-    processes.join_group(rank, world, f"{folder}/store")
+def _rank(rank: int, world: int, folder: Path) -> dict[str, Tensor]:
+    processes.join_group(rank, world, folder / "store")
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(BatchNorm2d(3, averaging=Window(4)), nn.Conv2d(3, 1, 1)))
     for t in range(6):
         model(torch.randn(4, 3, 2, 2) + 10 * rank + t).sum().backward()
-    torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
-    processes.leave_group()
+    return model.module.state_dict()
 
 
 def test_ddp_does_not_broadcast_it(tmp_path: Path) -> None:
     """Two real processes keep each its own history: rank 1's holds rank 1's batches, where a buffer would be rank
     0's."""
-    processes.spawn(_rank, 2, str(tmp_path))
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = processes.results(_rank, 2, tmp_path)
     assert first["0.running_mean"].max() < 6
     assert second["0.running_mean"].min() > 8
     assert not torch.equal(first["0.averaging.rows"], second["0.averaging.rows"])

@@ -195,19 +195,17 @@ def test_own_errors_are_caught_by_either_name(pl: ModuleType) -> None:
         fit(pl, BatchNormRecalibration(checkpoints=["last"]), saver, enable_checkpointing=True)
 
 
-def _fit_two(rank: int, world: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+def _fit_two(rank: int, world: int, folder: Path, port: int) -> tuple[torch.Tensor, str]:
     processes.environment(rank, world, port)
     options = {"strategy": "ddp", "devices": world, "plugins": [BatchNormSync()], "sync_batchnorm": True}
     module, _ = fit(pytorch_lightning, **options, num_sanity_val_steps=0, max_epochs=1)
-    torch.save((module.bn1.running_mean, type(module.bn1).__name__), f"{folder}/{rank}.pt")
+    return module.bn1.running_mean, type(module.bn1).__name__
 
 
 def test_the_plugin_in_two_processes(tmp_path: Path) -> None:
     """Trainer(plugins=[BatchNormSync()], sync_batchnorm=True) is accepted, replaces no layer, and the ranks' statistics
     are the same."""
-    processes.spawn(_fit_two, 2, str(tmp_path), processes.free_port())
-    (one, kind), (other, _) = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    (one, kind), (other, _) = processes.results(_fit_two, 2, tmp_path, processes.free_port())
     assert kind == "BatchNorm1d"
     assert torch.equal(one, other)
 

@@ -22,10 +22,8 @@ def own_batches(rank: int) -> list[tuple[torch.Tensor, ...]]:
     return list(training_data().tensors[0].split([4, 9, 2, 6, 10, 3, 8, 6]))[5 * rank : 5 + 3 * rank]
 
 
-def _fits(rank: int, world: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+def _fits(rank: int, world: int, path: Path, port: int) -> dict[str, Any]:
     processes.environment(rank, world, port)
-    path = Path(folder)
     ddp: dict[str, Any] = {"strategy": "ddp", "devices": world, "use_distributed_sampler": True}
     result: dict[str, Any] = {}
 
@@ -51,14 +49,13 @@ def _fits(rank: int, world: int, folder: str, port: int) -> None:
     remember("compare", compare, logger=CSVLogger(path, name="", version="csv"), log_every_n_steps=1)
     result["compare"]["values"] = compare.scores.values
     result["compare"]["recommended"] = compare.recommended
-    torch.save(result, path / f"{rank}.pt")
+    return result
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    processes.spawn(_fits, 2, str(folder), processes.free_port())
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) | {"folder": folder} for rank in range(2)]
+    return [each | {"folder": folder} for each in processes.results(_fits, 2, folder, processes.free_port())]
 
 
 @pytest.mark.parametrize("name", ["fit_end", "unequal"])

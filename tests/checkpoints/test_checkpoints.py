@@ -126,22 +126,18 @@ def fit(case: tuple[Averaging, str, bool | None], path: Path, ckpt_path: Path | 
     return copy.deepcopy(module.state_dict())
 
 
-def _rank(rank: int, world: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+def _rank(rank: int, world: int, folder: Path, port: int) -> dict[Any, Any]:
     processes.environment(rank, world, port)
     results: dict[Any, Any] = {}
     for number, case in enumerate(CASES):
         whole = fit(case, Path(folder, f"{number}.ckpt"))
         results[number] = whole, fit(case, Path(folder, f"{number}-again.ckpt"), Path(folder, f"{number}.ckpt"))
-    torch.save(results, f"{folder}/{rank}.pt")
-    processes.leave_group()
+    return results
 
 
-def _sharded_rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    processes.join_group(rank, world, f"{folder}/store")
-    torch.save(_sharded(rank, f"{folder}/sharded"), f"{folder}/{rank}.pt")
-    processes.leave_group()
+def _sharded_rank(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    processes.join_group(rank, world, folder / "store")
+    return _sharded(rank, f"{folder}/sharded")
 
 
 def _sharded(rank: int, folder: str) -> dict[str, Any]:
@@ -192,16 +188,12 @@ def whole(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes.spawn(_rank, 2, str(folder), processes.free_port())
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return processes.results(_rank, 2, tmp_path_factory.mktemp("ranks"), processes.free_port())
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("sharded")
-    processes.spawn(_sharded_rank, 2, str(folder))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return processes.results(_sharded_rank, 2, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ class Module(pl.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
-def fit(module: Module, folder: str, *callbacks: pl.Callback, **options: Any) -> dict[str, Any]:
+def fit(module: Module, folder: Path, *callbacks: pl.Callback, **options: Any) -> dict[str, Any]:
     runner = trainer(
         *callbacks, devices=2, default_root_dir=folder, use_distributed_sampler=False, num_sanity_val_steps=0, **options
     )
@@ -83,8 +83,7 @@ def fit(module: Module, folder: str, *callbacks: pl.Callback, **options: Any) ->
     return {"state": copy.deepcopy(module.state_dict()), "outputs": module.seen}
 
 
-def _rank(rank: int, world: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+def _rank(rank: int, world: int, folder: Path, port: int) -> dict[Any, Any]:
     processes.environment(rank, world, port)
     results: dict[Any, Any] = {}
     for option, arguments in OPTIONS.items():
@@ -105,8 +104,7 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
         results["recalibrated", only] = _recalibrated(rank, only)
         results["evaluated", only] = _evaluated_alone(rank, only)
     results["sent"] = {name: _sent(averaging) for name, averaging in AVERAGES.items()}
-    torch.save(results, f"{folder}/{rank}.pt")
-    processes.leave_group()
+    return results
 
 
 def _one_is_empty(rank: int, only: bool) -> dict[str, Tensor]:
@@ -150,9 +148,7 @@ def _sent(averaging: Averaging | None) -> Any:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes.spawn(_rank, 2, str(folder), processes.free_port())
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return processes.results(_rank, 2, tmp_path_factory.mktemp("ranks"), processes.free_port())
 
 
 def statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:

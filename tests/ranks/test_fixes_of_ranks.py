@@ -7,7 +7,6 @@ from typing import Any
 
 import processes
 import pytest
-import torch
 from applied_fixes import Program, Run, dataset, run
 from found import of, serious
 from lightning.pytorch.strategies import DDPStrategy
@@ -28,8 +27,7 @@ def own_class(rank: int) -> TensorDataset:
     return TensorDataset(images[labels == rank], labels[labels == rank])
 
 
-def _rank(rank: int, world: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+def _rank(rank: int, world: int, folder: Path, port: int) -> dict[tuple[str, int], tuple[Run, Run]]:
     processes.environment(rank, world, port)
     results: dict[tuple[str, int], tuple[Run, Run]] = {}
     shared = {"data": own_class(rank), "devices": 2, "default_root_dir": folder, "use_distributed_sampler": False}
@@ -39,15 +37,13 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
             wrong = run(Program, strategy=DDPStrategy(**strategy), **options)
             (finding,) = of(code, wrong.findings)
             results[name, seed] = wrong, run(Program, finding, strategy=DDPStrategy(**strategy), **options)
-    torch.save(results, f"{folder}/rank{rank}.pt")
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, int], tuple[Run, Run]]]:
     """What the fits of each rank came to, with the mistake and mended."""
-    folder: Path = tmp_path_factory.mktemp("fixes")
-    processes.spawn(_rank, 2, str(folder), processes.free_port())
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return processes.results(_rank, 2, tmp_path_factory.mktemp("fixes"), processes.free_port())
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import processes
@@ -62,8 +63,7 @@ def without_a_trainer(rank: int, *, recalibrates: bool) -> dict[str, Any]:
         return found | {"weights": [parameter.detach().clone() for parameter in model.parameters()]}
 
 
-def _rank(rank: int, world: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+def _rank(rank: int, world: int, folder: Path, port: int) -> dict[Any, Any]:
     processes.environment(rank, world, port)
     results: dict[Any, Any] = {"plain": fit(folder, strategy=OnCPU())}
     results["sync"] = fit(folder, BatchNormSync(), strategy=OnCPU())
@@ -83,15 +83,12 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
     results["alone"] = without_a_trainer(rank, recalibrates=False)
     results["recalibrated"] = without_a_trainer(rank, recalibrates=True)
     results["exact"] = error_of(lambda: recalibrate(sharded(network()), [DATA], exact=True, progress=False))
-    torch.save(results, f"{folder}/{rank}.pt")
-    processes.leave_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes.spawn(_rank, 2, str(folder), processes.free_port())
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return processes.results(_rank, 2, tmp_path_factory.mktemp("ranks"), processes.free_port())
 
 
 def weights(state: dict[str, Tensor]) -> dict[str, Tensor]:

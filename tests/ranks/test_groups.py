@@ -18,9 +18,7 @@ from lightning_bn import Window, convert_batch_norm, recalibrate
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes.spawn(each_rank, WORLD, str(folder))
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return processes.results(each_rank, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", ["recalibrated, False", "recalibrated, True", "one group alone"])

@@ -75,9 +75,8 @@ def cases() -> list[tuple[str, torch.dtype, bool]]:
     return names + [(name, torch.float64, True) for name in ("ours", "window", "pooled window")]
 
 
-def _rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    processes.join_group(rank, world, f"{folder}/store")
+def _rank(rank: int, world: int, folder: Path) -> dict[Any, Any]:
+    processes.join_group(rank, world, folder / "store")
     results: dict[Any, Any] = {}
     for case in cases():
         name, dtype, masked = case
@@ -93,8 +92,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
         assert (set(layer.__dict__), type(layer), list(layer.state_dict())) == before
         results[case] = steps, layer.state_dict()
     results["statistics only"] = [_statistics_only(rank, name) for name in LAYERS]
-    torch.save(results, f"{folder}/{rank}.pt")
-    processes.leave_group()
+    return results
 
 
 def _statistics_only(rank: int, name: str) -> tuple[dict[str, Tensor], int]:
@@ -129,9 +127,7 @@ def own_batch(rank: int, step: int) -> Tensor:
 
 @pytest.fixture(scope="module", params=[2, 3])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, list[dict[Any, Any]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes.spawn(_rank, request.param, str(folder))
-    return request.param, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+    return request.param, processes.results(_rank, request.param, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -199,8 +195,7 @@ class Module(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
-def _fit(rank: int, world: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+def _fit(rank: int, world: int, folder: Path, port: int) -> tuple[Any, ...]:
     processes.environment(rank, world, port)
     ddp = {"strategy": "ddp", "plugins": [BatchNormSync()], "sync_batchnorm": True} if world > 1 else {}
     runner = trainer(devices=world, default_root_dir=folder, use_distributed_sampler=False, **ddp)
@@ -208,9 +203,7 @@ def _fit(rank: int, world: int, folder: str, port: int) -> None:
     rows = torch.randn(24, 4)
     module = Module(world)
     runner.fit(module, DataLoader([batch[rank::world] for batch in rows.split(8)], batch_size=None))
-    torch.save(
-        (module.state_dict(), [str(type(layer)) for layer in module.layers], module.calls), f"{folder}/{rank}.pt"
-    )
+    return module.state_dict(), [str(type(layer)) for layer in module.layers], module.calls
 
 
 def test_a_real_trainer(tmp_path: Path) -> None:
@@ -220,8 +213,7 @@ def test_a_real_trainer(tmp_path: Path) -> None:
     for world in (1, 2):
         folder = tmp_path / str(world)
         folder.mkdir()
-        processes.spawn(_fit, world, str(folder), processes.free_port())
-        results[world] = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+        results[world] = processes.results(_fit, world, folder, processes.free_port())
     ((expected, kinds, calls),) = results[1]
     for state, classes, seen in results[2]:
         assert (classes, seen) == (kinds, calls)
@@ -245,7 +237,7 @@ class Twice(nn.Module):
 
 @pytest.fixture
 def group_of_one(tmp_path: Path) -> Iterator[None]:
-    processes.join_group(0, 1, str(tmp_path / "store"))
+    processes.join_group(0, 1, tmp_path / "store")
     yield
     dist.destroy_process_group()
 

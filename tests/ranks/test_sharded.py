@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import processes
@@ -58,7 +59,7 @@ def fails_to_load(rank: int) -> str:
     return error_of(lambda: recalibrate(sharded(network()), batches(), progress=False))
 
 
-def saved_and_loaded(rank: int, folder: str) -> dict[str, Any]:
+def saved_and_loaded(rank: int, folder: Path) -> dict[str, Any]:
     """Train apart, recalibrate, save and load a distributed checkpoint; the layers' whole state."""
     model = convert_batch_norm(network(), Window(3))
     sharded(model)
@@ -75,8 +76,7 @@ def saved_and_loaded(rank: int, folder: str) -> dict[str, Any]:
     return {"before": before, "loaded": whole(loaded, loaded), "undone": whole(model, model)}
 
 
-def _rank(rank: int, world: int, folder: str, port: int) -> None:
-    torch.set_num_threads(1)
+def _rank(rank: int, world: int, folder: Path, port: int) -> dict[Any, Any]:
     processes.environment(rank, world, port)
     results: dict[str, Any] = {"plain": fit(folder, strategy=fsdp2())}
     results["sync"] = fit(folder, BatchNormSync(), strategy=fsdp2())
@@ -104,15 +104,12 @@ def _rank(rank: int, world: int, folder: str, port: int) -> None:
         error_of(lambda: BatchNormSync().apply(everywhere)),
         error_of(lambda: convert_batch_norm(everywhere, Window(3))),
     ]
-    torch.save(results, f"{folder}/{rank}.pt")
-    processes.leave_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes.spawn(_rank, 2, str(folder), processes.free_port())
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return processes.results(_rank, 2, tmp_path_factory.mktemp("ranks"), processes.free_port())
 
 
 def test_synchronised_is_one_process_on_the_whole_batch(results: list[dict[Any, Any]]) -> None:

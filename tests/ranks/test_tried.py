@@ -3,6 +3,7 @@ spawn."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -42,20 +43,16 @@ def penalised(*, only: bool) -> None:
     gradient.square().sum().backward()
 
 
-def _rank(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    processes.join_group(rank, world, f"{folder}/store")
+def _rank(rank: int, world: int, folder: Path) -> dict[str, str]:
+    processes.join_group(rank, world, folder / "store")
     found = {f"penalty, {only}": error_of(lambda only=only: penalised(only=only)) for only in (False, True)}
     found["join"] = error_of(lambda: uneven(rank))
-    torch.save(found, f"{folder}/{rank}.pt")
-    processes.leave_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes.spawn(_rank, 2, str(folder), seconds=60)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return processes.results(_rank, 2, tmp_path_factory.mktemp("ranks"), seconds=60)
 
 
 def test_join_ends_all_ranks(results: list[dict[str, str]]) -> None:

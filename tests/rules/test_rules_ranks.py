@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fitting import quiet, trainer
 from lightning.pytorch.strategies import DDPStrategy
-from processes import environment, free_port, spawn
+from processes import environment, free_port, results
 from small_data import BATCHES, data
 from small_models import Module
 from test_rules_docs import PRELUDE, SECTIONS, codes
@@ -27,26 +26,21 @@ def found(folder: Path, strategy: DDPStrategy, batches: int, epochs: int) -> lis
     return [(finding.level, finding.code) for finding in check.findings]
 
 
-def _rank(rank: int, world: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def _rank(rank: int, world: int, folder: Path, port: int) -> dict[str, Any]:
     environment(rank, world, port)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(PRELUDE, namespace)
-    documented = [codes(namespace, block) for block in SECTIONS["BN306"]]
-    results = {
-        "documented": documented,
+    return {
+        "documented": [codes(namespace, block) for block in SECTIONS["BN306"]],
         "honest": found(folder, DDPStrategy(), 2 * BATCHES, epochs=2),
         "own": found(folder, DDPStrategy(broadcast_buffers=False), 12, epochs=1),
     }
-    torch.save(results, folder / f"rank{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found in all fits, one after the other in one group."""
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn(_rank, 2, free_port(), folder)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return results(_rank, 2, tmp_path_factory.mktemp("ranks"), free_port())
 
 
 def test_programs_of_two_processes(ranks: list[dict[str, Any]]) -> None:
