@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 # An error inside of an observer is hidden from users, and never from these tests, nor from the processes they start.
 os.environ[RERAISE] = "1"
+
+# Each Trainer asks which packages bring callbacks, which is most of what making one takes. None is installed meanwhile.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 DEVICES = ["cpu"]
 if torch.accelerator.is_available():
@@ -35,6 +41,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marker = item.get_closest_marker("timeout")
         seconds = float(marker.args[0] if marker else config.getini("timeout"))
         item.add_marker(pytest.mark.timeout(limit(seconds)), append=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Let a Ctrl-C that a test sends itself, and that nobody takes, fail that test: pytest would end all."""
+    try:
+        return (yield)
+    except KeyboardInterrupt:
+        if "interrupts_are_heard" in pyfuncitem.fixturenames:
+            pytest.fail("an interrupt that this test sent itself came where none was expected")
+        raise
 
 
 @pytest.fixture(autouse=True)

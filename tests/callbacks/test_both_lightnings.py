@@ -237,20 +237,32 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert lightning_bn.to_torch(Other()).load_state_dict(state, strict=False)
 
 
-@pytest.mark.parametrize(
-    ("imports", "expected"),
-    [
-        ("import lightning.pytorch", "lightning.pytorch"),
-        ("import pytorch_lightning", "pytorch_lightning"),
-        ("import lightning.pytorch, pytorch_lightning", "pytorch_lightning"),
-        ("import torchmetrics", "lightning.pytorch"),
-    ],
-)
-def test_lightning_goes_on_speaking_through_the_logger_of_the_package_in_use(imports: str, expected: str) -> None:
+SPEAKS = {
+    "import lightning.pytorch": "lightning.pytorch",
+    "import pytorch_lightning": "pytorch_lightning",
+    "import lightning.pytorch, pytorch_lightning": "pytorch_lightning",
+    "import torchmetrics": "lightning.pytorch",
+}
+"""Whose logger Lightning speaks through after which imports."""
+
+_SPEAKS = """
+import os, sys
+import matplotlib.pyplot, scipy.signal, torch._dynamo  # what takes longest, and imports none of the packages in question
+assert not {"lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics"} & set(sys.modules)
+for imports in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        exec(imports)
+        from lightning_bn import ModeCheck
+        import lightning_utilities.core.rank_zero as rank_zero
+        print(rank_zero.log.name, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_lightning_goes_on_speaking_through_the_logger_of_the_package_in_use() -> None:
     """A level that a user set for the package they imported stays in force, though this package imports both."""
-    code = (
-        f"{imports}; from lightning_bn import ModeCheck; import lightning_utilities.core.rank_zero as rank_zero; "
-        "print(rank_zero.log.name)"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [f"{expected}.utilities.rank_zero"]
+    command = [sys.executable, "-W", "ignore", "-c", _SPEAKS, *SPEAKS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [f"{package}.utilities.rank_zero" for package in SPEAKS.values()]

@@ -56,14 +56,20 @@ def build(kind: type[Module] = Module) -> Module:
     return kind()
 
 
-def test_all_three_callbacks() -> None:
+@pytest.fixture(scope="module")
+def plain() -> pl.LightningModule:
+    """A compiled module, fitted without a callback."""
+    return fit(build())
+
+
+def test_all_three_callbacks(plain: pl.LightningModule) -> None:
     """They see every layer, find no mistake, recalibrate to the data under the final weights, and change no weight."""
     monitor, check, recalibration = (
         ActivationStatsMonitor(every_n_steps=2),
         ModeCheck(action="raise"),
         BatchNormRecalibration(),
     )
-    plain, watched = fit(build()), fit(build(), monitor, check, recalibration)
+    watched = fit(build(), monitor, check, recalibration)
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert {row["layer"] for row in monitor.table()} >= {"bn1", "rest.0", "rest.3", "rest.4"}
@@ -81,16 +87,16 @@ def test_all_three_callbacks() -> None:
     )
 
 
-def test_recalibrated_before_validation_it_trains_on() -> None:
+def test_recalibrated_before_validation_it_trains_on(plain: pl.LightningModule) -> None:
     """In the middle of the fit too, without a change to what is trained, to the bit."""
-    assert parameters_equal(fit(build()), fit(build(), BatchNormRecalibration(when="validation")))
+    assert parameters_equal(plain, fit(build(), BatchNormRecalibration(when="validation")))
 
 
-def test_compiled_is_eager() -> None:
+def test_compiled_is_eager(plain: pl.LightningModule) -> None:
     """A windowed model has the weights, statistics and history of an uncompiled fit."""
-    compiled, eager = fit(build()), fit(build(), compiled=False)
+    eager = fit(build(), compiled=False)
     for key, value in eager.state_dict().items():
-        torch.testing.assert_close(compiled.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(plain.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mistake_is_found() -> None:

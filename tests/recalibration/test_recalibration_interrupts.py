@@ -19,8 +19,9 @@ from lightning_bn.recalibration import kept_objects, kept_tensors, random_states
 
 
 @pytest.fixture(autouse=True)
-def _interrupts_are_heard() -> Iterator[None]:
-    """A test run that was started in the background inherits that SIGINT is ignored."""
+def interrupts_are_heard() -> Iterator[None]:
+    """A test run that was started in the background inherits that SIGINT is ignored; one that comes where none was
+    expected fails its test alone, by `conftest.pytest_pyfunc_call`."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
