@@ -247,7 +247,7 @@ SPEAKS = {
 
 _SPEAKS = """
 import os, sys
-import matplotlib.pyplot, scipy.signal, torch._dynamo  # what takes longest, and imports none of the packages in question
+import matplotlib.pyplot, scipy.signal, torch._dynamo  # what takes longest, and imports none of those in question
 assert not {"lightning", "pytorch_lightning", "lightning_utilities", "torchmetrics"} & set(sys.modules)
 for imports in sys.argv[1:]:
     child = os.fork()

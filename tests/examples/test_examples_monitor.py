@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from limits import limit
-
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "pictures", "words"),
     [
@@ -23,11 +20,11 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
         ),
     ],
 )
-def test_example(name: str, pictures: set[str], words: tuple[str, ...], tmp_path: Path) -> None:
+def test_example(
+    name: str, pictures: set[str], words: tuple[str, ...], tmp_path: Path, run_example: Callable[..., tuple[str, str]]
+) -> None:
     """After one epoch each, the example has printed its table and left one PNG a picture."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--epochs", "1", "--images", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit(250))
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in words)
+    out, _ = run_example(name, "--epochs", "1", "--images", str(tmp_path))
+    assert all(word in out for word in words)
     found = {path.stem: path.read_bytes()[:8] for path in tmp_path.glob("*.png")}
     assert found == dict.fromkeys(pictures, b"\x89PNG\r\n\x1a\n")
