@@ -106,20 +106,20 @@ GROUND = {
     "outermost",
     "channel_moments",
     "tables",
-    "number_blocks",
+    "grids",
     "sharding",
     "error_boundary",
 }
 MAY_IMPORT: dict[str, set[str]] = {
-    "journal": {"number_blocks"},  # nor torch: see the test below
-    "dashboard": {"journal"},
+    "journal": {"grids"},  # nor torch: see the test below
+    "dashboard": {"journal", "grids"},
     "torch_internals": set(),
     "buffers": set(),
     "discovery": set(),
     "error_boundary": set(),
     "choices": {"discovery", "error_boundary"},
     "tables": set(),
-    "number_blocks": set(),
+    "grids": set(),
     "modes": {"torch_internals", "buffers", "discovery"},
     "outermost": {"torch_internals"},
     "moments": {"torch_internals"},

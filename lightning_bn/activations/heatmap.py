@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bn.activations.column import Scale
+from lightning_bn.activations.column import Scale, Statistic
 from lightning_bn.activations.pool_to_host import Array
-from lightning_bn.activations.sample import KNOWN, WARM_UP
-from lightning_bn.activations.sample_to_table import Grid
+from lightning_bn.grids import Grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,19 +24,19 @@ DPI = 100
 PALE = 0.6  # how far what is in warm-up is on its way to white
 
 
-def draw_grid(grid: Grid) -> Pixels:
-    """Draw one statistic: layers downwards in forward order, steps to the right. Names in red are beyond the limits at
+def draw_grid(grid: Grid, statistic: Statistic) -> Pixels:
+    """Draw a statistic: layers downwards in forward order, steps to the right. Names in red are beyond the limits at
     the last step; what is in warm-up is pale, and its name is not red.
 
     Returns:
         (height, width, 3) uint8.
     """
-    shown = grid.thinned(MAX_COLUMNS)
-    sick = grid.statistic.is_sick(grid.values[:, -1]) & (grid.states[:, -1] == KNOWN)
-    axes, bar = _figure(shown.layers, grid.statistic.label[0].upper() + grid.statistic.label[1:])
-    _paint(axes, bar, shown.values, grid.statistic.scale, shown.states == WARM_UP)
+    shown = grid.thinned(MAX_COLUMNS, statistic)
+    sick = statistic.sick(grid.values[:, -1]) & ~grid.warming[:, -1]
+    axes, bar = _figure(shown.layers, statistic.label[0].upper() + statistic.label[1:])
+    _paint(axes, bar, shown.values, statistic.scale, shown.warming)
     _name_layers(axes, shown.layers, sick)
-    _name_steps(axes, shown.steps)
+    _name_steps(axes, shown.first.tolist())
     return _pixels(axes)
 
 

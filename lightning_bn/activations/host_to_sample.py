@@ -163,9 +163,9 @@ class SampleBuilder:
 
         for place, name in enumerate(DRIFT_STATISTICS):
             if name in STATISTICS:
-                _mark(values, states, name, layout.norms, ~STATISTICS[name].is_sick(norms.settled[:, place]))
+                _mark(values, states, name, layout.norms, ~STATISTICS[name].sick(norms.settled[:, place]))
         near = STATISTICS["weight_near_zero"]
-        small = near.is_sick(near.value(norms))
+        small = near.sick(near.value(norms))
         # Small from the first sample on, which an optimizer may have moved away from 0 by one step.
         self._zero_born = small if self._zero_born is None else self._zero_born & small
         _mark(values, states, "weight_near_zero", layout.norms, self._zero_born)
@@ -192,7 +192,7 @@ class SampleBuilder:
 def _mark(values: Array, states: States, name: str, rows: Any, explained: Mask | bool = True) -> None:
     """Mark what is sick in some rows of a column, and explained, as warm-up."""
     column = COLUMNS.index(name)
-    sick = STATISTICS[name].is_sick(values[rows, column]) & (states[rows, column] == KNOWN)
+    sick = STATISTICS[name].sick(values[rows, column]) & (states[rows, column] == KNOWN)
     states[rows, column] = np.where(sick & explained, WARM_UP, states[rows, column])
 
 

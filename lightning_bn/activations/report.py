@@ -92,10 +92,9 @@ class Report:
         if samples == self._drawn or not self.heatmaps or not self.sinks:
             return
         self._drawn, self._next_drawing = samples, samples * _GROWTH
-        for name in (each.name for each in STATISTICS.values() if each.mapped):
-            grid = table.grid("train", name)
-            if grid.layers:
-                self._add(name, draw_grid(grid), step)
+        for name, statistic in STATISTICS.items():
+            if statistic.mapped and (grid := table.grid("train", name)).layers:
+                self._add(name, draw_grid(grid, statistic), step)
         if sample.channels:
             layers = list(sample.channels)
             means, deviations = zip(*sample.channels.values(), strict=True)

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_bn.activations.column import is_beyond
 from lightning_bn.activations.pool_to_host import Array, Mask
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
 
@@ -70,7 +69,7 @@ class Sample:
     def sick(self) -> Mask:
         """Return which cells are beyond their limits and not in warm-up: (R, len(STATISTICS))."""
         values, states = self.values[:, _PLACES], self.states[:, _PLACES]
-        found: Mask = is_beyond(values, _LOW, _HIGH) & (states == KNOWN)
+        found: Mask = ((values < _LOW) | (values > _HIGH)) & (states == KNOWN)
         return found
 
 

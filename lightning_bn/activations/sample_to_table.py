@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from io import StringIO
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +15,12 @@ from lightning_bn.activations.column import Statistic
 from lightning_bn.activations.episodes import Episode, Episodes, verdict
 from lightning_bn.activations.pool_to_host import Array, Mask, silent_numbers
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
-from lightning_bn.activations.sample import ABSENT, KNOWN, WARM_UP, Sample, States, dicts, is_judged, warm_ups
-from lightning_bn.number_blocks import NumberBlock
+from lightning_bn.activations.sample import ABSENT, WARM_UP, Sample, States, dicts, is_judged, warm_ups
+from lightning_bn.grids import Grid
 
-__all__ = ["Grid", "LayerTable", "scalars", "worst_layers"]
+__all__ = ["LayerTable", "scalars", "worst_layers"]
 
 INDEX = ("layer", "stage", "step", "epoch")
-_PLACE = "\0"  # where stage, step and epoch go in the lines of a sample
-
-
-@dataclass(frozen=True)
-class Grid:
-    """One statistic of one stage, layer by layer and step by step."""
-
-    statistic: Statistic
-    layers: tuple[str, ...]
-    steps: tuple[int, ...]
-    values: Array  # (L, T); NaN where there is none
-    states: States  # (L, T): `ABSENT`, `KNOWN` or `WARM_UP`
-
-    def thinned(self, columns: int) -> Grid:
-        """Return at most `columns` columns, each the worst of the samples it stands for, so that no short illness is
-        lost."""
-        if len(self.steps) <= columns:
-            return self
-        starts = np.linspace(0, len(self.steps), columns, endpoint=False).astype(int)
-        # What is in warm-up is no illness, and NaN is the worst.
-        distance = np.nan_to_num(self.statistic.distance(self.values), nan=np.inf) + (self.states == KNOWN)
-        distance = np.where(self.states == ABSENT, -2.0, np.where(self.states == WARM_UP, -1.0, distance))
-        parts = np.split(np.arange(len(self.steps)), starts[1:])
-        rows = np.arange(len(self.layers))
-        worst = [part[distance[:, part].argmax(axis=1)] for part in parts]
-        values, states = (
-            np.stack([each[rows, place] for place in worst], axis=1) for each in (self.values, self.states)
-        )
-        return replace(self, steps=tuple(self.steps[start] for start in starts), values=values, states=states)
 
 
 @dataclass(frozen=True)
@@ -82,7 +52,6 @@ class LayerTable:
         self._order: list[str] = []
         self._episodes = Episodes()
         self._warm_up: int | None = None
-        self._block = NumberBlock(6, missing="")
 
     def append(self, stage: str, step: int, epoch: int, sample: Sample) -> None:
         """Add one sample."""
@@ -122,8 +91,10 @@ class LayerTable:
             values[rows, index], states[rows, index] = taken.values[:, column], taken.states[:, column]
         applies: Mask = np.any(is_judged(states), axis=1)
         kept = tuple(layer for layer, does in zip(self._order, applies, strict=True) if does)
-        steps = tuple(taken.step for taken in samples)
-        return Grid(STATISTICS[name], kept, steps, values[applies], states[applies])
+        values, states = values[applies], states[applies]
+        steps = np.array([taken.step for taken in samples], dtype=np.int64)
+        nans = np.isnan(values) & (states != ABSENT)
+        return Grid(kept, steps, steps, values, nans, states == WARM_UP, len(samples))
 
     @property
     def episodes_begun(self) -> int:
@@ -143,27 +114,15 @@ class LayerTable:
         """Write the newest sample to the end of a CSV file, with six significant digits, and a head line where the file
         is new. A statistic that does not apply is empty, one without a value is ``nan``."""
         taken = self._samples[-1]
-        new = not path.exists() or path.stat().st_size == 0
-        has_value, warm = taken.states != ABSENT, (taken.states == WARM_UP).any(axis=1)
-        notes = tuple(warm_ups(states) if is_warm else "" for states, is_warm in zip(taken.states, warm, strict=True))
-        place = f",{taken.stage},{taken.step},{taken.epoch},"
-
-        def lay_out(cells: list[list[str]]) -> str:
-            rows = zip(taken.layers, cells, notes, strict=True)
-            return "".join(f"{_cell(layer)}{_PLACE}{','.join(each)},{note}\r\n" for layer, each, note in rows)
-
-        text = self._block.text(taken.values, has_value, (taken.layers, notes), lay_out).replace(_PLACE, place)
+        has_value = (taken.states != ABSENT).tolist()
+        rows = zip(taken.layers, taken.values.tolist(), has_value, taken.states, strict=True)
         with path.open("a", newline="") as file:
-            if new:
-                file.write(",".join((*INDEX, *COLUMNS, "warm_up")) + "\r\n")
-            file.write(text)
-
-
-def _cell(layer: str) -> str:
-    """A name as a cell of a CSV file, in a format string."""
-    text = StringIO()
-    csv.writer(text, lineterminator="").writerow([layer])
-    return text.getvalue().replace("%", "%%")
+            writer = csv.writer(file)
+            if file.tell() == 0:
+                writer.writerow((*INDEX, *COLUMNS, "warm_up"))
+            for layer, values, has, states in rows:
+                cells = [f"{value:.6g}" if is_there else "" for value, is_there in zip(values, has, strict=True)]
+                writer.writerow((layer, taken.stage, taken.step, taken.epoch, *cells, warm_ups(states)))
 
 
 def _merged(order: Sequence[str], newest: Sequence[str]) -> list[str]:

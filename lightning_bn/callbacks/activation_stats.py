@@ -190,7 +190,7 @@ class ActivationStatsMonitor(Callback):
                 f"picture({statistic!r}, {stage!r}): there is no such row in the table; there are "
                 f"{', '.join(known) or 'none'}."
             )
-        return draw_grid(grid)
+        return draw_grid(grid, STATISTICS[statistic])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         select_layers(nn.Identity(), self.layers)  # a choice that is none is told before anything runs

@@ -116,7 +116,8 @@ class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
         return self._read(request, lambda reader: make(reader, asked.get("statistic", ""), asked.get("stage", "train")))
 
     def _layer(self, request: Any) -> Any:
-        return self._read(request, lambda reader: layer_of(reader, request.args.get("layer", "")))
+        # Of a long run it takes seconds, in which others may read.
+        return layer_of(self._read(request, JournalReader.snapshot), request.args.get("layer", ""))
 
     def _channels(self, request: Any) -> Any:
         return self._read(request, lambda reader: channels_of(reader, request.args.get("layer", "")))

@@ -113,14 +113,14 @@ def _parts(readers: Mapping[str, JournalReader], journals: Mapping[str, Path]) -
 def _grids(readers: Mapping[str, JournalReader], columns: int) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, reader in readers.items():
         for stage, samples in reader.samples.items():
-            for statistic in dict.fromkeys(n for sample in samples[-1:] for n in sample.statistics()):
+            for statistic in dict.fromkeys(n for sample in samples[-1:] for n in sample.statistics):
                 yield f"grid/{stage}/{statistic}/{name}", grid_of(reader, statistic, stage, columns=columns)
 
 
 def _cells(readers: Mapping[str, JournalReader]) -> int:
     """Return how many numbers one column of all grids has."""
     newest = [samples[-1] for reader in readers.values() for samples in reader.samples.values() if samples]
-    return sum(len(sample.rows) * len(sample.statistics()) for sample in newest)
+    return sum(len(sample.rows) * len(sample.statistics) for sample in newest)
 
 
 def _channels(reader: JournalReader) -> dict[str, Any]:

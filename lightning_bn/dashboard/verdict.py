@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from lightning_bn.journal.grid import Limits
+from lightning_bn.grids import Limits
 from lightning_bn.journal.reader import JournalReader
 
-__all__ = ["gap_of", "nearest_limit", "verdict_of"]
+__all__ = ["gap_of", "limits_of", "nearest_limit", "verdict_of"]
 
 MEASURE = 'Trainer(callbacks=[CompareAverages({"window 20": Window(20)}, monitor="val_loss"), ...])'
 """What measures the gap, for the next run."""
@@ -39,6 +40,17 @@ def verdict_of(journal: JournalReader, findings: list[dict[str, Any]]) -> dict[s
     return {"level": "healthy", "text": "Healthy: no layer was beyond its limits", "nearest": nearest}
 
 
+def limits_of(statistic: Mapping[str, Any]) -> Limits:
+    """Return the limits of an entry of the journal's ``statistics`` line."""
+    low, high, healthy = (statistic.get(name) for name in ("low", "high", "healthy"))
+    return Limits(
+        low=-np.inf if low is None else float(low),
+        high=np.inf if high is None else float(high),
+        healthy=None if healthy is None else float(healthy),
+        log=bool(statistic.get("log")),
+    )
+
+
 FARTHEST = 10.0
 """The largest share of the way to a limit that is told apart."""
 
@@ -48,12 +60,12 @@ def nearest_limit(journal: JournalReader) -> dict[str, Any] | None:
     best: dict[str, Any] | None = None
     statistics = {each["name"]: each for each in journal.whole("statistics").get("statistics", [])}
     for stage, samples in journal.samples.items():
-        for name in samples[-1].statistics() if samples else ():
+        for name in samples[-1].statistics if samples else ():
             column = samples[-1].column(name)
             if column is None:
                 continue
             values = column.values
-            used = _used(values, Limits.of(statistics.get(name, {})))
+            used = _used(values, limits_of(statistics.get(name, {})))
             used[[*samples[-1].warming.get(name, ()), *samples[-1].layout.unjudged.get(name, ())]] = -1
             place = int(used.argmax()) if used.size else 0
             if used.size and used[place] > (best["used"] if best else 0):

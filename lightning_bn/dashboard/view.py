@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_bn.dashboard.findings import findings_of
-from lightning_bn.dashboard.verdict import gap_of, nearest_limit, verdict_of
-from lightning_bn.journal.grid import Grid, Limits, make_grid, make_row
-from lightning_bn.journal.reader import JournalReader
+from lightning_bn.dashboard.verdict import gap_of, limits_of, nearest_limit, verdict_of
+from lightning_bn.grids import Grid, Limits
+from lightning_bn.journal.reader import JournalReader, grid_of_layers, grids_of_layer
 
 __all__ = ["MAX_COLUMNS", "channels_of", "grid_of", "layer_of", "overview_of", "summary_of"]
 
@@ -77,7 +77,7 @@ def grid_of(
     last: int | None = None,
 ) -> dict[str, Any]:
     """Return a heat map: layers, the steps of each column, and values; None is missing, "nan" is NaN."""
-    grid = make_grid(journal.samples.get(stage, []), statistic)
+    grid = grid_of_layers(journal.samples.get(stage, []), statistic)
     if first is not None or last is not None:
         grid = grid.within(first if first is not None else 0, last if last is not None else 2**62)
     thin = grid.thinned(columns, _limits(journal).get(statistic, Limits()))
@@ -95,15 +95,13 @@ def layer_of(journal: JournalReader, layer: str, *, columns: int = MAX_COLUMNS) 
     limits = _limits(journal)
     found: dict[str, dict[str, Any]] = {}
     for stage, samples in journal.samples.items():
-        for statistic in samples[-1].statistics() if samples else ():
-            grid = make_row(samples, statistic, layer).thinned(columns, limits.get(statistic, Limits()))
-            if grid.layers:
-                plain = _plain_grid(grid)
-                found.setdefault(statistic, {})[stage] = {
-                    "steps": plain["first"],
-                    "values": plain["values"][0],
-                    "warming": plain["warming"][0],
-                }
+        for statistic, grid in grids_of_layer(samples, layer).items():
+            plain = _plain_grid(grid.thinned(columns, limits.get(statistic, Limits())))
+            found.setdefault(statistic, {})[stage] = {
+                "steps": plain["first"],
+                "values": plain["values"][0],
+                "warming": plain["warming"][0],
+            }
     return found
 
 
@@ -159,7 +157,7 @@ def _statistics(journal: JournalReader, findings: list[dict[str, Any]]) -> list[
     stages: dict[str, list[str]] = {}
     for stage in _STAGES:
         samples = journal.samples.get(stage, [])
-        for name in samples[-1].statistics() if samples else ():
+        for name in samples[-1].statistics if samples else ():
             stages.setdefault(name, []).append(stage)
     episodes = [each for each in findings if each["source"] == "monitor"]
     return [
@@ -242,7 +240,7 @@ def _plain(journal: JournalReader, kind: str) -> list[dict[str, Any]]:
 
 
 def _limits(journal: JournalReader) -> dict[str, Limits]:
-    return {each["name"]: Limits.of(each) for each in journal.whole("statistics").get("statistics", [])}
+    return {each["name"]: limits_of(each) for each in journal.whole("statistics").get("statistics", [])}
 
 
 def _unjudged(journal: JournalReader, stage: str, statistic: str, layers: tuple[str, ...]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from itertools import repeat
 from typing import Any
 
 __all__ = ["FILE_NAME", "VERSION", "decode", "encode", "encode_numbers", "encode_object"]
@@ -34,14 +35,15 @@ def encode_object(members: Iterable[tuple[str, str]]) -> str:
     return "{" + ",".join(f"{json.dumps(name)}:{value}" for name, value in members) + "}"
 
 
-def encode_numbers(values: Iterable[float | None]) -> str:
-    """Return a JSON list of numbers with five significant digits; None, where there is no value, becomes null.
+def encode_numbers(values: Iterable[float], has_value: Iterable[bool] | None = None) -> str:
+    """Return a JSON list of numbers with five significant digits; what has no value becomes null.
 
     Example:
-        >>> encode_numbers([1 / 3, None, float("nan"), 2e-30])
+        >>> encode_numbers([1 / 3, 0.0, float("nan"), 2e-30], [True, False, True, True])
         '[0.33333,null,"nan",2e-30]'
     """
-    return "[" + ",".join([_number(value) for value in values]) + "]"
+    pairs = zip(values, repeat(True) if has_value is None else has_value)  # noqa: B905
+    return "[" + ",".join([_number(value) if has else "null" for value, has in pairs]) + "]"
 
 
 _NUMBER = (int, float)
@@ -110,9 +112,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "null"
+def _number(value: float) -> str:
     return f"{value:.5g}" if math.isfinite(value) else f'"{value}"'
 
 

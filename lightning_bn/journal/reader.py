@@ -2,20 +2,99 @@
 
 from __future__ import annotations
 
+import json
+import re
+import warnings
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_bn.grids import Grid
 from lightning_bn.journal.lines import VERSION, decode
-from lightning_bn.journal.sample import Rows, Sample
 
-__all__ = ["JournalReader"]
+__all__ = ["JournalReader", "JournalSample", "grid_of_layers", "grids_of_layer"]
 
+_VALUES = b',"values":{'
+_NAMES = re.compile(rb'"([^"\\]+)":\[')
 _SAMPLE = b'{"kind":"sample",'
 
 # Of these the last line says all.
 _WHOLE = ("journal", "statistics", "layers")
+
+
+@dataclass(frozen=True)
+class JournalRows:
+    """What the rows of samples are, which seldom changes."""
+
+    names: tuple[str, ...]
+    unjudged: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """By statistic, the rows for which its limits do not hold."""
+
+
+@dataclass(frozen=True)
+class JournalColumn:
+    """One statistic of all layers."""
+
+    values: NDArray[np.float32]
+    """(R,); NaN where there is none."""
+    nans: tuple[int, ...] = ()
+    """The rows whose value was NaN."""
+
+
+@dataclass(eq=False)
+class JournalSample:
+    """The statistics of all layers at one step, which stay text until one of them is asked for."""
+
+    step: int
+    epoch: int
+    layout: JournalRows
+    rates: dict[str, float]
+    warming: dict[str, list[int]]
+    """By statistic, the rows whose value says nothing yet."""
+    _text: bytes
+    _columns: dict[str, JournalColumn | None] = field(default_factory=dict)
+
+    @classmethod
+    def of_line(cls, line: bytes, rows: Mapping[str, JournalRows]) -> tuple[str, JournalSample]:
+        """Return the stage and the sample of a line.
+
+        Raises:
+            TypeError, ValueError: it was cut short or is damaged.
+        """
+        head, found, text = line.partition(_VALUES)
+        if not found or not line.endswith(b"}}"):
+            raise ValueError("half a sample")
+        fields = decode(head + b"}")
+        layout = rows.get(fields["rows"]) or _nameless(text)
+        rates, warming = fields.get("rates") or {}, fields.get("warming") or {}
+        return fields["stage"], cls(fields["step"], fields["epoch"], layout, rates, warming, text[:-2])
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The layers, in forward order."""
+        return self.layout.names
+
+    @property
+    def statistics(self) -> list[str]:
+        """The names of those that some layer has."""
+        return [name.decode() for name in _NAMES.findall(self._text)]
+
+    def column(self, statistic: str) -> JournalColumn | None:
+        """Return a statistic of all layers, None where no layer has it."""
+        if statistic not in self._columns:
+            text = self._part(statistic)
+            self._columns[statistic] = None if text is None else _column(text, len(self.rows))
+        return self._columns[statistic]
+
+    def _part(self, statistic: str) -> bytes | None:
+        key = b'"' + statistic.encode() + b'":['
+        start = self._text.find(key)
+        return None if start < 0 else self._text[start + len(key) : self._text.find(b"]", start)]
 
 
 @dataclass
@@ -32,14 +111,14 @@ class JournalReader:
         [{'kind': 'epoch', 'step': 0, 'epoch': 0}]
     """
 
-    samples: dict[str, list[Sample]] = field(default_factory=lambda: defaultdict(list))
+    samples: dict[str, list[JournalSample]] = field(default_factory=lambda: defaultdict(list))
     """By stage."""
     events: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
     """By kind, every other line, in the order of the file."""
     skipped: int = 0
     """Lines that could not be read."""
     _rest: bytes = b""
-    _rows: dict[str, Rows] = field(default_factory=dict)
+    _rows: dict[str, JournalRows] = field(default_factory=dict)
 
     def feed(self, data: bytes) -> None:
         """Take in what comes next in the file; half a line waits for the other half."""
@@ -71,7 +150,7 @@ class JournalReader:
     def _take(self, line: bytes) -> None:
         try:
             if line.startswith(_SAMPLE):
-                self._append(*Sample.of_line(line, self._rows))
+                self._append(*JournalSample.of_line(line, self._rows))
             else:
                 self._sort_in(decode(line))
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -81,7 +160,7 @@ class JournalReader:
         kind = fields["kind"]
         if kind == "rows":
             unjudged = {name: frozenset(map(int, places)) for name, places in (fields.get("unjudged") or {}).items()}
-            self._rows[fields["id"]] = Rows(tuple(map(str, fields["rows"])), unjudged)
+            self._rows[fields["id"]] = JournalRows(tuple(map(str, fields["rows"])), unjudged)
             return
         if kind == "start":
             self._forget_after(fields["step"], everything=not fields.get("resumed"))
@@ -89,7 +168,7 @@ class JournalReader:
             self.events[kind].clear()
         self.events[kind].append(fields)
 
-    def _append(self, stage: str, sample: Sample) -> None:
+    def _append(self, stage: str, sample: JournalSample) -> None:
         samples = self.samples[stage]
         while samples and samples[-1].step >= sample.step:
             samples.pop()
@@ -103,6 +182,107 @@ class JournalReader:
             if kind not in ("journal", "start"):
                 self.events[kind] = [] if everything else [each for each in events if each.get("step", 0) <= step]
 
+    def snapshot(self) -> JournalReader:
+        """Return a reader of what has come so far, which no later line changes."""
+        return replace(self, samples={stage: list(samples) for stage, samples in self.samples.items()})
+
     def version_is_known(self) -> bool:
         """Return whether this reader knows the format in which the file was written."""
         return int(self.whole("journal").get("version", VERSION)) <= VERSION
+
+
+def _column(text: bytes, rows: int) -> JournalColumn | None:
+    try:
+        cells = json.loads(b"[" + text + b"]")
+        values = np.array(cells, dtype=np.float32)
+    except (TypeError, ValueError):
+        return None
+    nans = tuple(row for row, cell in enumerate(cells) if cell == "nan") if b'"nan"' in text else ()
+    # Of another shape where a damaged byte made text, or a comma.
+    return JournalColumn(values, nans) if values.shape == (rows,) else None
+
+
+def _nameless(text: bytes) -> JournalRows:
+    """Rows of a sample whose line of names is damaged: they have numbers, and the map is there."""
+    first = text[text.find(b"[") + 1 : text.find(b"]")]
+    return JournalRows(tuple(f"row {number}" for number in range(1, 2 + first.count(b","))))
+
+
+def _columns_of(samples: Sequence[JournalSample], statistic: str) -> list[JournalColumn | None]:
+    """`JournalSample.column` of each sample; plain numbers are read all at once, which is several times as fast."""
+    new = [sample for sample in samples if statistic not in sample._columns]
+    texts = [(sample, text) for sample in new if (text := sample._part(statistic)) and b'"' not in text]
+    if texts:
+        numbers = _numbers(b",".join(text for _, text in texts))
+        ends = np.cumsum([len(sample.rows) for sample, _ in texts])
+        if numbers.size == ends[-1]:
+            for (sample, _), values in zip(texts, np.split(numbers, ends[:-1]), strict=True):
+                sample._columns[statistic] = JournalColumn(values)
+    return [sample.column(statistic) for sample in samples]
+
+
+def _numbers(text: bytes) -> NDArray[np.float32]:
+    """The numbers of a text; none where a damaged byte is among them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # numpy before 2.3 stops at what is no number, and warns
+        try:
+            return np.fromstring(text.replace(b"null", b"nan").replace(b'"', b""), dtype=np.float32, sep=",")
+        except (ValueError, DeprecationWarning):
+            return np.empty(0, np.float32)
+
+
+def grid_of_layers(samples: Sequence[JournalSample], statistic: str) -> Grid:
+    """Return a statistic of all layers that have it, in forward order, at every sample of a stage that has it."""
+    pairs = zip(samples, _columns_of(samples, statistic), strict=True)
+    having = [(sample, column) for sample, column in pairs if column]
+    # The newest sample has the layers in forward order; those that it lacks come behind.
+    orders = dict.fromkeys(sample.rows for sample, _ in reversed(having))
+    layers = dict.fromkeys(name for rows in orders for name in rows)
+    places = {name: place for place, name in enumerate(layers)}
+    into = {rows: np.array([places[name] for name in rows]) for rows in orders}
+    values = np.full((len(layers), len(having)), np.nan, dtype=np.float32)
+    nans, warming = np.zeros(values.shape, dtype=bool), np.zeros(values.shape, dtype=bool)
+    for at, (sample, column) in enumerate(having):
+        rows = into[sample.rows]
+        values[rows, at] = column.values
+        if column.nans:
+            nans[rows[list(column.nans)], at] = True
+        if warm := [row for row in sample.warming.get(statistic, ()) if 0 <= row < len(rows)]:
+            warming[rows[warm], at] = True
+    kept: NDArray[np.bool_] = np.any(~np.isnan(values) | nans, axis=1)
+    steps = np.array([sample.step for sample, _ in having], dtype=np.int64)
+    names = tuple(name for name, keep in zip(layers, kept, strict=True) if keep)
+    return Grid(names, steps, steps, values[kept], nans[kept], warming[kept], len(having))
+
+
+def grids_of_layer(samples: Sequence[JournalSample], layer: str) -> dict[str, Grid]:
+    """Return, by statistic, the grid of one layer; the other layers' numbers are passed over."""
+    having = [sample for sample in samples if layer in sample.rows]
+    cells: dict[bytes, list[bytes]] = defaultdict(list)
+    columns: dict[bytes, list[int]] = defaultdict(list)  # the places in `having` of the cells
+    warm: dict[str, set[int]] = defaultdict(set)  # likewise
+    row, names, pattern = -1, None, re.compile(b"")
+    for at, sample in enumerate(having):
+        if sample.rows is not names:
+            names = sample.rows
+            row = names.index(layer)
+            pattern = re.compile(
+                rb'"([^"\\]+)":\[(?:[^,\]]*,){%d}([^,\]]*)(?:,[^,\]]*){%d}\]' % (row, len(names) - row - 1)
+            )
+        for name, cell in pattern.findall(sample._text):
+            if cell != b"null":
+                cells[name].append(cell)
+                columns[name].append(at)
+        for statistic, rows in sample.warming.items():
+            if row in rows:
+                warm[statistic].add(at)
+    steps = np.array([sample.step for sample in having], dtype=np.int64)
+    found = {}
+    for name, each in columns.items():
+        values = _numbers(b",".join(cells[name]))[None]
+        if values.size != len(each):  # a damaged byte is among them
+            values = np.array([[_numbers(cell).sum() if _numbers(cell).size else np.nan for cell in cells[name]]])
+        warming = np.isin(each, list(warm[name.decode()]))[None]
+        own = steps[each]
+        found[name.decode()] = Grid((layer,), own, own, values, np.isnan(values), warming, len(own))
+    return found

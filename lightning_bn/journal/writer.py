@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_bn.journal.lines import FILE_NAME, VERSION, encode, encode_numbers, encode_object
-from lightning_bn.number_blocks import NumberBlock
 
 __all__ = ["Journal"]
 
@@ -48,7 +47,6 @@ class Journal:
         self._told: dict[str, str] = {}
         self._head: dict[str, Any] = {}
         self._rows = ""
-        self._block = NumberBlock(5, missing="null", quote='"')
         self._channels = 0
         self._next_channels: dict[str, int] = {}
 
@@ -110,16 +108,10 @@ class Journal:
             self._head = head
             self._rows = f"{zlib.crc32(encode('rows', head).encode()):08x}"
             self.write("rows", id=self._rows, **head)
-        known: NDArray[np.bool_] = np.any(has_value, axis=0)
-        names = tuple(name for name, is_known in zip(columns, known, strict=True) if is_known)
-
-        def lay_out(cells: list[list[str]]) -> str:
-            lists = (f"[{','.join(each)}]" for each in cells)
-            return encode_object((name.replace("%", "%%"), each) for name, each in zip(names, lists, strict=True))
-
         fields = {"stage": stage, "step": step, "epoch": epoch, "rows": self._rows, "rates": rates or {}}
         fields["warming"] = {name: list(places) for name, places in (warming or {}).items() if places}
-        text = self._block.text(values.T[known], has_value.T[known], names, lay_out)
+        columns_of = zip(columns, values.T.tolist(), has_value.T.tolist(), strict=True)
+        text = encode_object((name, encode_numbers(cells, has)) for name, cells, has in columns_of if any(has))
         self._append(encode("sample", fields, values=text))
 
     def wants_channels(self, stage: str, samples: int) -> bool:

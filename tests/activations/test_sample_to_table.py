@@ -41,7 +41,7 @@ def test_a_grid_has_layers_downwards_and_steps_to_the_right() -> None:
     table.append("val", 0, 0, rows(a={"std": 9.0}))
     table.append("train", 10, 0, rows(a={"std": 3.0}, late={"std": 4.0}, b={"std": 5.0}, c={}))
     grid = table.grid("train", "std")
-    assert (grid.layers, grid.steps) == (("a", "late", "b"), (0, 10))
+    assert (grid.layers, grid.first.tolist()) == (("a", "late", "b"), [0, 10])
     np.testing.assert_array_equal(grid.values, [[1, 3], [np.nan, 4], [2, 5]])
 
 
@@ -55,11 +55,11 @@ def test_thinning_keeps_the_worst(samples: int) -> None:
     table = LayerTable()
     for step, value in enumerate(values):
         table.append("train", step, 0, rows(a={"std": float(value)}))
-    thin = table.grid("train", "std").thinned(50)
-    assert len(thin.steps) == min(samples, 50)
+    thin = table.grid("train", "std").thinned(50, STATISTICS["std"])
+    assert len(thin.first) == min(samples, 50)
     assert 1e6 in thin.values
-    for column, start in enumerate(thin.steps):
-        end = thin.steps[column + 1] if column + 1 < len(thin.steps) else samples
+    for column, start in enumerate(thin.first):
+        end = thin.first[column + 1] if column + 1 < len(thin.first) else samples
         assert thin.values[0, column] == max(values[start:end], key=lambda value: abs(np.log(value)))
 
 
@@ -186,5 +186,5 @@ def test_the_csv_is_the_table(tmp_path: Path) -> None:
 def test_every_limit_can_be_reached_and_met() -> None:
     """No statistic is sick when it is healthy, and each can be."""
     for statistic in STATISTICS.values():
-        assert not statistic.is_sick(np.array([1.0 if statistic.healthy is None else statistic.healthy, np.nan])).any()
-        assert statistic.is_sick(np.array([np.inf])).all()
+        assert not statistic.sick(np.array([1.0 if statistic.healthy is None else statistic.healthy, np.nan])).any()
+        assert statistic.sick(np.array([np.inf])).all()

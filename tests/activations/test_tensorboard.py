@@ -213,7 +213,7 @@ def test_a_picture_has_the_colours_of_the_values() -> None:
             0,
             Sample.of({layer: {"std": row[column]} for layer, row in zip(layers, values, strict=True)}),
         )
-    pixels = draw_grid(table.grid("train", "std"))
+    pixels = draw_grid(table.grid("train", "std"), STATISTICS["std"])
     colours = matplotlib.colormaps["RdBu_r"].resampled(33)
     top, bottom, right = 95, len(pixels) - 55, 640 - 30
     left = round(100 * (0.25 + 0.078 * len("a")))
@@ -232,7 +232,7 @@ def test_pictures_are_as_tall_as_their_layers_need(layers: int) -> None:
     table = LayerTable()
     for step in range(3):
         table.append("train", step, 0, Sample.of({f"layer{place}.bn": {"std": 1.0} for place in range(layers)}))
-    height, width, _ = draw_grid(table.grid("train", "std")).shape
+    height, width, _ = draw_grid(table.grid("train", "std"), STATISTICS["std"]).shape
     assert (height - 150) / layers >= 13
     assert width == 640
 
@@ -246,7 +246,7 @@ def test_warm_up_is_pale() -> None:
         sample = Sample.of({"a": {"drift_mean": 0.5}, "b": {"drift_mean": 1.9}})
         sample.states[1, COLUMNS.index("drift_mean")] = state
         table.append("train", 0, 0, sample)
-        pictures.append(draw_grid(table.grid("train", "drift_mean")).astype(float))
+        pictures.append(draw_grid(table.grid("train", "drift_mean"), STATISTICS["drift_mean"]).astype(float))
     known, warm = pictures
     y, x = known.shape[0] - 55 - round((known.shape[0] - 150) / 4), 400
     assert known[y, x].tolist() != [255, 255, 255]
@@ -322,7 +322,7 @@ def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for place, each in enumerate(samples):
         table.append("train", 50 * place, 0, each)
     for name in ("std", "zero_fraction", "dead_fraction", "nonfinite", "drift_mean", "drift_var"):
-        pictures[name] = draw_grid(table.grid("train", name))
+        pictures[name] = draw_grid(table.grid("train", name), STATISTICS[name])
     noise = [generator.normal(size=64) for _ in layers]
     pictures["channels"] = draw_channels(layers, noise, Scale(-3, 3, "RdBu_r", "unit"), "Channels")
 

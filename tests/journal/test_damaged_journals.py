@@ -9,8 +9,7 @@ import numpy as np
 from journals import write_run
 
 from lightning_bn.dashboard.report import report_html
-from lightning_bn.journal.grid import make_grid
-from lightning_bn.journal.reader import JournalReader
+from lightning_bn.journal.reader import JournalReader, grid_of_layers, grids_of_layer
 
 
 def test_one_damaged_number_loses_one_sample(tmp_path: Path) -> None:
@@ -18,22 +17,23 @@ def test_one_damaged_number_loses_one_sample(tmp_path: Path) -> None:
     path = write_run(tmp_path, layers=4, samples=8)
     good = path.read_bytes()
     before = JournalReader.of_file(path).samples["train"]
-    statistic = before[3].statistics()[0]
+    statistic = before[3].statistics[0]
     line = next(each for each in good.split(b"\n") if b'"sample","stage":"train"' in each and b'"step":30,' in each)
     place = good.index(line) + line.index(b'"values":{') + line[line.index(b'"values":{') :].index(b",")
     for byte in b'x",]}0':  # a letter, the end of a text, of a list, of an object; two numbers that become one
         path.write_bytes(good[:place] + bytes([byte]) + good[place + 1 :])
         after = JournalReader.of_file(path).samples["train"]
-        grid, expected = make_grid(after, statistic), make_grid(before, statistic)
+        grid, expected = grid_of_layers(after, statistic), grid_of_layers(before, statistic)
         kept = [list(expected.first).index(step) for step in grid.first]
         assert len(kept) >= len(before) - 1
         for column, step in enumerate(grid.first):
             if step != 30:
                 np.testing.assert_array_equal(grid.values[:, column], expected.values[:, kept[column]])
         damaged = next((each for each in after if each.step == 30), None)
-        for row in range(4):
-            value = None if damaged is None else damaged.value(statistic, row)
-            assert value is None or value == before[3].value(statistic, row)
+        for row, layer in enumerate(before[3].rows):
+            own = None if damaged is None else grids_of_layer([damaged], layer).get(statistic)
+            value = grid_of_layers([before[3]], statistic).values[row, 0]
+            assert own is None or own.values[0, 0] == value or np.isnan(own.values[0, 0])
         assert "<html" in report_html({"run": path})
 
 
@@ -44,7 +44,7 @@ def test_a_damaged_line_of_names_leaves_the_numbers(tmp_path: Path) -> None:
     samples = JournalReader.of_file(path).samples["train"]
     assert len(samples) == 8
     assert samples[0].rows == ("row 1", "row 2", "row 3", "row 4")
-    assert samples[0].column(samples[0].statistics()[0]) is not None
+    assert samples[0].column(samples[0].statistics[0]) is not None
 
 
 def test_no_damage_ends_the_report(tmp_path: Path) -> None:

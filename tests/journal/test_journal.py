@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 from journals import layer_names, write_rows, write_run
 
-from lightning_bn.journal.grid import Limits, make_grid
+from lightning_bn.grids import Limits
 from lightning_bn.journal.lines import FILE_NAME
-from lightning_bn.journal.reader import JournalReader
+from lightning_bn.journal.reader import JournalReader, grid_of_layers, grids_of_layer
 from lightning_bn.journal.writer import CHANNEL_BUDGET, Journal
 
 
@@ -48,16 +48,23 @@ def test_numbers_survive(tmp_path: Path) -> None:
     write_rows(journal, "train", 7, 1, rows, rates={"SGD": 0.1}, warming={"std": [0]}, unjudged={"x": [2]})
     reader = JournalReader.of_file(tmp_path / FILE_NAME)
     (sample,) = reader.samples["train"]
-    std, x = sample.column("std"), sample.column("x")
-    assert std is not None
-    assert x is not None
-    np.testing.assert_allclose(std.values, [0.33333, math.nan, math.nan], rtol=1e-6)
-    assert std.nans == (1,)
-    np.testing.assert_allclose(x.values, [math.nan, math.inf, -2e-30], rtol=1e-6)
+    std, x = grid_of_layers([sample], "std"), grid_of_layers([sample], "x")
+    np.testing.assert_allclose(std.values[:, 0], [0.33333, math.nan], rtol=1e-6)
+    assert (std.layers, std.nans[:, 0].tolist(), std.warming[:, 0].tolist()) == (
+        ("a", "b"),
+        [False, True],
+        [True, False],
+    )
+    np.testing.assert_allclose(x.values[:, 0], [math.inf, -2e-30], rtol=1e-6)
+    for grid, name in ((std, "std"), (x, "x")):
+        for row, layer in enumerate(grid.layers):
+            own = grids_of_layer([sample], layer)[name]
+            np.testing.assert_array_equal(own.values, grid.values[row : row + 1])
+            np.testing.assert_array_equal(own.nans, grid.nans[row : row + 1])
+            np.testing.assert_array_equal(own.warming, grid.warming[row : row + 1])
+    assert "x" not in grids_of_layer([sample], "a")
     assert (sample.step, sample.epoch, sample.rates, sample.warming) == (7, 1, {"SGD": 0.1}, {"std": [0]})
     assert sample.layout.unjudged == {"x": {2}}
-    assert [sample.value("std", place) for place in (0, 2)] == [0.33333, None]
-    assert math.isnan(sample.value("std", 1) or 0)
 
 
 def test_each_line_is_in_the_file_at_once(tmp_path: Path) -> None:
@@ -115,7 +122,7 @@ def test_a_resumed_run_continues(tmp_path: Path) -> None:
             write_rows(journal, "train", step, 0, {"bn": {"std": value}})
             journal.write("finding", step=step, code="BN101")
     reader = JournalReader.of_file(tmp_path / FILE_NAME)
-    grid = make_grid(reader.samples["train"], "std")
+    grid = grid_of_layers(reader.samples["train"], "std")
     assert grid.first.tolist() == [0, 1, 2, 3, 4, 5]
     assert grid.values.tolist() == [[1, 1, 1, 2, 2, 2]]
     assert [event["step"] for event in reader.events["finding"]] == [0, 1, 2, 3, 3, 4, 5]
@@ -144,8 +151,8 @@ def test_thinning_loses_no_short_illness(at: int) -> None:
         for step in range(10_000)
     )
     reader.feed(b'{"kind":"rows","id":"r","rows":["a","b"]}\n' + text.encode())
-    for name, limits in (("std", Limits(1e-3, 1e3, 1.0, log=True)), ("dead", Limits(high=0.25))):
-        thin = make_grid(reader.samples["train"], name).thinned(300, limits)
+    for name, limits in (("std", Limits(low=1e-3, high=1e3, healthy=1.0, log=True)), ("dead", Limits(high=0.25))):
+        thin = grid_of_layers(reader.samples["train"], name).thinned(300, limits)
         assert thin.values.shape == (2, 300)
         sick = limits.sick(thin.values)
         assert sick.sum() == 1
