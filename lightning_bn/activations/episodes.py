@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -120,6 +121,18 @@ class Episodes:
             at = rows.get(key[1])
             if at is not None and told[at] and not np.isnan(values[at]):
                 self._past.append(replace(self._open.pop(key), recovered=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all there have been, as plain numbers and strings, for a run that goes on in another process."""
+        found = [asdict(each) for each in (*self._past, *self._open.values())]
+        return {"episodes": found, "newest": dict(self._newest), "begun": self.begun}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        known = [Episode(**each) for each in state["episodes"]]
+        self._past = [each for each in known if each.recovered]
+        self._open = {(each.stage, each.layer, each.statistic): each for each in known if not each.recovered}
+        self._newest, self.begun = dict(state["newest"]), state["begun"]
 
     def _extend(self, key: tuple[str, str, str], statistic: Statistic, step: int, value: float) -> None:
         known = self._open.get(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lightning_bn.activations.registry import COLUMNS, STATISTICS
 from lightning_bn.activations.sample import ABSENT, WARM_UP, Sample, States, dicts, is_judged, warm_ups
 from lightning_bn.grids import Grid
 
-__all__ = ["LayerTable", "scalars", "worst_layers"]
+__all__ = ["LayerTable", "cut_csv", "scalars", "worst_layers"]
 
 INDEX = ("layer", "stage", "step", "epoch")
 
@@ -110,6 +110,23 @@ class LayerTable:
         """Return what to tell at the end of a run, as lines of text."""
         return verdict(self.episodes(), layers=len(self._order), samples=self._counts, warm_up=self._warm_up)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run that goes on in another process needs for its verdict, as plain numbers and strings; the
+        rows stay behind."""
+        return {
+            "layers": list(self._order),
+            "samples": dict(self._counts),
+            "warm_up": self._warm_up,
+            "step": self.last_step(),
+            "episodes": self._episodes.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, without rows."""
+        self._samples = []
+        self._order, self._counts, self._warm_up = list(state["layers"]), Counter(state["samples"]), state["warm_up"]
+        self._episodes.load_state_dict(state["episodes"])
+
     def append_csv(self, path: Path) -> None:
         """Write the newest sample to the end of a CSV file, with six significant digits, and a head line where the file
         is new. A statistic that does not apply is empty, one without a value is ``nan``."""
@@ -123,6 +140,30 @@ class LayerTable:
             for layer, values, has, states in rows:
                 cells = [f"{value:.6g}" if is_there else "" for value, is_there in zip(values, has, strict=True)]
                 writer.writerow((layer, taken.stage, taken.step, taken.epoch, *cells, warm_ups(states)))
+
+
+def cut_csv(path: Path, step: int) -> None:
+    """Take out of a CSV file what a run that was killed wrote behind the checkpoint from which this one goes on: it is
+    written again.
+
+    Args:
+        path: of the file; it need not exist.
+        step: at which this run begins, whose training sample is its own, and whose evaluation the earlier run's. 0: an
+            earlier run's file goes.
+    """
+    if step == 0 or not path.exists():
+        path.unlink(missing_ok=True)
+        return
+    with path.open(newline="") as file:
+        head, *rows = [*csv.reader(file)] or [[]]
+    # A kill may have cut the last row short.
+    whole = [row for row in rows if len(row) == len(head) and row[2].isdigit()]
+    kept = [row for row in whole if int(row[2]) < step or (int(row[2]) == step and row[1] != "train")]
+    if len(kept) < len(rows):
+        part = path.with_suffix(".part")
+        with part.open("w", newline="") as file:
+            csv.writer(file).writerows([head, *kept])
+        part.replace(path)
 
 
 def _merged(order: Sequence[str], newest: Sequence[str]) -> list[str]:

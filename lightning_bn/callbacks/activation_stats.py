@@ -16,7 +16,7 @@ from lightning_bn.activations.heatmap import Pixels, draw_grid
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.report import Report
 from lightning_bn.activations.sample import Sample
-from lightning_bn.activations.sample_to_table import LayerTable, scalars
+from lightning_bn.activations.sample_to_table import LayerTable, cut_csv, scalars
 from lightning_bn.activations.tensor_to_moments import histogram_edges
 from lightning_bn.activations.watched_layers import is_watched, select_layers
 from lightning_bn.callbacks.blindness import Blindness
@@ -146,6 +146,7 @@ class ActivationStatsMonitor(Callback):
         self._blindness = Blindness()
         self._is_described = False  # in the journal, what the statistics mean
         self._is_fresh = True  # whether the table is that of a new run
+        self._first_step: int | None = None  # at which the fit began, or goes on from a checkpoint
 
     def table(self) -> list[dict[str, Any]]:
         """Return the table of the last run: a dict for each layer, stage and step.
@@ -196,7 +197,7 @@ class ActivationStatsMonitor(Callback):
         select_layers(nn.Identity(), self.layers)  # a choice that is none is told before anything runs
         self._collectors = {}
         self._report = Report([])
-        self._sampled_step = None
+        self._sampled_step = self._first_step = None
         self._blindness = Blindness()
         self._is_described = False
 
@@ -217,6 +218,8 @@ class ActivationStatsMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = logging_step(trainer)
+        if self._first_step is None:
+            self._first_step = step
         if self._sampled_step is None and self._is_due(trainer, step):
             self._sampled_step = step
         if self._sampled_step is not None:
@@ -300,6 +303,20 @@ class ActivationStatsMonitor(Callback):
         for collector in self._collectors.values():
             collector.close()
 
+    @property
+    def state_key(self) -> str:
+        """Two monitors of one Trainer have a state each."""
+        return self._generate_state_key(prefix=self.prefix, layers=_stable(self.layers))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._table.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        last, step = self._table.last_step(), state_dict["step"]
+        if last is None or step is None or last > step:
+            self._table, self._is_fresh = LayerTable(), True
+            self._table.load_state_dict(state_dict)
+
     def _collector(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> LayerCollector:
         if stage not in self._collectors:
             layers = select_layers(pl_module, self.layers)
@@ -368,8 +385,8 @@ class ActivationStatsMonitor(Callback):
     def _write(self, trainer: Trainer, stage: str) -> None:
         for directory in directories(trainer):
             directory.mkdir(parents=True, exist_ok=True)
-            if self._is_fresh and stage == "train" and logging_step(trainer) == 0:
-                (directory / FILE).unlink(missing_ok=True)  # an earlier run's
+            if self._is_fresh and self._first_step is not None:
+                cut_csv(directory / FILE, self._first_step)
             self._table.append_csv(directory / FILE)
         self._is_fresh = False
 
@@ -413,3 +430,9 @@ class ActivationStatsMonitor(Callback):
         step = self._table.last_step("train")
         if step is not None:
             self._boundary.attempt("pictures and texts", self._report.finish, self._table, self._newest, step)
+
+
+def _stable(choices: object) -> str:
+    """The choices as text that is the same in another process, where a function lies at another address."""
+    each = choices if isinstance(choices, (list, tuple)) else [choices]
+    return ", ".join(getattr(one, "__qualname__", None) or str(one) for one in each)

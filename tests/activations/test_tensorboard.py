@@ -295,7 +295,7 @@ def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pictures: dict[str, Any] = {}
     # The last picture of each statistic, the largest, stands for all of them: they are as many and as large, and drawn
     # once.
-    monkeypatch.setattr("lightning_bn.activations.report.draw_grid", lambda grid: pictures[grid.statistic.name])
+    monkeypatch.setattr("lightning_bn.activations.report.draw_grid", lambda grid, statistic: pictures[statistic.name])
     monkeypatch.setattr("lightning_bn.activations.report.draw_channels", lambda *args: pictures["channels"])
     generator = np.random.default_rng(0)
     layers = [f"model.layer{place // 50}.{place}.{'relu' if place % 2 else 'bn'}" for place in range(200)]
