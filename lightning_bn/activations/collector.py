@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.call_sites import INPUT, CallSite, CallSites
 from lightning_bn.activations.drift import Drift, DriftMeter
-from lightning_bn.activations.host_to_sample import HostMeasurements, SampleBuilder
+from lightning_bn.activations.host_to_sample import AFFINE, HostMeasurements, SampleBuilder, affine_of
 from lightning_bn.activations.metric import by_channel
 from lightning_bn.activations.moments_to_pool import Key, Pool, flatten, merge
 from lightning_bn.activations.pool_to_host import Array, joined, silent_numbers, to_host
@@ -28,7 +28,7 @@ from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.modes import eager, is_extra_pass
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.sharding import full_value
-from lightning_bn.torch_internals import in_backward, is_wrapper, parameters_of
+from lightning_bn.torch_internals import in_backward, is_wrapper
 
 __all__ = ["LayerCollector"]
 
@@ -142,6 +142,9 @@ class LayerCollector:
 
     def _open(self) -> None:
         self._is_open = True
+        if self._meter is not None and self._meter.is_outgrown():
+            self._meter.close()
+            self._meter = None
         if self._meter is None:  # built now, when the model has come to its device
             self._meter = DriftMeter(list(self._tracking.values()), self._boundary)
             names = list(self._tracking)
@@ -230,11 +233,7 @@ class LayerCollector:
         """Return all that was measured, still on the device, for one transfer; waits for nothing."""
         self._put_together()
         self._hand_in()
-        parameters = [(parameters_of(norm), norm.num_features) for norm in self._norms.values()]
-        affine = [
-            joined([_whole(tensor, width) for each, width in parameters if (tensor := each.get(name)) is not None])
-            for name in ("weight", "bias")
-        ]
+        affine = [joined([_whole(*each) for each in affine_of(self._norms.values(), name)]) for name in AFFINE]
         statistics: list[Tensor] = []
         if self._meter is not None and self._is_open:
             statistics = self._meter.readout() if self._training else self._meter.statistics()

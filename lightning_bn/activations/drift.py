@@ -113,6 +113,10 @@ class DriftMeter:
         kept in 16 bits."""
         return [index for index in self._silent(self._by_rule()) if not can_defer(self.layers[index])]
 
+    def is_outgrown(self) -> bool:
+        """Whether a layer has another number of channels by now, as after structured pruning."""
+        return any(layer.num_features != width for layer, width in zip(self.layers, self._widths, strict=True))
+
     def _by_rule(self) -> list[tuple[Averaging, list[int]]]:
         """Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer."""
         found: dict[object, tuple[Averaging, list[int]]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,24 @@ from lightning_bn.activations.sample_history import ChannelHistory, ZeroStart
 from lightning_bn.activations.sample_rows import Indices, RowLayout, RowNames, lay_out
 from lightning_bn.moments import Moments
 
-__all__ = ["HostMeasurements", "SampleBuilder"]
+__all__ = ["AFFINE", "HostMeasurements", "SampleBuilder", "affine_of"]
 
 # A channel of the input that hardly varies in training is compared in units of a tenth of the whole input's deviation.
 INPUT_FLOOR = 0.01
 
 # In what a layer that gives nothing but zeros shows.
 SILENT = ("std", "zero_fraction", "dead_fraction", "died_channels")
+
+
+AFFINE = ("weight", "bias")
+
+
+def affine_of(norms: Iterable[_BatchNorm], name: str) -> list[tuple[Tensor, int]]:
+    """Return the affine weight or bias of each batch norm that has one, and its number of channels.
+
+    Read as attributes: where a layer is pruned or parametrized, its parameter is another tensor under another name.
+    """
+    return [(each, layer.num_features) for layer in norms if isinstance(each := getattr(layer, name), Tensor)]
 
 
 @dataclass(frozen=True)
@@ -67,11 +78,6 @@ class SampleBuilder:
         self._training = training
         self._norms = {name: layer for name, layer in layers.items() if isinstance(layer, _BatchNorm)}
         self._tracks = np.array([name in tracking for name in self._norms], dtype=bool)
-        self._widths = np.array([layer.num_features for layer in self._norms.values()], dtype=np.int64)
-        self._has_weight, self._has_bias = (
-            np.array([isinstance(getattr(layer, name), Tensor) for layer in self._norms.values()], dtype=bool)
-            for name in ("weight", "bias")
-        )
         self._names = RowNames()
         self._layouts: dict[object, RowLayout] = {}  # the newest alone
         self._zero_born: Mask | None = None  # norms whose weight has been 0 from the start
@@ -127,23 +133,30 @@ class SampleBuilder:
     def _of_norms(self, found: HostMeasurements) -> Norms | None:
         if not self._norms:
             return None
-        number = len(self._norms)
+        number, widths = len(self._norms), self._widths()
         drift, settled, nonfinite = np.full((number, 4), np.nan), np.full((number, 4), np.nan), np.full(number, np.nan)
         ran = np.zeros(number, dtype=bool)
         if found.drift is not None:
             drift[self._tracks], settled[self._tracks] = found.drift.values, found.drift.settled
             nonfinite[self._tracks], ran[self._tracks] = found.drift.nonfinite, found.drift.ran
+        has_weight, has_bias = (
+            np.array([isinstance(getattr(layer, name), Tensor) for layer in self._norms.values()]) for name in AFFINE
+        )
         return Norms(
-            self._widths,
-            *(found.weights.double().numpy(), self._has_weight, found.biases.double().numpy(), self._has_bias),
+            widths,
+            *(found.weights.double().numpy(), has_weight, found.biases.double().numpy(), has_bias),
             *(drift, settled, ran, nonfinite, self._tracks),
         )
+
+    def _widths(self) -> Indices:
+        """Channels of each batch norm, which pruning may take away in the middle of a run."""
+        return np.array([layer.num_features for layer in self._norms.values()], dtype=np.int64)
 
     def _drift_by_row(self, drift: Drift | None, layout: RowLayout) -> dict[str, tuple[Array, Array]]:
         if drift is None or not self._tracks.any():
             return {}
         labels = [layout.labels[row] for row in layout.norms[self._tracks]]
-        return _by_row(labels, self._widths[self._tracks], drift.shift, drift.log_ratio)
+        return _by_row(labels, self._widths()[self._tracks], drift.shift, drift.log_ratio)
 
     def _compare_input(
         self, pool: Pool, layout: RowLayout, reference: SampleBuilder | None, values: Array, states: States
