@@ -67,6 +67,7 @@ class ActivationStats(Metric):
     is_differentiable = False
     higher_is_better = None
 
+    options: Tensor  # (3,), widest floating dtype: channel_dim and bounds, which never change
     moments: Tensor  # (3, C), widest floating dtype: count, mean and m2 of the finite values
     seen: Tensor  # (), int64: values per channel, finite or not
     zeros: Tensor  # (C,), int64
@@ -97,6 +98,9 @@ class ActivationStats(Metric):
         self.bounds = bounds
         self.histogram = histogram
         dtype = wide_dtype(torch.get_default_device())
+        # A MetricCollection shares the states of metrics whose states are equal after a batch: these tell them apart.
+        options = torch.tensor([channel_dim, *(bounds or (0.0, 0.0))], dtype=dtype)
+        self.add_state("options", options, dist_reduce_fx="max")
         integers = torch.zeros(num_channels, dtype=torch.int64)
         self.add_state("moments", torch.zeros(3, num_channels, dtype=dtype), dist_reduce_fx=_merge_ranks)
         self.add_state("seen", integers.sum(), dist_reduce_fx="sum")

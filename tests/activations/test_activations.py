@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torchmetrics import MetricCollection
 
 from lightning_bn import ActivationStats
 from lightning_bn.activations.tensor_to_moments import histogram_edges
@@ -274,3 +275,27 @@ def test_two_processes_are_as_one(tmp_path: Any) -> None:
         for values in found:
             assert_same(values, oracle([batch for rank in batches for batch in rank], 3))
             assert values["histogram"] == found[0]["histogram"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [({"bounds": (0, 6)}, {"bounds": (-1, 1)}), ({}, {"channel_dim": 2}), ({}, {"bounds": (-1, 1)})],
+    ids=["bounds", "channel_dim", "with bounds and without"],
+)
+def test_a_collection_keeps_metrics_apart_that_begin_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two metrics with different options and the same state after the first batch are not one compute group."""
+    batches = [torch.full((8, 4, 4), 0.5), torch.linspace(0.9, 1, 128).view(8, 4, 4)]
+    collection = MetricCollection({"one": ActivationStats(4, **one), "other": ActivationStats(4, **other)})
+    for batch in batches:
+        collection.update(batch)
+    found = plain(collection.compute())
+    for name, options in (("one", one), ("other", other)):
+        for key, value in measured(batches, 4, **options).items():
+            assert found.get(f"{name}_{key}", found.get(key)) == value
+
+
+def test_a_collection_shares_the_state_of_equal_metrics() -> None:
+    """Metrics of the same options compute once."""
+    collection = MetricCollection({"one": ActivationStats(4), "other": ActivationStats(4)})
+    collection.update(torch.randn(8, 4))
+    assert len(collection.compute_groups) == 1
