@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -14,16 +14,17 @@ from torch.nn import Module
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.both_lightnings import (
     Callback,
-    CombinedLoader,
     LightningModule,
     MisconfigurationException,
     Trainer,
     is_overridden,
 )
-from lightning_bn.callbacks.checkpoint_files import KINDS, check_kinds, files_of, statistics_in, write_recalibrated_copy
+from lightning_bn.callbacks.checkpoint_files import check_kinds, files_of, statistics_in, write_recalibrated_copy
+from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
 from lightning_bn.callbacks.observing import boundary_of, check_logged, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
+from lightning_bn.callbacks.recalibration_messages import check_arguments, why_none_learns
 from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
@@ -49,7 +50,8 @@ class BatchNormRecalibration(Callback):
     parameter requires grad) and were in training mode in the last training step. It takes no step, logs no training
     metric, and leaves the weights, the gradients, ``global_step``, the RNG, torchmetrics and the running loader as they
     are. Whatever the order in ``Trainer(callbacks=...)``, it acts after `WeightAveraging`, `EMAWeightAveraging` and
-    `StochasticWeightAveraging` have put their weights in and before `ModelCheckpoint` saves.
+    `StochasticWeightAveraging` have put their weights in and before `ModelCheckpoint` saves. Where anybody else puts
+    other weights in after its turn, it acts on those, before the first batch of the validation or when the fit ends.
 
     Each pass works on lazy copies of the tensors of the module, its gradients and its optimizers: what nobody writes
     takes no memory, see `recalibrate`.
@@ -114,7 +116,7 @@ class BatchNormRecalibration(Callback):
         checkpoints: Sequence[Literal["best", "last"]] = (),
         process_group: Any = None,
     ) -> None:
-        _check_arguments(when, every_n_epochs, num_batches, tolerance, exact, dataloader, checkpoints)
+        check_arguments(when, every_n_epochs, num_batches, tolerance, exact, dataloader, checkpoints)
         self.when = when
         self.every_n_epochs = every_n_epochs
         self.num_batches = num_batches
@@ -129,6 +131,8 @@ class BatchNormRecalibration(Callback):
         self.report: RecalibrationReport | None = None
         self.kept = True
         self._boundary = boundary_of("BatchNormRecalibration", self._close)
+        self._weights = EvaluatedWeights()
+        self._is_told = False
         self._scores = Scores(monitor or "monitor", mode)
         self._count = 0
         self._last_step: int | None = None
@@ -150,7 +154,7 @@ class BatchNormRecalibration(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
         self._final, self._layers, self._in_eval, self._gone = False, [], set(), set()
-        self._input = self._new_input()
+        self._input, self._weights, self._is_told = self._new_input(), EvaluatedWeights(), False
         # One that is frozen may not track for now (`BaseFinetuning` tells its layers so), and will when it is unfrozen.
         if not any(layer.module.running_mean is not None for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
@@ -202,8 +206,32 @@ class BatchNormRecalibration(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        self._weights.forget()
         if self.when == "validation" and due and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._act(trainer, pl_module)
+            if self._weights.come_late:
+                self._weights.expect()
+            else:
+                self._act(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        # Callbacks that come later, and the module's own hook, may have exchanged the weights since.
+        if batch_idx == 0:
+            self._act_on_others(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if self._weights.were_exchanged(trainer, pl_module) and not self._is_told:
+            self._is_told = True
+            rank_zero_warn(
+                "BatchNormRecalibration: the weights that validation evaluates are exchanged in "
+                "on_validation_batch_start or inside of validation_step, after the statistics were recalibrated for "
+                "other weights. Exchange them once, before the first batch: in on_validation_epoch_start of the module "
+                "or of a callback."
+            )
+        self._weights.forget()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.when == "fit_end":
@@ -218,6 +246,7 @@ class BatchNormRecalibration(Callback):
             # A fit resumed from a checkpoint with no step left to train ends without on_train_end.
             if self.when == "fit_end" and 0 < trainer.global_step != self._last_step:
                 self._act(trainer, pl_module)
+            self._act_on_others(trainer, pl_module)  # which the module's own on_train_end, that came later, may put in
             for path in files_of(trainer, self.checkpoints if self._learning else ()):
                 self._boundary.attempt(
                     f"the recalibrated copy of {path}",
@@ -232,6 +261,10 @@ class BatchNormRecalibration(Callback):
         journal_of(trainer).end(trainer, type(exception).__name__)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            with on_training_device(trainer, pl_module):
+                self._act_on_others(trainer, pl_module)  # of the module's own on_fit_end
+        self._weights.forget()
         journal_of(trainer).end(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -264,11 +297,17 @@ class BatchNormRecalibration(Callback):
         """The names of the layers to recalibrate."""
         return {layer.name for layer in learning(self._layers, self._in_eval)}
 
+    def _act_on_others(self, trainer: Trainer, module: LightningModule) -> None:
+        """Act again where the weights are others than those that were acted on."""
+        if self._weights.are_others(trainer, module):
+            self._act(trainer, module)
+            self._weights.come_late = True
+
     def _act(self, trainer: Trainer, module: LightningModule) -> None:
         self._take_in_new_layers(module)
         if not self._learning:
             rank_zero_warn(
-                f"BatchNormRecalibration: {_why_none(self._layers)}, so their statistics were left as they are."
+                f"BatchNormRecalibration: {why_none_learns(self._layers)}, so their statistics were left as they are."
             )
             return
         before = self._validate(trainer, module)
@@ -290,6 +329,7 @@ class BatchNormRecalibration(Callback):
                 "training runs them, say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: "
                 "...)."
             )
+        self._weights.remember(module)
         self._count, self._last_step = self._count + 1, trainer.global_step
         values = {f"{self.monitor}_before": before, f"{self.monitor}_after": after, "kept": float(self.kept)}
         self._boundary.attempt(
@@ -349,49 +389,3 @@ class BatchNormRecalibration(Callback):
             return None
         # The same on every rank, or one would roll back where another does not.
         return float(trainer.strategy.reduce(metrics[self.monitor], reduce_op="mean"))
-
-
-def _why_none(layers: list[BatchNormLayer]) -> str:
-    """Say why no layer was learning: not every one that is in eval mode was meant to be."""
-    names = [layer.name or "(the module)" for layer in learning(layers, ())]
-    if not names:
-        return "every batch-norm layer is frozen"
-    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return (
-        f"{listed} can learn, but no batch-norm layer was in training mode in the last training step (if that was not "
-        "meant, call module.train() before the fit)"
-    )
-
-
-def _check_arguments(
-    when: str,
-    every_n_epochs: int,
-    num_batches: int | None,
-    tolerance: float | None,
-    exact: bool,
-    dataloader: Any,
-    checkpoints: Sequence[str],
-) -> None:
-    if when not in ("fit_end", "validation"):
-        raise ValueError(f"BatchNormRecalibration(when={when!r}): when is 'fit_end' or 'validation'.")
-    if not isinstance(every_n_epochs, int) or every_n_epochs < 1:
-        raise ValueError(f"BatchNormRecalibration(every_n_epochs={every_n_epochs!r}): a number of epochs, at least 1.")
-    if num_batches is not None and (not isinstance(num_batches, int) or num_batches < 1):
-        raise ValueError(
-            f"BatchNormRecalibration(num_batches={num_batches!r}): a number of batches, at least 1, or None for all."
-        )
-    if tolerance is not None and (exact or not tolerance > 0):
-        raise ValueError(
-            f"BatchNormRecalibration(tolerance={tolerance!r}, exact={exact!r}): tolerance is a standard error in "
-            "standard deviations, above 0, and goes with exact=False, since exact needs all batches at once."
-        )
-    if isinstance(dataloader, Iterator) and not isinstance(dataloader, CombinedLoader):
-        raise TypeError(
-            f"BatchNormRecalibration(dataloader={dataloader!r}): an iterator is used up after one pass. Pass what can "
-            "be iterated again, a DataLoader or a list of batches."
-        )
-    if isinstance(checkpoints, str) or not set(checkpoints) <= set(KINDS):
-        raise ValueError(
-            f"BatchNormRecalibration(checkpoints={checkpoints!r}): any of 'best' and 'last', as in "
-            f"checkpoints=('best', 'last')."
-        )

@@ -1,0 +1,140 @@
+"""Statistics of the weights that are evaluated, in whichever hook of a module or a callback those are put in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from fitting import trainer
+from small_data import loader, training_data
+from small_models import Small
+from torch.utils.data import DataLoader
+
+from lightning_bn import BatchNormRecalibration
+
+
+class Shadow:
+    """An average of the parameters, as people write it: through ``.data``, which moves no version."""
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.values = [parameter.detach().clone() for parameter in module.parameters()]
+
+    def update(self, module: pl.LightningModule) -> None:
+        for value, parameter in zip(self.values, module.parameters(), strict=True):
+            value.lerp_(parameter.detach(), 0.2)
+
+    def swap(self, module: pl.LightningModule) -> None:
+        for value, parameter in zip(self.values, module.parameters(), strict=True):
+            mine = parameter.detach().clone()
+            parameter.data.copy_(value)
+            value.copy_(mine)
+
+
+def off(module: Small) -> float:
+    """How far the first layer's running mean is from that of all training data, in deviations: a float64 oracle."""
+    with torch.no_grad():
+        inputs = torch.nn.functional.linear(
+            training_data().tensors[0].double(), module.first.weight.double(), module.first.bias.double()
+        )
+    mean, std = inputs.mean(0), inputs.std(0)
+    return float(((module.bn1.running_mean.double() - mean) / std).abs().max())
+
+
+class Exchanging(Small):
+    """Puts the average in, in the hook `place`, and takes it out again in `back`."""
+
+    def __init__(self, place: str, back: str | None) -> None:
+        super().__init__()
+        self.shadow = Shadow(self)
+        self.off: list[float] = []
+        for name in (place, back):
+            if name is not None:
+                setattr(self, name, self._after_a_swap(getattr(self, name)))
+
+    def _after_a_swap(self, own: Callable[..., None]) -> Callable[..., None]:
+        def swapped(*args: Any) -> None:
+            self.shadow.swap(self)
+            own(*args)
+
+        return swapped
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.shadow.update(self)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.off.append(off(self))
+
+
+class ExchangingCallback(pl.Callback):
+    def __init__(self, module: Exchanging, place: str, back: str | None) -> None:
+        for name in (place, back):
+            if name is not None:
+                setattr(self, name, lambda *_: module.shadow.swap(module))
+
+
+def fit(module: Exchanging, *callbacks: pl.Callback) -> Exchanging:
+    data = DataLoader(training_data(), 24)
+    trainer(*callbacks, max_epochs=2, num_sanity_val_steps=0).fit(module, loader(), data)
+    return module
+
+
+IN_VALIDATION = [
+    ("on_validation_start", "on_validation_end"),
+    ("on_validation_epoch_start", "on_validation_epoch_end"),
+]
+
+
+@pytest.mark.parametrize("who", ["module", "callback before", "callback behind"])
+@pytest.mark.parametrize("places", IN_VALIDATION, ids=lambda places: places[0])
+def test_exchanged_for_validation(who: str, places: tuple[str, str]) -> None:
+    """Whoever exchanges them and in whichever hook, the first validation and the second read statistics of what they
+    evaluate."""
+    torch.manual_seed(0)
+    repair = BatchNormRecalibration(when="validation", num_batches=None)
+    if who == "module":
+        module = fit(Exchanging(*places), repair)
+    else:
+        module = Exchanging("on_fit_start", "on_fit_start")  # twice: nothing
+        callback = ExchangingCallback(module, *places)
+        fit(module, *([callback, repair] if who.endswith("before") else [repair, callback]))
+    assert len(module.off) == 4
+    assert max(module.off) < 1e-5
+
+
+@pytest.mark.parametrize("who", ["module", "callback behind"])
+@pytest.mark.parametrize("place", ["on_train_end", "on_fit_end"])
+def test_exchanged_at_the_end(who: str, place: str) -> None:
+    """The weights that the fit leaves have statistics of their own."""
+    torch.manual_seed(0)
+    repair = BatchNormRecalibration(num_batches=None)
+    if who == "module":
+        module = fit(Exchanging(place, None), repair)
+    else:
+        module = Exchanging("on_fit_start", "on_fit_start")
+        fit(module, repair, ExchangingCallback(module, place, None))
+    assert off(module) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "places",
+    [("on_validation_batch_start", "on_validation_batch_end"), ("validation_step", None)],
+    ids=lambda it: it[0],
+)
+def test_exchanged_around_a_batch(places: tuple[str, str | None]) -> None:
+    """No statistics can be recalibrated in time, and that is said once, with the hook that works."""
+    torch.manual_seed(0)
+    repair = BatchNormRecalibration(when="validation", num_batches=None)
+    with pytest.warns(UserWarning, match=r"on_validation_batch_start or inside.*on_validation_epoch_start"):
+        fit(Exchanging(*places), repair)
+
+
+def test_weights_that_stay_are_recalibrated_once() -> None:
+    """A pass costs what it costs, and is made once a validation, and once when a fit ends."""
+    torch.manual_seed(0)
+    callbacks = [BatchNormRecalibration(when="validation"), BatchNormRecalibration()]
+    fit(Exchanging("on_fit_start", "on_fit_start"), *callbacks)
+    assert [each.state_dict()["count"] for each in callbacks] == [2, 1]
