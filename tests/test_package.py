@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import doctest
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -67,13 +69,11 @@ def test_docstring_examples_run(name: str) -> None:
 
 
 def imports(path: Path) -> set[str]:
-    """Return the modules a file imports when it is imported: those in functions and under TYPE_CHECKING are not."""
+    """Return the modules a file imports when it is imported, and for types; those in functions are not."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (
-            isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        ):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             return
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
@@ -134,7 +134,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comparison": GROUND | {"averaging", "layers", "ranks"},
     "checkpoints": GROUND | {"averaging", "layers", "rules"},
 }
-ADAPTERS = ("callbacks", "cli", "__main__")
+# By adapter, the adapters above it, and the page, which is made for who has no Lightning.
+ADAPTERS = {"callbacks": ("cli", "__main__", "dashboard"), "cli": ("__main__",), "__main__": ()}
 # What both of Lightning's packages share, or have alike; all else of theirs goes through both_lightnings.py.
 EITHER = {
     "lightning.pytorch.cli",
@@ -207,6 +208,8 @@ def test_arrows_point_one_way(path: Path) -> None:
     place = path.relative_to(PACKAGE)
     folder = place.parts[0].removesuffix(".py")
     known = {module.split(".")[0] for module in own(path)} - {folder}
+    if folder in ADAPTERS:
+        assert not known & set(ADAPTERS[folder])
     if folder not in ADAPTERS:
         assert not {module.split(".")[0] for module in imports(path)} & {"lightning", "pytorch_lightning"}
         assert known <= MAY_IMPORT[folder]
@@ -216,6 +219,35 @@ def test_arrows_point_one_way(path: Path) -> None:
         )
     if folder == "callbacks":
         assert not own(path) & (CALLBACKS - {str(place.with_suffix("")).replace("/", ".")})
+
+
+def test_no_circle() -> None:
+    """No file imports itself by way of others, types included."""
+    files = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
+    graph = {name: own(path) & files.keys() for name, path in files.items()}
+    # TopologicalSorter.prepare raises a CycleError that names the circle.
+    TopologicalSorter(graph).prepare()
+
+
+def test_the_design_names_the_files_that_there_are() -> None:
+    """Each file under its room, and no file that is gone."""
+    design = (PACKAGE.parent / "docs" / "design.md").read_text().partition("```text\n")[2].partition("```")[0]
+    listed: dict[str, set[str]] = {"": set()}
+    room = ""
+    for line in design.splitlines():
+        if found := re.match(r"  (\w+)/(?: |$)", line):
+            room = found[1]
+        elif re.match(r"  \w", line):
+            room = ""
+        for name in re.findall(r"\b(\w+)\.py\b", line):
+            listed.setdefault(room, set()).add(name)
+    there: dict[str, set[str]] = {}
+    for path in FILES:
+        if path.name != "__main__.py":
+            place = path.relative_to(PACKAGE)
+            there.setdefault("" if len(place.parts) == 1 else place.parts[0], set()).add(path.stem)
+    listed[""].discard("__init__")
+    assert listed == there
 
 
 @pytest.mark.parametrize("folder", ["journal", "dashboard"])
