@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 __all__ = [
     "BatchNormLayer",
+    "UnservedNorm",
     "ancestors",
     "find_batch_norms",
+    "find_unserved",
     "in_eval_mode",
     "learning",
     "parts_called_by",
+    "unserved",
     "user_name",
 ]
 
@@ -22,9 +27,14 @@ __all__ = [
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
+# Buffers that hold running statistics, by the ends of their names; norms that are no batch norms keep them too.
+_STATISTICS = ("running_mean", "running_var", "running_std")
+
+
 @dataclass(frozen=True)
 class BatchNormLayer:
-    """A batch-norm layer of a model: torch's, this package's, synchronised, or anybody's subclass."""
+    """A batch-norm layer of a model: torch's, this package's, synchronised, or anybody's subclass. Its running
+    statistics are one value a channel."""
 
     names: tuple[str, ...]
     """Every path that leads to it from the model, in registration order; more than one where the module is registered
@@ -42,6 +52,14 @@ class BatchNormLayer:
     def kind(self) -> str:
         """The name of its class."""
         return type(self.module).__name__
+
+    @property
+    def has_known_forward(self) -> bool:
+        """Whether its forward is torch's or this package's: that counts each batch in ``num_batches_tracked``, and
+        hands its buffers and its momentum to the kernel. What another forward does, only a trial or the values of its
+        buffers tell."""
+        ours = type(self.module).__module__ == "lightning_bn"
+        return "forward" not in vars(self.module) and (ours or type(self.module).forward in _KNOWN_FORWARDS)
 
     @property
     def tracks(self) -> bool:
@@ -78,8 +96,29 @@ class BatchNormLayer:
         return len(self.names) > 1
 
 
+_KNOWN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)  # 1d and 3d inherit the former
+
+
+@dataclass(frozen=True)
+class UnservedNorm:
+    """A module that holds running statistics which this package can neither average, recalibrate nor judge."""
+
+    name: str
+    module: nn.Module
+    reason: str
+    """Why, as the end of a sentence: "it is no subclass of torch's batch norm"."""
+    is_constant: bool
+    """Whether its statistics never move: a frozen norm keeps weight and bias as buffers too."""
+
+    def __str__(self) -> str:
+        kind = getattr(self.module, "original_name", type(self.module).__name__)  # a ScriptModule's own
+        return f"{self.name or 'the module itself'} ({kind}): {self.reason}"
+
+
 def find_batch_norms(model: nn.Module) -> list[BatchNormLayer]:
     """Return the batch-norm layers of `model`, each once, in registration order, named as a user wrote them.
+
+    They are what the package serves; `find_unserved` returns all else that holds running statistics.
 
     Example:
         >>> from torch import nn
@@ -91,12 +130,63 @@ def find_batch_norms(model: nn.Module) -> list[BatchNormLayer]:
     modules = dict(model.named_modules(remove_duplicate=False))
     paths: dict[_BatchNorm, list[str]] = {}
     for path, module in modules.items():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and _why_not_per_channel(module) is None:
             paths.setdefault(module, []).append(path)
     return [
         BatchNormLayer(tuple(map(user_name, found)), module, tuple(modules[path] for path in ancestors(found[0])))
         for module, found in paths.items()
     ]
+
+
+def find_unserved(model: nn.Module) -> list[UnservedNorm]:
+    """Return the modules of `model` that hold running statistics and are not among `find_batch_norms`.
+
+    Example:
+        >>> class ByType(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_buffer("running_mean", torch.zeros(2, 8))
+        >>> [str(norm) for norm in find_unserved(nn.Sequential(nn.BatchNorm1d(8), ByType()))]
+        ["1 (ByType): it is no subclass of torch's batch norm"]
+    """
+    found = []
+    for path, module in model.named_modules():
+        reason = _why_unserved(module)
+        if reason is not None:
+            held = dict(module.named_buffers(recurse=False))
+            is_constant = not isinstance(module, _BatchNorm) and {"weight", "bias"} <= held.keys()
+            found.append(UnservedNorm(user_name(path), module, reason, is_constant))
+    return found
+
+
+def unserved(model: nn.Module) -> str:
+    """Return `find_unserved` as a sentence that follows another, the norms whose statistics never move left out; empty
+    if there are none."""
+    found = [str(norm) for norm in find_unserved(model) if not norm.is_constant]
+    more = f"; and {len(found) - 3} more" * (len(found) > 3)
+    return f" Not supported: {'; '.join(found[:3])}{more}." if found else ""
+
+
+def _why_unserved(module: nn.Module) -> str | None:
+    if isinstance(module, _BatchNorm):
+        return _why_not_per_channel(module)
+    names = [name for name, _ in module.named_buffers(recurse=False)]
+    if not any(name.endswith(_STATISTICS) for name in names) or isinstance(module, _InstanceNorm):
+        return None
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript, in which hooks are not called"
+    return "it is no subclass of torch's batch norm"
+
+
+def _why_not_per_channel(layer: _BatchNorm) -> str | None:
+    mean, weight = layer.running_mean, getattr(layer, "weight", None)
+    if mean is None or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        return None
+    # Who removes channels may leave num_features as it was.
+    channels = {layer.num_features, *([weight.numel()] if isinstance(weight, Tensor) else [])}
+    if mean.dim() == 1 and len(mean) in channels:
+        return None
+    return f"its running_mean of shape {tuple(mean.shape)} is not one value for each of {layer.num_features} channels"
 
 
 def ancestors(name: str) -> Iterator[str]:

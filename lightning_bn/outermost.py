@@ -117,7 +117,13 @@ class OutermostForward:
             self.end()
 
     def _abandon(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or not self._is_mine():
+        if torch.compiler.is_compiling() or is_replica(module):
+            return
+        if not self._is_mine():
+            if not self._open and module in self._handles and not is_set(self._handles[module][0]):
+                warn_of_cleared_hooks(module)
+                self.detach()
+                self.attach(*self.modules)
             return
         self._depth -= 1
         if self._depth == 0:

@@ -21,7 +21,9 @@ __all__ = [
     "copy_each",
     "image_moments",
     "in_backward",
+    "in_transform",
     "is_compiled",
+    "is_exporting",
     "is_replica",
     "is_wrapper",
     "kernel_moments",
@@ -34,6 +36,8 @@ __all__ = [
 ]
 
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
+_is_exporting = getattr(torch.compiler, "is_exporting", None)
+_interpreter = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
 _update_stats = getattr(torch, "batch_norm_update_stats", None)
 _group_norm = getattr(torch, "native_group_norm", None)
 _saved_tensors_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
@@ -57,6 +61,23 @@ def in_backward() -> bool:
     if torch.compiler.is_compiling() or _graph_task_id is None:
         return False
     return bool(_graph_task_id() != -1)
+
+
+def in_transform() -> bool:
+    """Tell whether this code runs inside a transform of ``torch.func`` (grad, vmap, jvp), whose tensors are worth
+    nothing after it and which may not write others.
+
+    Nothing public says so; where the function is gone the answer is False, and such a forward raises.
+    """
+    return _interpreter is not None and _interpreter() is not None
+
+
+def is_exporting() -> bool:
+    """Tell whether a program is being made of this code that runs without it: ``torch.export``, ``torch.onnx``.
+
+    ``torch.compiler.is_exporting`` is public since 2.7; before, the answer is False.
+    """
+    return torch.compiler.is_compiling() and _is_exporting is not None and bool(_is_exporting())
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from lightning_bn import BatchNorm1d, Window
-from lightning_bn.discovery import find_batch_norms, in_eval_mode, learning
+from lightning_bn.discovery import find_batch_norms, find_unserved, in_eval_mode, learning, unserved
 
 
 def test_finds_each_layer_once() -> None:
@@ -92,3 +92,80 @@ def test_names_through_torch_compile() -> None:
     assert find_batch_norms(torch.compile(model))[0].name == "0.0"
     assert find_batch_norms(torch.compile(nn.BatchNorm1d(2)))[0].name == ""
     assert find_batch_norms(nn.BatchNorm1d(2))[0].name == ""
+
+
+class Split(nn.BatchNorm2d):
+    """Buffers with a set for each part of a batch, as norms that simulate several devices have."""
+
+    def __init__(self, channels: int, parts: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("running_mean", torch.zeros(channels * parts))
+        self.register_buffer("running_var", torch.ones(channels * parts))
+
+
+class ByHand(nn.Module):
+    """No subclass of torch's: `shape` is that of its statistics."""
+
+    def __init__(self, *shape: int, constant: bool = False, second: str = "running_var") -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer(second, torch.ones(shape))
+        for name in ("weight", "bias"):
+            if constant:
+                self.register_buffer(name, torch.ones(shape))
+            else:
+                self.register_parameter(name, nn.Parameter(torch.ones(shape)))
+
+
+def test_what_is_not_served_is_found() -> None:
+    """With the reason; what keeps no running statistics, or keeps those of each instance, is no batch norm."""
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    model = nn.ModuleDict(
+        {
+            "split": Split(8, 4),
+            "types": ByHand(2, 8),
+            "renorm": ByHand(8, second="running_std"),
+            "frozen": ByHand(8, constant=True),
+            "scripted": scripted,
+            "instance": nn.InstanceNorm1d(2, track_running_stats=True),
+            "plain": nn.Sequential(
+                nn.BatchNorm1d(2), nn.LazyBatchNorm1d(), nn.BatchNorm1d(2, track_running_stats=False)
+            ),
+        }
+    )
+    found = {norm.name: norm for norm in find_unserved(model)}
+    assert list(found) == ["split", "types", "renorm", "frozen", "scripted.1"]
+    assert [norm.is_constant for norm in found.values()] == [False, False, False, True, False]
+    assert (
+        str(found["split"]) == "split (Split): its running_mean of shape (32,) is not one value for each of 8 channels"
+    )
+    assert str(found["types"]) == "types (ByHand): it is no subclass of torch's batch norm"
+    assert str(found["scripted.1"]) == "scripted.1 (BatchNorm1d): it is TorchScript, in which hooks are not called"
+    assert [layer.name for layer in find_batch_norms(model)] == ["plain.0", "plain.1", "plain.2"]
+    assert unserved(model).endswith("renorm (ByHand): it is no subclass of torch's batch norm; and 1 more.")
+    assert unserved(nn.Sequential(nn.BatchNorm1d(2), ByHand(8, constant=True))) == ""
+
+
+def test_channels_that_were_removed_are_no_other_layout() -> None:
+    """Structured pruning may leave num_features as it was."""
+    layer = nn.BatchNorm1d(4)
+    layer.weight, layer.bias = nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(3))
+    layer.running_mean, layer.running_var = torch.zeros(3), torch.ones(3)
+    assert find_unserved(layer) == []
+
+
+def test_known_forwards() -> None:
+    """Torch's and this package's; neither a subclass's own nor one that was put on a layer."""
+
+    class Own(nn.BatchNorm1d):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input)
+
+    class Named(nn.BatchNorm1d):
+        pass
+
+    patched = nn.BatchNorm1d(2)
+    patched.forward = patched.forward
+    layers = [nn.BatchNorm1d(2), nn.SyncBatchNorm(2), BatchNorm1d(2, averaging=Window(3)), Named(2), Own(2), patched]
+    found = find_batch_norms(nn.ModuleList(layers))
+    assert [layer.has_known_forward for layer in found] == [True, True, True, True, False, False]

@@ -114,7 +114,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "journal": {"grids"},  # nor torch: see the test below
     "dashboard": {"journal", "grids"},
     "torch_internals": set(),
-    "buffers": set(),
+    "buffers": {"torch_internals"},
     "discovery": set(),
     "error_boundary": set(),
     "choices": {"discovery", "error_boundary"},

@@ -14,12 +14,15 @@ The two agree for large independent batches and differ for small or correlated o
 from __future__ import annotations
 
 import copy
+import warnings
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bn.averaging.training_state import TrainingState
 
@@ -166,7 +169,44 @@ class Averaging(TrainingState, ABC):
                     f"`elementwise = True`."
                 )
         own._declare(state)
+        own.__dict__.update(_of=weakref.ref(running_mean), _channels=channels)
         return own
+
+    def follow(self, running_mean: Tensor) -> None:
+        """Have the private state be the history of the statistics `running_mean`, (C,), which are updated next.
+
+        Where the layer's former statistics still exist, as under ``torch.func.functional_call`` with buffers of the
+        caller's, those in their place are another set, with a history of its own. Where they are gone, they were moved
+        or replaced, and the history goes along. One of another size begins anew, with a warning.
+        """
+        of: weakref.ref[Tensor] | None = self.__dict__.get("_of")
+        former = None if of is None else of()
+        if self._state_names and not (former is running_mean and self.__dict__.get("_channels") == len(running_mean)):
+            with torch.inference_mode(False):
+                self._follow(running_mean, former)
+
+    def _follow(self, running_mean: Tensor, former: Tensor | None) -> None:
+        state = present = self.state()
+        if former is not None and former is not running_mean:
+            others = self.__dict__.get("_others") or WeakTensorKeyDictionary()
+            others[former] = present
+            state = others.pop(running_mean, {})
+            self.__dict__["_others"] = others
+        dtype = torch.promote_types(running_mean.dtype, torch.float32)
+        fresh = self.initial_state(running_mean.numel(), dtype, running_mean.device)
+        if state and any(state[name].shape != value.shape for name, value in fresh.items()):
+            warnings.warn(
+                f"A batch norm of {running_mean.numel()} channels has the history of another number, as after "
+                f"structured pruning: its {self} begins anew.",
+                stacklevel=2,
+            )
+            state = {}
+        for name, value in fresh.items():
+            held = state.get(name, value)
+            value = value if held.is_meta else held.to(value.device)
+            if value is not present[name]:
+                setattr(self, name, value)
+        self.__dict__.update(_of=weakref.ref(running_mean), _channels=len(running_mean))
 
     def settings(self) -> dict[str, Any]:
         """Return what the averaging was built with, its public attributes, without its state."""

@@ -48,7 +48,9 @@ class TrainingState(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A view is saved with the whole of what it is a view of, so one layer's copy would carry the state of all.
         return (
-            self.__dict__ | {name: getattr(self, name).detach().clone() for name in self._state_names} | {"tie": None}
+            self.__dict__
+            | {name: getattr(self, name).detach().clone() for name in self._state_names}
+            | {"tie": None, "_of": None, "_others": None}
         )
 
     @property
@@ -119,9 +121,10 @@ class TrainingState(nn.Module):
             self.clear()
         else:
             missing_keys.extend(key for key, name in keys.items() if name not in saved and strict)
-            self._load(saved, prefix, error_msgs)
+            self._load(saved, prefix, error_msgs, assign=local_metadata.get("assign_to_params_buffers", False))
+        self.__dict__["_of"] = None
 
-    def _load(self, saved: dict[str, Tensor], prefix: str, error_msgs: list[str]) -> None:
+    def _load(self, saved: dict[str, Tensor], prefix: str, error_msgs: list[str], *, assign: bool) -> None:
         for name, value in saved.items():
             present: Tensor = getattr(self, name)
             if present.shape != value.shape:
@@ -129,6 +132,8 @@ class TrainingState(nn.Module):
                     f"size mismatch for {prefix}{name}: the checkpoint has {tuple(value.shape)}, this {self} has "
                     f"{tuple(present.shape)}. {_MEND.format(prefix)}"
                 )
+            elif assign or present.is_meta:
+                setattr(self, name, value.detach().clone())
             else:
                 present.copy_(value)
 

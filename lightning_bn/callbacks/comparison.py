@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_bn import recalibration
@@ -22,7 +23,7 @@ from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.training_pass import quiet, training_pass, validate_once_more
 from lightning_bn.comparison.followers import Followers
 from lightning_bn.comparison.scores import Scores
-from lightning_bn.discovery import find_batch_norms, in_eval_mode, learning
+from lightning_bn.discovery import find_batch_norms, in_eval_mode, learning, unserved
 from lightning_bn.layers.batch_norm import check_averaging
 from lightning_bn.layers.deferred import settle_together
 from lightning_bn.modes import eager
@@ -125,8 +126,10 @@ class CompareAverages(Callback):
         if not any(layer.tracks for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
                 f"CompareAverages: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. "
-                f"Leave it out."
+                f"Leave it out.{unserved(pl_module)}"
             )
+        if others := unserved(pl_module):
+            rank_zero_warn(f"CompareAverages compares no averages of some layers.{others}")
         settle_together(pl_module)
         self._followers = Followers(pl_module, self.averages, boundary=self._boundary)
         if self._saved is None:

@@ -17,7 +17,7 @@ from lightning_bn.callbacks.both_lightnings import (
     is_overridden,
 )
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
-from lightning_bn.discovery import find_batch_norms
+from lightning_bn.discovery import find_batch_norms, unserved
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, check_averaging
 from lightning_bn.layers.conversion import convert_batch_norm
 from lightning_bn.layers.subclasses import has_attached_averaging
@@ -137,5 +137,5 @@ def _settings(averaging: Averaging) -> dict[str, Any]:
 def _nothing_to_convert(module: LightningModule) -> str:
     return (
         f"ConvertBatchNorm: {type(module).__name__} has no batch-norm layer. Leave the callback out of "
-        f"Trainer(callbacks=...)."
+        f"Trainer(callbacks=...).{unserved(module)}"
     )

@@ -35,7 +35,7 @@ from lightning_bn.callbacks.training_pass import (
     validate_once_more,
 )
 from lightning_bn.comparison.scores import Scores
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning, unserved
 from lightning_bn.recalibration import recalibrate
 from lightning_bn.recalibration.report import RecalibrationReport
 
@@ -159,7 +159,7 @@ class BatchNormRecalibration(Callback):
         if not any(layer.module.running_mean is not None for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
                 f"BatchNormRecalibration: {type(pl_module).__name__} has no batch-norm layer that keeps running "
-                "statistics. Leave the callback out of Trainer(callbacks=...)."
+                f"statistics. Leave the callback out of Trainer(callbacks=...).{unserved(pl_module)}"
             )
         if self.forward is None and not pl_module.automatic_optimization and not is_overridden("forward", pl_module):
             raise MisconfigurationException(

@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_bn.callbacks.both_lightnings import (
@@ -18,7 +19,7 @@ from lightning_bn.callbacks.both_lightnings import (
     callbacks_of,
 )
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, layer_sync_of
-from lightning_bn.discovery import find_batch_norms
+from lightning_bn.discovery import find_batch_norms, unserved
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.ranks.synchronization import merge_statistics, synchronise
 from lightning_bn.sharding import check_each_sees_its_own, check_not_distributed
@@ -111,6 +112,8 @@ class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see 
         if not ranks.are_several:
             return
         layers = find_batch_norms(model)
+        if others := unserved(model):
+            rank_zero_warn(f"BatchNormSync.apply(model) leaves out some norms.{others}")
         with ranks.told():
             check_not_distributed(layers, ranks.task)
             if group is None:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.buffers import next_step, running_mean, running_statistics
-from lightning_bn.discovery import find_batch_norms
+from lightning_bn.discovery import find_batch_norms, unserved
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging
 from lightning_bn.layers.deferred import can_defer
@@ -83,7 +83,10 @@ class Followers:
             check_averaging(averaging, f"Followers(model, {{{name!r}: {averaging!r}}})")
         self._layers = {layer.name: layer.module for layer in find_batch_norms(model) if layer.tracks}
         if not self._layers:
-            raise ValueError("Followers(model, ...): the model has no batch-norm layer that keeps running statistics.")
+            raise ValueError(
+                "Followers(model, ...): the model has no batch-norm layer that keeps running statistics."
+                + unserved(model)
+            )
         # A shadow is a layer that is never called: it holds what `advance` writes into, and saves and loads it.
         self._shadows = {
             name: {path: _shadow(layer, averaging) for path, layer in self._layers.items()}

@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_bn.averaging import Averaging, Batch, Exponential
 from lightning_bn.averaging.training_state import apply_to_statistics
-from lightning_bn.buffers import next_step, running_mean, running_statistics, running_var
+from lightning_bn.buffers import affine, next_step, running_mean, running_statistics, running_var
 from lightning_bn.layers.settlement import (
     LISTENERS,
     SCRATCH,
@@ -24,6 +24,7 @@ from lightning_bn.layers.settlement import (
     count_like,
     exclusive,
     is_finite,
+    is_stopped,
     is_synchronised,
     kernel_momentum,
     notify,
@@ -32,7 +33,7 @@ from lightning_bn.layers.settlement import (
     write,
 )
 from lightning_bn.moments import Moments
-from lightning_bn.torch_internals import in_backward
+from lightning_bn.torch_internals import in_backward, in_transform, is_exporting
 
 __all__ = ["AveragedBatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "check_averaging", "masked_batch_norm"]
 
@@ -162,7 +163,7 @@ class AveragedBatchNorm(_BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if mask is not None:
             _check_mask(input, mask)
-        elif self.training and self.track_running_stats and not torch.compiler.is_compiling():
+        elif not torch.compiler.is_compiling() and self._tracks():
             scratch = scratch_of(self)
             if scratch is not None:
                 return self._forward_deferred(input, scratch)
@@ -186,7 +187,8 @@ class AveragedBatchNorm(_BatchNorm):
             )
 
     def _tracks(self) -> bool:
-        return self.training and self.track_running_stats and self._buffers["running_mean"] is not None
+        tracks = self.training and self.track_running_stats and self._buffers["running_mean"] is not None
+        return tracks and not is_stopped(self)
 
     def _normalise_with_running(self, input: Tensor) -> Tensor:
         mean, var = running_statistics(self)
@@ -198,6 +200,9 @@ class AveragedBatchNorm(_BatchNorm):
     def _training_forward(self, input: Tensor) -> Tensor:
         """Settle at once: there is no scratch that this call may use."""
         momentum = kernel_momentum(self)
+        if momentum is None and is_exporting():
+            # A program that leaves has no place for a history: it averages as torch's layer does.
+            momentum = self.momentum
         if momentum is None or (not torch.compiler.is_compiling() and SCRATCH in self.__dict__ and not in_backward()):
             return self._forward_at_once(input)
         with exclusive():
@@ -215,7 +220,7 @@ class AveragedBatchNorm(_BatchNorm):
         except ValueError:
             self._check_values(input)  # says more than torch does
             raise
-        count = self._values_per_channel(input) if synchronised else input.numel() // self.num_features
+        count = self._values_per_channel(input) if synchronised else input.numel() // input.shape[1]
         if momentum is not None and LISTENERS in self.__dict__:
             scratch.batch = batch_moments(self, input, output)
         if synchronised or count or momentum is not None:
@@ -228,8 +233,12 @@ class AveragedBatchNorm(_BatchNorm):
 
         They start as zeros, since a NaN in fresh memory would survive being multiplied by 0.
         """
-        dtype = running_mean(self).dtype
-        mean, var = torch.zeros(2, self.num_features, dtype=dtype, device=input.device).unbind()
+        mean, var = running_statistics(self)
+        dtype = mean.dtype
+        if in_transform():
+            mean, var = torch.zeros_like(mean), torch.zeros_like(var)  # of a stack of models where the buffers are one
+        else:
+            mean, var = torch.zeros(2, len(mean), dtype=dtype, device=input.device).unbind()
         output = F.batch_norm(input, mean, var, *self._affine(dtype), True, 1.0, self.eps)
         count = self._values_per_channel(input)
         if (isinstance(count, Tensor) or count > 0) and not in_backward():
@@ -267,7 +276,7 @@ class AveragedBatchNorm(_BatchNorm):
         if is_synchronised(self):
             count: Tensor = self.__dict__[SYNCHRONISED].count
             return count
-        return input.numel() // self.num_features
+        return input.numel() // input.shape[1]
 
     def _masked_forward(self, input: Tensor, mask: Tensor, batch_statistics: bool) -> Tensor:
         if not batch_statistics:
@@ -304,8 +313,7 @@ class AveragedBatchNorm(_BatchNorm):
 
     def _affine(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in the dtype of the statistics that the kernel gets beside them: it takes no others."""
-        weight: Tensor | None = self._parameters["weight"]
-        bias: Tensor | None = self._parameters["bias"]
+        weight, bias = affine(self)
         if weight is not None and weight.dtype != dtype:
             weight = weight.to(dtype)
         if bias is not None and bias.dtype != dtype:

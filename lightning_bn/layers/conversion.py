@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging
 from lightning_bn.buffers import running_mean, running_statistics, running_var
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, find_unserved
 from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_averaging
 from lightning_bn.layers.deferred import release, settle_together
@@ -70,13 +70,19 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
         check_averaging(averaging, f"convert_batch_norm(module, {averaging!r})")
     layers = find_batch_norms(module)
     check_not_distributed(layers, f"convert_batch_norm(module, {averaging!r})")
-    refused = [(layer, reason) for layer in layers if (reason := _refusal(layer.module, averaging))]
+    left_out = [norm for norm in find_unserved(module) if averaging is not None and not norm.is_constant]
+    refused = [_listing(layer, reason) for layer in layers if (reason := _refusal(layer.module, averaging))]
+    refused += [str(norm) for norm in left_out if isinstance(norm.module, _BatchNorm)]
     if refused:
         raise TypeError(
-            f"convert_batch_norm(module, {averaging!r}) can't attach the averaging to {_listing(refused)}. Nothing was "
-            f"changed."
+            f"convert_batch_norm(module, {averaging!r}) can't attach the averaging to {'; '.join(refused)}. Nothing "
+            f"was changed."
         )
-    if not layers:
+    if left_out:
+        warnings.warn(
+            f"convert_batch_norm(module, {averaging!r}) leaves out {'; '.join(map(str, left_out))}.", stacklevel=2
+        )
+    elif not layers:
         warnings.warn(
             f"convert_batch_norm({type(module).__name__}(...), {averaging!r}) finds no batch-norm layer, and converts "
             "nothing. Call it after the model is built; other normalisations, such as LayerNorm, have no running "
@@ -110,12 +116,12 @@ def to_torch(module: M) -> M:
     """
     layers = find_batch_norms(module)
     refused = [
-        (layer, "it subclasses this package's layer; there is no torch.nn class with its forward")
+        _listing(layer, "it subclasses this package's layer; there is no torch.nn class with its forward")
         for layer in layers
         if isinstance(layer.module, AveragedBatchNorm) and type(layer.module) not in _TORCHS
     ]
     if refused:
-        raise TypeError(f"to_torch(module) can't turn {_listing(refused)}. Nothing was changed.")
+        raise TypeError(f"to_torch(module) can't turn {'; '.join(refused)}. Nothing was changed.")
     for layer in layers:
         _revert(layer.module)
     for each in module.modules():
@@ -166,8 +172,8 @@ def _revert(layer: _BatchNorm) -> None:
                 buffer.data = buffer.data.to(layer.weight.dtype)
 
 
-def _listing(refused: list[tuple[BatchNormLayer, str]]) -> str:
-    return "; ".join(f"{layer.name or 'the module itself'} ({layer.kind}): {reason}" for layer, reason in refused)
+def _listing(layer: BatchNormLayer, reason: str) -> str:
+    return f"{layer.name or 'the module itself'} ({layer.kind}): {reason}"
 
 
 def why_unsupported(layer: _BatchNorm) -> str | None:
@@ -208,7 +214,9 @@ def _tried(layer: _BatchNorm) -> str | None:
 
 
 def _plain_copy(layer: _BatchNorm) -> _BatchNorm:
-    twin = copy.deepcopy(layer)
+    # A pruned weight is what a hook has computed, which deepcopy refuses.
+    derived = {id(value): value.detach() for value in vars(layer).values() if isinstance(value, Tensor)}
+    twin = copy.deepcopy(layer, derived)
     if running_mean(layer).is_meta:
         twin = twin.to_empty(device="cpu")
     twin = twin.cpu().float().train()

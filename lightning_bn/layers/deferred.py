@@ -25,11 +25,12 @@ from lightning_bn.layers.settlement import (
     Neighbours,
     ScratchRows,
     advance,
+    is_stopped,
     rule_of,
     rule_unless_kernel,
 )
 from lightning_bn.outermost import OutermostForward
-from lightning_bn.torch_internals import buffers_of
+from lightning_bn.torch_internals import buffers_of, in_transform
 
 __all__ = ["DeferredUpdates", "release", "settle_together", "can_defer"]
 
@@ -81,6 +82,9 @@ def release(module: nn.Module) -> None:
     for hook in list(module._forward_pre_hooks.values()):
         updates = getattr(hook, "__self__", None)
         if type(updates) is DeferredUpdates:
+            if updates.is_running():  # what its layers have done in this forward counts
+                updates.end()
+                updates.abort()
             updates.detach()
     for layer in find_batch_norms(module):
         for updates in list(layer.module.__dict__.get(IDLE, [])):
@@ -119,6 +123,8 @@ class DeferredUpdates(OutermostForward):
         self._groups: list[LayerGroup] = []
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if in_transform():
+            return False
         for layer in self.layers:
             scratch: ScratchRows | None = layer.__dict__.get(SCRATCH)
             if scratch is not None:
@@ -160,8 +166,9 @@ class DeferredUpdates(OutermostForward):
 
     @torch.no_grad()
     def end(self) -> None:
-        for wide in self.rounds.pop():
-            _settle(*wide)
+        for group, wide in (each for round_ in self.rounds for each in round_):
+            _settle(group, wide)
+        self.rounds = []
 
     def close(self) -> None:
         self.rounds = []
@@ -173,9 +180,10 @@ class DeferredUpdates(OutermostForward):
         for layer, averaging, batch in later:
             advance(layer, averaging, Batch(batch.mean, batch.var, batch.count, next_step(layer), batch.valid))
 
+    @torch.no_grad()
     def next_round(self, layer: _BatchNorm) -> ScratchRows:
-        """Begin a second round, for a layer that is called again, and return its rows; the first is settled now."""
-        self.end()
+        """Begin another round, for a layer that is called again, and return its rows. A forward that fails leaves no
+        trace of any, so all are settled when it ends."""
         self._begin_round()
         scratch: ScratchRows = layer.__dict__[SCRATCH]
         return scratch
@@ -183,12 +191,14 @@ class DeferredUpdates(OutermostForward):
     @torch.no_grad()
     def _begin_round(self) -> None:
         self.thread = threading.get_ident()
-        round_: list[tuple[LayerGroup, WideScratch]] = []
-        for group in self._groups:
-            wide = group.scratch(self, len(self.rounds))
+        earlier = [wide for _, wide in self.rounds[-1]] if self.rounds else [None] * len(self._groups)
+        round_ = [
+            (group, group.scratch(self, len(self.rounds), wide))
+            for group, wide in zip(self._groups, earlier, strict=True)
+        ]
+        for group, wide in round_:
             for layer, scratch in zip(group.layers, wide.parts, strict=True):
                 layer.__dict__[SCRATCH] = scratch
-            round_.append((group, wide))
         self.rounds.append(round_)
 
     def _signature(self) -> tuple[Any, ...]:
@@ -199,11 +209,16 @@ class DeferredUpdates(OutermostForward):
         found: list[Any] = []
         for layer in self.layers:
             attributes, mean = layer.__dict__, buffers_of(layer)["running_mean"]
-            moves = attributes["training"] and layer.track_running_stats
+            moves = attributes["training"] and layer.track_running_stats and not is_stopped(layer)
             if mean is None or not moves or (not merging and MERGED in attributes):
                 found.append(None)
-            else:
-                found.append((rule_told(layer), mean.dtype, mean.device))
+                continue
+            if ATTACHED in attributes:
+                attributes[ATTACHED].set_again(layer)
+            rule = rule_told(layer)
+            if rule is not None:
+                rule.follow(mean)
+            found.append((rule, mean.dtype, mean.device, len(mean), attributes.get("skip_nonfinite", True)))
         return tuple(found)
 
     def _plan(self, signature: tuple[Any, ...]) -> list[LayerGroup]:
@@ -218,8 +233,8 @@ class DeferredUpdates(OutermostForward):
         members: dict[tuple[Any, ...], list[tuple[_BatchNorm, Averaging | None]]] = {}
         for layer, sign in zip(self.layers, signature, strict=True):
             if sign is not None:
-                rule, dtype, device = sign
-                key = (_kind(rule), dtype, device, getattr(layer, "skip_nonfinite", True))
+                rule, dtype, device, _, skip_nonfinite = sign
+                key = (_kind(rule), dtype, device, skip_nonfinite)
                 members.setdefault(key, []).append((layer, rule))
         return [
             LayerGroup(

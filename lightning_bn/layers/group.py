@@ -36,6 +36,7 @@ class WideScratch:
     before: Tensor | None  # (2 C,), the running statistics when the forward began, where the kernel averages
     pieces: Sequence[Tensor]  # the layers' parts: L of the means, L of the variances
     parts: Sequence[ScratchRows]
+    is_later: bool  # whether they are those of a further round, before which the first is not settled
 
     @property
     def ran(self) -> bool:
@@ -101,11 +102,15 @@ class LayerGroup:
         self.layers = list(layers)
         self.rules = list(rules)
         self.skip_nonfinite = skip_nonfinite
-        self._sizes = [layer.num_features for layer in self.layers]
-        self._channels = sum(self._sizes)
+        self.sizes = [len(running_mean(layer)) for layer in self.layers]  # read: channels may be removed
+        self._channels = sum(self.sizes)
         like = running_mean(self.layers[0])
         self.dtype, self.device = like.dtype, like.device
-        places, sizes = torch.arange(len(self._sizes), device="cpu"), torch.tensor(self._sizes, device="cpu")
+        with torch.inference_mode(False):  # it outlives the forward, which may be in that mode
+            self._set_up(private)
+
+    def _set_up(self, private: bool) -> None:
+        places, sizes = torch.arange(len(self.sizes), device="cpu"), torch.tensor(self.sizes, device="cpu")
         owner = torch.repeat_interleave(places, sizes, output_size=self._channels)
         self._owner = owner.to(self.device, non_blocking=True)  # (C,): the place of the layer that a channel belongs to
         self._owner_twice = owner.repeat(2).to(self.device, non_blocking=True)
@@ -124,10 +129,16 @@ class LayerGroup:
         self._reuses = not any(ATTACHED in layer.__dict__ or OBSERVED in layer.__dict__ for layer in self.layers)
         self._wide: list[WideScratch] = []
 
-    def scratch(self, updates: Any, place: int) -> WideScratch:
-        """Return rows for each layer; those of one `place` are the same tensors in each forward."""
+    def scratch(self, updates: Any, place: int, earlier: WideScratch | None) -> WideScratch:
+        """Return rows for each layer; those of one `place` are the same tensors in each forward. `earlier` are those of
+        the round before in this forward, which is not settled yet."""
+        start = None
+        if earlier is not None and not self.rules:
+            collected = self.collect(earlier)
+            before = self._statistics() if collected.before is None else collected.before
+            start = self._masked(self._averaged(collected), collected, before)
         if place >= len(self._wide):
-            wide = self._new_rows(updates)
+            wide = self._new_rows(updates, start)
             if self._reuses:
                 self._wide.append(wide)
         else:
@@ -137,22 +148,23 @@ class LayerGroup:
             if wide.before is None:
                 wide.writable.zero_()
             else:
-                wide.writable.copy_(torch.cat(self._running(), out=wide.before))
+                torch.cat(self._running() if start is None else [start], out=wide.before)
+                wide.writable.copy_(wide.before)
         if not self.rules:
             for layer, scratch in zip(self.layers, wide.parts, strict=False):
                 scratch.momentum = kernel_momentum(layer)
         return wide
 
-    def _new_rows(self, updates: Any) -> WideScratch:
+    def _new_rows(self, updates: Any, start: Tensor | None) -> WideScratch:
         with torch.inference_mode(False):
-            before = None if self.rules else torch.cat(self._running())
+            before = None if self.rules else torch.cat(self._running() if start is None else [start])
             if before is None:
                 rows = torch.zeros(2 * self._channels, dtype=self.dtype, device=self.device)
             else:
                 rows = before.clone()
-        pieces = rows.split(self._sizes * 2)
+        pieces = rows.split(self.sizes * 2)
         parts = [ScratchRows(updates, mean, var) for mean, var in zip(pieces, pieces[len(self.layers) :], strict=False)]
-        return WideScratch(rows, rows.data, before, pieces, parts)
+        return WideScratch(rows, rows.data, before, pieces, parts, start is not None)
 
     def collect(self, wide: WideScratch) -> Collected:
         """Put the reports of one forward side by side."""
@@ -164,7 +176,7 @@ class LayerGroup:
         mean, var = self._halves(both)
         counts, ran = self.numbers([scratch.count for scratch in parts]), [scratch.ran for scratch in parts]
         # A layer that did not run keeps what it holds now.
-        before = wide.before if all(ran) else None
+        before = wide.before if wide.is_later or all(ran) else None
         return Collected(mean, var, counts, self._valid(parts, ran, var), ran, None if own else wide, before)
 
     def settle(self, collected: Collected, batch: tuple[Tensor, Tensor] | None = None) -> None:
@@ -179,16 +191,21 @@ class LayerGroup:
         before = self._halves(both)
         if self._tied is None:  # nobody listens to the private ones
             self._notify(collected, batch, before)
-        if self.rules:
-            new = torch.cat(self._updated(collected, before))
-        else:
-            new = torch.cat((collected.mean, collected.var)) if collected.wide is None else collected.wide.rows
-        if collected.valid is not None:
-            valid = collected.valid.index_select(0, self._owner_twice)
-            out = None if collected.wide is None else collected.wide.writable
-            new = torch.where(valid, new.to(self.dtype), both, out=out)
-        self._write(new, collected.wide)
+        new = torch.cat(self._updated(collected, before)) if self.rules else self._averaged(collected)
+        self._write(self._masked(new, collected, both), collected.wide)
         self._count(collected.valid)
+
+    def _averaged(self, collected: Collected) -> Tensor:
+        """The averages that the kernel has computed: (2 C,)."""
+        return torch.cat((collected.mean, collected.var)) if collected.wide is None else collected.wide.rows
+
+    def _masked(self, new: Tensor, collected: Collected, before: Tensor) -> Tensor:
+        """New statistics where a layer's batch counts, those before it elsewhere: (2 C,)."""
+        if collected.valid is None:
+            return new
+        valid = collected.valid.index_select(0, self._owner_twice)
+        out = None if collected.wide is None else collected.wide.writable
+        return torch.where(valid, new.to(self.dtype), before, out=out)
 
     def _updated(self, collected: Collected, before: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if self._rule is None:
@@ -202,7 +219,7 @@ class LayerGroup:
             self._tied[0].copy_(new)
             return
         if wide is None:
-            pieces: Sequence[Tensor] = new.split(self._sizes * 2)
+            pieces: Sequence[Tensor] = new.split(self.sizes * 2)
         else:
             pieces = wide.pieces  # cut up already
             if new is not wide.rows and new is not wide.writable:
@@ -224,7 +241,7 @@ class LayerGroup:
 
     def split(self, wide: Tensor) -> tuple[Tensor, ...]:
         """Cut a tensor of all channels into the layers' parts."""
-        return tuple(wide.split(self._sizes))
+        return tuple(wide.split(self.sizes))
 
     def widened(self, per_layer: Tensor) -> Tensor:
         """Repeat a number a layer, (L,), for each of its channels, (C,)."""
@@ -318,7 +335,7 @@ class LayerGroup:
             for name in rule.state():
                 wide = self._state[name] = torch.cat([getattr(own, name) for own in self.rules], dim=-1)
                 rule.__dict__[name] = wide
-                for own, part in zip(self.rules, wide.split(self._sizes, dim=-1), strict=True):
+                for own, part in zip(self.rules, wide.split(self.sizes, dim=-1), strict=True):
                     own.__dict__[name] = part
         for own in self._own:
             own.__dict__["tie"] = self
@@ -328,7 +345,7 @@ class LayerGroup:
     def _tied_buffers(self) -> tuple[Tensor, Tensor]:
         """Lay the layers' buffers side by side, each layer's own a view: all statistics, (2 C,), and all counts."""
         both, steps = torch.cat(self._running()), torch.stack(self._buffers("num_batches_tracked"))
-        pieces = both.split(self._sizes * 2)
+        pieces = both.split(self.sizes * 2)
         for place, layer in enumerate(self.layers):
             layer.running_mean, layer.running_var = pieces[place], pieces[place + len(self.layers)]
             layer.num_batches_tracked = steps[place]

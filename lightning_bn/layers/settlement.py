@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.averaging import Averaging, Batch, Cumulative, Exponential
 from lightning_bn.buffers import running_mean, running_statistics, running_var
 from lightning_bn.moments import Moments
-from lightning_bn.torch_internals import in_backward, kernel_moments, saved_statistics
+from lightning_bn.torch_internals import in_backward, in_transform, is_replica, kernel_moments, saved_statistics
 
 __all__ = [
     "LISTENERS",
@@ -42,8 +42,9 @@ __all__ = [
     "scratch_of",
     "count_like",
     "exclusive",
-    "is_finite",
     "is_deferred",
+    "is_finite",
+    "is_stopped",
     "is_synchronised",
     "kept_statistics",
     "kernel_momentum",
@@ -144,6 +145,12 @@ def is_synchronised(layer: _BatchNorm) -> bool:
     return SYNCHRONISED in layer.__dict__
 
 
+def is_stopped(layer: _BatchNorm) -> bool:
+    """Whether ``momentum = 0`` stops an averaging that has no momentum, as it stops torch's average."""
+    averaging: Any = layer._modules.get("averaging")
+    return averaging is not None and not averaging.by_momentum and layer.momentum == 0
+
+
 def is_deferred(layer: _BatchNorm) -> bool:
     """Whether a forward of the layer's model is under way, at whose end the layer's batch is settled."""
     return layer.__dict__.get(SCRATCH) is not None
@@ -152,6 +159,8 @@ def is_deferred(layer: _BatchNorm) -> bool:
 def scratch_of(layer: _BatchNorm) -> ScratchRows | None:
     """Return the scratch that this call of the layer may use, or None where it must settle by itself."""
     scratch: ScratchRows | None = layer.__dict__.get(SCRATCH)
+    if in_transform():
+        return None
     if scratch is not None and not scratch.updates.is_running():  # interrupted
         scratch.updates.abort()
         scratch = None
@@ -216,7 +225,7 @@ def batch_moments(layer: _BatchNorm, input: Tensor, output: Tensor) -> tuple[Ten
     synchronised = synchronised_moments(layer)
     if synchronised is not None:
         return synchronised.mean, synchronised.variance(unbiased=True)
-    count = input.numel() // layer.num_features
+    count = input.numel() // len(running_mean(layer))
     if count == 0:
         return torch.zeros_like(running_mean(layer)), torch.zeros_like(running_var(layer))
     with torch.no_grad():
@@ -256,7 +265,7 @@ def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
     If another thread is in the middle of a forward of the layer's model, that forward's settlement does it, since it
     will write the buffers."""
     scratch: ScratchRows | None = None if torch.compiler.is_compiling() else layer.__dict__.get(SCRATCH)
-    if scratch is not None:
+    if scratch is not None and not in_transform():
         scratch.updates.later.append((layer, averaging, batch))
         return
     with exclusive():
@@ -265,8 +274,16 @@ def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
 
 def _advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
     mean, var = running_statistics(layer)
-    if any(value.device != mean.device for value in averaging.state().values()):
-        return  # a replica that `DataParallel` throws away after the forward, buffers and all
+    if is_replica(layer):
+        if any(value.device != mean.device for value in averaging.state().values()):
+            return  # `DataParallel` throws it away after the forward, buffers and all
+    elif averaging.state() and not torch.compiler.is_compiling():
+        if in_transform():
+            raise RuntimeError(
+                f"A batch norm with {averaging} runs inside a transform of torch.func, which can't carry its history. "
+                "Use an averaging without one there, as convert_batch_norm(model), or paused_statistics(model)."
+            )
+        averaging.follow(mean)
     dtype = batch.mean.dtype
     running = mean.to(dtype), var.to(dtype)
     notify(layer, batch, running)

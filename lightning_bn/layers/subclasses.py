@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.averaging.training_state import apply_to_statistics
@@ -24,6 +25,7 @@ from lightning_bn.layers.settlement import (
     batch_moments,
     count_like,
     is_finite,
+    is_stopped,
     is_synchronised,
     kernel_momentum,
     notify,
@@ -32,6 +34,7 @@ from lightning_bn.layers.settlement import (
     synchronised_moments,
     write,
 )
+from lightning_bn.outermost import is_set, warn_of_cleared_hooks
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["StandIns", "attach_averaging", "detach_averaging", "has_attached_averaging", "input_and_mask", "observe"]
@@ -63,8 +66,7 @@ class StandIns:
         self.scratch = scratch
         self.zeroed = zeroed
         self.buffers: dict[str, Tensor | None] = {name: layer._buffers[name] for name in _BUFFERS}
-        named = ((name, layer._parameters.get(name)) for name in ("weight", "bias"))
-        self.parameters = {name: parameter for name, parameter in named if parameter is not None}
+        self.affine: list[tuple[dict[str, Any], str, Tensor]] = []
         self.momentum = layer.momentum
 
     def make(self, layer: _BatchNorm) -> None:
@@ -73,7 +75,7 @@ class StandIns:
             mean, var = self.scratch.mean, self.scratch.var
         elif self.zeroed:
             dtype = torch.promote_types(mean.dtype, torch.float32)
-            mean, var = torch.zeros(2, layer.num_features, dtype=dtype, device=mean.device).unbind()
+            mean, var = torch.zeros(2, len(mean), dtype=dtype, device=mean.device).unbind()
         else:
             mean, var = mean.clone(), var.clone()
         layer._buffers |= {
@@ -83,18 +85,21 @@ class StandIns:
         }
         if self.zeroed:
             layer.momentum = 1.0
-        for name, parameter in self.parameters.items():
-            if (
-                parameter.dtype != mean.dtype
-            ):  # the kernel takes no parameters of another dtype than that of the statistics
+        # The kernel takes no parameters of another dtype than that of the statistics. A pruned weight is an attribute.
+        places: tuple[dict[str, Any], ...] = (layer._parameters, layer.__dict__)
+        for held, name in ((held, name) for held in places for name in ("weight", "bias")):
+            value = held.get(name)
+            if value is not None and value.dtype != mean.dtype:
+                self.affine.append((held, name, value))
                 with torch.enable_grad():
-                    layer._parameters[name] = parameter.to(mean.dtype)  # type: ignore[assignment]
+                    held[name] = value.to(mean.dtype)
 
     def undo(self, layer: _BatchNorm) -> tuple[Tensor, Tensor]:
         """Give the layer its own back; return what its forward has left in the exchanged buffers."""
         left = layer._buffers["running_mean"], layer._buffers["running_var"]
         layer._buffers |= self.buffers
-        layer._parameters |= self.parameters
+        for held, name, value in self.affine:
+            held[name] = value
         layer.momentum = self.momentum
         return left  # type: ignore[return-value]
 
@@ -110,11 +115,22 @@ class _HooksAround:
 
     def __init__(self, layer: _BatchNorm) -> None:
         self._lock = threading.RLock()
+        self._handles: list[RemovableHandle] = []
+        self._set(layer)
+
+    def _set(self, layer: _BatchNorm) -> None:
+        self.end()
         self._handles = [
             layer.register_forward_pre_hook(self._enter, prepend=True),
             # Called on an exception too: a forward that failed must not leave the scratch tensors behind.
             layer.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
+
+    def set_again(self, layer: _BatchNorm) -> None:
+        """Set the hooks again, with a warning, where somebody has cleared them."""
+        if not all(map(is_set, self._handles)):
+            warn_of_cleared_hooks(layer)
+            self._set(layer)
 
     def end(self) -> None:
         for handle in self._handles:
@@ -124,13 +140,14 @@ class _HooksAround:
     def _enter(self, layer: _BatchNorm, args: tuple[Any, ...]) -> None:
         if not layer.track_running_stats:
             return
+        self.set_again(layer)
         self._lock.acquire()
         interrupted: StandIns | None = layer.__dict__.pop(_STAND_INS, None)
         if interrupted is not None:  # by a BaseException, of which no hook is told
             interrupted.undo(layer)
             self._lock.release()
         compiling = torch.compiler.is_compiling()
-        scratch = scratch_of(layer) if layer.training and not compiling else None
+        scratch = scratch_of(layer) if layer.training and not compiling and not is_stopped(layer) else None
         if scratch is not None and is_synchronised(layer):
             scratch.copy_rows()
         elsewhere = SCRATCH in layer.__dict__ and not in_backward() and scratch is None
@@ -143,10 +160,12 @@ class _HooksAround:
     def _leave(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None) -> None:
         stand_ins: StandIns | None = layer.__dict__.pop(_STAND_INS, None)
         if stand_ins is None:
+            if layer.training and layer.track_running_stats:
+                self.set_again(layer)
             return
         try:
             mean, var = stand_ins.undo(layer)
-            if output is not None and layer.training and not in_backward():
+            if output is not None and layer.training and not in_backward() and not is_stopped(layer):
                 input, _ = input_and_mask(layer, args, kwargs)
                 _take(layer, stand_ins, mean, var, input, output)
         finally:
@@ -162,7 +181,7 @@ class _HooksAround:
 def _take(layer: _BatchNorm, stand_ins: StandIns, mean: Tensor, var: Tensor, input: Tensor, output: Tensor) -> None:
     """Report or settle what the layer's forward has left in the buffers it was given."""
     synchronised = synchronised_moments(layer)
-    count: int | Tensor = input.numel() // layer.num_features if synchronised is None else synchronised.count
+    count: int | Tensor = input.numel() // len(mean) if synchronised is None else synchronised.count
     listened = (
         LISTENERS in layer.__dict__
         and not stand_ins.zeroed

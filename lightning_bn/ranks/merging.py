@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.layers.deferred import DeferredUpdates
 from lightning_bn.layers.group import Collected, LayerGroup
-from lightning_bn.layers.settlement import SCRATCH, ScratchRows
 from lightning_bn.moments import Moments, wide_dtype
 from lightning_bn.torch_internals import await_buffers
 
@@ -90,19 +89,13 @@ class MergedUpdates(DeferredUpdates):
         self._have_met = True
         await_buffers(merge.layers(), merge.settle)
 
-    @torch.no_grad()
-    def next_round(self, layer: _BatchNorm) -> ScratchRows:
-        self._begin_round()  # all rounds are merged together when the forward ends
-        scratch: ScratchRows = layer.__dict__[SCRATCH]
-        return scratch
-
     def shift(self, group: LayerGroup) -> Tensor:
         """Return what the means of the group's channels were at the last forward, (C,); zero where none is known."""
         dtype = wide_dtype(group.device)
         none = [
-            torch.zeros(layer.num_features, dtype=dtype, device=group.device)
-            for layer in group.layers
-            if layer not in self._shifts
+            torch.zeros(size, dtype=dtype, device=group.device)
+            for layer, size in zip(group.layers, group.sizes, strict=True)
+            if layer not in self._shifts or len(self._shifts[layer]) != size
         ]
         return torch.cat([self._shifts[layer] if layer in self._shifts else none.pop(0) for layer in group.layers])
 

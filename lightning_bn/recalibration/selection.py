@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import nn
 
 from lightning_bn.choices import Choices, check_choices, is_chosen
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning, unserved
 
 __all__ = ["Layers", "choose"]
 
@@ -28,7 +28,7 @@ def choose(model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
     if not tracking:
         raise ValueError(
             f"recalibrate(model, batches): {type(model).__name__} has no batch-norm layer that keeps running "
-            f"statistics."
+            f"statistics.{unserved(model)}"
         )
     _refuse_lazy(tracking)
     chosen = _wanted(tracking, model, layers)
