@@ -6,7 +6,8 @@ same run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ from lightning_bn.layers.settlement import (
 from lightning_bn.layers.subclasses import input_and_mask
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import merge_over_ranks
-from lightning_bn.torch_internals import in_backward, is_compiled
+from lightning_bn.torch_internals import in_backward, in_transform, is_compiled
 
 __all__ = ["Followers"]
 
@@ -92,6 +93,8 @@ class Followers:
             name: {path: _shadow(layer, averaging) for path, layer in self._layers.items()}
             for name, averaging in averages.items()
         }
+        self._averages = dict(averages)
+        self._paths = {layer: path for path, layer in self._layers.items()}
         self._model = model
         self._boundary = boundary
         self._seen: set[_BatchNorm] = set()
@@ -107,13 +110,7 @@ class Followers:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Take in every training batch that reaches the layers."""
-        self._wide = [
-            _Wide(
-                [self._layers[path] for path in paths],
-                [[row[path] for path in paths] for row in self._shadows.values()],
-            )
-            for paths in self._alike()
-        ]
+        self._wide = self._side_by_side()
         layers = list(self._layers.values())
         with ExitStack() as stack:
             stack.callback(listening([layer for layer in layers if can_defer(layer)], self._settled))
@@ -123,6 +120,29 @@ class Followers:
                 yield
             finally:
                 self._flush()
+
+    def _side_by_side(self) -> list[_Wide]:
+        return [
+            _Wide(
+                [self._layers[path] for path in paths],
+                [[row[path] for path in paths] for row in self._shadows.values()],
+            )
+            for paths in self._alike()
+        ]
+
+    def _renew_if_resized(self, layers: Sequence[_BatchNorm]) -> None:
+        """Begin anew with the layers whose channels are others than before, as structured pruning leaves them."""
+        for layer in layers:
+            path = self._paths.get(layer)
+            rows = self._shadows.values()
+            if path is None or all(len(running_mean(row[path])) == len(running_mean(layer)) for row in rows):
+                continue
+            warnings.warn(f"{path} has another number of channels: its averages begin anew.", stacklevel=2)
+            self._pending.pop(layer, None)
+            self._flush()
+            for name, averaging in self._averages.items():
+                self._shadows[name][path] = _shadow(layer, averaging)
+            self._wide = self._side_by_side()
 
     def _alike(self) -> list[list[str]]:
         """The layers' names, those together whose shadows have the same dtype and device."""
@@ -191,11 +211,12 @@ class Followers:
     def _settled(self, settled: Settled) -> None:
         """Take in what layers of this package have settled."""
         self._seen.update(layer for layer, ran in zip(settled.layers, settled.ran, strict=True) if ran)
+        self._renew_if_resized(settled.layers)
         for wide in self._wide:
             if wide.layers == settled.layers:
                 wide.take(settled.mean, settled.var, settled.count)
                 return
-        sizes = [layer.num_features for layer in settled.layers]
+        sizes = [len(running_mean(layer)) for layer in settled.layers]
         pieces = zip(settled.mean.split(sizes), settled.var.split(sizes), settled.count.unbind(), strict=True)
         for layer, ran, (mean, var, count) in zip(settled.layers, settled.ran, pieces, strict=True):
             if ran:
@@ -215,17 +236,18 @@ class Followers:
                 self._traced.add(path)
                 input, mask = input_and_mask(layer, args, kwargs)
                 _settle_each(shadows, Moments.of(input.detach(), mask))
-            elif not in_backward():
+            elif not in_backward() and not in_transform():
                 self._see(layer, args, kwargs, output)
 
         return self._boundary.guard(hook)
 
     def _see(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Note down the batch of a layer of plain torch."""
+        self._renew_if_resized([layer])
         self._seen.add(layer)
         kept = kept_statistics(layer, output) if synchronised_moments(layer) is None else None
         if kept is not None:
-            moments = _Moments(*kept, output.numel() // layer.num_features, kept=True)
+            moments = _Moments(*kept, output.numel() // output.shape[1], kept=True)
         else:
             moments = _Moments(*_moments(layer, *input_and_mask(layer, args, kwargs), output))
         self._put_down(layer, moments)
@@ -264,7 +286,7 @@ class _Wide:
         self._eps = torch.tensor([layer.eps for layer in layers], dtype=like.dtype, device="cpu").to(
             like.device, non_blocking=True
         )
-        nothing = [torch.zeros(layer.num_features, dtype=like.dtype, device=like.device) for layer in layers]
+        nothing = [torch.zeros(len(running_mean(layer)), dtype=like.dtype, device=like.device) for layer in layers]
         self._absent = [_Moments(none, none, 0) for none in nothing]
 
     def take_each(self, pending: Mapping[_BatchNorm, _Moments]) -> None:
@@ -314,7 +336,7 @@ def _moments(
     elif moments is None and (mask is not None or not input.numel()):
         moments = Moments.of(input, mask)
     if moments is None:
-        return (*batch_moments(layer, input, output), input.numel() // layer.num_features)
+        return (*batch_moments(layer, input, output), input.numel() // len(running_mean(layer)))
     return moments.mean, moments.variance(unbiased=True), moments.count.reshape(())
 
 
@@ -329,7 +351,7 @@ def _settle_each(shadows: list[BatchNorm1d], moments: Moments) -> None:
 def _shadow(layer: _BatchNorm, averaging: Averaging) -> BatchNorm1d:
     mean = running_mean(layer)
     dtype = torch.promote_types(mean.dtype, torch.float32)
-    shadow = BatchNorm1d(layer.num_features, affine=False, device=mean.device, dtype=dtype, averaging=averaging)
+    shadow = BatchNorm1d(len(running_mean(layer)), affine=False, device=mean.device, dtype=dtype, averaging=averaging)
     _copy(layer, shadow)
     if layer.num_batches_tracked is not None and shadow.num_batches_tracked is not None:
         shadow.num_batches_tracked.copy_(layer.num_batches_tracked)

@@ -315,7 +315,7 @@ def write(layer: _BatchNorm, mean: Tensor, var: Tensor, valid: Tensor | None) ->
 
 def notify(layer: _BatchNorm, batch: Batch, running: tuple[Tensor, Tensor]) -> None:
     """Tell the layer's listeners of a batch that it settles by itself."""
-    if not torch.compiler.is_compiling() and (listeners := layer.__dict__.get(LISTENERS)):
+    if not torch.compiler.is_compiling() and not in_transform() and (listeners := layer.__dict__.get(LISTENERS)):
         settled = Settled([layer], batch.mean, batch.var, batch.count.reshape(1), [True], running)
         for listener in listeners:
             listener(settled)

@@ -92,12 +92,13 @@ class MergedUpdates(DeferredUpdates):
     def shift(self, group: LayerGroup) -> Tensor:
         """Return what the means of the group's channels were at the last forward, (C,); zero where none is known."""
         dtype = wide_dtype(group.device)
-        none = [
-            torch.zeros(size, dtype=dtype, device=group.device)
-            for layer, size in zip(group.layers, group.sizes, strict=True)
-            if layer not in self._shifts or len(self._shifts[layer]) != size
-        ]
-        return torch.cat([self._shifts[layer] if layer in self._shifts else none.pop(0) for layer in group.layers])
+        shifts = []
+        for layer, size in zip(group.layers, group.sizes, strict=True):
+            shift = self._shifts.get(layer)
+            if shift is None or len(shift) != size:  # channels may have been removed
+                shift = torch.zeros(size, dtype=dtype, device=group.device)
+            shifts.append(shift)
+        return torch.cat(shifts)
 
     def take_shift(self, group: LayerGroup, moments: Moments, before: Tensor) -> None:
         """Keep the means that were found, where there was data and it was finite."""

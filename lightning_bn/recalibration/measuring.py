@@ -78,9 +78,10 @@ def normalising_with_batches(layers: Sequence[_BatchNorm]) -> Iterator[None]:
         try:
             yield
         finally:
-            for (_, mean, var), (old_mean, old_var) in zip(held, before, strict=True):
-                mean.data.copy_(old_mean)
-                var.data.copy_(old_var)
+            with torch.no_grad():
+                for (_, mean, var), (old_mean, old_var) in zip(held, before, strict=True):
+                    mean.copy_(old_mean)
+                    var.copy_(old_var)
 
 
 def _show(layer: _BatchNorm, args: Any, output: Any, *, mean: Tensor, var: Tensor) -> None:

@@ -262,3 +262,55 @@ def test_mistakes() -> None:
         Followers(nn.Linear(1, 1), {"a": Window(2)})
     with pytest.raises(TypeError, match="Window"):
         Followers(nn.BatchNorm1d(1), {"a": 0.1})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
+def test_channels_that_are_removed(converted: bool) -> None:
+    """The averages of such a layer begin anew from what it holds, said once; those of the others go on."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    if converted:
+        convert_batch_norm(model)
+    followers = Followers(model, {"window": Window(3), "all": Cumulative()})
+    seen: list[Tensor] = []
+    model[3].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().double()))
+    with followers.following():
+        for _ in range(3):
+            model(torch.randn(8, 3))
+        keep = [0, 2, 3]
+        for name in ("weight", "bias"):
+            setattr(model[0], name, nn.Parameter(getattr(model[0], name).data[keep]))
+            setattr(model[1], name, nn.Parameter(getattr(model[1], name).data[keep]))
+        model[1].running_mean, model[1].running_var = model[1].running_mean[keep], model[1].running_var[keep]
+        model[2].weight = nn.Parameter(model[2].weight.data[:, keep])
+        with pytest.warns(UserWarning, match="1 has another number of channels"):
+            model(torch.randn(8, 3))
+        inputs = [torch.randn(8, 3) for _ in range(4)]
+        for each in inputs:
+            model(each)
+    with followers.applied("window"):
+        expected = torch.stack([model[0](each).detach().mean(0) for each in inputs[-3:]]).mean(0)
+        torch.testing.assert_close(model[1].running_mean, expected)
+    with followers.applied("all"):
+        expected = torch.stack([batch.mean(0) for batch in seen]).mean(0).float()
+        torch.testing.assert_close(model[3].running_mean, expected)
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["torch's layers", "converted"])
+def test_transforms_of_torch_func_are_passed_over(converted: bool) -> None:
+    """A fit that takes its gradients from `torch.func.grad` runs on; its batches are not followed."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    if converted:
+        convert_batch_norm(model)
+    followers = Followers(model, {"window": Window(3)})
+    parameters = {name: each.detach().clone() for name, each in model.named_parameters()}
+    buffers = {name: each.clone() for name, each in model.named_buffers()}
+
+    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        output: Tensor = torch.func.functional_call(model, (parameters, buffers), (torch.randn(8, 3),))
+        return output.square().mean()
+
+    with followers.following():
+        for _ in range(3):
+            model(torch.randn(8, 3))
+            torch.func.grad(loss)(parameters, buffers)
+    assert model[1].num_batches_tracked == 3
