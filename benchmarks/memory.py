@@ -164,7 +164,8 @@ def exact(number: int, options: dict[str, Any]) -> tuple[float, float, int]:
     peak.begin()
     start = time.process_time()
     report = recalibrate(model, batches, exact=True, progress=False, **options)
-    return peak.added(), time.process_time() - start, getattr(report, "spilled", 0) >> 20
+    seconds = time.process_time() - start
+    return peak.added(), seconds, report.spilled >> 20
 
 
 def alone(call: Callable[..., Any]) -> Any:
@@ -183,6 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batches", type=int, nargs="+", default=[10, 50, 200])
+    parser.add_argument("--budget", type=float, default=64, help="MB that exact=True may hold")
     options = parser.parse_args()
     if sys.platform != "linux":
         sys.exit("Peaks of the resident set are read from Linux's /proc.")
@@ -201,9 +203,17 @@ def main() -> None:
     )
     rows = []
     for number in options.batches:
-        peak, seconds, spilled = alone(partial(exact, number, {}))
-        rows.append([str(number), f"{peak:.0f}", f"{seconds:.1f}", f"{spilled}"])
-    print_table(["exact=True, batches of 16x3x32x32", "added, MB", "seconds", "spilled, MB"], rows)
+        for budget in (float("inf"), options.budget * 2**20):
+            peak, seconds, spilled = alone(partial(exact, number, {"memory_budget": budget}))
+            rows.append([str(number), f"{budget / 2**20:.0f}", f"{peak:.0f}", f"{seconds:.1f}", f"{spilled}"])
+    header = [
+        "ResNet-20, exact=True, batches of 16x3x32x32",
+        "memory_budget, MB",
+        "added, MB",
+        "CPU seconds",
+        "in a file, MB",
+    ]
+    print_table(header, rows)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Each function says why nothing public will do, and what it answers where the pri
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import FunctionType
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "StorageReference",
     "add_each",
     "address",
     "await_buffers",
@@ -24,15 +26,15 @@ __all__ = [
     "in_transform",
     "is_compiled",
     "is_exporting",
+    "is_lazy",
     "is_replica",
     "is_wrapper",
     "kernel_moments",
     "lazy_copy",
     "parameters_of",
     "saved_statistics",
-    "separate",
     "side_by_side",
-    "storage_reference",
+    "watched",
 ]
 
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
@@ -46,7 +48,9 @@ _foreach_add = getattr(torch, "_foreach_add_", None)
 _is_wrapper = getattr(getattr(torch.utils, "_python_dispatch", None), "is_traceable_wrapper_subclass", None)
 _flatten_dense_tensors = getattr(torch._utils, "_flatten_dense_tensors", None)
 _lazy_clone = getattr(torch, "_lazy_clone", None)
+_is_cow_tensor = getattr(torch._C, "_is_cow_tensor", None)
 _data_address = getattr(torch._C, "_data_address", None)
+_DispatchMode = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDispatchMode", None)
 _weak_reference = getattr(torch.UntypedStorage, "_weak_ref", None)
 
 
@@ -245,6 +249,11 @@ def lazy_copy(tensor: Tensor) -> Tensor | None:
     return copy
 
 
+def is_lazy(tensor: Tensor) -> bool:
+    """Tell whether `tensor` lies in memory that it may share with a `lazy_copy`."""
+    return _is_cow_tensor is not None and bool(_is_cow_tensor(tensor))
+
+
 def address(tensor: Tensor) -> int:
     """Return where the values of `tensor` begin.
 
@@ -253,19 +262,53 @@ def address(tensor: Tensor) -> int:
     return int(tensor.data_ptr() if _data_address is None else _data_address(tensor))
 
 
-def storage_reference(tensor: Tensor) -> int:
-    """Return a reference to the storage of a `lazy_copy` that does not keep it alive, for `separate` to free. Python's
-    own weak references are to the Python object, which comes and goes."""
-    reference: int = tensor.untyped_storage()._weak_ref()  # type: ignore[assignment]
-    return reference
+class StorageReference:
+    """A reference to a storage that does not keep it alive.
+
+    Python's own weak references are to the Python object, which comes and goes.
+    """
+
+    __slots__ = ("_pointer",)
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._pointer = storage._weak_ref()
+
+    def storage(self) -> torch.UntypedStorage | None:
+        """Return the storage; None where nobody holds it any more."""
+        return torch.UntypedStorage._new_with_weak_ptr(self._pointer)
+
+    def __del__(self) -> None:
+        torch.UntypedStorage._free_weak_ref(self._pointer)
 
 
-def separate(reference: int) -> None:
-    """Give a storage memory of its own now, where somebody still holds it and it shares memory lazily."""
-    storage = torch.UntypedStorage._new_with_weak_ptr(reference)
-    if storage is not None:
-        storage.data_ptr()
-    torch.UntypedStorage._free_weak_ref(reference)
+def watched(before: Callable[[Tensor], None], after: Callable[[Tensor], None]) -> AbstractContextManager[Any] | None:
+    """Return a context in which `before` is called with each tensor that an operation gets and `after` with each that
+    it returns, below autograd and autocast.
+
+    `TorchDispatchMode` is described by torch's developers and lies in a private module; None where it is gone.
+    """
+    if _DispatchMode is None:
+        return None
+
+    class Watching(_DispatchMode):  # type: ignore[misc, valid-type]
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            for tensor in _tensors_in((args, tuple((kwargs or {}).values()))):
+                before(tensor)
+            result = function(*args, **(kwargs or {}))
+            for tensor in _tensors_in((result,)):
+                after(tensor)
+            return result
+
+    return Watching()
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided:
+                yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:

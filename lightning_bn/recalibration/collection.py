@@ -38,6 +38,8 @@ class PassResult(NamedTuple):
     samples: int
     skipped: int
     stopped_by: str
+    spilled: int = 0
+    """Bytes of activations that were in a file at most."""
 
 
 class Tallies:
@@ -243,6 +245,7 @@ def merged(seen: PassResult, ranks: Ranks) -> PassResult:
             batches=total.batches + other.batches,
             samples=total.samples + other.samples,
             skipped=total.skipped + other.skipped,
+            spilled=total.spilled + other.spilled,
         )
     return total._replace(stopped_by=seen.stopped_by)
 

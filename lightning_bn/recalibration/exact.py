@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.collection import Estimate, PassResult, Tallies, merged_summary, progress_bar
 from lightning_bn.recalibration.lockstep import Lockstep, Stop
+from lightning_bn.recalibration.spilling import Spilling
 from lightning_bn.recalibration.tally import Row
 
 __all__ = ["ExactPass"]
@@ -27,7 +28,14 @@ class ExactPass:
     """
 
     def __init__(
-        self, layers: Sequence[_BatchNorm], ranks: Ranks, estimate: Estimate, *, num_batches: int | None, progress: bool
+        self,
+        layers: Sequence[_BatchNorm],
+        ranks: Ranks,
+        estimate: Estimate,
+        *,
+        num_batches: int | None,
+        progress: bool,
+        budget: float | None,
     ) -> None:
         self._layers = layers
         self._ranks = ranks
@@ -36,11 +44,14 @@ class ExactPass:
         self._progress = progress
         self._tallies = Tallies(layers, pending=None)
         self._new: dict[int, tuple[Tensor, Tensor]] = {}
-        self._lockstep = Lockstep(self._first_of_all_ranks, self._arrived)
+        self._spilling = Spilling(budget)
+        self._lockstep = Lockstep(self._first_of_all_ranks, self._arrived, self._spilling)
 
     def on_input(self, place: int, row: Row) -> tuple[Tensor, Tensor]:
         """What a layer does with its input; see `measured`, inside which `collect` is to be called."""
+        self._spilling.paused = True  # the tallies are read at any time
         self._tallies.add(self._lockstep.current(), place, row)
+        self._spilling.paused = False
         self._lockstep.stop(place)
         return self._new[place]
 
@@ -56,7 +67,7 @@ class ExactPass:
             batches, self._num_batches, self._layers, self._progress and self._ranks.is_first
         ) as self._bar:
             self._lockstep.run(self._jobs(batches, run))
-        return self._tallies.seen(self._num_batches)
+        return self._tallies.seen(self._num_batches)._replace(spilled=self._spilling.bytes)
 
     def _jobs(self, batches: Iterable[Any], run: Callable[[Any], object]) -> Iterator[Callable[[], object]]:
         for batch in islice(batches, self._num_batches):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bn.modes import out_of_inference_mode
-from lightning_bn.torch_internals import address, lazy_copy, separate, storage_reference
+from lightning_bn.torch_internals import StorageReference, address, is_lazy, lazy_copy
 
 __all__ = ["KeptTensors"]
 
@@ -100,18 +100,19 @@ class _Storage:
     the storage itself stays where it is, for all who hold it.
     """
 
-    __slots__ = ("_address", "_copy", "_given", "members", "original")
+    __slots__ = ("_address", "_alone", "_copy", "_given", "members", "original")
 
     def __init__(self, tensor: Tensor, memory: Tensor) -> None:
         self.members = [(tensor, memory)]
         """Each tensor over the storage, and the same memory as no parameter: that stays when other memory is put under
         the tensor."""
         self._address = address(memory)
+        self._alone = not is_lazy(memory)  # it may be the working copy of a block around this one
         # Copies are in attributes, and not in local variables, which the traceback of an interrupt would hold.
         self.original: Tensor | None = None
         """A lazy copy, like the first tensor, that nobody writes into."""
         self._copy: Tensor | None = None
-        self._given: list[int] = []
+        self._given: list[StorageReference] = []
 
     def exchange(self) -> bool:
         """Let the tensors work on a new copy; return whether there is one."""
@@ -122,7 +123,7 @@ class _Storage:
         self._copy = lazy_copy(self.original)
         if self._copy is None:
             raise RuntimeError("recalibrate(model, batches): torch made a lazy copy of a tensor, and now makes none.")
-        self._given.append(storage_reference(self._copy))
+        self._given.append(StorageReference(self._copy.untyped_storage()))
         self.members[0][0].data = self._copy
         for tensor, memory in self.members[1:]:
             alike = torch.empty(0, dtype=memory.dtype, device=memory.device)
@@ -148,8 +149,11 @@ class _Storage:
             _left.append(self.original)
         self.original = self._copy = None
         while self._given:
-            separate(self._given.pop())
-        memory.data_ptr()  # it is alone now: being written does not move it
+            given = self._given.pop().storage()
+            if given is not None:  # somebody holds it: now it gets memory of its own
+                given.data_ptr()
+        if self._alone:
+            memory.data_ptr()  # it is alone again: being written does not move it
 
 
 class _Copied:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from lightning_bn.recalibration.spilling import Spilling
+
 __all__ = ["Lockstep", "Stop"]
 
 Stop = tuple[int, int]
@@ -31,14 +33,18 @@ class Lockstep:
         agree: called with the first stop, in order, at which a job waits (None where no job waits); returns the one to
             go on from, None to end. Several ranks agree here on the same.
         arrived: called with a layer's place when every job that comes has come to the stop, before they go on.
+        spilling: keeps what waiting jobs hold within a budget of memory.
 
     Where some jobs wait at one layer and some at another, one that skipped the first or took another branch, the layer
     that the model registered first goes on first; its jobs then catch up.
     """
 
-    def __init__(self, agree: Callable[[Stop | None], Stop | None], arrived: Callable[[int], None]) -> None:
+    def __init__(
+        self, agree: Callable[[Stop | None], Stop | None], arrived: Callable[[int], None], spilling: Spilling
+    ) -> None:
         self._agree = agree
         self._arrived = arrived
+        self._spilling = spilling
         self._jobs: list[_Job] = []
         self._waiting: dict[Stop, list[_Job]] = {}
 
@@ -84,16 +90,19 @@ class Lockstep:
             self._end()
 
     def _resume(self, job: _Job) -> None:
-        stop = job.switch()
+        with self._spilling.running(job.number):
+            stop = job.switch()
         if not job.dead:
+            self._spilling.waits(job.number)
             self._waiting.setdefault(stop, []).append(job)
 
     def _end(self) -> None:
         for job in self._jobs:
             while not job.dead:
                 # Its with-blocks and finally-clauses run; whatever they raise came after the error that ends it all.
-                with suppress(Exception):
+                with suppress(Exception), self._spilling.running(job.number):
                     job.throw(GreenletExit)
+        self._spilling.close()
 
 
 class _Job(greenlet):  # type: ignore[misc]

@@ -70,6 +70,8 @@ class RecalibrationReport:
     dry_run: bool
     gone: tuple[str, ...] = field(default=(), kw_only=True)
     """Names of the layers that learned in the fit and that the model no longer has; a callback knows them."""
+    spilled: int = field(default=0, kw_only=True)
+    """Bytes of activations that `exact` kept in a temporary file at most, on all ranks."""
     _changes: tuple[StatisticsChange, ...] = field(repr=False, compare=False)
 
     def rollback(self) -> None:
@@ -85,7 +87,16 @@ class RecalibrationReport:
         NaN."""
         plain = {
             name: getattr(self, name)
-            for name in ("batches", "samples", "skipped", "stopped_by", "num_batches", "tolerance", "dry_run")
+            for name in (
+                "batches",
+                "samples",
+                "skipped",
+                "stopped_by",
+                "num_batches",
+                "tolerance",
+                "dry_run",
+                "spilled",
+            )
         }
         layers = [{key: _finite_or_none(value) for key, value in asdict(layer).items()} for layer in self.layers]
         return {**plain, "not_run": list(self.not_run), "gone": list(self.gone), "layers": layers}
@@ -112,6 +123,8 @@ class RecalibrationReport:
             parts.append(f"Not run, unchanged: {', '.join(self.not_run)}.")
         if self.gone:
             parts.append(f"No longer in the model: {', '.join(self.gone)}.")
+        if self.spilled:
+            parts.append(f"Activations in a temporary file: {self.spilled / 2**20:.0f} MB.")
         return " ".join(parts)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.modes import eager, extra_pass
 from lightning_bn.ranks.collective import Group, Ranks
@@ -44,6 +45,7 @@ def recalibrate(
     prior: float = 0.0,
     pooled: bool = True,
     exact: bool = False,
+    memory_budget: float | None = None,
     layers: Layers = None,
     device: torch.device | str | None = None,
     dry_run: bool = False,
@@ -79,8 +81,11 @@ def recalibrate(
         exact: False, each layer normalises with the batch, as in training: deeper layers' statistics are biased where
             batches are small. True, the batches go through the network together and each layer normalises all of them
             with its new statistics: those of the network as it runs at inference, for batches of any size and order.
-            It takes about as long, and the memory of an eval forward on ``num_batches * batch_size`` images at once. It
-            can't stop early, so it takes no `tolerance`.
+            It takes about as long, and holds the activations of all batches at one layer. It can't stop early, so it
+            takes no `tolerance`.
+        memory_budget: bytes of activations that ``exact=True`` may hold in memory. Beyond them those of waiting batches
+            are in a temporary file (on an accelerator: in pinned memory of the host), to the same bits. None: half of
+            what is free on the device when it begins; ``float("inf")``: no file.
         layers: None, those that track statistics and are not frozen: frozen is a layer of whose parameters (of one
             without any: of whose module) none has ``requires_grad=True``, and, in a model in training mode, one in eval
             mode. ``"all"``: the frozen too. Or a predicate ``(name, module) -> bool``.
@@ -133,7 +138,7 @@ def recalibrate(
     Reference: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3, for what stale statistics cost and for
         both estimators.
     """
-    options = _Options(num_batches, tolerance, prior, exact, dry_run, progress)
+    options = _Options(num_batches, tolerance, prior, exact, memory_budget, dry_run, progress)
     core = unwrapped(model)
     ranks = Ranks(process_group, task=_CALL, afterwards="The statistics of all ranks are as before.")
     with ranks.told():
@@ -237,6 +242,7 @@ class _Options:
     tolerance: float | None
     prior: float
     exact: bool
+    memory_budget: float | None
     dry_run: bool
     progress: bool
 
@@ -255,6 +261,11 @@ class _Options:
             )
         if not self.prior >= 0:
             raise ValueError(f"recalibrate(prior={self.prior!r}): a number of samples, 0 or more, or float('inf').")
+        if self.memory_budget is not None and not (self.exact and self.memory_budget >= 0):
+            raise ValueError(
+                f"recalibrate(exact={self.exact}, memory_budget={self.memory_budget!r}): bytes that the activations of "
+                "all batches may take in memory, 0 or more, with exact=True; without it no batch waits for another."
+            )
         if self.exact and self.tolerance is not None:
             raise ValueError(
                 f"recalibrate(exact=True, tolerance={self.tolerance!r}): exact needs all batches at once and can't "
@@ -281,7 +292,7 @@ def _common(
         "the layers": [(layer.name, layer.module.num_features) for layer in chosen],
         "whether the model is sharded": sharded,
         "pooled": pooled,
-        **{name: value for name, value in vars(options).items() if name != "progress"},
+        **{name: value for name, value in vars(options).items() if name not in ("progress", "memory_budget")},
     }
 
 
@@ -329,8 +340,15 @@ def _pass(
             progress=options.progress,
         )
     from lightning_bn.recalibration.exact import ExactPass  # it alone needs greenlet
+    from lightning_bn.recalibration.spilling import free_memory
 
-    return ExactPass(modules, ranks, estimator, num_batches=options.num_batches, progress=options.progress)
+    budget = options.memory_budget
+    if budget is None:
+        free = free_memory(running_mean(modules[0]).device)
+        budget = None if free is None else free / 2
+    return ExactPass(
+        modules, ranks, estimator, num_batches=options.num_batches, progress=options.progress, budget=budget
+    )
 
 
 def _report(
@@ -347,6 +365,7 @@ def _report(
         layers=layer_reports(*(list(column) for column in zip(*changed, strict=True))),
         not_run=tuple(layer.name for layer, change in zip(chosen, changes, strict=True) if change is None),
         stopped_by=seen.stopped_by,
+        spilled=seen.spilled,
         num_batches=options.num_batches,
         tolerance=options.tolerance,
         dry_run=options.dry_run,

@@ -227,14 +227,17 @@ def test_who_holds_a_tensor_of_the_pass_has_its_own(way: str) -> None:
     assert bits(held[0]) == before[9]
 
 
-def test_nested() -> None:
-    """As a recalibration is within a fit: inner and outer each restore what was there when they began."""
-    parameter = with_grad()
-    before = picture(parameter)
-    with torch.no_grad(), kept(box=[parameter]):
+def test_nested(way: str) -> None:
+    """As a recalibration is within a fit: inner and outer each restore what was there when they began, and neither
+    copies what nobody writes."""
+    parameter, other = with_grad(), with_grad()
+    before = picture(parameter), picture(other)
+    with torch.no_grad(), kept(box=[parameter, other]):
         parameter.mul_(2)
         inner = bits(parameter)
-        with kept(box=[parameter]):
+        with kept(box=[parameter, other]):
             parameter.mul_(2)
         assert bits(parameter) == inner
-    assert picture(parameter) == before
+        if way == "lazy":
+            assert torch._C._data_address(other) == before[1][1]
+    assert (picture(parameter), picture(other)) == before
