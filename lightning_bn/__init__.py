@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.mode_check import ModeCheck as ModeCheck
     from lightning_bn.callbacks.recalibration import BatchNormRecalibration as BatchNormRecalibration
     from lightning_bn.callbacks.synchronisation import BatchNormSync as BatchNormSync
+    from lightning_bn.exports.exporting import exporting as exporting
+    from lightning_bn.exports.running import check_export as check_export
     from lightning_bn.layers.batch_norm import BatchNorm1d as BatchNorm1d
     from lightning_bn.layers.batch_norm import BatchNorm2d as BatchNorm2d
     from lightning_bn.layers.batch_norm import BatchNorm3d as BatchNorm3d
@@ -63,7 +65,9 @@ __all__ = [
     "RecalibrationReport",
     "Window",
     "check",
+    "check_export",
     "convert_batch_norm",
+    "exporting",
     "paused_statistics",
     "recalibrate",
     "recalibrated",
@@ -98,7 +102,9 @@ _LAZY: dict[str, str] = {
     "RecalibrationReport": "recalibration.report",
     "Window": "averaging",
     "check": "rules.watching",
+    "check_export": "exports.running",
     "convert_batch_norm": "layers.conversion",
+    "exporting": "exports.exporting",
     "paused_statistics": "modes",
     "recalibrate": "recalibration",
     "recalibrated": "recalibration",

@@ -133,6 +133,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rules": GROUND | {"averaging", "layers", "ranks"},
     "comparison": GROUND | {"averaging", "layers", "ranks"},
     "checkpoints": GROUND | {"averaging", "layers", "rules"},
+    "exports": GROUND | {"averaging", "checkpoints", "rules"},
 }
 # By adapter, the adapters above it, and the page, which is made for who has no Lightning.
 ADAPTERS = {"callbacks": ("cli", "__main__", "dashboard"), "cli": ("__main__",), "__main__": ()}

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "StateDrift",
     "compare_checkpoints",
     "inspect_checkpoint",
+    "judged",
 ]
 
 EPS = 1e-5
@@ -87,6 +88,8 @@ class LayerHealth:
     """Of the running statistics."""
     untouched: bool
     """Whether mean is 0 and variance 1 in all channels, which no data has."""
+    mode: str | None = None
+    """Of an exported program: "running", or "batch" where it normalises with its batch."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +172,22 @@ def inspect_checkpoint(path: Path | str) -> CheckpointHealth:
         >>> os.remove("fresh.pt")
     """
     contents, norms, unjudged = _layers_of(Path(path))
-    layers = tuple(map(_layer_health, norms))
-    found = [*_about_file(contents, unjudged), *(finding for layer in layers for finding in _findings(layer))]
-    found += _uneven(layers)
-    return CheckpointHealth(layers, tuple(sorted(found, key=lambda finding: _LEVELS.index(finding.level))))
+    return judged(norms, _about_file(contents, unjudged))
+
+
+def judged(
+    norms: Iterable[StoredNorm], found: Iterable[HealthFinding], modes: Mapping[str, str] | None = None
+) -> CheckpointHealth:
+    """Return the figures of layers, and what is wrong with them beside what was `found`.
+
+    Args:
+        norms: the layers.
+        found: findings about the whole file.
+        modes: by name, what an exported program normalises a layer with.
+    """
+    layers = tuple(replace(_layer_health(norm), mode=(modes or {}).get(norm.name)) for norm in norms)
+    every = [*found, *(finding for layer in layers for finding in _findings(layer)), *_uneven(layers)]
+    return CheckpointHealth(layers, tuple(sorted(every, key=lambda finding: _LEVELS.index(finding.level))))
 
 
 def compare_checkpoints(first: Path | str, second: Path | str) -> StateDrift:

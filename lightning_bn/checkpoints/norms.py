@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_bn.checkpoints.stored import StoredTensor, contiguous, strided
 from lightning_bn.checkpoints.unpickling import Described
 
-__all__ = ["StoredNorm", "Unjudged", "norms_in", "printable"]
+__all__ = ["StoredNorm", "Unjudged", "norms_in", "printable", "tensor_of", "tensors_in"]
 
 _AFFINE = ("weight", "bias")
 _MEANING = "averaging.state_of"
@@ -68,6 +68,17 @@ def norms_in(content: Any) -> tuple[list[StoredNorm], list[Unjudged]]:
     return list(norms.values()), unjudged
 
 
+def tensors_in(content: Any) -> dict[str, Tensor | StoredTensor]:
+    """Return the tensors beside the running statistics and around them, by their keys, in the order of the file."""
+    found: dict[str, Tensor | StoredTensor] = {}
+    for label, state in _states(content, [], every=True):
+        for key, value in state.items():
+            tensor = tensor_of(value)
+            if tensor is not None:
+                found[_joined(label, str(key))] = tensor
+    return found
+
+
 def printable(text: object) -> str:
     """Return text from a file as a terminal may show it: control characters are escaped.
 
@@ -91,8 +102,8 @@ def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _states(content: Any, unjudged: list[Unjudged]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Every mapping with a key of running statistics, by the keys that lead to it."""
+def _states(content: Any, unjudged: list[Unjudged], *, every: bool = False) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Every mapping with a key of running statistics, or with any key, by the keys that lead to it."""
     left = _MOST
     waiting: list[tuple[str, Any, int]] = [("", [content], -1)]
     while waiting:
@@ -101,7 +112,7 @@ def _states(content: Any, unjudged: list[Unjudged]) -> Iterator[tuple[str, Mappi
         if isinstance(value, Described):
             members = _described(value)
         elif isinstance(value, Mapping):
-            if any(_is_statistic(key) for key in value):
+            if every or any(_is_statistic(key) for key in value):
                 yield label, value
             members = [("" if depth == 0 and key == "state_dict" else str(key), each) for key, each in value.items()]
         else:

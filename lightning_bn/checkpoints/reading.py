@@ -24,7 +24,15 @@ from lightning_bn.checkpoints.norms import printable
 from lightning_bn.checkpoints.stored import DTYPES, Archive, StoredTensor, contiguous, strided
 from lightning_bn.checkpoints.unpickling import read_pickle
 
-__all__ = ["CheckpointRefusedError", "Contents", "read_checkpoint", "read_contents"]
+__all__ = [
+    "CheckpointRefusedError",
+    "Contents",
+    "archive_of",
+    "plainly",
+    "read_checkpoint",
+    "read_contents",
+    "storage_of",
+]
 
 
 class CheckpointRefusedError(ValueError):
@@ -52,7 +60,7 @@ def read_checkpoint(path: Path, *, weights_only: bool = True) -> Any:
             plain data.
     """
     _refuse_missing(path)
-    with _plainly(path):
+    with plainly(path):
         _refuse_foreign(path)
         try:
             return torch.load(path, map_location="cpu", weights_only=weights_only)
@@ -76,7 +84,7 @@ def read_contents(path: Path) -> Contents:
     if path.is_dir():
         return _folder(path)
     _refuse_missing(path)
-    with _plainly(path):
+    with plainly(path):
         _refuse_foreign(path)
         with path.open("rb") as file:
             head = file.read(9)
@@ -108,7 +116,7 @@ def _refuse_missing(path: Path) -> None:
 
 
 @contextmanager
-def _plainly(path: Path) -> Iterator[None]:
+def plainly(path: Path) -> Iterator[None]:
     """Damaged bytes raise whatever the parser of the moment trips over; the user hears of the file."""
     try:
         with warnings.catch_warnings():
@@ -154,6 +162,20 @@ def _is_text(head: bytes) -> bool:
     return all(each.isprintable() or each.isspace() for each in text)
 
 
+def archive_of(path: Path) -> Archive | None:
+    """Return a file's records where it is a zip archive.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointRefusedError: it begins as one and has no end.
+    """
+    if path.is_dir():
+        return None
+    _refuse_missing(path)
+    with path.open("rb") as file:
+        return _archive(path) if file.read(2) == b"PK" else None
+
+
 def _archive(path: Path) -> Archive:
     try:
         return Archive(path)
@@ -176,6 +198,8 @@ def _of_archive(archive: Archive) -> Contents:
         return Contents(arrays, (), tuple(archive.damaged()))
     if pickled is None:
         raise CheckpointRefusedError(f"{archive.path} is a zip archive, and none of torch.save.")
+    if any(name.endswith("constants.pkl") for name in names):
+        raise CheckpointRefusedError(f"{archive.path} is a program of TorchScript, and no checkpoint.")
     damaged = tuple(archive.damaged())
     try:
         return Contents(torch.load(archive.path, map_location="cpu", weights_only=True, mmap=True), (), damaged)
@@ -184,7 +208,7 @@ def _of_archive(archive: Archive) -> Contents:
     folder = pickled.removesuffix("data.pkl")
     if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
         raise CheckpointRefusedError(f"{archive.path} was written on a big-endian machine.")
-    value, described = read_pickle(io.BytesIO(archive.read(pickled)), partial(_Storage.of, archive, folder))
+    value, described = read_pickle(io.BytesIO(archive.read(pickled)), partial(storage_of, archive, f"{folder}data/"))
     return Contents(value, tuple(sorted(described - _TENSORS)), damaged)
 
 
@@ -195,10 +219,11 @@ class _Storage:
     dtype: torch.dtype
     read: Callable[[int, int], bytes]
 
-    @classmethod
-    def of(cls, archive: Archive, folder: str, pid: Any) -> _Storage:
-        _, kind, key, *_ = pid
-        return cls(_STORAGES[kind.name], lambda start, stop: archive.read(f"{folder}data/{key}", start, stop))
+
+def storage_of(archive: Archive, folder: str, pid: Any) -> Any:
+    """Return what a persistent id in a pickle of an archive stands for; its bytes are a record in `folder`."""
+    _, kind, key, *_ = pid
+    return _Storage(_STORAGES[kind.name], partial(archive.read, f"{folder}{key}"))
 
 
 _STORAGES = {

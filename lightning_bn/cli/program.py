@@ -92,7 +92,7 @@ def _inspect(options: argparse.Namespace) -> int:
     """Say what is in the batch-norm layers of a checkpoint, or how far they moved between two; no model is built."""
     from lightning_bn.cli.reading import inspect
 
-    return inspect(_without_overrides(options).checkpoints, json=options.json)
+    return inspect(_without_overrides(options).checkpoints, reference=options.reference, json=options.json)
 
 
 def _rules(options: argparse.Namespace) -> int:
@@ -158,7 +158,10 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="CKPT",
-        help="a checkpoint of any package, or a folder of model files; a second to compare",
+        help="a checkpoint, a folder of model files, or an exported program; a second checkpoint to compare",
+    )
+    parser.add_argument(
+        "--reference", type=Path, metavar="CKPT", help="the checkpoint that an exported program is to be compared with"
     )
     _add_json(parser)
 

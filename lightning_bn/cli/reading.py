@@ -15,23 +15,34 @@ from lightning_bn.checkpoints.health import (
 )
 from lightning_bn.checkpoints.reading import CheckpointRefusedError
 from lightning_bn.cli.output import FINDINGS, OK, RefusedError, UsageError, coloured, print_json, print_table
+from lightning_bn.exports.inspection import inspect_export, is_program
 from lightning_bn.rules import RULES
+from lightning_bn.rules.exported import EXPORT_RULES
 from lightning_bn.rules.page import section
 from lightning_bn.tables import text_table
 
 __all__ = ["inspect", "rules"]
 
 
-def inspect(checkpoints: Sequence[Path], *, json: bool = False) -> int:
-    """Say what is in the batch-norm layers of one checkpoint, or how far they moved from one to the other."""
+def inspect(checkpoints: Sequence[Path], *, reference: Path | None = None, json: bool = False) -> int:
+    """Say what is in the batch-norm layers of one file, or how far they moved from one checkpoint to the other."""
     if not 1 <= len(checkpoints) <= 2:
         raise UsageError(f"inspect takes one checkpoint, or two to compare; here are {len(checkpoints)}.")
     try:
         if len(checkpoints) == 2:
+            if reference is not None:
+                raise UsageError("inspect takes two checkpoints, or an exported program and its --reference.")
             drift = compare_checkpoints(*checkpoints)
             print_json(drift.as_dict()) if json else _print_drift(drift)
             return OK
-        health = inspect_checkpoint(checkpoints[0])
+        if is_program(checkpoints[0]):
+            health = inspect_export(checkpoints[0], reference)
+        elif reference is not None:
+            raise UsageError(
+                f"--reference is for an exported program; two checkpoints: inspect {checkpoints[0]} {reference}"
+            )
+        else:
+            health = inspect_checkpoint(checkpoints[0])
     except FileNotFoundError as error:
         raise UsageError(str(error)) from error
     except CheckpointRefusedError as error:
@@ -42,11 +53,12 @@ def inspect(checkpoints: Sequence[Path], *, json: bool = False) -> int:
 
 def rules(code: str | None = None, *, json: bool = False) -> int:
     """List the rules about batch norm, or explain one."""
-    if code is not None and code.upper() not in RULES:
-        near = get_close_matches(code.upper(), RULES, n=1, cutoff=0.7)
+    every = {**RULES, **EXPORT_RULES}
+    if code is not None and code.upper() not in every:
+        near = get_close_matches(code.upper(), every, n=1, cutoff=0.7)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise UsageError(f"there is no rule {code}.{hint} The rules are {', '.join(RULES)}.")
-    chosen = list(RULES.values()) if code is None else [RULES[code.upper()]]
+        raise UsageError(f"there is no rule {code}.{hint} The rules are {', '.join(every)}.")
+    chosen = list(every.values()) if code is None else [every[code.upper()]]
     if json:
         names = ("code", "level", "title", "why", "mendable")
         print_json([{**{name: getattr(rule, name) for name in names}, "fix": str(rule.fix)} for rule in chosen])
@@ -89,7 +101,9 @@ def _print_health(health: CheckpointHealth) -> None:
         "averaging",
         "dtype",
     )
-    print_table(header, [_cells(layer) for layer in layers])
+    modes = any(layer.mode for layer in layers)  # of an exported program
+    rows = [(*_cells(layer), *((layer.mode or "-",) * modes)) for layer in layers]
+    print_table((*header, *(("normalises with",) * modes)), rows)
 
 
 def _cells(layer: LayerHealth) -> tuple[str, ...]:

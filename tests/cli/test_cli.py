@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_bn import Window, convert_batch_norm, recalibrate
 from lightning_bn.cli import main
 from lightning_bn.rules import RULES
+from lightning_bn.rules.exported import EXPORT_RULES
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 1,
@@ -222,11 +223,11 @@ def test_rules_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> N
     """Every rule has a line; one rule has its why and its fix, whatever the case of its code."""
     code, out, _ = call("rules", capsys=capsys)
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[1:-2]] == list(RULES)
+    assert [line.split()[0] for line in out.splitlines()[1:-2]] == [*RULES, *EXPORT_RULES]
     code, out, _ = call("rules", "bn104", capsys=capsys)
     assert code == 0
     assert RULES["BN104"].why in out
-    assert [rule["code"] for rule in json.loads(call("rules", "--json", capsys=capsys)[1])] == list(RULES)
+    assert [rule["code"] for rule in json.loads(call("rules", "--json", capsys=capsys)[1])] == [*RULES, *EXPORT_RULES]
 
 
 def test_refusals_say_what_is_wrong(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from fitting import quiet
 
 from lightning_bn.rules import RULES
+from lightning_bn.rules.exported import EXPORT_RULES
 from lightning_bn.rules.register import LINK
 
 TEXT = (Path(__file__).parent.parent.parent / "docs" / "rules.md").read_text()
@@ -27,7 +28,7 @@ def codes(namespace: dict[str, Any], block: str) -> set[str]:
     return {finding.code for finding in found}
 
 
-@pytest.mark.parametrize("code", [code for code in RULES if code != "BN306"])
+@pytest.mark.parametrize("code", [code for code in {**RULES, **EXPORT_RULES} if code != "BN306"])
 def test_programs(code: str) -> None:
     """The first program breaks the rule, the second, which may use what the first defined, does not."""
     wrong, mended = SECTIONS[code]
@@ -37,12 +38,13 @@ def test_programs(code: str) -> None:
     assert code not in codes(namespace, mended)
 
 
-@pytest.mark.parametrize("code", RULES)
+@pytest.mark.parametrize("code", [*RULES, *EXPORT_RULES])
 def test_table(code: str) -> None:
     """The table at the top says what the rule says, and links to its section."""
     (row,) = (
         line for line in TEXT.partition("\n## ")[0].splitlines() if line.startswith(f"| [{code}](#{code.lower()})")
     )
     level, title = (cell.strip() for cell in row.split("|")[2:4])
-    assert RULES[code].level in level.split(", ")
-    assert title.replace("`", "") == RULES[code].title
+    rule = {**RULES, **EXPORT_RULES}[code]
+    assert rule.level in level.split(", ")
+    assert title.replace("`", "") == rule.title

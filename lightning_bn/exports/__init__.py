@@ -1,0 +1,1 @@
+"""Programs that a model was exported to: what became of its batch norms."""
