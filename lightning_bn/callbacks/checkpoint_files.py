@@ -21,7 +21,7 @@ from lightning_bn.callbacks.both_lightnings import (
 )
 from lightning_bn.checkpoints.atomic_file import write_atomically
 
-__all__ = ["KINDS", "check_kinds", "files_of", "statistics_in", "write_recalibrated_copy"]
+__all__ = ["KINDS", "check_kinds", "files_from_before", "files_of", "statistics_in", "write_recalibrated_copy"]
 
 KINDS = ("best", "last")
 
@@ -72,6 +72,19 @@ def files_of(trainer: Trainer, kinds: Iterable[str]) -> list[Path]:
     return list(dict.fromkeys(Path(path) for found in paths.values() for path in found if path))
 
 
+def files_from_before(trainer: Trainer, moment: float) -> list[Path]:
+    """Return the checkpoint files of the Trainer that were written before `moment`, in seconds since 1970, and have no
+    recalibrated copy."""
+    kept = [
+        path
+        for writer in _writers(trainer)
+        for path in (*getattr(writer, "best_k_models", ()), writer.best_model_path, writer.last_model_path)
+    ]
+    found = [Path(path) for path in dict.fromkeys(map(str, kept)) if path and "://" not in path]
+    old = [path for path in found if path.is_file() and path.stat().st_mtime <= moment]
+    return [path for path in old if not _copy_of(path).is_file()]
+
+
 def statistics_in(module: LightningModule) -> dict[str, Tensor]:
     """Return the running statistics of all batch-norm layers under their keys in ``module.state_dict()``."""
     prefixes = tuple(
@@ -101,7 +114,7 @@ def write_recalibrated_copy(
         statistics = {key: value.detach().cpu().clone() for key, value in statistics_in(module).items()}
     if trainer.is_global_zero:
         checkpoint["state_dict"].update(statistics)
-        write_atomically(checkpoint, path.with_name(f"{path.stem}-recalibrated{path.suffix}"))
+        write_atomically(checkpoint, _copy_of(path))
     trainer.strategy.barrier()
 
 
@@ -116,6 +129,10 @@ def _holding(module: LightningModule, state: dict[str, Tensor]) -> Iterator[None
         yield
     finally:
         module.load_state_dict(before)
+
+
+def _copy_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-recalibrated{path.suffix}")
 
 
 def _writers(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,17 +18,23 @@ from lightning_bn.callbacks.both_lightnings import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    is_overridden,
 )
-from lightning_bn.callbacks.checkpoint_files import check_kinds, files_of, statistics_in, write_recalibrated_copy
+from lightning_bn.callbacks.checkpoint_files import (
+    check_kinds,
+    files_from_before,
+    files_of,
+    statistics_in,
+    write_recalibrated_copy,
+)
 from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
 from lightning_bn.callbacks.observing import boundary_of, check_logged, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
-from lightning_bn.callbacks.recalibration_messages import check_arguments, why_none_learns
+from lightning_bn.callbacks.recalibration_messages import check_arguments, check_fit, what_was_repaired, why_none_learns
 from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
+from lightning_bn.callbacks.terminal import say
 from lightning_bn.callbacks.training_pass import (
     on_training_device,
     quiet,
@@ -35,7 +42,7 @@ from lightning_bn.callbacks.training_pass import (
     validate_once_more,
 )
 from lightning_bn.comparison.scores import Scores
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning, unserved
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning
 from lightning_bn.recalibration import recalibrate
 from lightning_bn.recalibration.report import RecalibrationReport
 
@@ -133,6 +140,7 @@ class BatchNormRecalibration(Callback):
         self._boundary = boundary_of("BatchNormRecalibration", self._close)
         self._weights = EvaluatedWeights()
         self._is_told = False
+        self._moment: float | None = None  # of the last recalibration of this fit
         self._scores = Scores(monitor or "monitor", mode)
         self._count = 0
         self._last_step: int | None = None
@@ -155,23 +163,8 @@ class BatchNormRecalibration(Callback):
         check_plugin_is_applied(trainer, pl_module)
         self._final, self._layers, self._in_eval, self._gone = False, [], set(), set()
         self._input, self._weights, self._is_told = self._new_input(), EvaluatedWeights(), False
-        # One that is frozen may not track for now (`BaseFinetuning` tells its layers so), and will when it is unfrozen.
-        if not any(layer.module.running_mean is not None for layer in find_batch_norms(pl_module)):
-            raise MisconfigurationException(
-                f"BatchNormRecalibration: {type(pl_module).__name__} has no batch-norm layer that keeps running "
-                f"statistics. Leave the callback out of Trainer(callbacks=...).{unserved(pl_module)}"
-            )
-        if self.forward is None and not pl_module.automatic_optimization and not is_overridden("forward", pl_module):
-            raise MisconfigurationException(
-                f"BatchNormRecalibration: {type(pl_module).__name__} uses manual optimization, so its training_step "
-                "can't be run, and it has no forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda "
-                "module, batch: module.model(batch[0]))."
-            )
-        if self.monitor is not None and not trainer.enable_validation:
-            raise MisconfigurationException(
-                f"BatchNormRecalibration(monitor={self.monitor!r}): the fit has no validation to compare by. Leave out "
-                "monitor=, or give trainer.fit a validation loader and the module a validation_step."
-            )
+        self._moment = None
+        check_fit(trainer, pl_module, forward=self.forward, monitor=self.monitor)
         check_kinds(trainer, self.checkpoints)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,8 +257,15 @@ class BatchNormRecalibration(Callback):
         if stage == "fit":
             with on_training_device(trainer, pl_module):
                 self._act_on_others(trainer, pl_module)  # of the module's own on_fit_end
+            self._tell(trainer)
         self._weights.forget()
         journal_of(trainer).end(trainer)
+
+    def _tell(self, trainer: Trainer) -> None:
+        """Say at the end of the fit what was repaired, and which files don't have it: nothing else does."""
+        if self.report is not None and self.kept and self._moment is not None and trainer.is_global_zero:
+            before = files_from_before(trainer, self._moment) if self.when == "fit_end" else []
+            say([what_was_repaired(self.report, before)])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._final:
@@ -330,6 +330,7 @@ class BatchNormRecalibration(Callback):
                 "...)."
             )
         self._weights.remember(module)
+        self._moment = time.time()
         self._count, self._last_step = self._count + 1, trainer.global_step
         values = {f"{self.monitor}_before": before, f"{self.monitor}_after": after, "kept": float(self.kept)}
         self._boundary.attempt(

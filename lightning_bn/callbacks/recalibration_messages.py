@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from lightning_bn.callbacks.both_lightnings import CombinedLoader
+from lightning_bn.callbacks.both_lightnings import (
+    CombinedLoader,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    is_overridden,
+)
 from lightning_bn.callbacks.checkpoint_files import KINDS
-from lightning_bn.discovery import BatchNormLayer, learning
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, learning
+from lightning_bn.recalibration.report import RecalibrationReport
 
-__all__ = ["check_arguments", "why_none_learns"]
+__all__ = ["check_arguments", "check_fit", "what_was_repaired", "why_none_learns"]
 
 
 def why_none_learns(layers: list[BatchNormLayer]) -> str:
@@ -21,6 +30,58 @@ def why_none_learns(layers: list[BatchNormLayer]) -> str:
     return (
         f"{listed} can learn, but no batch-norm layer was in training mode in the last training step (if that was not "
         "meant, call module.train() before the fit)"
+    )
+
+
+def check_fit(trainer: Trainer, module: LightningModule, *, forward: Any, monitor: str | None) -> None:
+    """Raise at the start of a fit where there is nothing to recalibrate, or no way to do it.
+
+    Raises:
+        MisconfigurationException: with what to change.
+    """
+    # One that is frozen may not track for now (`BaseFinetuning` tells its layers so), and will when it is unfrozen.
+    if not any(layer.module.running_mean is not None for layer in find_batch_norms(module)):
+        raise MisconfigurationException(
+            f"BatchNormRecalibration: {type(module).__name__} has no batch-norm layer that keeps running statistics. "
+            "Leave the callback out of Trainer(callbacks=...)."
+        )
+    if forward is None and not module.automatic_optimization and not is_overridden("forward", module):
+        raise MisconfigurationException(
+            f"BatchNormRecalibration: {type(module).__name__} uses manual optimization, so its training_step can't be "
+            "run, and it has no forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: "
+            "module.model(batch[0]))."
+        )
+    if monitor is not None and not trainer.enable_validation:
+        raise MisconfigurationException(
+            f"BatchNormRecalibration(monitor={monitor!r}): the fit has no validation to compare by. Leave out "
+            "monitor=, or give trainer.fit a validation loader and the module a validation_step."
+        )
+
+
+def what_was_repaired(report: RecalibrationReport, before: Sequence[Path]) -> str:
+    """Return one sentence for the end of a fit.
+
+    Args:
+        report: the last one.
+        before: checkpoint files with the statistics that were there before it.
+    """
+    ran = [layer for layer in report.layers if layer.batches]
+    worst = max(ran, key=lambda layer: layer.shift, default=None)
+    moved = ""
+    if worst is not None:
+        moved = (
+            f"; {worst.name or 'the layer'} was furthest off, its mean by {worst.mean_shift_rms:.2g} standard "
+            f"deviations and its variance by a factor of {math.exp(worst.log_variance_ratio_rms):.3g} (rms over "
+            "channels)"
+        )
+    text = f"BatchNormRecalibration: the statistics of {len(ran)} batch norms were recalibrated{moved}."
+    if not before:
+        return text
+    files = ", ".join(map(str, before[:4])) + (f" and {len(before) - 4} more" if len(before) > 4 else "")
+    return (
+        f"{text} Saved before that, with the old statistics: {files}. A copy of each with its own: lightning-bn "
+        f"recalibrate --config CONFIG --ckpt_path {before[0]}; in the next fit, "
+        "BatchNormRecalibration(checkpoints=('best', 'last'))."
     )
 
 

@@ -121,3 +121,20 @@ def test_a_frozen_model_gets_no_copies(tmp_path: Path) -> None:
     ):
         fit(ModelCheckpoint(tmp_path, save_last=True), BatchNormRecalibration(checkpoints=("last",)), module=module)
     assert not [name for name in contents(tmp_path) if "recalibrated" in name]
+
+
+def test_the_end_of_a_fit_says_which_files_are_from_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The files that Lightning saves by default have the old statistics, and nothing else tells; not those with a
+    recalibrated copy, nor those that were saved after the recalibration of a validation."""
+
+    def said(callback: BatchNormRecalibration, name: str) -> str:
+        capsys.readouterr()
+        fit(callback, ModelCheckpoint(tmp_path / name, filename="best", save_last=True))
+        return next(line for line in capsys.readouterr().out.splitlines() if "BatchNormRecalibration:" in line)
+
+    plain = said(BatchNormRecalibration(), "plain")
+    assert "2 batch norms were recalibrated; " in plain
+    assert f"--ckpt_path {tmp_path}/plain/best.ckpt" in plain
+    assert "last.ckpt" in plain.partition("with the old statistics:")[2].partition("A copy")[0]
+    assert "old statistics" not in said(BatchNormRecalibration(checkpoints=("best", "last")), "copies")
+    assert "old statistics" not in said(BatchNormRecalibration(when="validation"), "validation")
