@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bn.averaging.training_state import TrainingState
 
-__all__ = ["Averaging", "Batch"]
+__all__ = ["Averaging", "Batch", "check_averaging"]
 
 
 @dataclass(frozen=True)
@@ -212,3 +212,12 @@ class Averaging(TrainingState, ABC):
         """Return what the averaging was built with, its public attributes, without its state."""
         state = ("training", "tie", *self._state_names)
         return {name: value for name, value in vars(self).items() if name not in state and not name.startswith("_")}
+
+
+def check_averaging(averaging: object, call: str) -> None:
+    """Raise a TypeError that shows `call` unless `averaging` is an Averaging."""
+    if not isinstance(averaging, Averaging):
+        raise TypeError(
+            f"{call}: averaging is an Averaging such as Window(20), Exponential(0.1) or Cumulative(), not "
+            f"{averaging!r}."
+        )

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_bn import recalibration
-from lightning_bn.averaging import Averaging
+from lightning_bn.averaging import Averaging, check_averaging
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
@@ -24,7 +24,6 @@ from lightning_bn.callbacks.training_pass import quiet, training_pass, validate_
 from lightning_bn.comparison.followers import Followers
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import find_batch_norms, in_eval_mode, learning, unserved
-from lightning_bn.layers.batch_norm import check_averaging
 from lightning_bn.layers.deferred import settle_together
 from lightning_bn.modes import eager
 from lightning_bn.recalibration.measuring import normalising_with_batches

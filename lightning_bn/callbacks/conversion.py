@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from lightning_bn.averaging import Averaging
+from lightning_bn.averaging import Averaging, check_averaging
 from lightning_bn.callbacks.both_lightnings import (
     Callback,
     LightningModule,
@@ -18,7 +18,7 @@ from lightning_bn.callbacks.both_lightnings import (
 )
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.discovery import find_batch_norms, unserved
-from lightning_bn.layers.batch_norm import AveragedBatchNorm, check_averaging
+from lightning_bn.layers.batch_norm import AveragedBatchNorm
 from lightning_bn.layers.conversion import convert_batch_norm
 from lightning_bn.layers.subclasses import has_attached_averaging
 

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.averaging import Averaging, Batch
+from lightning_bn.averaging import Averaging, Batch, check_averaging
 from lightning_bn.buffers import next_step, running_mean, running_statistics
 from lightning_bn.discovery import find_batch_norms, unserved
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
-from lightning_bn.layers.batch_norm import BatchNorm1d, check_averaging
+from lightning_bn.layers.batch_norm import BatchNorm1d
 from lightning_bn.layers.deferred import can_defer
 from lightning_bn.layers.group import Collected, LayerGroup
 from lightning_bn.layers.settlement import (

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import handle_torch_function, has_torch_function
 
-from lightning_bn.averaging import Averaging, Batch, Exponential
+from lightning_bn.averaging import Averaging, Batch, Exponential, check_averaging
 from lightning_bn.averaging.training_state import apply_to_statistics
-from lightning_bn.buffers import affine, next_step, running_mean, running_statistics, running_var
+from lightning_bn.buffers import affine, next_step, running_mean, running_statistics
 from lightning_bn.layers.settlement import (
     LISTENERS,
     SCRATCH,
@@ -35,16 +35,16 @@ from lightning_bn.layers.settlement import (
 from lightning_bn.moments import Moments
 from lightning_bn.torch_internals import in_backward, in_transform, is_exporting
 
-__all__ = ["AveragedBatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "check_averaging", "masked_batch_norm"]
+__all__ = ["AveragedBatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "masked_batch_norm"]
 
 
 class AveragedBatchNorm(_BatchNorm):
     """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share: torch's layer, with a choice of running statistics.
 
-    ``output = (input - mean) / sqrt(var + eps) * weight + bias``, per channel. In training mean and *biased* variance
-    are the batch's. In eval they are the running statistics, which `averaging` makes of the batches' means and
-    *unbiased* variances. The average does not affect training: outputs and gradients in training are torch's, with
-    every average.
+    ``output = (input - mean) / sqrt(var + eps) * weight + bias``, per channel. In training, and where the layer has no
+    running statistics, mean and *biased* variance are the batch's. In eval they are the running statistics, which
+    `averaging` makes of the batches' means and *unbiased* variances. Outputs and gradients in training are torch's,
+    with every average.
 
     Args:
         num_features: number of channels C.
@@ -111,13 +111,11 @@ class AveragedBatchNorm(_BatchNorm):
             for buffer in running_statistics(self):
                 buffer.data = buffer.data.to(torch.promote_types(buffer.dtype, torch.float32))
         self.averaging = None if averaging is None else averaging.for_layer(running_mean(self))
-        self.momentum = (
-            self.momentum
-        )  # an exponential averaging's, for whoever reads the instance's __dict__, as torch's repr does
+        # An exponential averaging's, for whoever reads the instance's __dict__, as torch's repr does.
+        self.momentum = self.momentum
 
-    # The value lives in the instance's __dict__, where torch's own layer keeps it: repr, pickle and a change of class
-    # find it there. A second copy is what the property reads: torch.compile before 2.12 takes __dict__["momentum"] for
-    # the property itself, and does not come to an end.
+    # The value lives in __dict__, where torch's repr, pickle and a change of class find it. The property reads a second
+    # copy: torch.compile before 2.12 takes __dict__["momentum"] for the property itself, and does not come to an end.
     @property
     def momentum(self) -> float | None:
         """Weight of the new batch, None for a cumulative average: the exponential averaging's own where the layer has
@@ -125,9 +123,7 @@ class AveragedBatchNorm(_BatchNorm):
         averaging = self.__dict__.get("_modules", {}).get("averaging")
         if isinstance(averaging, Exponential):
             return averaging.momentum
-        momentum: float | None = (
-            self.__dict__["_momentum"] if "_momentum" in self.__dict__ else self.__dict__["momentum"]
-        )
+        momentum: float | None = self.__dict__["_momentum" if "_momentum" in self.__dict__ else "momentum"]
         return momentum
 
     @momentum.setter
@@ -138,11 +134,7 @@ class AveragedBatchNorm(_BatchNorm):
             averaging.momentum = value
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise `input`, (N, C, *spatial), and while training let the averaging take the batch's moments.
-
-        ``output = (input - mean) / sqrt(var + eps) * weight + bias``. In training, and where the layer has no running
-        statistics, mean and (biased) variance are the batch's; in eval they are the running ones, whose variance is
-        unbiased.
+        """Normalise `input`, and while training let the averaging take the batch's moments.
 
         Args:
             input: (N, C, *spatial).
@@ -301,32 +293,26 @@ class AveragedBatchNorm(_BatchNorm):
             advance(self, rule_of(self), batch)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AveragedBatchNorm:
-        # torch's cast of all buffers with the model makes an average in bfloat16, which stalls: at momentum 0.01, on
-        # the way from 0 to 5, at 3.34. _apply is what .to(), .half() and Lightning's bf16-true call; torch's own
-        # modules override it too.
-        wide = (
-            {"running_mean": running_mean(self), "running_var": running_var(self)} if self.averaging is not None else {}
-        )
+        # What .to(), .half() and Lightning's bf16-true call; torch's own modules override it too. An average in
+        # bfloat16 stalls: at momentum 0.01, on the way from 0 to 5, at 3.34.
+        wide = running_statistics(self) if self.averaging is not None else ()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers.update({name: apply_to_statistics(fn, buffer) for name, buffer in wide.items()})
+        for name, buffer in zip(("running_mean", "running_var"), wide, strict=False):
+            self._buffers[name] = apply_to_statistics(fn, buffer)
         return self
 
     def _affine(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias in the dtype of the statistics that the kernel gets beside them: it takes no others."""
         weight, bias = affine(self)
-        if weight is not None and weight.dtype != dtype:
-            weight = weight.to(dtype)
-        if bias is not None and bias.dtype != dtype:
-            bias = bias.to(dtype)
-        return weight, bias
+        if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
+            return weight, bias
+        return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def reset_running_stats(self) -> None:
         """Put mean 0, variance 1 and no batches tracked into the buffers, and empty the averaging."""
         super().reset_running_stats()
-        averaging = self.__dict__.get("_modules", {}).get(
-            "averaging"
-        )  # torch's __init__ calls this before there is one
-        if averaging is not None:
+        averaging = self._modules.get("averaging")  # torch's __init__ calls this before there is one
+        if isinstance(averaging, Averaging):
             averaging.clear()
 
     def extra_repr(self) -> str:
@@ -337,8 +323,7 @@ class AveragedBatchNorm(_BatchNorm):
 
 
 class BatchNorm1d(AveragedBatchNorm, nn.BatchNorm1d):
-    """Batch normalization of (N, C) or (N, C, L), with a choice of running statistics; `AveragedBatchNorm` has the
-    arguments.
+    """`torch.nn.BatchNorm1d` of (N, C) or (N, C, L) with a choice of running statistics; see `AveragedBatchNorm`.
 
     Example:
         >>> from lightning_bn import BatchNorm1d, Window
@@ -352,7 +337,7 @@ class BatchNorm1d(AveragedBatchNorm, nn.BatchNorm1d):
 
 
 class BatchNorm2d(AveragedBatchNorm, nn.BatchNorm2d):
-    """Batch normalization of (N, C, H, W), with a choice of running statistics; `AveragedBatchNorm` has the arguments.
+    """`torch.nn.BatchNorm2d` of (N, C, H, W) with a choice of running statistics; see `AveragedBatchNorm`.
 
     Example:
         >>> from lightning_bn import BatchNorm2d, Window
@@ -365,8 +350,7 @@ class BatchNorm2d(AveragedBatchNorm, nn.BatchNorm2d):
 
 
 class BatchNorm3d(AveragedBatchNorm, nn.BatchNorm3d):
-    """Batch normalization of (N, C, D, H, W), with a choice of running statistics; `AveragedBatchNorm` has the
-    arguments.
+    """`torch.nn.BatchNorm3d` of (N, C, D, H, W) with a choice of running statistics; see `AveragedBatchNorm`.
 
     Example:
         >>> from lightning_bn import BatchNorm3d, Exponential
@@ -397,15 +381,6 @@ def masked_batch_norm(
     if bias is not None:
         output = output + bias.reshape(shape)
     return torch.where(kept, output, 0.0).to(input.dtype), moments
-
-
-def check_averaging(averaging: object, call: str) -> None:
-    """Raise a TypeError that shows `call` unless `averaging` is an Averaging."""
-    if not isinstance(averaging, Averaging):
-        raise TypeError(
-            f"{call}: averaging is an Averaging such as Window(20), Exponential(0.1) or Cumulative(), not "
-            f"{averaging!r}."
-        )
 
 
 def _check_mask(input: Tensor, mask: Tensor) -> None:

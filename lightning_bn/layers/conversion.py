@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import ExitStack
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.averaging import Averaging
+from lightning_bn.averaging import Averaging, check_averaging
 from lightning_bn.buffers import running_mean, running_statistics, running_var
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, find_unserved
 from lightning_bn.layers import subclasses
-from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, check_averaging
+from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from lightning_bn.layers.deferred import release, settle_together
 from lightning_bn.layers.subclasses import StandIns
 from lightning_bn.modes import kept_attribute
@@ -207,51 +207,34 @@ _TRIED: WeakKeyDictionary[type, dict[frozenset[tuple[str, bool | str]], str | No
 
 
 def _tried(layer: _BatchNorm) -> str | None:
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        if "forward" in layer.__dict__ and not running_mean(layer).is_meta:
-            return _try_in_place(layer)
-        return _try_out(_plain_copy(layer))
+    # A forward that was put on the layer from outside may go on meaning this layer when it is copied.
+    if "forward" not in layer.__dict__ or running_mean(layer).is_meta:
+        layer = _plain_copy(layer)
+    stand_ins = StandIns(layer, None, zeroed=True)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.no_grad())
+        for name in ("training", "track_running_stats"):
+            stack.enter_context(kept_attribute([layer], name))
+            setattr(layer, name, True)
+        stack.callback(stand_ins.undo, layer)
+        stand_ins.make(layer)
+        return _judge(layer)
 
 
 def _plain_copy(layer: _BatchNorm) -> _BatchNorm:
     # A pruned weight is what a hook has computed, which deepcopy refuses.
     derived = {id(value): value.detach() for value in vars(layer).values() if isinstance(value, Tensor)}
     twin = copy.deepcopy(layer, derived)
-    if running_mean(layer).is_meta:
-        twin = twin.to_empty(device="cpu")
-    twin = twin.cpu().float().train()
-    twin.track_running_stats = True
-    twin._forward_hooks.clear()
-    twin._forward_pre_hooks.clear()
-    return twin
+    return (twin.to_empty(device="cpu") if running_mean(layer).is_meta else twin).cpu().float()
 
 
-def _try_in_place(layer: _BatchNorm) -> str | None:
-    """Try out the layer itself: a forward that was put on it from outside may go on meaning this layer when it is
-    copied."""
-    stand_ins = StandIns(layer, None, zeroed=True)
-    with kept_attribute([layer], "training"), kept_attribute([layer], "track_running_stats"):
-        layer.training = layer.track_running_stats = True
-        stand_ins.make(layer)
-        try:
-            return _judge(layer, layer.forward)
-        finally:
-            stand_ins.undo(layer)
-
-
-def _try_out(layer: _BatchNorm) -> str | None:
-    running_mean(layer).zero_()
-    running_var(layer).zero_()
-    layer.momentum = 1.0
-    return _judge(layer, layer)
-
-
-def _judge(layer: _BatchNorm, forward: Callable[[Tensor], Any]) -> str | None:
+def _judge(layer: _BatchNorm) -> str | None:
     rank = 2 if isinstance(layer, nn.BatchNorm1d) else 5 if isinstance(layer, nn.BatchNorm3d) else 4
     data = torch.randn(4, layer.num_features, *[3] * (rank - 2)) + torch.arange(4.0).reshape(4, *[1] * (rank - 1))
     data = data.to(running_mean(layer).device)
     try:
-        forward(data)
+        layer.forward(data)
     except Exception as error:  # another's forward may raise anything; the reason is passed on
         return f"its forward, tried on a batch of shape {tuple(data.shape)}, raised {type(error).__name__}: {error}"
     var, mean = torch.var_mean(data, [0, *range(2, rank)], unbiased=True)
