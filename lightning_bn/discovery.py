@@ -226,8 +226,11 @@ def user_name(path: str) -> str:
 
 def parts_called_by(step: nn.Module) -> list[nn.Module]:
     """Return what a module calls that has a training step and a model, or several, as its parts: its children, also
-    those in containers."""
+    those in containers. TorchScript is left out, which takes no hooks."""
     parts: list[nn.Module] = []
     for child in step.children():
-        parts += parts_called_by(child) if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            parts += parts_called_by(child)
+        elif not isinstance(child, torch.jit.ScriptModule):
+            parts.append(child)
     return parts

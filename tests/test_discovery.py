@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from lightning_bn import BatchNorm1d, Window
-from lightning_bn.discovery import find_batch_norms, find_unserved, in_eval_mode, learning, unserved
+from lightning_bn.discovery import find_batch_norms, find_unserved, in_eval_mode, learning, parts_called_by, unserved
 
 
 def test_finds_each_layer_once() -> None:
@@ -169,3 +169,10 @@ def test_known_forwards() -> None:
     layers = [nn.BatchNorm1d(2), nn.SyncBatchNorm(2), BatchNorm1d(2, averaging=Window(3)), Named(2), Own(2), patched]
     found = find_batch_norms(nn.ModuleList(layers))
     assert [layer.has_known_forward for layer in found] == [True, True, True, True, False, False]
+
+
+def test_parts_that_take_hooks() -> None:
+    """What a training step calls, also in containers; TorchScript refuses hooks and is left out."""
+    script = torch.jit.script(nn.Linear(2, 2))
+    step = nn.ModuleDict({"model": nn.Linear(2, 2), "several": nn.ModuleList([nn.ReLU(), script]), "teacher": script})
+    assert parts_called_by(step) == [step["model"], step["several"][0]]
