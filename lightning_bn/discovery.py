@@ -16,6 +16,7 @@ __all__ = [
     "ancestors",
     "find_batch_norms",
     "find_unserved",
+    "has_known_forward",
     "in_eval_mode",
     "learning",
     "parts_called_by",
@@ -54,14 +55,6 @@ class BatchNormLayer:
         return type(self.module).__name__
 
     @property
-    def has_known_forward(self) -> bool:
-        """Whether its forward is torch's or this package's: that counts each batch in ``num_batches_tracked``, and
-        hands its buffers and its momentum to the kernel. What another forward does, only a trial or the values of its
-        buffers tell."""
-        ours = type(self.module).__module__ == "lightning_bn"
-        return "forward" not in vars(self.module) and (ours or type(self.module).forward in _KNOWN_FORWARDS)
-
-    @property
     def tracks(self) -> bool:
         """Whether training forwards move its running statistics."""
         return self.module.track_running_stats and self.module.running_mean is not None
@@ -94,6 +87,14 @@ class BatchNormLayer:
         """Whether the model holds it under more than one name. A layer that is merely called twice can't be told from
         outside."""
         return len(self.names) > 1
+
+
+def has_known_forward(layer: _BatchNorm) -> bool:
+    """Tell whether the layer's forward is torch's or this package's, which normalise their input as it comes, count
+    each batch in ``num_batches_tracked`` and hand buffers and momentum to the kernel. What another forward does, only a
+    trial (`why_unsupported`) or the values of its buffers tell."""
+    ours = type(layer).__module__ == "lightning_bn"
+    return "forward" not in vars(layer) and (ours or type(layer).forward in _KNOWN_FORWARDS)
 
 
 _KNOWN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)  # 1d and 3d inherit the former

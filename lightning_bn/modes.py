@@ -16,13 +16,11 @@ from lightning_bn.torch_internals import is_compiled
 
 __all__ = [
     "eager",
-    "evaluating",
     "extra_pass",
     "held_in_eval",
     "is_held_in_eval",
     "is_extra_pass",
     "kept_attribute",
-    "kept_modes",
     "out_of_inference_mode",
     "paused_statistics",
 ]
@@ -60,27 +58,6 @@ def kept_attribute(modules: Iterable[nn.Module], name: str) -> Iterator[None]:
     finally:
         for module, value in before:
             setattr(module, name, value)
-
-
-@contextmanager
-def kept_modes(module: nn.Module) -> Iterator[None]:
-    """Give every submodule its own ``training`` flag back at exit, whatever is done to the flags inside.
-
-    ``module.train()`` at the end would undo a deliberate freeze: each flag is restored by itself.
-    """
-    with kept_attribute(list(module.modules()), "training"):
-        yield
-
-
-@contextmanager
-def evaluating(module: nn.Module, *, training: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Put `module` and all below it in eval mode, but the modules of `training`; each flag is as before at exit."""
-    with kept_modes(module):
-        module.eval()
-        for submodule in training:
-            # Not .train(): that is recursive, and a layer may carry modules of its own (an activation, a dropout).
-            submodule.training = True
-        yield
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bn.modes import evaluating, kept_modes
+from lightning_bn.modes import kept_attribute
 
 
 def flags(model: nn.Module) -> list[bool]:
@@ -25,19 +25,10 @@ def test_each_module_gets_its_own_flag_back() -> None:
     an exception."""
     model = mixed()
     before = flags(model)
-    with kept_modes(model):
+    with kept_attribute(model.modules(), "training"):
         model.train()
     assert flags(model) == before
-    with pytest.raises(ValueError, match="2D or 3D"), kept_modes(model):  # noqa: PT012
+    with pytest.raises(ValueError, match="2D or 3D"), kept_attribute(model.modules(), "training"):  # noqa: PT012
         model.eval()
         model(torch.empty(2))
-    assert flags(model) == before
-
-
-def test_evaluating_all_but_some() -> None:
-    """Inside, only the named modules train, without the modules below them."""
-    model = mixed()
-    before = flags(model)
-    with evaluating(model, training=[model[1]]):
-        assert flags(model) == [False, False, True, False, False, False]
     assert flags(model) == before

@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.buffers import running_mean, running_statistics, running_var
 from lightning_bn.channel_moments import channel_moments
-from lightning_bn.layers.batch_norm import AveragedBatchNorm
+from lightning_bn.discovery import has_known_forward
 from lightning_bn.layers.conversion import why_unsupported
 from lightning_bn.layers.subclasses import input_and_mask
 from lightning_bn.modes import kept_attribute
@@ -27,9 +27,6 @@ __all__ = ["OnInput", "measured", "normalising_with_batches"]
 OnInput = Callable[[int, Row], tuple[Tensor, Tensor]]
 """Called with a layer's place in the list and what goes into it; returns the mean and the variance to normalise with,
 (C,) each."""
-
-# The forwards that are known to normalise their input as it comes, over all dimensions but the second.
-_KNOWN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward, AveragedBatchNorm.forward)
 
 
 @contextmanager
@@ -114,7 +111,7 @@ def _hook(place: int, layer: _BatchNorm, on_input: OnInput) -> Callable[..., Non
 
 
 def _normalises_its_input(layer: _BatchNorm) -> bool:
-    if "forward" not in layer.__dict__ and type(layer).forward in _KNOWN_FORWARDS:
+    if has_known_forward(layer):
         return True
     try:
         return why_unsupported(layer) is None
