@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from lightning_bn.buffers import running_mean
 from lightning_bn.ranks.collective import Ranks
-from lightning_bn.recalibration.tally import Row, Summary, Tally
+from lightning_bn.recalibration.tally import BatchMoments, Summary, Tally
 
 __all__ = ["Estimate", "OnePass", "PassResult", "Tallies", "merged", "merged_summary", "progress_bar"]
 
@@ -54,7 +54,7 @@ class Tallies:
         self._samples: dict[int, int] = {}
         self.batches = 0
 
-    def add(self, batch: int, place: int, row: Row) -> None:
+    def add(self, batch: int, place: int, row: BatchMoments) -> None:
         """Take in what the layer at `place` got in the batch of that number."""
         self._samples.setdefault(batch, row.samples)
         tally, number = self._home[place]
@@ -144,7 +144,7 @@ class OnePass:
         self._progress = progress
         self._tallies = Tallies(layers, pending=_PENDING)
 
-    def on_input(self, place: int, row: Row) -> tuple[Tensor, Tensor]:
+    def on_input(self, place: int, row: BatchMoments) -> tuple[Tensor, Tensor]:
         """What a layer does with its input; see `measured`, inside which `collect` is to be called."""
         if self._counts:
             self._tallies.add(self._tallies.batches, place, row)

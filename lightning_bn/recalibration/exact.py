@@ -14,7 +14,7 @@ from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.collection import Estimate, PassResult, Tallies, merged_summary, progress_bar
 from lightning_bn.recalibration.lockstep import Lockstep, Stop
 from lightning_bn.recalibration.spilling import Spilling
-from lightning_bn.recalibration.tally import Row
+from lightning_bn.recalibration.tally import BatchMoments
 
 __all__ = ["ExactPass"]
 
@@ -47,7 +47,7 @@ class ExactPass:
         self._spilling = Spilling(budget)
         self._lockstep = Lockstep(self._first_of_all_ranks, self._arrived, self._spilling)
 
-    def on_input(self, place: int, row: Row) -> tuple[Tensor, Tensor]:
+    def on_input(self, place: int, row: BatchMoments) -> tuple[Tensor, Tensor]:
         """What a layer does with its input; see `measured`, inside which `collect` is to be called."""
         self._spilling.paused = True  # the tallies are read at any time
         self._tallies.add(self._lockstep.current(), place, row)

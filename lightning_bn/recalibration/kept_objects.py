@@ -43,6 +43,7 @@ _FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 # The dictionaries of a module whose values torch calls or reads by themselves: which are there is kept, and not what
 # they are.
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
+_OWN = (*_HOOKS, "_parameters", "_buffers", "_modules")
 
 
 @contextmanager
@@ -155,13 +156,16 @@ class _Objects:
             self._undo.append(partial(setattr, module, "training", module.training))
             self._later((*module.parameters(), *module.buffers()))
             return
-        self._later([value for key, value in attributes.items() if key not in _HOOKS])
-        for key in _HOOKS:
-            hooks = attributes.get(key)
-            if hooks and isinstance(hooks, dict):
-                self._undo.append(partial(_restore_dict, hooks, dict(hooks)))
-            elif isinstance(hooks, dict):
-                self._empty.append(hooks)
+        self._later([value for key, value in attributes.items() if key not in _OWN])
+        for key in _OWN:
+            members = attributes.get(key)
+            if isinstance(members, dict):
+                if members:
+                    self._undo.append(partial(_restore_dict, members, dict(members)))
+                else:
+                    self._empty.append(members)
+                if key not in _HOOKS:
+                    self._later(members.values())
 
     def _visit_container(self, thing: Any) -> None:
         if isinstance(thing, dict):

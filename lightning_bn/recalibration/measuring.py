@@ -20,11 +20,11 @@ from lightning_bn.layers.subclasses import input_and_mask
 from lightning_bn.modes import kept_attribute
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import unsynchronised
-from lightning_bn.recalibration.tally import Row
+from lightning_bn.recalibration.tally import BatchMoments
 
 __all__ = ["OnInput", "measured", "normalising_with_batches"]
 
-OnInput = Callable[[int, Row], tuple[Tensor, Tensor]]
+OnInput = Callable[[int, BatchMoments], tuple[Tensor, Tensor]]
 """Called with a layer's place in the list and what goes into it; returns the mean and the variance to normalise with,
 (C,) each."""
 
@@ -59,7 +59,7 @@ def normalising_with_batches(layers: Sequence[_BatchNorm]) -> Iterator[None]:
     held = [(layer, *running_statistics(layer)) for layer in layers]
     before = [(mean.clone(), var.clone()) for _, mean, var in held]  # DDP may write into them inside
 
-    def of_batch(place: int, row: Row) -> tuple[Tensor, Tensor]:
+    def of_batch(place: int, row: BatchMoments) -> tuple[Tensor, Tensor]:
         mean, var = before[place]
         if isinstance(row.values, Tensor):
             several = row.values > 1
@@ -119,17 +119,17 @@ def _normalises_its_input(layer: _BatchNorm) -> bool:
         return False
 
 
-def _of_input(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row | None:
+def _of_input(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchMoments | None:
     input, mask = input_and_mask(layer, args, kwargs)
     if input.numel() == 0:
         return None
     if mask is None:
-        return Row(len(input), input.numel() // input.shape[1], *channel_moments(input))
+        return BatchMoments(len(input), input.numel() // input.shape[1], *channel_moments(input))
     moments = Moments.of(input, mask)
-    return Row(len(input), moments.count, moments.mean, moments.m2 / moments.count.clamp(min=1))
+    return BatchMoments(len(input), moments.count, moments.mean, moments.m2 / moments.count.clamp(min=1))
 
 
-def _by_own_forward(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Row | None:
+def _by_own_forward(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchMoments | None:
     """Let the layer's own training forward leave the moments in scratch buffers: it may permute, reshape or split what
     it gets."""
     input = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -161,4 +161,4 @@ def _by_own_forward(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, 
             f"isinstance(module, {type(layer).__name__}))."
         )
     count = input.numel() // layer.num_features
-    return Row(len(input), count, mean, var * (count - 1) / count)
+    return BatchMoments(len(input), count, mean, var * (count - 1) / count)

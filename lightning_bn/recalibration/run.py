@@ -113,10 +113,7 @@ def recalibrate(
     batch into the new statistics.
 
     In a process group every rank calls it, with its own batches, of which some may have none; their data is merged, and
-    all ranks end with bit-identical statistics. Model, layers and arguments are compared first, and what fails on one
-    rank is raised on all. Where the ranks have averaged different batches, the averages' histories and
-    ``num_batches_tracked`` become the first rank's. A rank of a sharded model that has no batch left runs along with
-    its last one, which does not count; a forward that raises there ends the other ranks by the group's timeout.
+    all ranks end with bit-identical statistics. What fails on one rank is raised on all.
 
     What the forward writes elsewhere is restored too: parameters, gradients, buffers, and what the model's attributes
     hold at any depth, but for iterators, attributes in slots and objects of classes written in C. For this the forward

@@ -13,12 +13,12 @@ from torch import Tensor
 from lightning_bn.modes import out_of_inference_mode
 from lightning_bn.moments import Moments, wide_dtype
 
-__all__ = ["Row", "Summary", "Tally"]
+__all__ = ["BatchMoments", "Summary", "Tally"]
 
 _BLOCK = 32
 
 
-class Row(NamedTuple):
+class BatchMoments(NamedTuple):
     """The moments of one batch at one layer."""
 
     samples: int
@@ -30,13 +30,15 @@ class Row(NamedTuple):
     var: Tensor
     """(C,), biased."""
 
-    def merge(self, other: Row) -> Row:
+    def merge(self, other: BatchMoments) -> BatchMoments:
         """Return the row of both taken together: two calls of the layer in one batch."""
         moments = _moments(self).merge(_moments(other))
-        return Row(self.samples + other.samples, moments.count, moments.mean, moments.m2 / moments.count.clamp(min=1))
+        return BatchMoments(
+            self.samples + other.samples, moments.count, moments.mean, moments.m2 / moments.count.clamp(min=1)
+        )
 
 
-def _moments(row: Row) -> Moments:
+def _moments(row: BatchMoments) -> Moments:
     dtype, device = wide_dtype(row.mean.device), row.mean.device
     count = torch.as_tensor(row.values, dtype=dtype, device=device)
     return Moments(count, row.mean.to(dtype), row.var.to(dtype) * count)
@@ -172,7 +174,7 @@ class Tally:
         self._folded: Summary | None = None
         self._finite: list[tuple[list[int], Tensor]] = []
 
-    def add(self, batch: int, place: int, row: Row) -> None:
+    def add(self, batch: int, place: int, row: BatchMoments) -> None:
         """Take in what the layer at `place` saw in one call in the batch number `batch`; calls in one batch count as
         one batch."""
         if batch not in self._batches:
@@ -263,11 +265,11 @@ class _Batch(NamedTuple):
         tuple[int, int | Tensor]
     ]  # samples and values per channel, one pair a layer; zeros where it did not run
 
-    def add(self, place: int, row: Row) -> None:
+    def add(self, place: int, row: BatchMoments) -> None:
         mean, var = self.means[place], self.vars[place]
         samples, values = self.numbers[place]
         if samples:
-            row = Row(samples, values, mean, var).merge(row)
+            row = BatchMoments(samples, values, mean, var).merge(row)
         mean.copy_(row.mean)
         var.copy_(row.var)
         self.numbers[place] = (row.samples, row.values)

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_bn.recalibration.tally import Row, Summary, Tally
+from lightning_bn.recalibration.tally import BatchMoments, Summary, Tally
 
 
-def row(data: torch.Tensor) -> Row:
+def row(data: torch.Tensor) -> BatchMoments:
     values = data.double()
-    return Row(len(data), len(data), values.mean(0), values.var(0, correction=0))
+    return BatchMoments(len(data), len(data), values.mean(0), values.var(0, correction=0))
 
 
 CPU = torch.device("cpu")
