@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 __all__ = [
     "StorageReference",
@@ -33,6 +34,7 @@ __all__ = [
     "lazy_copy",
     "parameters_of",
     "saved_statistics",
+    "second_loader",
     "side_by_side",
     "watched",
 ]
@@ -334,6 +336,21 @@ class _AwaitedBuffers(dict[str, Any]):
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         self.arrive()
         return copy.deepcopy(self.buffers, memo)
+
+
+def second_loader(loader: Any) -> Any:
+    """Return a loader that can be iterated while another iterator of it is running: of a `DataLoader` a copy, and
+    anything else itself.
+
+    With persistent workers, ``iter()`` of a loader whose iterator is running resets that iterator, which the loader
+    holds in an attribute without a public name; where that is gone, the copy is like the loader.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    own = copy.copy(loader)
+    if hasattr(own, "_iterator"):
+        own._iterator = None
+    return own
 
 
 def _waiting(name: str) -> Callable[..., Any]:

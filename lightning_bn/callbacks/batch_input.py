@@ -122,7 +122,8 @@ class BatchInput:
                         inside_wrapper(trainer, module, style.run, batch)
                     return style
                 except Exception as error:  # a user's forward may raise anything; all of it is passed on below
-                    failures.append(f"{style.call} raised {type(error).__name__}: {error}")
+                    how = " in eval mode" if style.call.startswith("training_step") else ""
+                    failures.append(f"{style.call}{how} raised {type(error).__name__}: {error}")
                     last = error
         if not module.automatic_optimization:
             failures.append("training_step was not tried, since the module uses manual optimization")
@@ -138,7 +139,7 @@ def _another_style(module: LightningModule, batch: Any) -> str | None:
     parts = dict.fromkeys(layer.name.split(".")[0] for layer in find_batch_norms(module) if "." in layer.name)
     if not parts:
         return None
-    first = next(iter(batch), "inputs") if isinstance(batch, Mapping) else 0
+    first = next(iter(batch.keys()), "inputs") if isinstance(batch, Mapping) else 0
     value = f"batch[{first!r}]" if isinstance(batch, (Mapping, Sequence)) else "batch"
     calls = ", ".join(f"module.{part}({value if place == 0 else '...'})" for place, part in enumerate(parts))
     called = f"({calls}{',' * (len(parts) == 1)})"
@@ -185,9 +186,10 @@ def _style_of_training_step(module: LightningModule) -> InputStyle | None:
 
 def _named(signature: inspect.Signature, batch: Mapping[Any, Any]) -> list[str]:
     """The keys of `batch` that the signature names, or all of them where it takes any."""
+    keys = tuple(batch.keys())  # some mappings give their parts when they are iterated
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
-        return [name for name in batch if isinstance(name, str)]
-    return [name for name in batch if name in signature.parameters]
+        return [name for name in keys if isinstance(name, str)]
+    return [name for name in keys if name in signature.parameters]
 
 
 def _takes(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
@@ -200,7 +202,7 @@ def _takes(signature: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
 
 def _form(batch: Any) -> str:
     if isinstance(batch, Mapping):
-        return f"a {type(batch).__name__} of {', '.join(map(repr, batch))}"
+        return f"a {type(batch).__name__} of {', '.join(map(repr, batch.keys()))}"
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
         return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
     return f"a {type(batch).__name__}"

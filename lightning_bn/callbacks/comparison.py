@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from lightning_bn import recalibration
 from lightning_bn.averaging import Averaging, check_averaging
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
-from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
+from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
 from lightning_bn.callbacks.observing import boundary_of, check_logged, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.run_journal import journal_of
@@ -59,6 +59,8 @@ class CompareAverages(Callback):
         recalibrated: also validate under recalibrated statistics; costs up to 200 forward passes a validation.
         batch: also validate with each batch normalised by its own mean and *biased* variance, as in training; what it
             has over ``own`` is the train/eval gap. It is no average, and never recommended.
+        dataloader: where the batches of ``recalibrated`` come from; None for the Trainer's training data.
+        forward: ``forward(module, batch)``, which runs such a batch through the module; None finds a call that does.
 
     Attributes:
         scores: a `Scores`: the values of `monitor` for each name, one a validation; prints as the table.
@@ -89,6 +91,8 @@ class CompareAverages(Callback):
         mode: Literal["min", "max"] = "min",
         recalibrated: bool = True,
         batch: bool = True,
+        dataloader: Any = None,
+        forward: Callable[[LightningModule, Any], Any] | None = None,
     ) -> None:
         _check_averages(averages)
         self.averages = dict(averages)
@@ -96,6 +100,8 @@ class CompareAverages(Callback):
         self.mode = mode
         self.recalibrated = recalibrated
         self.batch = batch
+        self.dataloader = dataloader
+        self.forward = forward
         self.scores = Scores(monitor, mode)
         self._boundary = boundary_of("CompareAverages", self._close)
         self._followers: Followers | None = None
@@ -119,9 +125,8 @@ class CompareAverages(Callback):
                 "CompareAverages: the fit has no validation to compare by. Give trainer.fit a validation loader, and "
                 "the module a validation_step."
             )
-        self._input = BatchInput(
-            None, call="CompareAverages", advice="Leave that row out: CompareAverages(..., recalibrated=False)."
-        )
+        advice = "Leave that row out, CompareAverages(..., recalibrated=False), or say how it goes in with forward=."
+        self._input = BatchInput(self.forward, call="CompareAverages", advice=advice, takes_forward=True)
         if not any(layer.tracks for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
                 f"CompareAverages: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. "
@@ -143,12 +148,18 @@ class CompareAverages(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         journal_of(trainer).begin(trainer, pl_module)
+        if self.recalibrated and self.dataloader is None and iterates_itself(trainer):
+            raise MisconfigurationException(
+                "CompareAverages: the training loader is its own iterator, so a second pass would take the fit's "
+                "batches. Give that row a loader of its own, CompareAverages(..., dataloader=...), or leave it out: "
+                "recalibrated=False."
+            )
         self._layers = find_batch_norms(pl_module)
         self._in_eval = in_eval_mode(self._layers)
         self._looked = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.recalibrated and not self._input.known and batch is not None:
+        if self.recalibrated and self.dataloader is None and not self._input.known and batch is not None:
             with quiet(trainer, pl_module):
                 self._input.learn_from(trainer, pl_module, iter([batch]))
 
@@ -261,7 +272,7 @@ class CompareAverages(Callback):
     def _recalibrated(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
         chosen = self._learning()
         with ExitStack() as stack:
-            with training_pass(trainer, module) as batches:
+            with training_pass(trainer, module, self.dataloader) as batches:
                 stack.enter_context(
                     recalibration.recalibrated(
                         module,

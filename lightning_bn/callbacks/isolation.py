@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.trainer.states import RunningStage
-from torch.utils.data import Sampler
 
 from lightning_bn.callbacks.both_lightnings import CombinedLoader, LightningModule, Trainer, package_of
-from lightning_bn.recalibration.kept_objects import kept
+from lightning_bn.recalibration.kept_objects import kept, kept_sources
 from lightning_bn.recalibration.random_states import kept_random_states
 
 __all__ = ["in_stage", "isolated", "muted"]
@@ -26,14 +25,14 @@ def isolated(module: LightningModule, loader: Any = None) -> Iterator[None]:
 
     Args:
         module: in a fit.
-        loader: a loader that is iterated inside; its generators and samplers, which a running copy shares, are as
-            before at exit.
+        loader: a loader that is iterated inside; what a running copy shares with it, generators, samplers and the
+            dataset, is as before at exit, and so are the attributes of the Trainer's datamodule.
     """
     trainer = module.trainer
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     with (
         kept_random_states(loader),
-        _kept_samplers(loader),
+        kept_sources(*(loader.flattened if isinstance(loader, CombinedLoader) else [loader]), _attributes(trainer)),
         # Lightning validates in inference mode, whose tensors could not be written into again outside it.
         torch.inference_mode(False),
         torch.no_grad(),
@@ -69,21 +68,6 @@ def in_stage(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_samplers(loader: Any) -> Iterator[None]:
-    """Give each sampler its own attributes back: one may count its passes, or the batches that it gave."""
-    loaders = loader.flattened if isinstance(loader, CombinedLoader) else [loader]
-    parts = [getattr(each, name, None) for each in loaders for name in ("sampler", "batch_sampler")]
-    parts += [getattr(part, "sampler", None) for part in parts]
-    before = [(part, dict(vars(part))) for part in parts if isinstance(part, Sampler)]
-    try:
-        yield
-    finally:
-        for part, attributes in before:
-            vars(part).clear()
-            vars(part).update(attributes)
-
-
-@contextmanager
 def _replaced(namespace: dict[str, Any], values: dict[str, Any]) -> Iterator[None]:
     before = {name: namespace[name] for name in values if name in namespace}
     namespace.update(values)
@@ -101,3 +85,9 @@ def _lightning_modules(module: LightningModule) -> list[LightningModule]:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Take whatever a logging method takes."""
+
+
+def _attributes(trainer: Trainer) -> dict[str, Any]:
+    """Those of the datamodule, whose transfer hooks see each batch."""
+    datamodule = getattr(trainer, "datamodule", None)
+    return {} if datamodule is None else vars(datamodule)

@@ -7,7 +7,6 @@ changed.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,6 @@ from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_bn.callbacks.both_lightnings import (
     Callback,
@@ -26,6 +24,7 @@ from lightning_bn.callbacks.both_lightnings import (
     package_of,
 )
 from lightning_bn.sharding import is_fsdp1
+from lightning_bn.torch_internals import second_loader
 
 __all__ = [
     "afresh",
@@ -85,7 +84,7 @@ def iterates_itself(trainer: Trainer) -> bool:
 def afresh(loader: Any) -> Any:
     """Return a loader of the user's that can be iterated while another one is running: a `DataLoader` or
     `CombinedLoader` is copied."""
-    return _anew(loader) if isinstance(loader, CombinedLoader) else _copy(loader)
+    return _anew(loader) if isinstance(loader, CombinedLoader) else second_loader(loader)
 
 
 # By a combined loader's mode, its length from theirs.
@@ -243,15 +242,6 @@ def _reach(trainer: Trainer, path: str, advice: str) -> Any:
 
 def _anew(live: CombinedLoader) -> CombinedLoader:
     fresh = type(live)(live.iterables, live._mode)
-    fresh.flattened = [_copy(loader) for loader in live.flattened]
+    fresh.flattened = [second_loader(loader) for loader in live.flattened]
     fresh.limits = live.limits
     return fresh
-
-
-def _copy(loader: Any) -> Any:
-    if not isinstance(loader, DataLoader):
-        return loader
-    own = copy.copy(loader)
-    # With persistent workers, iter() of a loader whose iterator is running resets that iterator.
-    own._iterator = None
-    return own

@@ -74,7 +74,8 @@ def what_was_repaired(report: RecalibrationReport, before: Sequence[Path]) -> st
             f"deviations and its variance by a factor of {math.exp(worst.log_variance_ratio_rms):.3g} (rms over "
             "channels)"
         )
-    text = f"BatchNormRecalibration: the statistics of {len(ran)} batch norms were recalibrated{moved}."
+    norms = f"{len(ran)} batch norm{'s' * (len(ran) != 1)}"
+    text = f"BatchNormRecalibration: the statistics of {norms} were recalibrated{moved}."
     if not before:
         return text
     files = ", ".join(map(str, before[:4])) + (f" and {len(before) - 4} more" if len(before) > 4 else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import islice
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
@@ -99,6 +98,14 @@ def _batches(loader: Any) -> Iterator[Any]:
         yield from loader
         return
     batches: Iterator[Any] = iter(loader)  # before its length is asked for, which it does not know earlier
-    # The loader knows its limits, and leaves it to whoever fetches from it to stop there.
-    for batch, _, _ in islice(batches, sized_len(loader)):
+    # The loader knows its limits, and leaves it to whoever fetches from it to stop there. It is its own iterator: a
+    # second iter(), as a for loop calls it, would begin again, and start workers twice.
+    length = sized_len(loader)
+    count = 0
+    while length is None or count < length:
+        try:
+            batch, _, _ = next(batches)
+        except StopIteration:
+            return
+        count += 1
         yield batch

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ _ADVICE = "Say how it goes in: recalibrate(model, batches, forward=lambda model,
 
 
 def feed(model: nn.Module, batch: Any) -> Any:
-    """Run `model` on `batch`: a tensor goes in as it is, of a tuple or list the first element, a mapping as keyword
-    arguments.
+    """Run `model` on `batch`: of a tuple or list the first element goes in, a mapping as keyword arguments, anything
+    else as it is, such as a tensor or a batch of graphs.
 
     Raises:
-        TypeError: the batch is something else, or the model's forward does not take the mapping's keys.
+        TypeError: the batch is None, a number or text, or the model's forward does not take the mapping's keys.
     """
     try:
         return _feed(model, batch)
@@ -45,9 +46,9 @@ def _feed(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         _check_keywords(model, batch)
         return model(**batch)
-    raise TypeError(
-        f"a batch is a tensor, a non-empty tuple or list, or a mapping; this one is {_described(batch)}. {_ADVICE}"
-    )
+    if batch is None or isinstance(batch, (tuple, list, str, bytes, int, float)):
+        raise TypeError(f"{_described(batch)} is no batch that a model could be run on. {_ADVICE}")
+    return model(batch)
 
 
 def _check_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> None:
@@ -66,16 +67,28 @@ def _described(batch: Any) -> str:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return `batch` with every tensor in it on `device`; tuples, lists, mappings, dataclasses and whatever has a
-    ``to`` are walked."""
+    ``to`` are walked, and keep their classes. What arrives is what Lightning's own transfer would hand over."""
     if isinstance(batch, Tensor) or callable(getattr(batch, "to", None)):
-        return batch.to(device)
+        moved = batch.to(device)
+        return batch if moved is None else moved  # some objects move themselves
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(item, device) for item in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_device(item, device) for item in batch)
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        values = {key: to_device(value, device) for key, value in batch.items()}
+        return values if type(batch) is dict else _of_its_class(batch, values)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         moved = {f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init}
         return dataclasses.replace(batch, **moved)
     return batch
+
+
+def _of_its_class(batch: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """Return a mapping of the class of `batch`, which may have attributes too, with other values."""
+    if not isinstance(batch, MutableMapping):
+        return type(batch)(values)  # type: ignore[call-arg]
+    copied = copy.copy(batch)
+    for key, value in values.items():
+        copied[key] = value
+    return copied

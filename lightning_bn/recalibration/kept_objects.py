@@ -19,14 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_bn.recalibration.kept_tensors import KeptTensors
 from lightning_bn.recalibration.random_states import generator_keeper, is_generator
 from lightning_bn.recalibration.transaction import completely
 from lightning_bn.sharding import is_fsdp1, is_transient
 
-__all__ = ["kept"]
+__all__ = ["kept", "kept_sources"]
+
+# More members than this are data, and no state of what gives them.
+_DATA = 1000
 
 # What attributes hold most often, and can't change.
 _CONSTANTS: set[type] = {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size}
@@ -187,6 +190,39 @@ class _Objects:
             self._later(own.values())
 
 
+class _Sources(_Objects):
+    """The state of what batches come from, without the data."""
+
+    def _visit(self, thing: Any) -> None:
+        if isinstance(thing, Tensor):
+            if thing.numel() <= _DATA:
+                self._undo.append(partial(_restore_tensor, thing, thing.detach().clone()))
+        elif isinstance(thing, DataLoader):
+            # A copy of it is iterated; these are what the two share.
+            self._later((thing.dataset, thing.sampler, thing.batch_sampler, thing.collate_fn, thing.generator))
+        elif isinstance(thing, (Dataset, Sampler)):
+            self._visit_attributes(thing)
+        elif not (isinstance(thing, (dict, list, deque, set, tuple, frozenset)) and len(thing) > _DATA) and not (
+            _is_array(thing) and thing.size > _DATA
+        ):
+            super()._visit(thing)
+
+
+@contextmanager
+def kept_sources(*sources: object) -> Iterator[None]:
+    """Restore at exit the state of loaders, and of the datasets, samplers and transforms behind them: positions,
+    counters, generators, in attributes at any depth.
+
+    Data are left alone: tensors, arrays and containers of more than 1,000 members. So is what lives in a worker's
+    process, which a second iterator does not share, and whatever `kept` leaves alone.
+    """
+    objects = _Sources(sources)
+    try:
+        yield
+    finally:
+        completely(objects.restore)
+
+
 def _is_left_alone(kind: type) -> bool:
     if issubclass(kind, _LEFT_ALONE):
         return True
@@ -222,6 +258,11 @@ def _restore_list(members: Any, before: list[Any]) -> None:
 def _restore_set(members: set[Any], before: set[Any]) -> None:
     members.clear()
     members.update(before)
+
+
+def _restore_tensor(tensor: Tensor, before: Tensor) -> None:
+    if not torch.equal(tensor, before):
+        tensor.data.copy_(before)
 
 
 def _restore_array(array: Any, before: Any) -> None:

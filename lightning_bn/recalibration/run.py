@@ -26,6 +26,7 @@ from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.selection import Layers, choose
 from lightning_bn.recalibration.transaction import StatisticsChange, commit
 from lightning_bn.sharding import check_each_sees_its_own, check_not_distributed, is_sharded, unwrapped
+from lightning_bn.torch_internals import second_loader
 
 if TYPE_CHECKING:
     from lightning_bn.recalibration.exact import ExactPass
@@ -211,7 +212,8 @@ def _estimated(
         measured([layer.module for layer in chosen], collection.on_input),
     ):
         try:
-            seen = collection.collect(batches, run if options.exact else _with_the_weights_as_they_are(run, tensors))
+            once = run if options.exact else _with_the_weights_as_they_are(run, tensors)
+            seen = collection.collect(second_loader(batches), once)
         except BaseException as error:
             # Other ranks of a sharded model wait in a forward, for parameters, and would take a word for these.
             if not sharded:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from lightning_bn import recalibrate
 from lightning_bn.recalibration.feeding import to_device
@@ -77,3 +78,67 @@ def test_a_lightning_module_without_a_forward_is_told_of_forward() -> None:
     assert module.norm.running_mean.tolist() == [0, 0]
     recalibrate(module, batches, forward=lambda model, batch: model.norm(batch), progress=False)
     assert module.norm.running_mean.tolist() != [0, 0]
+
+
+class MovesItself:
+    """A batch of molecules, whose `to` forgets to return it."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data = data
+
+    def to(self, device: torch.device) -> None:
+        self.data = self.data.to(device)
+
+
+class WithAttributes(dict[str, Any]):
+    """As configuration libraries and detection toolboxes have them."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+@dataclass
+class Output(ModelOutput):
+    """Of transformers: a mapping, a dataclass and a sequence at once."""
+
+    x: Tensor | None = None
+    y: Tensor | None = None
+
+
+def test_what_arrives_is_what_was_given() -> None:
+    """An object that moves itself is still there, alone and inside others; mappings keep their class and attributes."""
+    graph, device = MovesItself(torch.ones(2)), torch.device("meta")
+    assert to_device(graph, device) is graph
+    assert graph.data.is_meta
+    assert to_device((graph, {"graph": graph}), device) == (graph, {"graph": graph})
+    with_attributes = to_device(WithAttributes(x=torch.ones(2)), device)
+    assert type(with_attributes) is WithAttributes
+    assert with_attributes.x.is_meta
+    output = to_device(Output(x=torch.ones(2), y=torch.ones(1)), device)
+    assert type(output) is Output
+    assert output.x is not None
+    assert output.x.is_meta
+    assert output[0] is output.x
+
+
+@pytest.mark.parametrize("forward", [None, lambda model, batch: model(batch)])
+def test_a_batch_that_is_no_tensor_goes_in_as_it_is(forward: Any) -> None:
+    """A batch of graphs: neither a tensor, a sequence nor a mapping."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, graph: MovesItself) -> Tensor:
+            return self.norm(graph.data)
+
+    net = Net()
+    data = torch.randn(16, 3)
+    recalibrate(net, [MovesItself(data[:8]), MovesItself(data[8:])], forward=forward, progress=False)
+    assert torch.allclose(net.norm.running_mean, data.mean(0), atol=1e-6)
+    with pytest.raises(TypeError, match=r"a NoneType is no batch.*forward="):
+        recalibrate(net, [None], progress=False)
