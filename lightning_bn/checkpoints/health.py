@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "LayerHealth",
     "StateDrift",
     "compare_checkpoints",
+    "damage",
     "inspect_checkpoint",
     "judged",
 ]
@@ -221,11 +222,16 @@ def _layers_of(path: Path) -> tuple[Contents, list[StoredNorm], list[Unjudged]]:
     return contents, norms, unjudged
 
 
-def _about_file(contents: Contents, unjudged: list[Unjudged]) -> Iterator[HealthFinding]:
-    if contents.damaged:
-        names = ", ".join(printable(name) for name in contents.damaged[:3]) + ", ..." * (len(contents.damaged) > 3)
-        text = f"the file is damaged: {len(contents.damaged)} of its records are not what was written: {names}."
+def damage(records: Sequence[str]) -> Iterator[HealthFinding]:
+    """Tell of records whose checksum is wrong."""
+    if records:
+        names = ", ".join(printable(name) for name in records[:3]) + ", ..." * (len(records) > 3)
+        text = f"the file is damaged: {len(records)} of its records are not what was written: {names}."
         yield HealthFinding("error", None, "", text)
+
+
+def _about_file(contents: Contents, unjudged: list[Unjudged]) -> Iterator[HealthFinding]:
+    yield from damage(contents.damaged)
     for each in unjudged:
         yield HealthFinding("warning", None, each.name, each.why)
     if contents.described:

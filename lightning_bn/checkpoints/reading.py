@@ -172,7 +172,7 @@ def archive_of(path: Path) -> Archive | None:
     if path.is_dir():
         return None
     _refuse_missing(path)
-    with path.open("rb") as file:
+    with plainly(path), path.open("rb") as file:
         return _archive(path) if file.read(2) == b"PK" else None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_bn.checkpoints.health import CheckpointHealth, HealthFinding, judged
+from lightning_bn.checkpoints.health import CheckpointHealth, HealthFinding, damage, judged
 from lightning_bn.checkpoints.norms import norms_in, printable, tensors_in
 from lightning_bn.checkpoints.reading import CheckpointRefusedError, archive_of, plainly, read_contents
 from lightning_bn.exports.export_file import is_export, read_export
@@ -57,9 +57,11 @@ def inspect_export(path: Path | str, reference: Path | str | None = None) -> Che
     """
     path = Path(path)
     program = read_program(path)
-    found = [*_of_program(program), *_unjudged(program)]
+    archive = archive_of(path)
+    found = [*damage(archive.damaged() if archive else ()), *_of_program(program), *_unjudged(program)]
     if reference is not None:
-        found += _beside(program, Path(reference))
+        with plainly(path):
+            found += _beside(program, Path(reference))
     elif folded := [use.folded for use in program.layers if use.folded]:
         text = (
             f"{len(folded)} batch norms are folded into the layers before them: {_named(folded)}. With --reference "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import random
 import re
 import warnings
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from exported_programs import BATCH, CAP, EXPORTS, FAULTS, made, network, runner
+from file_damages import mutated
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -150,3 +153,24 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     health = inspect_export(path)
     assert not health.sound
     assert "its numbers can't be read" in health.findings[0].text
+
+
+@pytest.mark.parametrize("name", ["older onnx, PRESERVE", "torch.export", "jit.trace", "jit.freeze"])
+def test_damage_is_refused_or_told(name: str, reference: Path, tmp_path: Path) -> None:
+    """Of a damaged file there is a report or a refusal; an archive with a flipped weight is not sound."""
+    content, dice = made(name, "sound", tmp_path).read_bytes(), random.Random(name)
+    path = tmp_path / f"damaged{EXPORTS[name][0]}"
+    outcomes = set()
+    for _ in range(40):
+        path.write_bytes(mutated(content, dice))
+        try:
+            if is_program(path):
+                outcomes.add(inspect_export(path, reference).sound)
+        except CheckpointRefusedError:
+            outcomes.add("refused")
+    assert "refused" in outcomes
+    if name != "older onnx, PRESERVE":  # which has no checksums
+        place = content.index(network().body[8].weight.detach().numpy().tobytes()[:16])
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with contextlib.suppress(CheckpointRefusedError):
+            assert not inspect_export(path, reference).sound
