@@ -7,6 +7,7 @@ import os
 import struct
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
@@ -32,10 +33,14 @@ def terminal(stream: str) -> Iterator[Callable[[], str]]:
 
     def read() -> str:
         sys.stdout.flush(), sys.stderr.flush()
-        try:
-            return os.read(master, 100_000).decode()
-        except BlockingIOError:  # nothing was
-            return ""
+        text, silent = b"", 0
+        while silent < 3:  # a terminal hands on 4 kB at a time, some moments later
+            try:
+                text, silent = text + os.read(master, 100_000), 0
+            except BlockingIOError:
+                silent += 1
+                time.sleep(0.01)
+        return text.decode()
 
     with open(slave, "w", encoding="utf-8") as screen, redirect(screen):
         yield read

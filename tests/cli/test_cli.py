@@ -206,17 +206,22 @@ def test_inspect_prints_the_layers_and_the_drift(run: Run, capsys: pytest.Captur
     """One file gives its layers, two give the drift between them; findings give exit code 1."""
     code, out, _ = call("inspect", str(run.ckpt), "--json", capsys=capsys)
     assert code == 0
-    assert [(layer["name"], layer["channels"]) for layer in json.loads(out)["layers"]] == [("bn1", 5), ("rest.3", 3)]
+    assert [(layer["name"], layer["channels"]) for layer in json.loads(out)["layers"]] == [
+        ("bn1", 5),
+        ("rest.3", 3),
+        ("callbacks.CompareAverages.followers.w5.bn1", 5),
+        ("callbacks.CompareAverages.followers.w5.rest.3", 3),
+    ]
     poisoned = run.load()
     poisoned["state_dict"]["rest.3.running_mean"][1] = float("nan")
     torch.save(poisoned, run.ckpt.with_name("poisoned.ckpt"))
     code, out, _ = call("inspect", str(run.ckpt.with_name("poisoned.ckpt")), capsys=capsys)
     assert code == 1
     assert out.splitlines()[0].startswith("error: BN203 rest.3: 1 entries")
-    assert [line.split()[0] for line in out.splitlines()[-3:]] == ["layer", "rest.3", "bn1"]
+    assert [line.split()[0] for line in out.splitlines()[-5:-2]] == ["layer", "rest.3", "bn1"]
     code, out, _ = call("inspect", str(run.ckpt), str(run.ckpt.with_name("poisoned.ckpt")), capsys=capsys)
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["rest.3", "bn1"]
+    assert [line.split()[0] for line in out.splitlines()[-4:-2]] == ["rest.3", "bn1"]
 
 
 def test_rules_are_listed_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,7 +248,7 @@ def test_refusals_say_what_is_wrong(run: Run, tmp_path: Path, capsys: pytest.Cap
         ([*run.options, "--layers", "nothing.*"], 1, "it means none of the 2 batch-norm layers"),
         ([*run.options, "--output", str(tmp_path / "nowhere" / "x.ckpt")], 2, "there is no directory"),
         (["--config", str(tmp_path / "no.yaml"), "--ckpt_path", str(run.ckpt)], 2, "--config"),
-        (["--config", config, "--ckpt_path", __file__], 1, "it is damaged, or no file of torch.save."),
+        (["--config", config, "--ckpt_path", __file__], 1, "is no checkpoint: it is a text file"),
     ):
         got, out, err = call("recalibrate", *arguments, capsys=capsys)
         assert (got, out) == (code, "")
@@ -258,7 +263,7 @@ def test_what_needs_no_config_needs_no_extra(
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     assert call("rules", "BN104", capsys=capsys)[0] == 0
     code, out, _ = call("inspect", str(run.ckpt), "--json", capsys=capsys)
-    assert (code, len(json.loads(out)["layers"])) == (0, 2)
+    assert (code, len(json.loads(out)["layers"])) == (0, 4)
     code, _, err = call("recalibrate", *run.options, capsys=capsys)
     assert (code, "pip install 'lightning-bn[cli]'" in err) == (1, True)
 
@@ -352,7 +357,7 @@ def test_inspect_tells_the_average_and_does_not_judge_what_it_cannot_read(
     torch.save(state, run.ckpt)
     code, out, _ = call("inspect", str(run.ckpt), capsys=capsys)
     assert code == 1
-    assert "warning: rest.3: it has a running_mean" in out
+    assert "warning: rest.3: its running_var is missing: not judged." in out
 
 
 def test_as_a_process() -> None:
