@@ -75,7 +75,9 @@ def in_transform() -> bool:
 
     Nothing public says so; where the function is gone the answer is False, and such a forward raises.
     """
-    return _interpreter is not None and _interpreter() is not None
+    if torch.compiler.is_compiling() or _interpreter is None:
+        return False
+    return _interpreter() is not None
 
 
 def is_exporting() -> bool:
