@@ -14,7 +14,13 @@ from torch import Tensor
 from lightning_bn import recalibration
 from lightning_bn.averaging import Averaging, check_averaging
 from lightning_bn.callbacks.batch_input import BatchInput
-from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_bn.callbacks.both_lightnings import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    callbacks_of,
+)
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
 from lightning_bn.callbacks.observing import boundary_of, check_logged, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
@@ -223,12 +229,12 @@ class CompareAverages(Callback):
             mode=self.scores.mode,
             metrics=self.metrics,
             recommended=self.recommended,
-            advice=self._advice(),
+            advice=self._advice(trainer),
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.recommended is not None:
-            print(f"\n{self.scores}\nRecommended: {self._advice()}")
+            print(f"\n{self.scores}\nRecommended: {self._advice(trainer)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
@@ -287,15 +293,18 @@ class CompareAverages(Callback):
                 )
             yield
 
-    def _advice(self) -> str:
+    def _advice(self, trainer: Trainer) -> str:
+        repair = "BatchNormRecalibration(when='validation')"
         if self.recommended == _RECALIBRATED:
-            return "BatchNormRecalibration(when='validation')"
+            return repair
         averaging = self.averages.get(self.recommended or _OWN)
-        return (
-            "the layers' own averages, as they are"
-            if averaging is None
-            else f"convert_batch_norm(model, {averaging!r})"
-        )
+        if averaging is not None:
+            return f"convert_batch_norm(model, {averaging!r})"
+        # By name, since callbacks don't know each other.
+        for callback in callbacks_of(trainer):
+            if type(callback).__name__ == "BatchNormRecalibration" and getattr(callback, "when", "") == "validation":
+                return f"the layers' own statistics, as {repair} repairs them before each validation: {_OWN!r} has that"
+        return "the layers' own averages, as they are"
 
 
 def _check_averages(averages: Mapping[str, Averaging]) -> None:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from fitting import fit
+from fitting import fit, trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from small_data import training_data
@@ -170,13 +170,15 @@ def test_the_log_and_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_the_advice_is_a_call_that_can_be_made(capsys: pytest.CaptureFixture[str]) -> None:
     """A recommended average is printed as the call that converts the model to it."""
     compare = CompareAverages({"first": Exponential(1.0), "second": Window(4)}, recalibrated=False)
-    for name, advice in (
-        ("second", "convert_batch_norm(model, Window(size=4))"),
-        ("own", "the layers' own averages, as they are"),
+    repair = BatchNormRecalibration(when="validation")
+    for name, others, advice in (
+        ("second", [], "convert_batch_norm(model, Window(size=4))"),
+        ("own", [BatchNormRecalibration()], "the layers' own averages, as they are"),
+        ("own", [repair], "the layers' own statistics, as BatchNormRecalibration(when='validation') repairs them"),
     ):
         compare.scores.values = {other: [1.0] for other in ("own", "first", "second")} | {name: [0.0]}
-        compare.on_train_end(type("Trainer", (), {"is_global_zero": True})(), Small())
-        assert capsys.readouterr().out.strip().splitlines()[-1] == f"Recommended: {advice}"
+        compare.on_train_end(trainer(compare, *others), Small())
+        assert capsys.readouterr().out.strip().splitlines()[-1].startswith(f"Recommended: {advice}")
 
 
 @pytest.mark.parametrize("first", [True, False])
