@@ -28,6 +28,8 @@ REFERENCE: dict[str, dict[str, list[str]]] = {
     "Checks": {
         "check": [],
         "watch": [],
+        "check_export": [],
+        "exporting": [],
         "Finding": _ALL,
         "Fix": _ALL,
         "ModeCheckError": [],

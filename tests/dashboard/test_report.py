@@ -77,7 +77,7 @@ def test_nothing_is_fetched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("runs", "code", "message"),
     [
-        ((), 2, "report needs a run"),
+        ((), 2, "the following arguments are required: RUN"),
         (("nowhere",), 1, "there is no lightning_bn.jsonl in it or below it"),
         (("many",), 1, "2 runs lie below it. Name one or two of them"),
         (("many/a", "many/b", "many/a"), 2, "one run, or two to compare; here are 3"),
