@@ -7,7 +7,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.ranks.collective import Ranks
@@ -36,6 +36,7 @@ class ExactPass:
         num_batches: int | None,
         progress: bool,
         budget: float | None,
+        model: nn.Module,
     ) -> None:
         self._layers = layers
         self._ranks = ranks
@@ -44,7 +45,7 @@ class ExactPass:
         self._progress = progress
         self._tallies = Tallies(layers, pending=None)
         self._new: dict[int, tuple[Tensor, Tensor]] = {}
-        self._spilling = Spilling(budget)
+        self._spilling = Spilling(budget, model)
         self._lockstep = Lockstep(self._first_of_all_ranks, self._arrived, self._spilling)
 
     def on_input(self, place: int, row: BatchMoments) -> tuple[Tensor, Tensor]:

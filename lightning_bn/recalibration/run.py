@@ -206,7 +206,7 @@ def _estimated(
     sharded: bool,
 ) -> tuple[RecalibrationReport, list[StatisticsChange]]:
     """Let the data through the model, and return the report, and the changes to make; nothing is changed yet."""
-    collection = _pass(chosen, ranks, estimator, options, sharded=sharded)
+    collection = _pass(model, chosen, ranks, estimator, options, sharded=sharded)
     with (
         _all_else_kept(model, batches) as tensors,
         measured([layer.module for layer in chosen], collection.on_input),
@@ -326,7 +326,13 @@ def _all_else_kept(model: nn.Module, batches: object) -> Iterator[KeptTensors]:
 
 
 def _pass(
-    chosen: list[BatchNormLayer], ranks: Ranks, estimator: Estimator, options: _Options, *, sharded: bool
+    model: nn.Module,
+    chosen: list[BatchNormLayer],
+    ranks: Ranks,
+    estimator: Estimator,
+    options: _Options,
+    *,
+    sharded: bool,
 ) -> OnePass | ExactPass:
     modules = [layer.module for layer in chosen]
     if not options.exact:
@@ -346,7 +352,13 @@ def _pass(
         free = free_memory(running_mean(modules[0]).device)
         budget = None if free is None else free / 2
     return ExactPass(
-        modules, ranks, estimator, num_batches=options.num_batches, progress=options.progress, budget=budget
+        modules,
+        ranks,
+        estimator,
+        num_batches=options.num_batches,
+        progress=options.progress,
+        budget=budget,
+        model=model,
     )
 
 

@@ -6,11 +6,12 @@ import ctypes
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bn.torch_internals import StorageReference, watched
 
@@ -29,9 +30,12 @@ class Spilling:
 
     Args:
         budget: bytes that may be held in memory. None: no limit.
+        model: what it holds in attributes stays in memory, since other batches read it too, and not by operations of
+            torch alone.
     """
 
-    def __init__(self, budget: float | None) -> None:
+    def __init__(self, budget: float | None, model: nn.Module) -> None:
+        self._model = model
         self.budget = float("inf") if budget is None else budget
         self.bytes = 0
         """The most that were in the file."""
@@ -82,12 +86,21 @@ class Spilling:
         if not was_recorded or size + sum(self._held.values()) <= self.budget:
             self._held[job] = size
             return
+        shared = self._held_by_the_model()
         for key, storage in held.items():
             # An array of numpy's over it has made a storage one that can't be resized.
-            if storage.nbytes() > _SMALL and storage.resizable():
+            if key not in shared and storage.nbytes() > _SMALL and storage.resizable():
                 self._spilled[key] = own[key], self._file.write(storage)
                 storage.resize_(0)
         self.bytes = max(self.bytes, self._file.used)
+
+    def _held_by_the_model(self) -> set[int]:
+        own = chain.from_iterable((*vars(each).values(), *each.buffers(False)) for each in self._model.modules())
+        return {
+            value.untyped_storage()._cdata
+            for value in own
+            if isinstance(value, Tensor) and value.layout is torch.strided
+        }
 
     def close(self) -> None:
         """Read back what somebody still holds."""

@@ -322,7 +322,7 @@ def test_jobs_go_on_only_when_all_have_come(names: str) -> None:
     """Lockstep itself: whoever skipped a stop waits at the next one for those who have not, whoever came first."""
     places = {"a": [0, 2], "b": [0, 1, 2], "c": []}
     log: list[str] = []
-    lockstep = Lockstep(lambda stop: stop, lambda place: log.append(f"open {place}"), Spilling(None))
+    lockstep = Lockstep(lambda stop: stop, lambda place: log.append(f"open {place}"), Spilling(None, nn.Module()))
 
     def job(name: str, places: list[int]) -> Callable[[], None]:
         def run() -> None:

@@ -125,10 +125,12 @@ def bits(t: Tensor) -> bytes:
 
 def picture(t: Tensor) -> tuple[Any, ...]:
     grad = t.grad if t.is_leaf else None
+    lazy = torch._C._is_cow_tensor(t)  # before `data_ptr`, which ends it
     return (
         *(id(t), t.data_ptr(), t.untyped_storage().data_ptr(), t.shape, t.stride(), t.storage_offset(), t.dtype),
         *(t.requires_grad, id(grad), bits(t)),
         None if grad is None else (grad.data_ptr(), bits(grad)),
+        lazy,
     )
 
 
@@ -196,8 +198,10 @@ def test_an_array_of_the_models_own_over_a_parameter_is_seen() -> None:
     model = nn.Linear(2, 2)
     model.array = model.weight.detach().numpy()
     before = picture(model.weight)
-    with kept(model=model):
+    with kept(model=model) as tensors:
         model.array[:] = 7
+        tensors.restore_parameters()
+        assert bits(model.weight) == before[9]
     assert picture(model.weight) == before
 
 

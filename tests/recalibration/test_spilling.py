@@ -39,7 +39,7 @@ class Awkward(nn.Module):
             inside = self.last(nn.functional.conv2d(x, weight, padding=1) + y)
             (slope,) = torch.autograd.grad(inside.square().sum(), weight)
         y = y + torch.from_numpy(array) + outer + self.cached + slope.mean()
-        values = y.tolist()
+        values = (y + torch.tensor(self.cached.tolist())).tolist()
         return self.last(torch.tensor(values)) + y
 
     def normalised(self, x: Tensor) -> Any:
