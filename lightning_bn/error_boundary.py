@@ -70,7 +70,7 @@ class ErrorBoundary:
         self.closed, self._keep = False, keep
         self._lost.clear()
 
-    def attempt(self, part: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def attempt(self, part: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Return ``function(*args, **kwargs)``; None if it fails, or if this part or the observer failed before.
 
         Args:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,20 @@ def _fresh_compiler() -> None:
 def _own_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Trainer without a logger leaves its journal in the current directory."""
     monkeypatch.chdir(tmp_path_factory.mktemp("current"))
+
+
+@pytest.fixture(autouse=True)
+def _a_termination_fails_one_test() -> Iterator[None]:
+    """A SIGTERM that reaches this process, from a launcher that ends its group, is one test's failure, and not the end
+    of all."""
+    own = os.getpid()
+
+    def fail(number: int, frame: object) -> None:
+        if os.getpid() == own:
+            pytest.fail("a SIGTERM reached the process of the tests")
+        signal.signal(number, signal.SIG_DFL)  # a forked process ends as it was asked to
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, fail)
+    yield
+    signal.signal(signal.SIGTERM, before)

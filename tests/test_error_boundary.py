@@ -59,6 +59,7 @@ def test_a_part_is_lost_alone() -> None:
         assert boundary.attempt("the table", fail, OSError("full")) is None
     assert boundary.attempt("the table", fail, OSError("full")) is None  # a second warning would be an error
     assert boundary.attempt("the rest", int, "3") == 3
+    assert boundary.attempt("the rest", dict, part=1, function=2) == {"part": 1, "function": 2}
 
 
 @pytest.mark.usefixtures("_as_for_users")
