@@ -1,0 +1,127 @@
+"""How far a layer's running statistics are from what the layer gets: the arithmetic, on the host in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_bn.moments import Moments
+
+__all__ = ["LIMIT", "BatchSums", "Effect", "Running", "batch_sums", "effect"]
+
+LIMIT = 0.5
+"""An effect whose lower bound is beyond it is one: the layer's output is off by half of its own standard deviation."""
+
+_LEAST_IMAGES = 4
+_DEAD = 10.0  # times eps: a channel with less variance is constant in training and in evaluation
+
+
+@dataclass(frozen=True)
+class BatchSums:
+    """The input of a layer in one forward, per channel."""
+
+    images: int
+    values: int
+    """Values of a channel in one image."""
+    mean: Tensor  # (C,), of the batch
+    second: Tensor  # (C,), mean over images of their second moment about `mean`: the *biased* variance of the batch
+    between: Tensor  # (C,), sum over images of the squared deviation of their mean from `mean`
+    spread: Tensor  # (C,), sum over images of the squared deviation of their second moment from `second`
+
+
+@dataclass(frozen=True)
+class Running:
+    """What an evaluation normalises with, and how it came about."""
+
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,), *unbiased within-batch*
+    weight: Tensor  # (C,), affine; ones without
+    eps: float
+    images: int
+    """In a training batch."""
+    noise: float
+    """The variance of an average of independent batches, as a share of that of one: ``p / (2 - p)`` for momentum p, 0
+    for statistics that are frozen."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How far a layer's output is off, in its own standard deviations, root mean square over its channels."""
+
+    size: float
+    lower: float
+    """What it is at least, two standard errors below."""
+    images: int
+
+    @property
+    def beyond(self) -> bool:
+        """Whether it is certainly beyond `LIMIT`."""
+        return self.lower > LIMIT
+
+
+def batch_sums(input: Tensor) -> Tensor:
+    """Return `mean`, `second`, `between` and `spread` of `BatchSums`, (4, C), in float32 on the input's device.
+
+    Args:
+        input: (N, C, *spatial).
+    """
+    data = input.detach().float()
+    if data.dim() > 2:
+        # One reduction over the last dimensions of each image; all else is small.
+        within, means = torch.var_mean(data.flatten(2), 2, correction=0)
+    else:
+        within, means = torch.zeros_like(data), data
+    mean = means.mean(0)
+    from_mean = means - mean
+    second = within + from_mean.square()
+    average = second.mean(0)
+    return torch.stack((mean, average, from_mean.square().sum(0), (second - average).square().sum(0)))
+
+
+def effect(batches: Sequence[BatchSums], running: Running) -> Effect | None:
+    """Return how far statistics are from those of `batches`; None if these are too few images.
+
+    With N images, pooled mean ``mu`` and *unbiased* variance ``v``, the variances A and Q of the images' means and
+    second moments within batches, and running mean ``r`` and variance ``s2``, per channel::
+
+        d1 = (mu - r)^2 / sqrt((s2 + eps) (v + eps))           e1 = A (1/N + noise/n) / (s2 + eps)
+        d2 = log((v + eps) / (s2 + A (1/n - 1/N) + eps))^2 / 4   e2 = Q (1/N + noise/n) / (v + eps)^2 / 4
+
+    d1 and d2 are squared distances, e1 and e2 what chance contributes to them. Their differences are averaged over the
+    channels that vary, weighted by the square of the affine weight.
+    """
+    images = sum(batch.images for batch in batches)
+    degrees = images - len(batches)
+    if images < _LEAST_IMAGES or degrees < 1:
+        return None
+    pooled = Moments(torch.zeros(()), torch.zeros(()), torch.zeros(()))
+    for batch in batches:
+        count = torch.tensor(float(batch.images * batch.values), dtype=torch.float64)
+        pooled = pooled.merge(Moments(count, batch.mean.double(), batch.second.double() * count))
+    mu, v, eps = pooled.mean, pooled.variance(unbiased=True), running.eps
+    a = torch.stack([batch.between.double() for batch in batches]).sum(0) / degrees
+    q = torch.stack([batch.spread.double() for batch in batches]).sum(0) / degrees
+    r, s2 = running.mean.double(), running.var.double().clamp(min=0)
+    weight = running.weight.double().square().where(torch.maximum(s2, v) > _DEAD * eps, 0.0)
+    if not weight.sum() > 0:
+        return Effect(0.0, 0.0, images)
+    weight = weight / weight.sum()
+
+    chance = 1 / images + running.noise / running.images
+    d1 = (mu - r).square() / ((s2 + eps) * (v + eps)).sqrt()
+    e1 = a * chance / (s2 + eps)
+    # A batch's own variance lacks the part of the variance between images that its mean takes away.
+    expected = (s2 + a * (1 / running.images - 1 / images)).clamp(min=0)
+    d2 = ((v + eps) / (expected + eps)).log().square() / 4
+    e2 = q * chance / (v + eps).square() / 4
+    squared = (weight * (d1 - e1 + d2 - e2)).sum().item()
+    error = (weight * ((4 * d1 * e1 + 2 * e1.square()).sqrt() + (4 * d2 * e2 + 2 * e2.square()).sqrt())).sum().item()
+    return Effect(_root(squared), _root(squared - 2 * error), images)
+
+
+def _root(squared: float) -> float:
+    return math.sqrt(max(squared, 0.0)) if not math.isnan(squared) else 0.0
