@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from applied_fixes import BATCHES, HELD_OUT, Fixed, Program, dataset
-from lightning.pytorch.callbacks import BaseFinetuning, WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging
 from small_models import Block, Net
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -355,7 +355,7 @@ PROGRAMS = {
         "BN205", lambda fixed: pretrained(OtherImages(fixed)), True, {"callbacks": [Freezes]}
     ),
     "bfloat16 with a small momentum": Mistake("BN206", momentum(0.01), True, {"precision": "bf16-true"}),
-    "averaged weights": Mistake("BN207", Program, False, {"callbacks": [lambda: WeightAveraging(use_buffers=False)]}),
+    "averaged weights": Mistake("BN207", Raw, False, {"callbacks": [lambda: EMAWeightAveraging(decay=0.999)]}),
     "weights exchanged in the step": Mistake("BN207", SwapsInStep, True),
     "weights exchanged in on_validation_model_eval": Mistake("BN207", SwapsBefore, True),
     "weights exchanged in on_train_end": Mistake("BN207", SwapsAtTheEnd, True, {"at_the_end": True}),

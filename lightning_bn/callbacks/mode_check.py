@@ -145,7 +145,7 @@ class ModeCheck(Callback):
         if batch_idx == 0:
             # Not when the epoch starts: the module's own hooks, which may exchange layers, come after this one's.
             inspection.renew(lambda: parts_called_by(pl_module))
-        inspection.begin_batch("train", trainer.global_step, batch_idx, trainer.num_training_batches)
+        inspection.begin_batch("train", trainer.global_step, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._look().trace(loss, loss=True)
@@ -179,7 +179,7 @@ class ModeCheck(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The module's own on_train_end came after all callbacks'.
-        self._look().exchanged("after")
+        self._look().exchanged()
         self._report(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -283,11 +283,15 @@ class ModeCheck(Callback):
         self._look().begin_evaluation(_stage(trainer), trainer.global_step, before)
 
     def _begin_evaluation_batch(self, trainer: Trainer, batch_idx: int) -> None:
-        inspection = self._look()
-        if batch_idx == 0 and trainer.state.fn == TrainerFn.FITTING:
-            # Averaged weights are put in before the first batch, and taken out after the last.
-            inspection.exchanged()
-        inspection.begin_batch(_stage(trainer), trainer.global_step, batch_idx)
+        stage = _stage(trainer)
+        batches = {
+            "validate": trainer.num_val_batches,
+            "sanity_check": trainer.num_sanity_val_batches,
+            "test": trainer.num_test_batches,
+            "predict": trainer.num_predict_batches,
+        }.get(stage, [])
+        # Measured are those of the first loader.
+        self._look().begin_batch(stage, trainer.global_step, batch_idx, next(iter(batches), None))
 
     def _end_evaluation_batch(self, trainer: Trainer) -> None:
         self._look().end_batch()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.rules.fixes import expression, modules_of
+from lightning_bn.rules.fixes import RECALIBRATION, expression, modules_of
 from lightning_bn.rules.observer import unsure, versions, writes
 from lightning_bn.rules.rule import Configuration, Fix, Rule, Seen
 from lightning_bn.torch_internals import buffers_of, parameters_of
@@ -23,8 +23,17 @@ class MovedBetweenBatches(Rule):
     title = "a forward between two batches moved the running statistics"
     why = "they become a mixture of training batches and of what else was run in training mode."
 
-    def seen(self, layers: Sequence[str], when: str, at: Configuration) -> Iterator[Seen]:
-        """Look at layers whose statistics a forward moved while no batch was running."""
+    def seen(self, layers: Sequence[str], when: str, at: Configuration, before_evaluation: bool) -> Iterator[Seen]:
+        """Look at layers whose statistics a forward moved while no batch was running; before an evaluation it may be a
+        recalibration."""
+        if before_evaluation:
+            yield Seen(
+                layers,
+                f"{when} the model ran in training mode, as a recalibration of the statistics does.",
+                "info",
+                RECALIBRATION,
+            )
+            return
         modules = modules_of(layers, [layer.name for layer in at.observer.layers])
         target = expression(at.setting.root, modules[0] if len(modules) == 1 else "", at.model)
         fix = Fix(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lightning_bn.rules.finding import Fix
 from lightning_bn.rules.observer import Modes, ancestors
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_bn.rules.observer import Observer
 
 __all__ = [
+    "RECALIBRATION",
     "allowed",
     "call",
     "expression",
@@ -26,6 +28,9 @@ __all__ = [
     "modules_of",
     "recalibration",
 ]
+
+
+RECALIBRATION = Fix('callbacks=[..., BatchNormRecalibration(when="validation")]', "in the Trainer")
 
 
 def modules_of(layers: Collection[str], among: Collection[str]) -> list[str]:

@@ -8,10 +8,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from lightning_bn.buffers import running_mean
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.ranks.collective import share
 from lightning_bn.rules import RULES, Finding, Rule
@@ -20,16 +18,13 @@ from lightning_bn.rules.arguments import Setting, check_codes, check_patterns
 from lightning_bn.rules.boundaries import Boundaries, MovedBetweenBatches
 from lightning_bn.rules.copies import Copies
 from lightning_bn.rules.evaluations import RanksApart, StaleCopy
-from lightning_bn.rules.exchanged import ExchangedWeights
-from lightning_bn.rules.gaps import Gap, Marks
+from lightning_bn.rules.fit_test import FitTest, Misfit
 from lightning_bn.rules.learning import Learning
 from lightning_bn.rules.observer import Modes, Observer
 from lightning_bn.rules.order import BatchOrder, SortedBatches
-from lightning_bn.rules.probe import EvaluationProbe, vanishing
 from lightning_bn.rules.register import Moment, Register
-from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Exchange, Return, Seen
+from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Return, Seen
 from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart
-from lightning_bn.torch_internals import is_compiled
 
 __all__ = ["Inspection"]
 
@@ -81,17 +76,13 @@ class Inspection:
         self._steady: set[int] = set()
         self._away: Modes | None = None
         self._interrupted = False
-        self._marks = Marks(self.observer.layers)
-        self._batches = 0
+        self._evaluating = False  # whether the first batch of an evaluation has begun
         self._counted: tuple[int, StatisticsSnapshot] = (0, StatisticsSnapshot(()))
         self._last_check = "nothing was known of them before"
-        self._weights = ExchangedWeights()
+        self._fit = FitTest(self.observer, boundary)
         self._copies = Copies(self.observer)
         self._boundaries = Boundaries(self.observer.layers)
         self._order = BatchOrder()
-        self._look: EvaluationProbe | None = None
-        self._gaps: list[Gap] = []
-        self._begun: dict[int, torch.Tensor] = {}
         self._largest = 0
         self._last: BatchRecord | None = None
         self._counts_before: dict[int, int] = {}
@@ -103,7 +94,7 @@ class Inspection:
     def attach(self, entries: Iterable[nn.Module]) -> None:
         """Set the hooks; `entries` are the modules that a training step calls."""
         self.observer.attach(entries)
-        self._counted = (self._batches, StatisticsSnapshot(self.observer.layers))
+        self._counted = (self._fit.batches, StatisticsSnapshot(self.observer.layers))
         self._adjacency = Adjacency(self.model, self.observer.layers, self._boundary)
         self.tracing = True
 
@@ -130,13 +121,10 @@ class Inspection:
             known.clear()
             known.update(kept)
         self._judged, self._away, self._counts_before = {}, None, {}
-        self._weights.forget()
         # These know the layers by their places.
         self._copies, self._boundaries = Copies(self.observer), Boundaries(self.observer.layers)
-        self._marks = Marks(self.observer.layers)
-        if self._look is not None:
-            self._look.close()
-        self._look, self._last, self._gaps, self._begun = None, None, [], {}
+        self._fit.close()
+        self._fit, self._last = FitTest(self.observer, self._boundary), None
         tracing, probe = self.tracing, self._adjacency
         if probe is not None:
             probe.close()
@@ -152,9 +140,9 @@ class Inspection:
         self.observer.close()
         self.tracing = False
         self._boundaries.forget()
-        for probe in (self._adjacency, self._look):
-            if probe is not None:
-                probe.close()
+        self._fit.close()
+        if self._adjacency is not None:
+            self._adjacency.close()
 
     @property
     def findings(self) -> list[Finding]:
@@ -181,7 +169,6 @@ class Inspection:
         """Begin a training epoch: what could be told of its batches from the last one's is forgotten, as parameters may
         be frozen now."""
         self._judged = {}
-        self._marks.forget()
         self.observer.watch_closely()
         self._order.begin_epoch()
 
@@ -189,37 +176,36 @@ class Inspection:
         """Begin a batch.
 
         Args:
-            batches: how many the training epoch has, where that is known and the end of the epoch is to be looked at;
-                infinity: not known.
+            batches: how many the evaluation has; None or infinity: not known.
         """
         if self.observer.forwards and self.stage != "train":
             self._judge()  # what ran before the first batch of an evaluation, or between two
         self.stage, self.step, self.index = stage, step, index
         training = stage == "train"
         if training:
-            self._begun = {}  # training goes on: a validation before it says nothing of the end of the epoch
             self._compare_boundary(f"before batch {index}")
             self._copies.begin()
+            self._fit.begin_training()
             self._copies.compare()
             self.observer.on_input = self._order.begin_batch()
-        elif index == 0 and not is_compiled(self.model):  # a hook would compile it anew
-            self._look = EvaluationProbe(self.observer.layers, self._boundary)
+        else:
+            self._evaluating = True
+            self._fit.begin_batch(index, batches)
         self.observer.begin(self.observer.snapshot() if training and self.modes_from == "start" else None)
-        if training and batches is not None:
-            self._marks.take(index, batches)
 
     def end_batch(self) -> None:
         """Judge the batch; of an evaluation, what comes until the next one is recorded too."""
         if self.stage != "train":
             self.observer.end()
-            if self._look is not None:
-                self._look.close()
             self._judge()
+            self._fit.frozen = self._fixed()
+            self._fit.several = self.setting.ranks > 1
+            self._fit.end_batch(self.index)
             self.index = -1
             self.observer.begin()
             return
         self.observer.end_training_batch()
-        self._batches += 1
+        self._fit.end_training_batch(self.observer.forwards)
         self.trained = True
         after = self._after = self.observer.snapshot()
         opened = self.observer.modes or after
@@ -243,21 +229,11 @@ class Inspection:
 
     def begin_evaluation(self, stage: str, step: int, modes: Modes | None = None) -> None:
         """Begin a validation, test or prediction; `modes` are those before it, where they shall be back after it."""
-        fresh = [self._boundaries.untouched(index) for index in range(len(self.observer.layers))]
-        self._compare_boundary(f"before {stage}")
+        self._compare_boundary(f"before {stage}", before_evaluation=True)
         self.stage, self.step, self.index = stage, step, -1
         self._away, self._interrupted = modes, False
-        self._evaluated, self._look = set(), None
-        self._weights.seen = False
-        self._gaps, self._begun = [], {}
-        if any(fresh):
-            # Statistics that someone wrote since the last batch, as a recalibration does, are not the average of
-            # batches any more.
-            found = {index: gap for index, gap in self._marks.gaps().items() if fresh[index]}
-            self._gaps = list(found.values())
-            self._begun = {index: running_mean(self.observer.layers[index].module).clone() for index in found}
-        if not all(fresh):
-            self._marks.forget()
+        self._evaluated, self._evaluating = set(), False
+        self._fit.begin_evaluation()
         if self.setting.own_statistics:
             self._compare_ranks()
         self._judged.pop(stage, None)
@@ -282,14 +258,14 @@ class Inspection:
         evaluation.copies = (
             self._copies.stale(self._evaluated - self._moving - self._steady) if self.trained and not sanity else ()
         )
-        if self._look is not None and not sanity:
-            evaluation.vanishing = {
-                self.observer.layers[i].name: channels for i, channels in vanishing(self._look).items()
-            }
-            self._compare_weights(self._look)
-        evaluation.gaps = () if self._weights.seen else self._read()
+        if not sanity:
+            evaluation.fit = self._fit.result
+            if self._fit.layers is not None:
+                channels = self._fit.layers.vanishing()
+                evaluation.vanishing = {self.observer.layers[i].name: found for i, found in channels.items()}
+            self._tell_fit(evaluation, self._fit.result)
         self._ask(lambda rule: rule.evaluation(evaluation))
-        self._look = None
+        self._fit.end_evaluation()
         self._boundaries.leave()
 
     def finish(self) -> None:
@@ -321,18 +297,18 @@ class Inspection:
             self._ask(lambda rule: rule.returned(back))
 
     def anchor(self) -> None:
-        """Remember weights and statistics for `exchanged`."""
-        self._weights.forget()
-        if self._moving:
-            self._weights.anchor(self.model, self.observer.layers)
+        """The weights are those that training has left: an exchange is told from them."""
+        self._fit.anchor()
 
-    def exchanged(self, where: Literal["before", "after"] = "before") -> None:
-        """Look whether weights were exchanged since `anchor` and the statistics that go with them were not; waits for
-        the device."""
-        names = self._weights.since_anchor(self.model, self.observer.layers, self._moving)
-        if names is not None:
-            exchange = Exchange(self.observer, self.setting, names, where, self.stage)
-            self._ask(lambda rule: rule.averaged(exchange))
+    def exchanged(self) -> Misfit:
+        """Look whether weights were exchanged after the last training batch, and whether the statistics fit them; waits
+        for the device."""
+        self._fit.frozen = self._fixed()
+        self._fit.several = self.setting.ranks > 1
+        at = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady)
+        misfit = self._fit.after_training()
+        self._tell_fit(at, misfit)
+        return misfit
 
     def boundary(self) -> None:
         """From here on, what moves statistics outside of batches is told."""
@@ -341,13 +317,14 @@ class Inspection:
     def end_training(self) -> None:
         """Look at what came after the last batch; the module's own hook may still exchange the weights."""
         self._compare_boundary("after the last batch")
-        self.exchanged("after")
+        misfit = self.exchanged()
         if self.trained:
             values = StatisticsSnapshot(self.observer.layers).values()
             ended = Evaluation(
                 self.observer, self.setting, self.stage, self._evaluated, self._steady, values, held=self._copies.held
             )
             ended.copies = self._copies.stale(self._evaluated - self._moving - self._steady)
+            ended.fit = misfit
             self._ask(lambda rule: rule.ended(ended))
         self.anchor()
 
@@ -370,25 +347,15 @@ class Inspection:
         if order is not None:
             name = next(layer.name for layer in self.observer.layers if layer.tracks)
             self._tell(rule := SortedBatches(), partial(rule.seen, name, order))
-        # A recalibration before the last validation has left statistics that are no average of batches.
-        layers, begun = self.observer.layers, self._begun
-        apart = [
-            gap
-            for index, gap in self._marks.gaps().items()
-            if index not in begun or torch.equal(begun[index], running_mean(layers[index].module))
-        ]
-        self._ask(lambda rule: rule.gaps(apart, self.observer))
 
-    def _read(self) -> list[Gap]:
-        """Return the gaps of statistics that the evaluation really read: a callback may have exchanged them as it
-        began."""
-        looks = self._look.looks if self._look is not None else {}
-        names = {
-            self.observer.layers[index].name
-            for index, mean in self._begun.items()
-            if index not in looks or torch.equal(looks[index].mean, mean)
-        }
-        return [gap for gap in self._gaps if gap.layer.name in names]
+    def _fixed(self) -> set[int]:
+        """The layers whose statistics training does not move: they ran in eval mode in it, or are meant to."""
+        layers = enumerate(self.observer.layers)
+        return self._steady | {index for index, layer in layers if self.setting.allows_eval(layer.name)}
+
+    def _tell_fit(self, evaluation: Evaluation, misfit: Misfit) -> None:
+        told = {name for code in ("BN204", "BN209") for name in self._register.reported(code)}
+        self._ask(lambda rule: rule.fit(misfit, evaluation, told))
 
     def _decide(self) -> None:
         """By now an averaged copy would have been written: what is frozen and was not is frozen."""
@@ -406,20 +373,11 @@ class Inspection:
     def _averaged(self) -> list[str]:
         return [self.observer.layers[index].name for index in sorted(self._copies.written)]
 
-    def _compare_boundary(self, when: str) -> None:
+    def _compare_boundary(self, when: str, *, before_evaluation: bool = False) -> None:
         moved = [self.observer.layers[index].name for index in self._boundaries.back(self._copies.held)]
         if moved:
             at = Configuration(self.observer, self.setting)
-            self._tell(rule := MovedBetweenBatches(), partial(rule.seen, moved, when, at))
-
-    def _compare_weights(self, look: EvaluationProbe) -> None:
-        """Look whether the evaluation's step exchanged the weights, or weights and statistics were exchanged and do not
-        fit each other."""
-        where, stayed, apart = self._weights.within(look, self.observer.layers, self._moving)
-        told = self._register.reported("BN207")
-        apart = {name: times for name, times in apart.items() if name not in told}
-        exchange = Exchange(self.observer, self.setting, stayed, where, self.stage, apart)
-        self._ask(lambda rule: rule.averaged(exchange))
+            self._tell(rule := MovedBetweenBatches(), partial(rule.seen, moved, when, at, before_evaluation))
 
     def _compare_ranks(self) -> None:
         own = {
@@ -446,15 +404,17 @@ class Inspection:
 
     def _batch(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> BatchRecord:
         explained = {name for code in ("BN103", "BN105") for name in self._register.reported(code)}
+        stage = self.stage
         batch = BatchRecord(
             self.observer,
             self.setting,
-            self.stage,
+            stage,
             self.step,
             self.index,
             before,
             opened,
             after,
+            stage != "train" and not self._evaluating,
             explained,
             self.observer.forwards,
         )
@@ -487,10 +447,10 @@ class Inspection:
         unseen = self._unseen()
         if self.trained and unseen:
             (batches, earlier), batch = self._counted, self._batch()
-            self._counted = (self._batches, reading)
+            self._counted = (self._fit.batches, reading)
             before, now = earlier.counts(), reading.counts()
             moved = {index: rise for index in unseen if index in before and (rise := now[index] - before[index]) > 0}
-            self._ask(lambda rule: rule.counts(batch, moved, self._batches - batches))
+            self._ask(lambda rule: rule.counts(batch, moved, self._fit.batches - batches))
 
     def _end_tracing(self) -> None:
         if self._adjacency is not None:

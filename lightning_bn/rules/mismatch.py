@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 
-from lightning_bn.rules.gaps import GAP_LOG_RATIO, LEAST_TRACKED, START_FORGOTTEN, Gap
-from lightning_bn.rules.observer import Observer
-from lightning_bn.rules.rule import Evaluation, Exchange, Fix, Level, Rule, Seen
+from lightning_bn.rules.fit_test import Misfit
+from lightning_bn.rules.fixes import RECALIBRATION
+from lightning_bn.rules.rule import Evaluation, Fix, Level, Rule, Seen
 
-__all__ = ["MISMATCH_RULES"]
+__all__ = ["MISMATCH_RULES", "level_of"]
 
-GAP_SHIFT = 0.5
-"""BN208: the mean is off by half a standard deviation of what the layer normalises, root mean square over its
-channels."""
+FEW_CHANGE = 0.1
+"""Share of answers that change with the batch's own statistics, below which a misfit is information."""
+
+MANY_CHANGE = 0.4
+"""Share above which it is an error."""
+
+
+def level_of(changed: float | None) -> Level:
+    """Return how much a misfit matters, by the share of answers that it changes; where there are none, a warning."""
+    if changed is None:
+        return "warning"
+    return "error" if changed > MANY_CHANGE else "warning" if changed > FEW_CHANGE else "info"
 
 
 class OtherWeights(Rule):
@@ -22,84 +31,80 @@ class OtherWeights(Rule):
     level = "error"
     why = "the statistics were gathered with weights that are not the ones evaluated; accuracy can fall to chance."
 
-    def averaged(self, exchange: Exchange) -> Iterator[Seen]:
-        if exchange.layers:
+    def fit(self, misfit: Misfit, evaluation: Evaluation, told: Collection[str]) -> Iterator[Seen]:
+        if not misfit.exchanged:
+            return
+        if not misfit.began:
+            layers = evaluation.observer.layers
             yield Seen(
-                exchange.layers,
-                "the weights were exchanged, as weight averaging does, and the running statistics were not.",
-                fix=self._fix(exchange),
-            )
-        if exchange.far:
-            yield Seen(
-                list(exchange.far),
-                lambda names: (
-                    f"weights were exchanged, and statistics with them: at {names[0]} {exchange.stage} divides by a "
-                    f"spread {exchange.far[names[0]]:.1f} times off."
+                [layer.name for layer in layers],
+                "the weights that were put in have not moved since the first training batch: the average never began.",
+                fix=Fix(
+                    "let the average begin before the fit ends (update_starting_at_step, update_starting_at_epoch)",
+                    "advice",
+                    "no statistics can mend an untrained network",
                 ),
-                level="warning",
-                fix=self._fix(exchange),
+            )
+            return
+        names = [name for name in misfit.layers if name not in told]
+        if names:
+            yield Seen(
+                names,
+                lambda names: f"the weights were exchanged, and {_measured(misfit, names[0], evaluation)}",
+                level_of(misfit.changed),
+                self._fix(misfit, evaluation.setting.root),
                 worst_first=True,
             )
 
-    def _fix(self, exchange: Exchange) -> Fix:
-        root = exchange.setting.root
-        if exchange.where == "inside":
+    def _fix(self, misfit: Misfit, root: str) -> Fix:
+        if misfit.where == "inside":
             return Fix(f"with recalibrated({root}, batches):", "around that forward")
-        if exchange.where == "after":
+        if misfit.where == "after":
             return Fix(
                 f"recalibrate({root}, batches)", "after training", "or callbacks=[..., BatchNormRecalibration()]"
             )
-        return Fix('callbacks=[..., BatchNormRecalibration(when="validation")]', "in the Trainer")
+        return RECALIBRATION
 
 
 class TrainEvalGap(Rule):
     code = "BN208"
     title = "the running statistics are far from the batches'"
     why = "evaluation normalises differently from training: the train/eval gap."
+    fix = replace(RECALIBRATION, note="or convert_batch_norm(model, Window(20))")
 
-    def gaps(self, gaps: Sequence[Gap], observer: Observer) -> Iterator[Seen]:
-        for level in ("warning", "info"):
-            wide = [gap for gap in _wide(gaps) if (_weight_of_start(gap) > START_FORGOTTEN) == (level == "info")]
-            if wide:
-                yield self._seen(wide, lambda gap: (
-                    f"against the last {gap.updates} updates the mean of {gap.layer.name} is {gap.shift:.2f} "
-                    f"deviations off, its variance by a factor of {math.exp(gap.log_ratio):.1f}."
-                ), "warning" if level == "warning" else "info")  # fmt: skip
-
-    def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
-        read = [
-            gap
-            for gap in evaluation.gaps
-            if any(evaluation.observer.layers[i].name == gap.layer.name for i in evaluation.evaluated)
-        ]
-        wide = [gap for gap in _wide(read) if gap.tracked >= LEAST_TRACKED]
-        if wide:
-            yield self._seen(wide, lambda gap: (
-                f"at {gap.layer.name} {evaluation.stage} divides by a spread {math.exp(gap.log_ratio / 2):.1f} times "
-                "off, around a mean "
-                f"{gap.shift:.1f} deviations off; {_weight_of_start(gap):.0%} of the average is still the 0 and 1 it "
-                f"began with."
-            ), "warning")  # fmt: skip
-
-    def _seen(self, wide: Sequence[Gap], event: Callable[[Gap], str], level: Level) -> Seen:
-        by_name = {gap.layer.name: gap for gap in wide}
-        fix = Fix(
-            'callbacks=[..., BatchNormRecalibration(when="validation")]',
-            "in the Trainer",
-            "or convert_batch_norm(model, Window(20))",
-        )
-        return Seen(list(by_name), lambda names: event(by_name[names[0]]), level, fix, worst_first=True)
+    def fit(self, misfit: Misfit, evaluation: Evaluation, told: Collection[str]) -> Iterator[Seen]:
+        lagging = [name for name in misfit.layers if name not in told]
+        if lagging and not misfit.exchanged:
+            yield Seen(
+                lagging,
+                lambda names: _measured(misfit, names[0], evaluation),
+                level_of(misfit.changed),
+                worst_first=True,
+            )
+        elsewhere = [name for name in misfit.only_here if name not in told and name not in misfit.layers]
+        if elsewhere and misfit.began:
+            yield Seen(
+                elsewhere,
+                lambda names: (
+                    f"{evaluation.stage} is {misfit.only_here[names[0]].size:.1f} (at least "
+                    f"{misfit.only_here[names[0]].lower:.1f}) deviations off at {names[0]}: its data differ from "
+                    f"training's, or the statistics do not fit the weights"
+                    + (f"; no training batch was run, as {misfit.left_out}." if misfit.left_out else ".")
+                ),
+                "info",
+                worst_first=True,
+            )
 
 
-def _wide(gaps: Sequence[Gap]) -> list[Gap]:
-    """Return the gaps beyond the limits, the widest first."""
-    wide = [gap for gap in gaps if gap.shift > GAP_SHIFT or gap.log_ratio > GAP_LOG_RATIO]
-    return sorted(wide, key=lambda gap: max(gap.shift / GAP_SHIFT, gap.log_ratio / GAP_LOG_RATIO), reverse=True)
-
-
-def _weight_of_start(gap: Gap) -> float:
-    momentum = gap.layer.module.momentum
-    return float((1 - momentum) ** gap.tracked) if momentum is not None else 0.0
+def _measured(misfit: Misfit, name: str, evaluation: Evaluation) -> str:
+    found, stage = misfit.layers[name], evaluation.stage if misfit.where != "after" else "what training leaves"
+    changed = (
+        "" if misfit.changed is None else f"; {misfit.changed:.0%} of answers change with the batch's own statistics"
+    )
+    return (
+        f"{stage} normalises even the training images {found.size:.1f} (at least {found.lower:.1f}) output deviations "
+        f"off at {name}, the first such layer{changed}."
+    )
 
 
 MISMATCH_RULES: tuple[Rule, ...] = (OtherWeights(), TrainEvalGap())

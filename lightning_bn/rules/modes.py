@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.discovery import BatchNormLayer, user_name
 from lightning_bn.rules.arguments import Setting
-from lightning_bn.rules.fixes import allowed, call, expression, learns, mode_calls, modules_of
+from lightning_bn.rules.fixes import RECALIBRATION, allowed, call, expression, learns, mode_calls, modules_of
 from lightning_bn.rules.observer import ForwardRecord, Modes, Observer, ancestors
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Fix, Level, Return, Rule, Seen
 from lightning_bn.torch_internals import is_compiled
@@ -153,7 +153,15 @@ class StatisticsWrittenInEvaluation(Rule):
         if batch.training:
             return
         moved = [layer for layer, forwards in batch.by_layer().items() if any(f.moved for f in forwards)]
-        if moved:
+        if moved and batch.early and not any(f.grad for f in batch.forwards):
+            yield Seen(
+                [layer.name for layer in moved],
+                f"before the first batch of {batch.stage} the model ran in training mode without grad, as a "
+                "recalibration of the statistics does.",
+                "info",
+                RECALIBRATION,
+            )
+        elif moved:
             yield self._seen(
                 batch.observer, batch.setting, moved, f"{batch.when} of {batch.stage} the running statistics moved."
             )

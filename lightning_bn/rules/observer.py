@@ -69,6 +69,11 @@ class Observer:
         """The call of the model that is being run; 0: none."""
         self.first_weights: dict[int, int] = {}
         """The version of each layer's affine weight at its first forward of this batch."""
+        self.first_call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+        """The first outermost call of the latest batch: what was called, and with what; None where that was computed by
+        parameters."""
+        self.on_leave: Callable[[], None] | None = None
+        """Called when an outermost call ends."""
         self.on_input: Callable[[Tensor], None] | None = None
         """Called with the input of the first call of each batch; it may not change anything."""
         self.pattern = BatchPattern()
@@ -83,6 +88,11 @@ class Observer:
         self._compiled = is_compiled(model)
         self._call_hooks: list[_CallHooks] = []
         self._layer_hooks: list[_LayerHooks] = []
+
+    @property
+    def calls(self) -> int:
+        """How many outermost calls this batch has had."""
+        return len(self._calls)
 
     @property
     def idle(self) -> bool:
@@ -179,13 +189,17 @@ class Observer:
         changed = {name: one for name, was, one in zip(self.names, before, after, strict=True) if was != one}
         return [name for name, now in changed.items() if all(changed.get(parent) != now for parent in ancestors(name))]
 
-    def enter(self, layers: list[_BatchNorm], place: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(
+        self, module: nn.Module, layers: list[_BatchNorm], place: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Note that a call of a part of the model begins; the layers' hooks are set where it is unlike the usual
         one."""
         self._depth += 1
         if self._depth > 1:
             return
         input = next(tensors_in((args, kwargs)), None)
+        if not self._calls:
+            self.first_call = None if input is None or input.requires_grad else (module, args, kwargs)
         if self.on_input is not None and input is not None and not self._calls:
             self.on_input(input)
         self.open_call(input)
@@ -205,6 +219,8 @@ class Observer:
         self._depth = max(self._depth - 1, 0)
         if not self._depth:
             self.at = 0
+            if self.on_leave is not None:
+                self.on_leave()
 
     def knows_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an earlier call of this batch had the same input."""
@@ -261,7 +277,7 @@ class _CallHooks(_Hooks):
     @guarded
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling() and self._observer is not None and self._observer.recording:
-            self._observer.enter(self._layers, self._place, args, kwargs)
+            self._observer.enter(module, self._layers, self._place, args, kwargs)
 
     @guarded
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from lightning_bn.rules.finding import Finding, Fix, Level, ModeCheckError
 from lightning_bn.rules.observer import ForwardRecord, Modes, Observer
 
 if TYPE_CHECKING:
-    from lightning_bn.rules.gaps import Gap
+    from lightning_bn.rules.fit_test import Misfit
     from lightning_bn.rules.learning import Learning
     from lightning_bn.rules.snapshots import Values
 
@@ -23,7 +23,6 @@ __all__ = [
     "BatchRecord",
     "Configuration",
     "Evaluation",
-    "Exchange",
     "Finding",
     "Fix",
     "Level",
@@ -76,6 +75,8 @@ class BatchRecord(Configuration):
     opened: Modes
     """Modes at its first forward."""
     after: Modes
+    early: bool = False
+    """Whether it is what ran in an evaluation before its first batch."""
     explained: Collection[str] = ()
     """Modules whose mode a finding has told of already."""
     forwards: list[ForwardRecord] = field(default_factory=list)
@@ -126,8 +127,8 @@ class Evaluation(Configuration):
     """Indices of the layers whose statistics training batches moved."""
     held: Collection[int] = ()
     """Indices of the layers that did not learn in training."""
-    gaps: Sequence[Gap] = ()
-    """How far the statistics were from the latest training batches' when the evaluation began."""
+    fit: Misfit | None = None
+    """Whether statistics fit what it got; None where that was not judged."""
     copies: Collection[int] = ()
     """Indices of the layers whose weights were written since training began and whose statistics were not."""
     vanishing: dict[str, list[int]] = field(default_factory=dict)
@@ -142,22 +143,6 @@ class Return(Configuration):
     after: Modes
     interrupted: bool
     """Whether the evaluation ended in an exception."""
-
-
-@dataclass
-class Exchange:
-    """Weights that were exchanged for others."""
-
-    observer: Observer
-    setting: Setting
-    layers: Sequence[str]
-    """Names of the layers whose statistics stayed as they were."""
-    where: Literal["before", "inside", "after"]
-    """Before the evaluation; inside of its step; or after the last training step."""
-    stage: str
-    far: dict[str, float] = field(default_factory=dict)
-    """Of layers whose statistics were exchanged too: by what factor the evaluation's spread differs from them, where
-    that is far."""
 
 
 class Rule:
@@ -208,10 +193,7 @@ class Rule:
         """Look at how often the layers that can't be seen `moved` in `batches` training batches."""
         return ()
 
-    def averaged(self, exchange: Exchange) -> Iterable[Seen]:
-        """Look at weights that were exchanged for others."""
-        return ()
-
-    def gaps(self, gaps: Sequence[Gap], observer: Observer) -> Iterable[Seen]:
-        """Look at how far the running statistics are from the latest batches'."""
+    def fit(self, misfit: Misfit, evaluation: Evaluation, told: Collection[str]) -> Iterable[Seen]:
+        """Look at statistics that do not fit what an evaluation gets; `told`: layers for which a rule has named the
+        cause."""
         return ()

@@ -12,6 +12,7 @@ from lightning_bn.averaging import Exponential
 from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.fixes import call, frozen_regions, modules_of, recalibration
+from lightning_bn.rules.mismatch import level_of
 from lightning_bn.rules.modes import visits
 from lightning_bn.rules.observer import ForwardRecord
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Fix, Level, Rule, Seen
@@ -178,14 +179,20 @@ class NeverUpdated(Rule):
             for index in evaluation.steady
             if index in evaluation.held or evaluation.setting.allows_eval(layers[index].name)
         }
-        ran = set(evaluation.evaluated) - meant - set(evaluation.copies)
+        fit = evaluation.fit
+        fitting = fit.fitting if fit is not None else ()
+        ran = set(evaluation.evaluated) - meant - set(evaluation.copies) - set(fitting)
+        if fit is not None and not fit.began:
+            return
         untouched = {index: each for index, each in evaluation.values.items() if index in ran and each.untouched}
         if not evaluation.trained:
             yield from self._loaded(evaluation, [each for index, each in evaluation.values.items() if index in ran])
             return
         # A part that training has not run yet may have its turn in a later epoch.
         waiting = {index for index in untouched if evaluation.fitting and index not in evaluation.observer.trained}
-        groups: tuple[tuple[set[int], Level], ...] = ((set(untouched) - waiting, "error"), (waiting, "info"))
+        measured = fit is not None and any(layers[index].name in fit.layers for index in untouched)
+        level = level_of(fit.changed) if fit is not None and measured else "error"
+        groups: tuple[tuple[set[int], Level], ...] = ((set(untouched) - waiting, level), (waiting, "info"))
         for group, level in groups:
             if group:
                 yield self._seen(evaluation, [untouched[index] for index in sorted(group)], level)

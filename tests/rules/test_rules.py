@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_data import data
 from small_models import Net
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import optimizer
 
@@ -277,41 +277,3 @@ def test_printed_code_runs_whatever_a_module_is_called(key: str, holder: str) ->
     assert block[1].momentum == 0.1
     exec(group_norms("model", [(f"0.held.{key}", 4)], model), {"model": model, "nn": nn})
     assert isinstance(held.get_submodule(key), nn.GroupNorm)
-
-
-def naive_gap(batches: Tensor, momentum: float, updates: int) -> tuple[list[float], list[float]]:
-    """Return the running statistics and those of the last `updates` batches, weighted as the average weighs them: loops
-    in float64."""
-    running = [0.0, 1.0]
-    latest, weights = [0.0, 0.0], 0.0
-    for number, batch in enumerate(batches):
-        values = [float(value) for value in batch]
-        mean = sum(values) / len(values)
-        var = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-        running = [(1 - momentum) * old + momentum * new for old, new in zip(running, (mean, var), strict=True)]
-        if number >= len(batches) - updates:
-            weight = momentum * (1 - momentum) ** (len(batches) - 1 - number)
-            latest = [old + weight * new for old, new in zip(latest, (mean, var), strict=True)]
-            weights += weight
-    return running, [value / weights for value in latest]
-
-
-@pytest.mark.parametrize("momentum", [0.05, 0.3])
-def test_gap_against_loops(momentum: float) -> None:
-    """The gap that is read from two states of the buffers is that between the average and the batches themselves."""
-    from lightning_bn.discovery import find_batch_norms
-    from lightning_bn.rules.gaps import gaps
-    from lightning_bn.rules.snapshots import StatisticsSnapshot
-
-    layer = nn.BatchNorm1d(1, momentum=momentum, dtype=torch.float64)
-    batches = torch.randn(30, 8, 1, dtype=torch.float64) * torch.linspace(1, 4, 30).reshape(-1, 1, 1) + 2
-    found = find_batch_norms(layer)
-    for number, batch in enumerate(batches):
-        if number == 20:
-            earlier = StatisticsSnapshot(found)
-        layer(batch)
-    (gap,) = gaps(earlier, StatisticsSnapshot(found)).values()
-    running, latest = naive_gap(batches[:, :, 0], momentum, 10)
-    assert gap.shift == pytest.approx(abs(latest[0] - running[0]) / (running[1] + layer.eps) ** 0.5, rel=1e-6)
-    log_ratio = torch.tensor((latest[1] + layer.eps) / (running[1] + layer.eps)).log().abs().item()
-    assert gap.log_ratio == pytest.approx(log_ratio, rel=1e-5)

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from found import findings, of, only, serious
-from lightning.pytorch.callbacks import WeightAveraging
 from small_models import Block, Module, Net
 from torch import Tensor, nn
 
 from lightning_bn import ModeCheck, check
 from lightning_bn.discovery import find_batch_norms
-from lightning_bn.rules import RULES
-from lightning_bn.rules.arguments import Setting
-from lightning_bn.rules.gaps import Gap
-from lightning_bn.rules.observer import Observer
+from lightning_bn.rules.fit_test import EvaluatedLayers
 from lightning_bn.rules.order import BatchOrder, Order
-from lightning_bn.rules.probe import EvaluationProbe, far, vanishing
-from lightning_bn.rules.rule import Evaluation
 
 BACKBONE = ("model.backbone.0.1", "model.backbone.1.1")
 
@@ -232,60 +225,16 @@ class TestBN205:
         assert of("BN205", check(net)) == []
 
 
-class SwapsInStep(Module):
-    """Evaluates with other weights, by .data as most libraries do."""
-
-    buffers_too = False
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        tensors = [*self.parameters(), *(each for each in self.buffers() if self.buffers_too and each.dim())]
-        saved = [tensor.data.clone() for tensor in tensors]
-        for tensor in tensors:
-            tensor.data.mul_(1.5)
-        super().validation_step(batch, batch_idx)
-        for tensor, value in zip(tensors, saved, strict=True):
-            tensor.data.copy_(value)
-
-
-def look(running: float, var: float) -> EvaluationProbe:
-    """A probe of two channels of running variance 1 and `running`, whose input has the *unbiased* variances 1 and
+def look(running: float, var: float) -> EvaluatedLayers:
+    """What is kept of two channels of running variance 1 and `running`, whose input has the *unbiased* variances 1 and
     `var`."""
     layer = nn.BatchNorm1d(2).eval()
     layer.running_var[1] = running
-    probe = EvaluationProbe(find_batch_norms(nn.Sequential(layer)))
+    kept = EvaluatedLayers(find_batch_norms(nn.Sequential(layer)))
     one_one = torch.tensor([1.0, -1.0]).repeat(16)[:, None]  # of 32 values: 32 / 31
     layer(one_one * torch.tensor([1.0, var]).mul(31 / 32).sqrt())
-    probe.close()
-    return probe
-
-
-class TestBN207:
-    @pytest.mark.parametrize(("make", "averages"), [(Module, True), (SwapsInStep, False)])
-    def test_frozen_layers(self, make: type[Module], averages: bool) -> None:
-        """Statistics that training never moves are no others than the weights': the layers that it moves are named."""
-        module = make()
-        module.model.backbone.requires_grad_(False).eval()
-        callbacks = [WeightAveraging(use_buffers=False)] if averages else []
-        assert only("BN207", findings(module, *callbacks)).layers == ("model.head.2",)
-
-    @pytest.mark.parametrize(("var", "said"), [(7.0, False), (7.2, True), (1 / 7, False), (1 / 7.2, True)])
-    def test_limit(self, var: float, said: bool) -> None:
-        """A variance that is four times off, root mean square over channels on a logarithmic scale: one of two is
-        exp(sqrt(2) log 4), 7.1 times off."""
-        assert list(far(look(1.0, var))) == [0] * said
-
-    def test_statistics_exchanged_too(self) -> None:
-        """Who exchanges the statistics with the weights hears nothing."""
-        module = SwapsInStep()
-        module.buffers_too = True
-        assert serious(findings(module)) == []
-
-    def test_layers_without_affine_weights(self) -> None:
-        """What has no affine weight shows no exchange, and is no reason to fail."""
-        net = Net()
-        net.head[2] = nn.BatchNorm1d(8, affine=False)
-        assert serious(findings(Module(net))) == []
-        assert only("BN207", findings(SwapsInStep(net))).layers == BACKBONE
+    kept.close()
+    return kept
 
 
 class TestBN210:
@@ -296,37 +245,7 @@ class TestBN210:
     ])  # fmt: skip
     def test_limits(self, running: float, times: float, said: bool) -> None:
         """A running variance below 10 eps, and an input that varies 100 times as much as it, eps included."""
-        assert vanishing(look(running, times * (running + 1e-5))) == ({0: [1]} if said else {})
-
-
-def gap(net: Net, *, shift: float = 0.0, ratio: float = 1.0, tracked: int = 100) -> Gap:
-    """A gap at the first layer: its mean is `shift` deviations off, its variance by a factor of `ratio`."""
-    layer = find_batch_norms(net)[0]
-    return Gap(layer, shift, math.log(ratio), 10, tracked)
-
-
-class TestBN208:
-    @pytest.mark.parametrize(("off", "level"), [
-        ({"shift": 0.49}, None),
-        ({"shift": 0.51}, "warning"),
-        ({"ratio": 1.99}, None),
-        ({"ratio": 2.01}, "warning"),
-        ({"ratio": 2.01, "tracked": 28}, "info"),  # 0.9**28 is 0.052, 0.9**29 0.047
-        ({"ratio": 2.01, "tracked": 29}, "warning"),
-    ])  # fmt: skip
-    def test_limits_at_the_end_of_an_epoch(self, off: dict[str, Any], level: str | None) -> None:
-        """Half a deviation, a factor of two, and a twentieth that is left of the start."""
-        net = Net()
-        seen = list(RULES["BN208"].gaps([gap(net, **off)], Observer(net)))
-        assert [each.level for each in seen] == ([level] if level else [])
-
-    @pytest.mark.parametrize(("tracked", "evaluated", "said"), [(29, {0}, 0), (30, {0}, 1), (30, {1, 2}, 0)])
-    def test_limits_in_an_evaluation(self, tracked: int, evaluated: set[int], said: int) -> None:
-        """Thirty batches, and a layer that the evaluation ran."""
-        net = Net()
-        evaluation = Evaluation(Observer(net), Setting(), "validate", evaluated)
-        evaluation.gaps = [gap(net, ratio=4.0, tracked=tracked)]
-        assert len(list(RULES["BN208"].evaluation(evaluation))) == said
+        assert look(running, times * (running + 1e-5)).vanishing() == ({0: [1]} if said else {})
 
 
 class TestBN301:

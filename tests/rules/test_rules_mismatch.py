@@ -1,49 +1,159 @@
-"""Each rule about statistics that do not fit the weights or the batches: the real mistake in a real run, and the
+"""Statistics that do not fit the weights or the batches: the real mistake in a real run, wherever it is made, and the
 nearest legitimate thing, of which nothing is said."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from fitting import fit, quiet
 from found import findings, of, only, serious
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from small_data import data
-from small_models import Block, Module
-from torch import nn
+from small_models import Module
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bn import (
-    BatchNormRecalibration,
-    Finding,
-    Window,
-    convert_batch_norm,
-)
+from lightning_bn import BatchNormRecalibration, Finding, ModeCheck
+from lightning_bn.rules.mismatch import level_of
 
 LAYERS = ("model.backbone.0.1", "model.backbone.1.1", "model.head.2")
+PLACES = ("model_eval", "start", "epoch_start", "batch", "step")
+
+
+class Swaps(Module):
+    """Images with a mean of five deviations; for evaluations the weights are multiplied, by .data as libraries do."""
+
+    place, factor = "", 3.0
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images + 5)
+
+    def swap(self, place: str, factor: float) -> None:
+        if place == self.place:
+            for parameter in self.parameters():
+                parameter.data.mul_(factor)
+
+    def on_validation_model_eval(self) -> None:
+        super().on_validation_model_eval()
+        self.swap("model_eval", self.factor)
+
+    def on_validation_model_train(self) -> None:
+        super().on_validation_model_train()
+        self.swap("model_eval", 1 / self.factor)
+
+    def on_validation_start(self) -> None:
+        self.swap("start", self.factor)
+
+    def on_validation_epoch_start(self) -> None:
+        self.swap("epoch_start", self.factor)
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self.swap("batch", self.factor)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.swap("step", self.factor)
+        super().validation_step(batch, batch_idx)
+        self.swap("step", 1 / self.factor)
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.swap("batch", 1 / self.factor)
+
+    def on_validation_epoch_end(self) -> None:
+        self.swap("epoch_start", 1 / self.factor)
+
+    def on_validation_end(self) -> None:
+        self.swap("start", 1 / self.factor)
+
+    def on_train_end(self) -> None:
+        self.swap("train_end", self.factor)
+
+    def on_fit_end(self) -> None:
+        self.swap("fit_end", self.factor)
+
+
+def swapped(place: str, factor: float = 3.0, batches: int = 40, **options: Any) -> list[Finding]:
+    torch.manual_seed(0)
+    module = Swaps()
+    module.place, module.factor = place, factor
+    return findings(module, loader=data(batches=batches), **options)
 
 
 class TestBN207:
-    def test_averaged_weights_without_buffers(self) -> None:
-        """Averaged weights are validated with the statistics of the weights they are not."""
-        finding = only("BN207", findings(Module(), WeightAveraging(use_buffers=False), max_epochs=2))
-        assert (finding.level, finding.layers) == ("error", LAYERS)
-        assert "BatchNormRecalibration" in finding.message
+    @pytest.mark.parametrize("place", PLACES)
+    def test_weights_exchanged_for_a_validation(self, place: str) -> None:
+        """Wherever it is done, the first layer that is off is named, with the measurement and a fix for the place."""
+        found = only("BN207", swapped(place))
+        assert found.layers[0] == LAYERS[0]
+        assert "normalises even the training images" in found.seen
+        assert "of answers change" in found.seen
+        assert found.fix.place == ("around that forward" if place in ("step", "batch") else "in the Trainer") or (
+            place == "batch"
+        )
 
-    def test_at_the_end_of_the_fit(self) -> None:
-        """Without a validation it is seen when the averaged weights stay."""
-        found = findings(Module(), WeightAveraging(use_buffers=False), limit_val_batches=0)
-        assert only("BN207", found).layers == LAYERS
+    @pytest.mark.parametrize("place", ["train_end", "fit_end"])
+    def test_weights_exchanged_at_the_end(self, place: str) -> None:
+        """Without any validation they are judged by the last training batch; the hook that the Trainer calls last is
+        seen as well."""
+        found = swapped(place, limit_val_batches=0)
+        if place == "train_end":
+            assert only("BN207", found).fix.code == "recalibrate(self, batches)"
 
-    def test_averaged_buffers(self) -> None:
-        """With averaged buffers the statistics are those of the average, near enough."""
-        assert serious(findings(Module(), WeightAveraging(use_buffers=True), max_epochs=2)) == []
+    @pytest.mark.parametrize("place", PLACES)
+    def test_an_exchange_that_loses_nothing(self, place: str) -> None:
+        """Weights a little different fit the same statistics."""
+        assert of("BN207", swapped(place, factor=1.05)) == []
+
+    def test_too_few_batches(self) -> None:
+        """After 29 training batches nothing is judged."""
+        assert of("BN207", swapped("start", batches=29)) == []
+        assert of("BN207", swapped("start", batches=30)) != []
 
     def test_recalibrated(self) -> None:
         """With this package's recalibration the statistics are those of the averaged weights."""
         recalibration = BatchNormRecalibration(when="validation")
-        assert serious(findings(Module(), WeightAveraging(use_buffers=False), recalibration, max_epochs=2)) == []
+        callbacks = WeightAveraging(use_buffers=False), recalibration
+        assert serious(findings(Module(), *callbacks, loader=data(batches=40))) == []
+
+    @pytest.mark.parametrize("use_buffers", [False, True])
+    @pytest.mark.parametrize("repaired", [False, True])
+    def test_an_average_that_never_began(self, use_buffers: bool, repaired: bool) -> None:
+        """What is put in has not moved since the first weights: that is said, once, and no statistics are blamed."""
+        average = EMAWeightAveraging(decay=0.9, update_starting_at_step=1000, use_buffers=use_buffers)
+        repair = [BatchNormRecalibration(when="validation")] if repaired else []
+        found = findings(Module(), average, *repair, max_epochs=2, loader=data(batches=40))
+        assert serious(found) == ["BN207"]
+        assert "the average never began" in only("BN207", found).seen
+
+    def test_the_replay_leaves_nothing_behind(self) -> None:
+        """Weights, buffers and generators are those of the run without the check, where the training batch is run again
+        through a model that draws random numbers and counts its forwards."""
+
+        class Counts(Swaps):
+            place = "start"
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("forwards", torch.zeros(()))
+
+            def forward(self, images: Tensor) -> Tensor:
+                self.forwards += 1
+                return super().forward(images + 0.01 * torch.randn_like(images))
+
+        states = []
+        for check in ([], [ModeCheck(action="log")]):
+            torch.manual_seed(0)
+            module = Counts()
+            with quiet():
+                fit(*check, module=module, train=data(batches=40), val=data(batches=2), max_epochs=2)
+            states.append((copy.deepcopy(module.state_dict()), torch.get_rng_state()))
+            assert not check or of("BN207", check[0].findings)
+        (one, generator), (other, other_generator) = states
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+        assert torch.equal(generator, other_generator)
 
 
 class Jump(Module):
@@ -61,51 +171,91 @@ class Jump(Module):
                 self.model.backbone[0][0].weight.mul_(self.factor)
 
 
-def gap_findings(module: Module) -> list[Finding]:
-    """Train 192 batches in three epochs, so that nothing is left of the start, and return what BN208 says above
-    information at the end."""
-    found = of("BN208", findings(module, loader=data(batches=64), max_epochs=3))
-    return [finding for finding in found if finding.level != "info" and finding.step == 192]
-
-
 class TestBN208:
+    def jump(self, *arguments: float) -> list[Finding]:
+        return of("BN208", findings(Jump(*arguments), loader=data(batches=64), max_epochs=3))
+
     def test_statistics_that_lag(self) -> None:
-        """Statistics far from the last batches' are named, the worst layer first, with the two ways out."""
-        (finding,) = gap_findings(Jump(20.0))
-        assert (finding.level, finding.stage, finding.layers) == ("warning", "validate", ("model.backbone.0.1",))
+        """The layer is named, with the two ways out."""
+        (finding,) = [each for each in self.jump(20.0) if each.step == 192]
+        assert (finding.stage, finding.layers) == ("validate", ("model.backbone.0.1",))
         assert "Window" in finding.message
         assert "BatchNormRecalibration" in finding.message
 
-    def test_no_jump(self) -> None:
-        """The same run without the jump is fine."""
-        assert gap_findings(Jump(1.0)) == []
+    @pytest.mark.parametrize("arguments", [(1.0,), (1.2,), (20.0, 0.3)])
+    def test_statistics_that_follow(self, arguments: tuple[float, ...]) -> None:
+        """Without the jump, after a small one, and with a momentum that has forgotten the old weights, all is fine."""
+        assert [each for each in self.jump(*arguments) if each.step == 192] == []
 
-    def test_a_gap_within_bounds(self) -> None:
-        """A jump that leaves the variance within a factor of two is fine: 1.3**2 is 1.69."""
-        assert gap_findings(Jump(1.3)) == []
+    def test_data_of_another_kind(self) -> None:
+        """Where only the evaluation's images are off, it is their kind: information."""
+        train, other = data(batches=40), data(batches=4)
+        shifted = DataLoader(TensorDataset(other.dataset.tensors[0] * 6, other.dataset.tensors[1]), 16)
+        check = ModeCheck(action="log")
+        with quiet():
+            fit(check, module=Swaps(), train=train, val=shifted, max_epochs=1)
+        assert serious(check.findings) == []
+        assert "its data differ" in only("BN208", check.findings).seen
 
-    def test_an_average_that_follows(self) -> None:
-        """With a momentum that has forgotten the old weights by the end of the epoch, the same jump is fine."""
-        assert gap_findings(Jump(20.0, momentum=0.3)) == []
+    def test_layers_in_eval_mode_in_training(self) -> None:
+        """Fine-tuning with the statistics of other data normalises alike in training and evaluation: nothing is
+        said."""
+        module = Swaps()
+        for layer in module.modules():
+            if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
+                layer.eval()
+                layer.running_mean += 10
+        assert of("BN208", findings(module, loader=data(batches=40))) == []
 
-    def test_cold_start_is_information(self) -> None:
-        """While the start of the average still weighs, a gap is what one must expect."""
-        found = of("BN208", findings(Module(nn.Sequential(Block(1, 4), nn.Flatten(), nn.Linear(64, 2)))))
-        assert {finding.level for finding in found} == {"info"}
+    def test_several_calls_of_parts(self) -> None:
+        """A module that calls its parts one after the other is run as a whole."""
 
-    @pytest.mark.parametrize(("small", "levels"), [(12, set()), (36, {"warning"})])
-    def test_small_variances(self, small: int, levels: set[str]) -> None:
-        """In a small variance the initial 1 can be seen long after it is forgotten: of a third of the features, as of
-        those that are rarely there, nothing is said at the first validation, and of all it is."""
-        scale = torch.ones(36).index_fill(0, torch.arange(small), 0.02)
-        images = torch.randn(16 * 40, 1, 6, 6) * scale.reshape(6, 6)
-        loader = DataLoader(TensorDataset(images, torch.arange(len(images)) % 2), 16)
-        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(36), nn.Linear(36, 2))
-        found = [each for each in findings(Module(model), loader=loader) if each.code == "BN208"]
-        assert {each.level for each in found if each.stage == "validate"} == levels
+        class Parts(Swaps):
+            place = "start"
 
-    def test_a_window_is_left_out(self) -> None:
-        """A window's buffers don't tell the latest batches, and nothing is made up."""
-        module = Jump(20.0)
-        convert_batch_norm(module, Window(40))
-        assert gap_findings(module) == []
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = self.model.backbone, self.model.head
+                del self.model
+
+            def forward(self, images: Tensor) -> Tensor:
+                return self.second(self.first(images + 5))
+
+        found = only("BN207", findings(Parts(), loader=data(batches=40)))
+        assert found.layers[0] == "first.0.1"
+
+
+class OwnRecalibration(pl.Callback):
+    """Runs training batches in training mode before the validation, as recipes for averaged weights do."""
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            pl_module.train()
+            for images, _ in data():
+                pl_module(images)
+            pl_module.eval()
+
+
+def test_a_users_own_recalibration() -> None:
+    """The callback that does the same is advised, and nobody is accused of fitting to the evaluation's data; nor is a
+    module whose own hook does it, which the Trainer calls later."""
+    found = findings(Module(), OwnRecalibration())
+    assert serious(found) == []
+    assert "BatchNormRecalibration" in only("BN107", found).fix.code
+
+    class InTheModule(Module):
+        def on_validation_start(self) -> None:
+            OwnRecalibration().on_validation_start(self.trainer, self)
+
+    found = findings(InTheModule())
+    assert serious(found) == []
+    assert "BatchNormRecalibration" in only("BN104", found).fix.code
+
+
+@pytest.mark.parametrize(
+    ("changed", "level"), [(None, "warning"), (0.1, "info"), (0.11, "warning"), (0.4, "warning"), (0.41, "error")]
+)
+def test_the_level_follows_the_harm(changed: float | None, level: str) -> None:
+    """More than a tenth of the answers is a warning, more than two fifths an error."""
+    assert level_of(changed) == level

@@ -189,7 +189,7 @@ class TestBN104:
         check = ModeCheck(action="log")
         with quiet():
             trainer(check).predict(TrainDropoutInPredict(), data(batches=2))
-        assert check.findings == []
+        assert {finding.code for finding in check.findings} <= {"BN208"}  # an untrained network
 
 
 class RestoresNothing(Module):

@@ -47,10 +47,9 @@ def test_slow_average_on_digits() -> None:
     check_ = ModeCheck(action="log")
     with quiet():
         trainer(check_, max_epochs=3).fit(module, train, validation)
-    finding = of("BN208", [each for each in check_.findings if each.level == "warning"])[0]
-    assert finding.stage == "validate"
-    assert "divides by a spread" in finding.seen
-    assert "times off" in finding.seen
+    finding = of("BN208", check_.findings)[0]
+    assert (finding.stage, finding.level) == ("validate", "error")
+    assert "normalises even the training images" in finding.seen
     before = accuracy(module, validation)
     recalibrate(module, [images for images, _ in train], progress=False)
     assert before < 0.6 < 0.9 < accuracy(module, validation)
@@ -163,7 +162,7 @@ def test_averaged_buffers_at_a_high_decay() -> None:
     helps."""
     found = findings(Module(), EMAWeightAveraging(decay=0.999), loader=data(batches=40), max_epochs=1)
     finding = only("BN207", found)
-    assert "divides by a spread" in finding.seen
+    assert "normalises even the training images" in finding.seen
     assert finding.fix.code == 'callbacks=[..., BatchNormRecalibration(when="validation")]'
 
 
