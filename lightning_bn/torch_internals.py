@@ -6,6 +6,7 @@ Each function says why nothing public will do, and what it answers where the pri
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import FunctionType
@@ -33,12 +34,14 @@ __all__ = [
     "kernel_moments",
     "lazy_copy",
     "parameters_of",
+    "running_module",
     "saved_statistics",
     "second_loader",
     "side_by_side",
     "watched",
 ]
 
+_call_code = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
 _is_exporting = getattr(torch.compiler, "is_exporting", None)
 _interpreter = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
@@ -54,6 +57,21 @@ _is_cow_tensor = getattr(torch._C, "_is_cow_tensor", None)
 _data_address = getattr(torch._C, "_data_address", None)
 _DispatchMode = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDispatchMode", None)
 _weak_reference = getattr(torch.UntypedStorage, "_weak_ref", None)
+
+
+def running_module() -> nn.Module | None:
+    """Return the innermost module whose call is being executed; None: there is none, or nobody knows.
+
+    Hooks tell of the modules that have them alone, and hooks on every module cost at each of their calls. Without the
+    private method the answer is None.
+    """
+    frame = sys._getframe(1) if _call_code is not None else None
+    while frame is not None:
+        if frame.f_code is _call_code:
+            module = frame.f_locals.get("self")
+            return module if isinstance(module, nn.Module) else None
+        frame = frame.f_back
+    return None
 
 
 def in_backward() -> bool:

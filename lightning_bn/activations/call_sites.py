@@ -10,11 +10,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.activations.functional_calls import FunctionalCalls
+from lightning_bn.averaging import Averaging
 from lightning_bn.discovery import parts_called_by, user_name
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
-from lightning_bn.torch_internals import in_backward
+from lightning_bn.torch_internals import in_backward, running_module
 
 __all__ = ["INPUT", "MAX_CALLS", "CallSite", "CallSites", "interval_at", "label_of"]
 
@@ -63,6 +66,8 @@ class CallSites:
         step_is_forward: whether the model's own forward stands for a whole training step, as under DDP.
         given: called with the arguments of each outermost call.
         gave: called with what it returned.
+        called: called with the name, the place and the result of each activation function that is not a module; None:
+            nobody wants to know.
         boundary: stands around every hook.
     """
 
@@ -74,10 +79,13 @@ class CallSites:
         step_is_forward: bool = False,
         given: Callable[[tuple[Any, ...], Mapping[str, Any]], None],
         gave: Callable[[Any], None],
+        called: Callable[[str, CallSite, Tensor], None] | None = None,
         boundary: ErrorBoundary = UNBOUNDED,
     ) -> None:
         self._boundary = boundary
-        self._given, self._gave = given, gave
+        self._given, self._gave, self._called = given, gave, called
+        self._root = type(model).__name__
+        self._functions = ExitStack()  # holds what sees functions, while a forward runs
         self._step_is_forward = step_is_forward
         named = {user_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
         paths: dict[nn.Module, list[str]] = {}
@@ -91,7 +99,8 @@ class CallSites:
         for module, (name, *_) in paths.items():
             below = [path for path in known if path != name and (not name or path.startswith(f"{name}."))]
             # Code that torch.jit compiled takes no hook.
-            if (below or module in parts) and not isinstance(module, torch.jit.ScriptModule):
+            calls_functions = called is not None and _may_call_functions(module)
+            if (below or module in parts or calls_functions) and not isinstance(module, torch.jit.ScriptModule):
                 self._around[name], self._below[name] = module, below
         self._sequences = {name for name, module in self._around.items() if isinstance(module, nn.Sequential)}
         self.restart()
@@ -103,6 +112,7 @@ class CallSites:
     def attach(self, hooks: ExitStack) -> None:
         """Place the hooks, until `hooks` is closed."""
         self.restart()
+        hooks.push(self._functions)
         for name, module in self._around.items():
             enter, leave = partial(self._enter, name), partial(self._leave, name)
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -122,10 +132,15 @@ class CallSites:
         track = self._again if is_again else self._forward
         is_step = self._step_is_forward and not name and not track.running
         if self._is_outermost(name, track):
-            for path in self._below[name]:
+            functions = [path for path in track.calls if ":" in path]
+            below = [path for path in functions if not name or path.startswith((f"{name}.", f"{name}:"))]
+            for path in (*self._below[name], *below):
                 del track.calls[path]
             if not is_again and not is_step:
                 self._given(args, kwargs)
+        if self._called is not None and not track.running:
+            self._functions.close()  # of a forward that an interrupt left
+            self._functions.enter_context(FunctionalCalls(self._see_function))
         track.running.append((name, Counter()))
 
     @guarded
@@ -134,8 +149,23 @@ class CallSites:
         track = self._again if is_again else self._forward
         while track.running and track.running.pop()[0] != name:
             """A module that an interrupt left without calling its hook."""
-        if not is_again and self._below[name] and self._is_outermost(name, track):
+        if not track.running:
+            self._functions.close()
+        if not is_again and (self._below[name] or self._called is not None) and self._is_outermost(name, track):
             self._gave(output)
+
+    def _see_function(self, function: str, result: Tensor) -> None:
+        track = self._again if in_backward() else self._forward
+        if self._called is None or not track.running:
+            return
+        holder, turns = track.running[-1]
+        # Inside of a module without hooks, as nn.ReLU is: that is its own row, or nobody's.
+        if running_module() not in (None, self._around[holder]):
+            return
+        turns[function] += 1
+        name = f"{holder or self._root}:{function}[{turns[function]}]"
+        track.calls[name] += 1
+        self._called(name, CallSite(name, min(track.calls[name], MAX_CALLS)), result)
 
     def _is_outermost(self, name: str, track: _Track) -> bool:
         if not self._step_is_forward:
@@ -170,3 +200,10 @@ def interval_at(step: int, longest: int) -> int:
         interval *= 2
         until += SAMPLES * interval
     return min(interval, longest)
+
+
+def _may_call_functions(module: nn.Module) -> bool:
+    """Whether a module's forward may call an activation function: torch's own without parts don't, but for those that
+    are one."""
+    is_torchs = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
+    return not is_torchs and not isinstance(module, (_BatchNorm, Averaging))

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.call_sites import INPUT, CallSite, CallSites
+from lightning_bn.activations.channel_axis import ChannelAxis
 from lightning_bn.activations.drift import Drift, DriftMeter
 from lightning_bn.activations.host_to_sample import AFFINE, HostMeasurements, SampleBuilder, affine_of
 from lightning_bn.activations.metric import by_channel
 from lightning_bn.activations.moments_to_pool import Key, Pool, flatten, merge
 from lightning_bn.activations.pool_to_host import Array, joined, silent_numbers, to_host
 from lightning_bn.activations.sample import Sample
+from lightning_bn.activations.sample_rows import bounds_of_row, is_function
 from lightning_bn.activations.tensor_to_moments import TensorMoments, bucket_counts, read
-from lightning_bn.activations.watched_layers import bounds_of
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.modes import eager, is_extra_pass
@@ -58,7 +59,9 @@ class LayerCollector:
         activations: whether to place hooks at all. False: drift and affine parameters only.
         gradients: whether to look at the gradients at the layers' outputs too.
         histograms: names of the layers to count into buckets.
-        channel_dim: which dimension holds the channels, but a batch norm's, whose channels are in dimension 1.
+        channel_dim: which dimension holds the channels, but a batch norm's, whose channels are in dimension 1; None: as
+            the layers around it tell.
+        functions: whether to look at functions that are not modules too, and at residual sums.
         step_is_forward: whether the model's own forward stands for a whole training step, as under DDP.
         group: the process group whose ranks share a model, None for all.
         boundary: stands around every hook.
@@ -73,7 +76,8 @@ class LayerCollector:
         activations: bool = True,
         gradients: bool = False,
         histograms: Collection[str] = (),
-        channel_dim: int = 1,
+        channel_dim: int | None = None,
+        functions: bool = False,
         step_is_forward: bool = False,
         group: Group = None,
         boundary: ErrorBoundary = UNBOUNDED,
@@ -86,7 +90,8 @@ class LayerCollector:
         self._activations = activations
         self._gradients = gradients
         self._histograms = frozenset(histograms)
-        self._channel_dim = channel_dim
+        self._axis = ChannelAxis(model, channel_dim)
+        self._functions = functions
         self._norms = {name: layer for name, layer in self.layers.items() if isinstance(layer, _BatchNorm)}
         self._tracking = {
             name: layer
@@ -110,6 +115,7 @@ class LayerCollector:
             step_is_forward=step_is_forward,
             given=self._see_input,
             gave=self._see_result,
+            called=self._see_function if functions else None,
             boundary=boundary,
         )
         self._is_given = False  # whether this batch's input has been seen
@@ -131,7 +137,7 @@ class LayerCollector:
             self._open()
         self._is_attached = True
         self.begin_batch()
-        if self._is_placed or not self._activations or not self.layers:
+        if self._is_placed or not self._activations or not (self.layers or self._functions):
             return
         self._is_placed = True
         self._sites.attach(self._attached)
@@ -288,11 +294,23 @@ class LayerCollector:
         if in_backward():
             return
         self._called.add(name)
+        self._see_activation(name, place, tensor)
+        if name in self._observed and (given := next(_tensors((args, kwargs)), None)) is not None:
+            self._take("input", name, CallSite(name, 1), given)
+
+    def _see_activation(self, name: str, place: CallSite, tensor: Tensor) -> None:
         if self._take("activation", name, place, tensor):
             self._order.setdefault(place, name)
             self._newest = [(place, ref(tensor))]
-        if name in self._observed and (given := next(_tensors((args, kwargs)), None)) is not None:
-            self._take("input", name, CallSite(name, 1), given)
+
+    @guarded
+    def _see_function(self, name: str, place: CallSite, tensor: Tensor) -> None:
+        if not self._is_looking or not tensor.is_floating_point():
+            return
+        if self._gradients and tensor.requires_grad:
+            tensor.register_hook(partial(self._see_gradient, name, place))
+        if not in_backward():
+            self._see_activation(name, place, tensor)
 
     @guarded
     def _see_gradient(self, name: str, place: CallSite, gradient: Tensor) -> None:
@@ -322,8 +340,7 @@ class LayerCollector:
                 self._outputs |= {place}
 
     def _key(self, what: str, name: str, place: CallSite, tensor: Tensor) -> Key:
-        dim = 1 if name in self._norms else self._channel_dim
-        return Key(what, place, tensor.shape[dim] if tensor.dim() > 1 else 1)
+        return Key(what, place, tensor.shape[self._axis.of(name, tensor)] if tensor.dim() > 1 else 1)
 
     def _take(self, what: str, name: str, place: CallSite, tensor: Tensor) -> bool:
         """Read a tensor, and tell whether that could be done; whatever prevents it, the fit goes on."""
@@ -342,8 +359,7 @@ class LayerCollector:
         return is_read
 
     def _read(self, what: str, name: str, place: CallSite, tensor: Tensor) -> bool:
-        is_norm = name in self._norms
-        dim = 1 if is_norm else self._channel_dim
+        dim = self._axis.of(name, tensor)
         key = self._key(what, name, place, tensor)
         widths = self._widths.setdefault((what, place), set())
         if key.width not in widths:
@@ -353,8 +369,9 @@ class LayerCollector:
         data = by_channel(tensor, key.width, dim)
         # A normalised value is zero by chance alone; of a gradient, nobody asks.
         is_activation = what == "activation"
-        bounds = bounds_of(self.layers[name]) if is_activation else None
-        self._readings.append((key, read(data, zeros=is_activation and not is_norm, bounds=bounds)))
+        bounds = bounds_of_row(name, self.layers) if is_activation else None
+        zeros = is_activation and is_function(name, self.layers)
+        self._readings.append((key, read(data, zeros=zeros, bounds=bounds)))
         self._waiting += key.width
         if is_activation and name in self._histograms:
             counts = bucket_counts(data)
@@ -386,8 +403,8 @@ class LayerCollector:
         if len(widths) == MAX_WIDTHS and name not in self._too_wide:
             self._too_wide.add(name)
             warnings.warn(
-                f"{name} gave activations of more than {MAX_WIDTHS} sizes in dimension {self._channel_dim}, the last "
-                "one of shape "
+                f"{name} gave activations of more than {MAX_WIDTHS} sizes in dimension "
+                f"{self._axis.of(name, tensor)}, the last one of shape "
                 f"{tuple(tensor.shape)}; it is left out from here on. If its channels come last, pass channel_dim=-1.",
                 stacklevel=2,
             )

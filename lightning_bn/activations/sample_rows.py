@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.call_sites import CallSite, label_of
+from lightning_bn.activations.functional_calls import function_of, functional_bounds, is_activation_function
 from lightning_bn.activations.moments_to_pool import Key
 from lightning_bn.activations.pool_to_host import Flags
-from lightning_bn.activations.watched_layers import bounds_of
+from lightning_bn.activations.watched_layers import bounds_of, is_norm_layer
 
-__all__ = ["Indices", "RowLayout", "RowNames", "lay_out"]
+__all__ = ["Indices", "RowLayout", "RowNames", "bounds_of_row", "is_function", "lay_out"]
 
 Indices = NDArray[np.int64]
 
@@ -124,14 +125,22 @@ def _flags(
         return np.array([values[row] for row in places], dtype=bool)
 
     is_input = [key.what == "given" for key in rows]
-    is_norm = [isinstance(layers.get(name), _BatchNorm) for name in module_of]
-    bounded = [
-        not given and bounds_of(layers[name]) is not None for name, given in zip(module_of, is_input, strict=True)
-    ]
+    named = list(zip(module_of, is_input, strict=True))
     return Flags(
-        is_function=each([not norm and not given for norm, given in zip(is_norm, is_input, strict=True)]),
-        is_bounded=each(bounded),
+        is_function=each([not given and is_function(name, layers) for name, given in named]),
+        is_bounded=each([not given and bounds_of_row(name, layers) is not None for name, given in named]),
         is_output=each([key.place in outputs for key in rows]),
         is_input=each(is_input),
         has_positions=each([key in images for key in rows]),
     )
+
+
+def is_function(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    """Tell whether zeros in a row's activations say something: those of all but norms and sums do."""
+    function = function_of(name) if name not in layers else None
+    return is_activation_function(function) if function else not is_norm_layer(name, layers[name])
+
+
+def bounds_of_row(name: str, layers: Mapping[str, nn.Module]) -> tuple[float, float] | None:
+    """Return the least and the greatest value that a module, or a function, can give; None: it has none."""
+    return bounds_of(layers[name]) if name in layers else functional_bounds(function_of(name) or "")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import activation
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -10,7 +11,10 @@ from lightning_bn.averaging import Averaging
 from lightning_bn.choices import Choices, check_choices, is_chosen
 from lightning_bn.discovery import user_name
 
-__all__ = ["ACTIVATION_FUNCTIONS", "bounds_of", "is_watched", "select_layers"]
+__all__ = ["ACTIVATION_FUNCTIONS", "bounds_of", "is_norm_layer", "is_watched", "normalised_width", "select_layers"]
+
+# Of other packages' classes: LlamaRMSNorm, T5LayerNorm.
+_ROW_NORMS = ("LayerNorm", "RMSNorm")
 
 # A softmax gives probabilities, and attention is no function of one value: neither has a zero, a scale or a saturation
 # worth a look.
@@ -25,10 +29,10 @@ def select_layers(model: nn.Module, choices: Choices | None = None) -> dict[str,
 
     Args:
         model: any module.
-        choices: None, all batch-norm layers and activation functions. Else one of these or several: a name, as
-            ``"encoder"``; a pattern of names, as ``"layer4.*"``, which stands for the modules without modules of their
-            own that it matches; a class, as ``nn.Conv2d``; a function of name and module, as ``lambda name, module:
-            name.endswith("bn2")``.
+        choices: None, all norms (batch, layer, group and RMS norm) and activation functions. Else one of these or
+            several: a name, as ``"encoder"``; a pattern of names, as ``"layer4.*"``, which stands for the modules
+            without modules of their own that it matches; a class, as ``nn.Conv2d``; a function of name and module, as
+            ``lambda name, module: name.endswith("bn2")``.
 
     Raises:
         TypeError: a choice is none of these.
@@ -39,7 +43,7 @@ def select_layers(model: nn.Module, choices: Choices | None = None) -> dict[str,
         >>> list(select_layers(model)), list(select_layers(model, "0.*")), list(select_layers(model, nn.Linear))
         (['0.1', '0.2'], ['0.0', '0.1', '0.2'], ['0.0', '1'])
     """
-    choices = (_BatchNorm, *ACTIVATION_FUNCTIONS) if choices is None else choices
+    choices = (is_norm_layer, *ACTIVATION_FUNCTIONS) if choices is None else choices
     check_choices(f"layers={choices!r}", choices)
     # torch.compile's own module stands before the one it compiles, under the same name: the later one is the user's.
     named = {user_name(path): module for path, module in model.named_modules()}
@@ -50,6 +54,21 @@ def is_watched(choices: Choices, name: str, module: nn.Module) -> bool:
     """Tell whether one of `choices` means `module`; a batch norm's averaging is its own part, and gives no
     activations."""
     return not isinstance(module, Averaging) and is_chosen(choices, name, module)
+
+
+def is_norm_layer(name: str, module: nn.Module) -> bool:
+    """Tell whether a module normalises: a batch, layer, group or RMS norm, also another package's by its class's
+    name."""
+    return isinstance(module, (_BatchNorm, nn.GroupNorm)) or normalised_width(module) is not None
+
+
+def normalised_width(module: nn.Module) -> int | None:
+    """Return the channels of a layer norm or an RMS norm, None for any other module."""
+    if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and not type(module).__name__.endswith(_ROW_NORMS):
+        return None
+    weight = getattr(module, "weight", None)
+    shape = getattr(module, "normalized_shape", None) or (weight.shape if isinstance(weight, Tensor) else ())
+    return int(shape[0]) if isinstance(shape, (tuple, list, torch.Size)) and len(shape) else None
 
 
 def bounds_of(module: nn.Module) -> tuple[float, float] | None:

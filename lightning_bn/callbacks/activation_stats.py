@@ -62,13 +62,13 @@ class ActivationStatsMonitor(Callback):
     else in ``default_root_dir``; `table` returns the same rows. Training is bit-identical with and without this
     callback; a compiled model runs without `torch.compile` at sampled steps.
 
-    Functional activations (``F.relu(x)``) are not modules, so hooks can't see them: use ``nn.ReLU()``, or name the
-    module whose output they make. On several ranks activations are exact over all of them; drift is rank 0's, whose
-    statistics DDP broadcasts and checkpoints save.
+    Functional activations (``F.relu(x)``, ``x.tanh()``) and residual sums are rows too, named by the module that calls
+    them: ``layer1.0:relu[1]``, ``layer1.0:add[1]``. On several ranks activations are exact over all of them; drift is
+    rank 0's, whose statistics DDP broadcasts and checkpoints save.
 
     Args:
-        layers: None: batch-norm layers and activation functions. Else a name or pattern (``"layer4.*"``), a class, a
-            function of name and module, or several of these.
+        layers: None: norms (batch, layer, group, RMS) and activation functions, modules or not. Else a name or pattern
+            (``"layer4.*"``), a class, a function of name and module, or several of these.
         every_n_steps: how often training is looked at, in optimizer steps. None: at every step at first, and half as
             often after every 16 samples, until it is the Trainer's ``log_every_n_steps``.
         scalars: ``"worst"``, a few numbers over all layers. ``"all"``, or patterns as for `layers`: those layers' own
@@ -80,8 +80,8 @@ class ActivationStatsMonitor(Callback):
         gradients: whether to look at the gradients at the layers' outputs too, as backward has them: with a loss
             scaler, scaled.
         activations: False for drift and affine parameters only, which need no hook and no look at an activation.
-        channel_dim: which dimension of an activation holds its channels: 1 as in (N, C, H, W), -1 as in (N, L, C). A
-            batch norm's is 1.
+        channel_dim: which dimension of an activation holds its channels: 1 as in (N, C, H, W), -1 as in (N, L, C).
+            None: as the layers around it tell. A batch norm's is 1.
         prefix: of the tags.
         verbose: whether to print the verdict at the end of a fit, a validation and a test.
         process_group: the ranks whose activations are taken together. None: all, or under tensor parallelism those that
@@ -109,7 +109,7 @@ class ActivationStatsMonitor(Callback):
         heatmaps: bool = True,
         gradients: bool = False,
         activations: bool = True,
-        channel_dim: int = 1,
+        channel_dim: int | None = None,
         prefix: str = "activations",
         verbose: bool = True,
         process_group: Any = None,
@@ -330,6 +330,7 @@ class ActivationStatsMonitor(Callback):
                 gradients=self.gradients and stage == "train",
                 histograms=self._histogram_layers(layers) if stage == "train" else (),
                 channel_dim=self.channel_dim,
+                functions=self.layers is None,
                 step_is_forward=trainer.strategy.model is not pl_module,
                 group=self.process_group or data_parallel_group(trainer),
                 boundary=self._boundary,

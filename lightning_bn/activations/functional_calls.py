@@ -1,0 +1,71 @@
+"""Activation functions that are not modules, ``F.relu(x)`` or ``x.relu()``, and residual sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["FunctionalCalls", "function_of", "functional_bounds", "is_activation_function"]
+
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "sigmoid": (0.0, 1.0),
+    "hardsigmoid": (0.0, 1.0),
+    "tanh": (-1.0, 1.0),
+}
+# By the name that all forms of a function share, in place or not, of `torch`, `F` or a tensor.
+_FUNCTIONS = {
+    *("relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish"),
+    *("softplus", "softsign", "hardtanh", "hardswish"),
+    *_BOUNDS,
+}
+_SUM = "add"
+
+
+class FunctionalCalls(TorchFunctionMode):
+    """Sees the functions that a forward calls, while it is entered.
+
+    Args:
+        see: takes the name of a function and what it returned.
+    """
+
+    def __init__(self, see: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self._see = see
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "").rstrip("_")
+        # torch turns the mode off while this runs: what is read of the result is not seen in turn.
+        if (name in _FUNCTIONS or (name == _SUM and _is_residual(args))) and isinstance(result, Tensor):
+            self._see(name, result)
+        return result
+
+
+def function_of(name: str) -> str | None:
+    """Return which function a row is of, None for a module's.
+
+    Example:
+        >>> function_of("layer1.0:relu[2]"), function_of("layer1.0.relu")
+        ('relu', None)
+    """
+    _, colon, call = name.rpartition(":")
+    return call.partition("[")[0] if colon and call.endswith("]") else None
+
+
+def is_activation_function(function: str) -> bool:
+    """Whether it is one, and not a sum."""
+    return function in _FUNCTIONS
+
+
+def functional_bounds(function: str) -> tuple[float, float] | None:
+    """Return the least and the greatest value that a function can give, None where it has no such bounds."""
+    return _BOUNDS.get(function)
+
+
+def _is_residual(args: tuple[Any, ...]) -> bool:
+    """Whether two activations are added: tensors of one shape, with several samples and channels."""
+    tensors = [each for each in args[:2] if isinstance(each, Tensor) and each.is_floating_point()]
+    return len(tensors) == 2 and tensors[0].dim() > 1 and tensors[0].shape == tensors[1].shape
