@@ -33,8 +33,8 @@ __all__ = [
     "is_wrapper",
     "kernel_moments",
     "lazy_copy",
+    "module_in_forward",
     "parameters_of",
-    "running_module",
     "saved_statistics",
     "second_loader",
     "side_by_side",
@@ -59,8 +59,8 @@ _DispatchMode = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDi
 _weak_reference = getattr(torch.UntypedStorage, "_weak_ref", None)
 
 
-def running_module() -> nn.Module | None:
-    """Return the innermost module whose call is being executed; None: there is none, or nobody knows.
+def module_in_forward() -> nn.Module | None:
+    """Return the innermost module whose forward is being executed; None: there is none, or hooks on it are.
 
     Hooks tell of the modules that have them alone, and hooks on every module cost at each of their calls. Without the
     private method the answer is None.
@@ -68,8 +68,10 @@ def running_module() -> nn.Module | None:
     frame = sys._getframe(1) if _call_code is not None else None
     while frame is not None:
         if frame.f_code is _call_code:
-            module = frame.f_locals.get("self")
-            return module if isinstance(module, nn.Module) else None
+            found = frame.f_locals
+            module = found.get("self")
+            # It has a result as soon as the forward has returned.
+            return module if isinstance(module, nn.Module) and found.get("result") is None else None
         frame = frame.f_back
     return None
 

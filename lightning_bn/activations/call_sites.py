@@ -17,7 +17,7 @@ from lightning_bn.activations.functional_calls import FunctionalCalls
 from lightning_bn.averaging import Averaging
 from lightning_bn.discovery import parts_called_by, user_name
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
-from lightning_bn.torch_internals import in_backward, running_module
+from lightning_bn.torch_internals import in_backward, module_in_forward
 
 __all__ = ["INPUT", "MAX_CALLS", "CallSite", "CallSites", "interval_at", "label_of"]
 
@@ -159,8 +159,9 @@ class CallSites:
         if self._called is None or not track.running:
             return
         holder, turns = track.running[-1]
-        # Inside of a module without hooks, as nn.ReLU is: that is its own row, or nobody's.
-        if running_module() not in (None, self._around[holder]):
+        # Inside of a module without hooks, as nn.ReLU is, that is its own row or nobody's; and hooks are no forward.
+        module = module_in_forward()
+        if module is None or module is not self._around[holder] or not _may_call_functions(module):
             return
         turns[function] += 1
         name = f"{holder or self._root}:{function}[{turns[function]}]"

@@ -92,6 +92,7 @@ class LayerCollector:
         self._histograms = frozenset(histograms)
         self._axis = ChannelAxis(model, channel_dim)
         self._functions = functions
+        self.sees_functions = False  # whether it has seen one
         self._norms = {name: layer for name, layer in self.layers.items() if isinstance(layer, _BatchNorm)}
         self._tracking = {
             name: layer
@@ -310,6 +311,7 @@ class LayerCollector:
         if self._gradients and tensor.requires_grad:
             tensor.register_hook(partial(self._see_gradient, name, place))
         if not in_backward():
+            self.sees_functions = True
             self._see_activation(name, place, tensor)
 
     @guarded

@@ -63,6 +63,8 @@ class Statistic(Column, Limits):
     advice: str
     code: str = ""
     """Code that does so, where a line can."""
+    code_low: str = ""
+    """Code for where a layer is below its limit, if a line can."""
     rule: str = ""
     """The rule of `ModeCheck` whose page says more."""
     low: float = 0.0

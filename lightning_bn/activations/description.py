@@ -58,9 +58,9 @@ def describe_episodes(episodes: Sequence[Episode]) -> Iterator[dict[str, Any]]:
 
 
 def _fix(episode: Episode) -> dict[str, str]:
-    code = STATISTICS[episode.statistic].code
-    is_low = episode.peak < STATISTICS[episode.statistic].low
-    if not code or is_low:  # the line would mend the other side
+    statistic = STATISTICS[episode.statistic]
+    code = statistic.code_low if episode.peak < statistic.low else statistic.code
+    if not code:
         return {"code": episode.advice, "place": "advice", "note": ""}
     return {"code": code, "place": "", "note": episode.advice}
 

@@ -64,6 +64,10 @@ class Drift:
     nonfinite: (
         Array  # (L,), channels whose running statistics were NaN or infinite before the batches, or the evaluation
     )
+    # (L,), share of the channels whose batch variance is below eps, so that the norm divides by nothing but eps
+    below_eps: Array = field(default_factory=lambda: np.empty(0))
+    # (L,), whether a layer has seen so few batches that its weights still move fast
+    young: Mask = field(default_factory=lambda: np.empty(0, dtype=bool))
     shift: Array = field(default_factory=lambda: np.empty(0))  # (S,), of each channel, as `distance` has it
     log_ratio: Array = field(default_factory=lambda: np.empty(0))  # (S,), likewise
 
@@ -227,7 +231,10 @@ class DriftMeter:
             for each in (channels, self._distance(batch, self._less_start(before, share)))
         )
         settled[self._is_young(tracked, share) & ran] = 0
-        return Drift(values, settled, ran, self._nonfinite(before), *channels)
+        # What follows from the buffers is known to their rounding, no better.
+        known = (before[1] * 2.0**-20 < weight * self._eps) | np.isnan(weight)
+        below_eps = np.where(ran, self._below_eps(batch[1], known), np.nan)
+        return Drift(values, settled, ran, self._nonfinite(before), below_eps, (tracked < YOUNG).numpy(), *channels)
 
     @torch.no_grad()
     def statistics(self) -> list[Tensor]:
@@ -264,7 +271,13 @@ class DriftMeter:
         young = self._is_young(counts, share) & ((steps > 0) | (steps == 0).all())
         settled = np.where(young[:, None], 0.0, np.where(_is_quick(counts, share)[:, None], settled, values))
         ran = np.isin(np.arange(len(self.layers)), list(inputs))
-        return Drift(values, settled, ran, self._nonfinite(running), *channels)
+        below_eps = np.where(ran, self._below_eps(batch[1], np.True_), np.nan)
+        return Drift(values, settled, ran, self._nonfinite(running), below_eps, (counts < YOUNG).numpy(), *channels)
+
+    def _below_eps(self, var: Array, known: Mask | np.bool_) -> Array:
+        starts = np.cumsum(self._widths) - self._widths
+        share: Array = np.add.reduceat((var < self._eps) & known, starts, dtype=np.float64) / self._widths
+        return share
 
     def _is_young(self, counts: Tensor, share: Array) -> Mask:
         """Which layers began with 0/1 and have seen so few batches that torch's own average would be in its start too;

@@ -81,6 +81,7 @@ class SampleBuilder:
         self._names = RowNames()
         self._layouts: dict[object, RowLayout] = {}  # the newest alone
         self._zero_born: Mask | None = None  # norms whose weight has been 0 from the start
+        self._born_small: Mask | None = None  # norms whose weight was 0 at the start, and grows
         self.history = ChannelHistory()
         self._zero_start = ZeroStart()
         self.given: dict[int, Moments] = {}  # by width, of all inputs of the model
@@ -111,7 +112,7 @@ class SampleBuilder:
             self._compare_input(pool, layout, reference, values, states)
         if (pool := _part(found.pool, "gradient")) is not None:
             nothing = np.zeros(len(pool.keys), dtype=bool)
-            flags = Flags(*[nothing] * 5)
+            flags = Flags(*[nothing] * 6)
             _fill(values, states, "gradient", Channels.of(pool, flags), layout.gradients)
         if norms is not None:
             self._mark_warm_up(values, states, norms, layout)
@@ -135,17 +136,18 @@ class SampleBuilder:
             return None
         number, widths = len(self._norms), self._widths()
         drift, settled, nonfinite = np.full((number, 4), np.nan), np.full((number, 4), np.nan), np.full(number, np.nan)
-        ran = np.zeros(number, dtype=bool)
+        below_eps, ran, young = np.full(number, np.nan), np.zeros(number, dtype=bool), np.zeros(number, dtype=bool)
         if found.drift is not None:
             drift[self._tracks], settled[self._tracks] = found.drift.values, found.drift.settled
             nonfinite[self._tracks], ran[self._tracks] = found.drift.nonfinite, found.drift.ran
+            below_eps[self._tracks], young[self._tracks] = found.drift.below_eps, found.drift.young
         has_weight, has_bias = (
             np.array([isinstance(getattr(layer, name), Tensor) for layer in self._norms.values()]) for name in AFFINE
         )
         return Norms(
             widths,
             *(found.weights.double().numpy(), has_weight, found.biases.double().numpy(), has_bias),
-            *(drift, settled, ran, nonfinite, self._tracks),
+            *(drift, settled, ran, below_eps, young, nonfinite, self._tracks),
         )
 
     def _widths(self) -> Indices:
@@ -177,10 +179,14 @@ class SampleBuilder:
         for place, name in enumerate(DRIFT_STATISTICS):
             if name in STATISTICS:
                 _mark(values, states, name, layout.norms, ~STATISTICS[name].sick(norms.settled[:, place]))
+        # Small initial weights leave small variances, which the first steps mend.
+        _mark(values, states, "below_eps_fraction", layout.norms, norms.young)
         near = STATISTICS["weight_near_zero"]
         small = near.sick(near.value(norms))
         # Small from the first sample on, which an optimizer may have moved away from 0 by one step.
-        self._zero_born = small if self._zero_born is None else self._zero_born & small
+        self._born_small = small if self._born_small is None else self._born_small
+        self._zero_born = self._born_small if self._zero_born is None else self._zero_born & small
+        _mark(values, states, "weight_rms", layout.norms, self._born_small)
         _mark(values, states, "weight_near_zero", layout.norms, self._zero_born)
         if self._zero_born.any():
             for name in SILENT:

@@ -42,6 +42,7 @@ class Flags:
     is_bounded: Mask  # one whose values have bounds
     is_output: Mask  # makes what the model returns
     is_input: Mask  # what the model was given
+    is_stream: Mask  # a residual sum, or a layer or RMS norm, in which all channels are of one scale
     has_positions: Mask  # each channel has several values a sample, as in an image
 
 
@@ -129,6 +130,15 @@ class Channels:
         """Root mean square of each channel: (S,)."""
         return np.sqrt(np.square(self.mean) + self.m2 / np.where(self.count > 0, self.count, np.nan))
 
+    @cached_property
+    def outlier_ratio(self) -> Array:
+        """Of the largest channel's root mean square to the median channel's: (K,), NaN where that is 0."""
+        rows = np.repeat(np.arange(len(self.widths)), self.widths)
+        ordered = self.channel_rms[np.lexsort((self.channel_rms, rows))]  # within each row, NaN last
+        known = self.total(~np.isnan(self.channel_rms)).astype(np.int64)
+        median = np.where(known > 0, ordered[self.starts + np.maximum(known - 1, 0) // 2], np.nan)
+        return self.largest(self.channel_rms) / np.where(median > 0, median, np.nan)
+
     def explodes_as_a_whole(self, limit: float) -> Mask:
         """Return the rows whose largest channel is beyond a limit, and less than `RUNS_AWAY` times as large as the
         median one: (K,)."""
@@ -156,6 +166,8 @@ class Norms:
     drift: Array  # (N, 4), in the order of `registry.DRIFT_STATISTICS`
     settled: Array  # (N, 4), what the 0/1 start does not explain of it
     ran: Mask  # (N,): there is a batch or an evaluation whose drift it is
+    below_eps: Array  # (N,), share of the channels whose batch variance is below eps
+    young: Mask  # (N,): has seen so few batches that its weights still move fast
     nonfinite: Array  # (N,), channels whose running statistics are not finite
     tracks: Mask  # (N,): has running statistics
 

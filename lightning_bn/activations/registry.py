@@ -67,6 +67,12 @@ def _near_zero(weight: Array, starts: Any) -> Array:
     return share
 
 
+def _rms(weight: Array, starts: Any) -> Array:
+    ends = np.append(starts[1:], len(weight))
+    found: Array = np.sqrt(np.add.reduceat(np.square(weight), starts) / (ends - starts))
+    return found
+
+
 # Pale is healthy and dark is sick; where both sides are sick, pale lies in the middle.
 _FRACTION = Scale(0, 1, "OrRd", "share, 0 to 1")
 # A ReLU's inputs are half below zero: up to there all is well.
@@ -138,6 +144,25 @@ ENTRIES: tuple[Column, ...] = (
         rank=5,
         mapped=False,
         advice=f"One channel runs away: {_LOWER_RATE.lower()}, or weigh its parameters down (weight decay).",
+        code="trainer = Trainer(gradient_clip_val=1.0)",
+    ),
+    Statistic(
+        "outlier_ratio",
+        "activation",
+        lambda found: found.outlier_ratio,
+        _layers,
+        # Of an activation function many channels are next to 0, and a batch norm scales each by itself.
+        judged=lambda found: found.flags.is_stream & (found.widths >= FEW),
+        label="ratio of the largest channel's root mean square to the median's",
+        scale=Scale(0, 3, "OrRd", "ratio of root mean squares", log=True),
+        family="scale",
+        high=50.0,
+        healthy=1.0,
+        log=True,
+        rank=6,
+        mapped=False,
+        advice=f"One channel is far larger than the others: {_LOWER_RATE.lower()}, or weigh its parameters down "
+        "(weight decay). In 8 bits, quantise it by itself.",
         code="trainer = Trainer(gradient_clip_val=1.0)",
     ),
     Statistic(
@@ -303,10 +328,46 @@ ENTRIES: tuple[Column, ...] = (
         code="convert_batch_norm(model)",
         rule="BN203",
     ),
+    Statistic(
+        "below_eps_fraction",
+        "norm",
+        lambda found: found.below_eps,
+        _ran,
+        label="share of channels whose batch variance is below eps",
+        scale=_FRACTION,
+        family="silence",
+        high=0.5,
+        rank=4,
+        mapped=False,
+        advice="This norm divides by eps and not by a deviation, since its input hardly varies: look at what feeds it "
+        "(dead or tiny layers, constant inputs).",
+        rule="BN210",
+    ),
     Column("weight_min", "norm", lambda found: found.of_weight(np.minimum.reduceat), _weighted),
     Column("weight_max", "norm", lambda found: found.of_weight(np.maximum.reduceat), _weighted),
     Column("bias_min", "norm", lambda found: found.of_bias(np.minimum.reduceat), _biased),
     Column("bias_max", "norm", lambda found: found.of_bias(np.maximum.reduceat), _biased),
+    Statistic(
+        "weight_rms",
+        "norm",
+        lambda found: found.of_weight(_rms),
+        _weighted,
+        label="root mean square of the affine weights",
+        scale=Scale(-2, 2, "RdBu_r", "root mean square; 1 is the start", log=True),
+        family="affine",
+        low=0.05,
+        high=1e6,
+        healthy=1.0,
+        log=True,
+        rank=3,
+        mapped=False,
+        advice=f"{_LOWER_RATE}, or put the norms' weights under weight decay.",
+        advice_low="The weights of this norm are near 0, so it passes next to nothing on. If so from the start, they "
+        "were initialised like other layers': set them to 1 (nn.init.ones_(norm.weight)). If later, leave them out of "
+        "the weight decay.",
+        code_low="for norm in model.modules():\n    if isinstance(norm, torch.nn.modules.batchnorm._BatchNorm):\n"
+        "        torch.nn.init.ones_(norm.weight)",
+    ),
     Statistic(
         "weight_near_zero",
         "norm",

@@ -14,7 +14,7 @@ from lightning_bn.activations.call_sites import CallSite, label_of
 from lightning_bn.activations.functional_calls import function_of, functional_bounds, is_activation_function
 from lightning_bn.activations.moments_to_pool import Key
 from lightning_bn.activations.pool_to_host import Flags
-from lightning_bn.activations.watched_layers import bounds_of, is_norm_layer
+from lightning_bn.activations.watched_layers import bounds_of, is_norm_layer, normalised_width
 
 __all__ = ["Indices", "RowLayout", "RowNames", "bounds_of_row", "is_function", "lay_out"]
 
@@ -131,6 +131,7 @@ def _flags(
         is_bounded=each([not given and bounds_of_row(name, layers) is not None for name, given in named]),
         is_output=each([key.place in outputs for key in rows]),
         is_input=each(is_input),
+        is_stream=each([not given and _is_stream(name, layers) for name, given in named]),
         has_positions=each([key in images for key in rows]),
     )
 
@@ -144,3 +145,7 @@ def is_function(name: str, layers: Mapping[str, nn.Module]) -> bool:
 def bounds_of_row(name: str, layers: Mapping[str, nn.Module]) -> tuple[float, float] | None:
     """Return the least and the greatest value that a module, or a function, can give; None: it has none."""
     return bounds_of(layers[name]) if name in layers else functional_bounds(function_of(name) or "")
+
+
+def _is_stream(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    return normalised_width(layers[name]) is not None if name in layers else not is_function(name, layers)

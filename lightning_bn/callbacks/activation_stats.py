@@ -320,7 +320,7 @@ class ActivationStatsMonitor(Callback):
     def _collector(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> LayerCollector:
         if stage not in self._collectors:
             layers = select_layers(pl_module, self.layers)
-            if not layers:
+            if not layers and self.layers is not None:
                 self._blindness.of_all(pl_module, self.layers, stage)
             self._collectors[stage] = LayerCollector(
                 pl_module,
@@ -420,6 +420,8 @@ class ActivationStatsMonitor(Callback):
         collector = self._collectors.get(stage)
         if collector is None:
             return
+        if not collector.layers and not collector.sees_functions:
+            self._blindness.of_all(trainer.lightning_module, self.layers, stage)
         found = self._blindness.of_layers(collector, stage, is_sampled=bool(self._table.samples(stage)))
         journal_of(trainer).unseen(trainer, stage, found)
 

@@ -28,13 +28,11 @@ class Blindness:
         if self._told:
             return
         self._told[stage] = set()
-        wanted = (
-            "batch-norm layer or activation function among its modules" if layers is None else f"module for {layers!r}"
-        )
+        wanted = "norm or activation function that can be seen" if layers is None else f"module for {layers!r}"
         rank_zero_warn(
             f"ActivationStatsMonitor(layers={layers!r}) finds nothing to look at: {type(module).__name__} has no "
-            f"{wanted}. Name what it has, as in layers=nn.Conv2d or layers='encoder.*'; functional activations "
-            "(F.relu) are not modules."
+            f"{wanted}. Name what it has, as in layers=nn.Conv2d or layers='encoder.*'. Code that torch.jit compiled "
+            "hides its own."
         )
 
     def of_layers(self, collector: LayerCollector, stage: str, *, is_sampled: bool) -> dict[str, str]:

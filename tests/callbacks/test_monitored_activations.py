@@ -145,7 +145,7 @@ def test_a_length_is_no_width() -> None:
             self.rest[0](torch.ones(2, 10 + self.trainer.global_step, 3))
             return super().training_step(batch, batch_idx)
 
-    monitor = ActivationStatsMonitor(every_n_steps=1)
+    monitor = ActivationStatsMonitor(every_n_steps=1, channel_dim=1)
     with pytest.warns(UserWarning, match=r"rest.0 gave activations of more than 8 sizes.*channel_dim=-1") as told:
         fit(monitor, module=Lengths(), val=None, max_epochs=2)
     assert len([one for one in told if "sizes" in str(one.message)]) == 1

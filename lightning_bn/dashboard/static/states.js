@@ -28,6 +28,6 @@ export const missingPlotly = (install) => h("div", { class: "message" },
 export function noSamples(run) {
   const unseen = run.statistics.length === 0;
   return h("div", { class: "message" }, unseen
-    ? "No activation was sampled. ActivationStatsMonitor() in Trainer(callbacks=...) samples them; it sees modules (nn.ReLU()), and not functions (F.relu)."
+    ? "No activation was sampled. ActivationStatsMonitor() in Trainer(callbacks=...) samples them, modules and functions alike."
     : "No layer has this statistic.");
 }
