@@ -76,6 +76,8 @@ class Statistic(Column, Limits):
     """Which of a layer's illnesses is told first, the smallest."""
     mapped: bool = True
     """Whether TensorBoard gets its heat map."""
+    logged: bool = True
+    """Whether loggers get its scalars; the table, the page and the verdict have it anyhow."""
     chart: str | None = None
     """The title of its chart in the Custom Scalars tab, if it has one."""
     band: bool = False

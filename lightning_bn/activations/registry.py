@@ -161,6 +161,7 @@ ENTRIES: tuple[Column, ...] = (
         log=True,
         rank=6,
         mapped=False,
+        logged=False,
         advice=f"One channel is far larger than the others: {_LOWER_RATE.lower()}, or weigh its parameters down "
         "(weight decay). In 8 bits, quantise it by itself.",
         code="trainer = Trainer(gradient_clip_val=1.0)",
@@ -339,6 +340,7 @@ ENTRIES: tuple[Column, ...] = (
         high=0.5,
         rank=4,
         mapped=False,
+        logged=False,
         advice="This norm divides by eps and not by a deviation, since its input hardly varies: look at what feeds it "
         "(dead or tiny layers, constant inputs).",
         rule="BN210",
@@ -361,6 +363,7 @@ ENTRIES: tuple[Column, ...] = (
         log=True,
         rank=3,
         mapped=False,
+        logged=False,
         advice=f"{_LOWER_RATE}, or put the norms' weights under weight decay.",
         advice_low="The weights of this norm are near 0, so it passes next to nothing on. If so from the start, they "
         "were initialised like other layers': set them to 1 (nn.init.ones_(norm.weight)). If later, leave them out of "

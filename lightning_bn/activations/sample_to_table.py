@@ -193,7 +193,7 @@ def scalars(sample: Sample, wanted: Callable[[str], bool] | None = None) -> dict
     for name, statistic in STATISTICS.items():
         values, applies = sample.column(name)
         known = values[applies]
-        if not len(known):
+        if not len(known) or not statistic.logged:
             continue
         finite = known[~np.isnan(known)]
         found[f"{name}/worst"] = _worst(statistic, known)
