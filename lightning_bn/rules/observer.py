@@ -359,7 +359,9 @@ def unsure(layers: Iterable[BatchNormLayer]) -> set[int]:
     return {
         index
         for index, layer in enumerate(layers)
-        if "forward" in layer.module.__dict__ or not type(layer.module).forward.__module__.startswith(known)
+        # A layer that `BatchNormSync` synchronises has a forward that runs its class's.
+        if not getattr(vars(layer.module).get("forward"), "follows_class", "forward" not in vars(layer.module))
+        or not type(layer.module).forward.__module__.startswith(known)
     }
 
 
