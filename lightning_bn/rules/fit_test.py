@@ -3,7 +3,6 @@ do not, on the last training batch, run once more as the evaluation runs."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -241,7 +240,6 @@ class FitTest:
             # In a forward the whole of a weight is here, of which there was only a part before.
             if index in self._weights and self._weights[index].shape == running[2].shape
         ]
-        # Those that were kept in the first batch are those of this one too, whoever exchanges them each time.
         if pairs and not all(torch.equal(one.to(two.device).float(), two) for one, two in pairs):
             self._judged_at = self._last
             self._judge("inside")
@@ -333,9 +331,8 @@ class FitTest:
         names = [self._observer.layers[index].name for index in wanted]
         parts.append(self._observer.modules[self._observer.names.index(_common(names))])
         whole = [] if theirs else [self._model]
-        several = self._observer.calls > 1
         wanted_modules = {self._observer.layers[index].module for index in wanted}
-        for part in dict.fromkeys([*whole, *parts] if several else [*parts, *whole]):
+        for part in dict.fromkeys([*whole, *parts] if self._observer.calls > 1 else [*parts, *whole]):
             if wanted_modules & set(part.modules()) and (part is not self._model or not theirs):
                 yield part
 
@@ -397,7 +394,7 @@ def _noise(layer: _BatchNorm) -> float:
 def _common(names: Sequence[str]) -> str:
     """Return the name of the module that holds all layers `names` and no other does so nearer to them."""
     paths = [name.split(".")[:-1] for name in names]
-    first = copy.copy(paths[0])
+    first = list(paths[0])
     while any(path[: len(first)] != first for path in paths):
         first.pop()
     return ".".join(first)
