@@ -123,7 +123,11 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     files.append(File.generated(config, "reference/index.md", content=_index()))
     for names in REFERENCE.values():
         for name, members in names.items():
-            shown = "show_if_no_docstring: true" if members is _ALL else f"members: [{', '.join(members)}]"
+            shown = f"members: [{', '.join(members)}]"
+            if members:
+                shown += "\n      inherited_members: true"
+            if members is _ALL:
+                shown = "show_if_no_docstring: true"
             text = _PAGE.format(short=_short(name), name=name, members=shown)
             files.append(File.generated(config, f"reference/{_short(name)}.md", content=text))
     return files

@@ -3,7 +3,6 @@ together."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -15,30 +14,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.call_sites import INPUT, CallSite, CallSites
-from lightning_bn.activations.channel_axis import ChannelAxis
 from lightning_bn.activations.drift import Drift, DriftMeter
 from lightning_bn.activations.host_to_sample import AFFINE, HostMeasurements, SampleBuilder, affine_of
-from lightning_bn.activations.metric import by_channel
-from lightning_bn.activations.moments_to_pool import Key, Pool, flatten, merge
+from lightning_bn.activations.moments_to_pool import Key, Pool, merge
 from lightning_bn.activations.pool_to_host import Array, joined, silent_numbers, to_host
+from lightning_bn.activations.readings import Readings
 from lightning_bn.activations.sample import Sample
-from lightning_bn.activations.sample_rows import bounds_of_row, is_function
-from lightning_bn.activations.tensor_to_moments import TensorMoments, bucket_counts, read
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.modes import eager, is_extra_pass
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.sharding import full_value
-from lightning_bn.torch_internals import in_backward, is_wrapper
+from lightning_bn.torch_internals import in_backward
 
 __all__ = ["LayerCollector"]
-
-# A place may be called with activations of several widths. More than these are no widths but lengths: the channels are
-# in another dimension.
-MAX_WIDTHS = 8
-
-# Channels whose readings wait to be put together: a validation has many batches, a training step is below this.
-MAX_WAITING = 2**20
 
 
 class LayerCollector:
@@ -89,8 +78,7 @@ class LayerCollector:
         self._training = training
         self._activations = activations
         self._gradients = gradients
-        self._histograms = frozenset(histograms)
-        self._axis = ChannelAxis(model, channel_dim)
+        self._readings = Readings(model, self.layers, histograms, channel_dim)
         self._functions = functions
         self.sees_functions = False  # whether it has seen one
         self._norms = {name: layer for name, layer in self.layers.items() if isinstance(layer, _BatchNorm)}
@@ -102,11 +90,6 @@ class LayerCollector:
         self._meter: DriftMeter | None = None
         self._observed = frozenset(self._tracking)
         self._is_open = False
-        self._readings: list[tuple[Key, TensorMoments]] = []
-        self._waiting = 0  # channels in them
-        self._pool: Pool | None = None  # of the readings before these
-        self._counts: dict[Key, Tensor] = {}  # in the buckets of a histogram
-        self._widths: dict[tuple[str, CallSite], set[int]] = {}
         self._order: dict[CallSite, str] = {}  # of this sample, in the order of the calls, and the module's name
         self._called: set[str] = set()
         self._builder = SampleBuilder(self.layers, self._tracking, training=training)
@@ -121,13 +104,8 @@ class LayerCollector:
         )
         self._is_given = False  # whether this batch's input has been seen
         self._newest: list[tuple[CallSite, Any]] = []  # the activation that came last, by weak reference
-        self._left_out: dict[str, str] = {}
-        self._too_wide: set[str] = set()
         self._outputs: frozenset[CallSite] = frozenset()
         self._images: frozenset[Key] = frozenset()
-        # A model that is wholly on the meta device is measured there, to count what that launches.
-        held = [*model.parameters(), *model.buffers()]
-        self._is_abstract = bool(held) and all(tensor.is_meta for tensor in held)
         self._attached = ExitStack()
         self._is_placed = False
         self._is_attached = False
@@ -191,7 +169,7 @@ class LayerCollector:
 
     def left_out(self) -> dict[str, str]:
         """Return the layers whose activations can't be read, and why."""
-        return dict(self._left_out)
+        return dict(self._readings.left_out)
 
     def collect(self, reference: LayerCollector | None = None) -> Sample:
         """Return the sample, the same on every rank, and forget it; every rank must call this.
@@ -201,8 +179,9 @@ class LayerCollector:
         """
         measured = self.measure()
         host = to_host(measured)
-        pool = None if self._pool is None else self._pool.on(*host[:2])
-        histograms, start = dict(zip(self._counts, host[2:], strict=False)), 2 + len(self._counts)
+        pool = None if self._readings.pool is None else self._readings.pool.on(*host[:2])
+        counts = self._readings.counts
+        histograms, start = dict(zip(counts, host[2:], strict=False)), 2 + len(counts)
         weights, biases, statistics = host[start], host[start + 1], host[start + 2 :]
         own = self._meter.evaluate(statistics) if self._meter is not None and self._training and self._is_open else None
         # As objects, since a layer may have run on one rank alone.
@@ -224,7 +203,8 @@ class LayerCollector:
             _summed(found for _, found, *_ in ranks),
         )
         sample = self._builder.build(found, None if reference is None else reference._builder)
-        self._readings, self._waiting, self._pool, self._counts, self._order = [], 0, None, {}, {}
+        self._readings.clear()
+        self._order = {}
         self._is_open = False
         return sample
 
@@ -238,31 +218,23 @@ class LayerCollector:
     @torch.no_grad()
     def measure(self) -> list[Tensor]:
         """Return all that was measured, still on the device, for one transfer; waits for nothing."""
-        self._put_together()
+        self._readings.put_together()
         self._hand_in()
         affine = [joined([_whole(*each) for each in affine_of(self._norms.values(), name)]) for name in AFFINE]
         statistics: list[Tensor] = []
         if self._meter is not None and self._is_open:
             statistics = self._meter.readout() if self._training else self._meter.statistics()
-        pooled = (
-            [torch.empty(4, 0), torch.empty(3, 0)] if self._pool is None else [self._pool.channels, self._pool.layers]
-        )
-        return [*pooled, *self._counts.values(), *affine, *statistics]
-
-    def _put_together(self) -> None:
-        if self._readings:
-            device = self._readings[0][1].centre.device if self._pool is None else self._pool.channels.device
-            new = flatten(self._readings, device)
-            self._pool = merge([new] if self._pool is None else [self._pool, new])
-            self._readings, self._waiting = [], 0
+        pool = self._readings.pool
+        pooled = [torch.empty(4, 0), torch.empty(3, 0)] if pool is None else [pool.channels, pool.layers]
+        return [*pooled, *self._readings.counts.values(), *affine, *statistics]
 
     def _hand_in(self) -> None:
         """Tell the drift meter what the layers were given whose buffers don't tell."""
-        if not self._training or self._meter is None or self._pool is None or not self._observed:
+        if not self._training or self._meter is None or self._readings.pool is None or not self._observed:
             return
         indices = {name: index for index, name in enumerate(self._tracking)}
         found = []
-        for key, values in zip(self._pool.keys, self._pool.split(), strict=True):
+        for key, values in zip(self._readings.pool.keys, self._readings.pool.split(), strict=True):
             if key.what == "input":
                 found.append((indices[key.place.path], values[1], values[2] / (values[0] - 1)))
         self._meter.hand_in(found)
@@ -297,10 +269,10 @@ class LayerCollector:
         self._called.add(name)
         self._see_activation(name, place, tensor)
         if name in self._observed and (given := next(_tensors((args, kwargs)), None)) is not None:
-            self._take("input", name, CallSite(name, 1), given)
+            self._readings.take("input", name, CallSite(name, 1), given)
 
     def _see_activation(self, name: str, place: CallSite, tensor: Tensor) -> None:
-        if self._take("activation", name, place, tensor):
+        if self._readings.take("activation", name, place, tensor):
             self._order.setdefault(place, name)
             self._newest = [(place, ref(tensor))]
 
@@ -317,7 +289,7 @@ class LayerCollector:
     @guarded
     def _see_gradient(self, name: str, place: CallSite, gradient: Tensor) -> None:
         if self._is_attached:
-            self._take("gradient", name, place, gradient)
+            self._readings.take("gradient", name, place, gradient)
 
     def _see_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in what the model is given, the first tensor of a batch."""
@@ -329,11 +301,11 @@ class LayerCollector:
         self._is_given = True
         given = given.float() if given.dtype == torch.uint8 else given
         place = CallSite(INPUT if INPUT not in self.layers else f"({INPUT})", 1)
-        if self._take("given", place.path, place, given):
+        if self._readings.take("given", place.path, place, given):
             # The first of the rows, whatever was called before it.
             self._order = {place: place.path, **self._order}
             if given.dim() > 2:
-                self._images |= {self._key("given", place.path, place, given)}
+                self._images |= {self._readings.key("given", place.path, place, given)}
 
     def _see_result(self, result: Any) -> None:
         """Take note of whether the activation that came last is what the model returns."""
@@ -341,76 +313,12 @@ class LayerCollector:
             if any(tensor is activation() for tensor in _tensors(result)):
                 self._outputs |= {place}
 
-    def _key(self, what: str, name: str, place: CallSite, tensor: Tensor) -> Key:
-        return Key(what, place, tensor.shape[self._axis.of(name, tensor)] if tensor.dim() > 1 else 1)
-
-    def _take(self, what: str, name: str, place: CallSite, tensor: Tensor) -> bool:
-        """Read a tensor, and tell whether that could be done; whatever prevents it, the fit goes on."""
-        try:
-            reason = self._unreadable(tensor)
-            is_read = reason is None and tensor.numel() > 0 and self._read(what, name, place, tensor)
-        except Warning:
-            raise  # where the user's filters make errors of warnings
-        except Exception as error:
-            first, *_ = str(error).splitlines() or [""]
-            reason, is_read = f"{type(error).__name__}: {first}", False
-        if reason is not None:
-            self._left_out.setdefault(name, reason)
-        if self._waiting > MAX_WAITING:
-            self._put_together()
-        return is_read
-
-    def _read(self, what: str, name: str, place: CallSite, tensor: Tensor) -> bool:
-        dim = self._axis.of(name, tensor)
-        key = self._key(what, name, place, tensor)
-        widths = self._widths.setdefault((what, place), set())
-        if key.width not in widths:
-            if self._too_many_widths(widths, name, tensor):
-                return False
-            widths.add(key.width)
-        data = by_channel(tensor, key.width, dim)
-        # A normalised value is zero by chance alone; of a gradient, nobody asks.
-        is_activation = what == "activation"
-        bounds = bounds_of_row(name, self.layers) if is_activation else None
-        zeros = is_activation and is_function(name, self.layers)
-        self._readings.append((key, read(data, zeros=zeros, bounds=bounds)))
-        self._waiting += key.width
-        if is_activation and name in self._histograms:
-            counts = bucket_counts(data)
-            self._counts[key] = self._counts[key] + counts if key in self._counts else counts
-        return True
-
-    def _unreadable(self, tensor: Tensor) -> str | None:
-        """Why no kernel can read a tensor; None: it can."""
-        if tensor.is_nested:
-            return "nested"
-        if is_wrapper(tensor):
-            return type(tensor).__name__
-        if tensor.layout is not torch.strided:
-            return str(tensor.layout).removeprefix("torch.")
-        if tensor.is_meta and not self._is_abstract:
-            return "on the meta device"
-        if tensor.itemsize < 2:
-            return str(tensor.dtype).removeprefix("torch.")
-        return None
-
     def _leave_out_if_unreadable(self, name: str, output: Any) -> None:
         if in_backward():
             return
         self._called.add(name)
         if isinstance(output, Tensor):
-            self._left_out.setdefault(name, str(output.dtype).removeprefix("torch."))
-
-    def _too_many_widths(self, widths: set[int], name: str, tensor: Tensor) -> bool:
-        if len(widths) == MAX_WIDTHS and name not in self._too_wide:
-            self._too_wide.add(name)
-            warnings.warn(
-                f"{name} gave activations of more than {MAX_WIDTHS} sizes in dimension "
-                f"{self._axis.of(name, tensor)}, the last one of shape "
-                f"{tuple(tensor.shape)}; it is left out from here on. If its channels come last, pass channel_dim=-1.",
-                stacklevel=2,
-            )
-        return len(widths) >= MAX_WIDTHS
+            self._readings.left_out.setdefault(name, str(output.dtype).removeprefix("torch."))
 
 
 def _summed(counts: Iterable[dict[Key, Tensor]]) -> dict[Key, Tensor]:

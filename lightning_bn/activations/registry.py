@@ -4,18 +4,23 @@ scalars, the charts and the advice are made. A new statistic is an entry here, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
 from lightning_bn.activations.column import Column, Scale, Statistic
-from lightning_bn.activations.pool_to_host import Array, Channels, Mask, Norms
+from lightning_bn.activations.formulas import (
+    are_functions,
+    are_layers,
+    drift,
+    extent,
+    have_bias,
+    have_run,
+    have_weight,
+    near_zero,
+    rms,
+    track,
+)
 
 __all__ = ["COLUMNS", "DRIFT_STATISTICS", "ENTRIES", "STATISTICS"]
-
-# A batch norm's weight starts at 1; below a hundredth of that the channel hardly reaches the next layer.
-NEAR_ZERO = 0.01
 
 # A root mean square, or a standard deviation, that no healthy layer reaches.
 LARGE = 1e3
@@ -26,52 +31,6 @@ TINY = 1e-7
 
 # Channels of which a share tells nothing.
 FEW = 8
-
-
-def _functions(found: Channels) -> Mask:
-    return found.flags.is_function
-
-
-def _layers(found: Channels) -> Mask:
-    return ~found.flags.is_input
-
-
-def _extent(found: Channels, which: Array) -> Array:
-    return np.where(found.n > 0, which, np.nan)
-
-
-def _drift(column: int) -> Callable[[Norms], Array]:
-    return lambda found: found.drift[:, column]
-
-
-def _ran(found: Norms) -> Mask:
-    return found.ran
-
-
-def _tracks(found: Norms) -> Mask:
-    return found.tracks
-
-
-def _weighted(found: Norms) -> Mask:
-    return found.has_weight
-
-
-def _biased(found: Norms) -> Mask:
-    return found.has_bias
-
-
-def _near_zero(weight: Array, starts: Any) -> Array:
-    ends = np.append(starts[1:], len(weight))
-    near = np.where(np.isnan(weight), np.nan, np.abs(weight) < NEAR_ZERO)
-    share: Array = np.add.reduceat(near, starts) / (ends - starts)
-    return share
-
-
-def _rms(weight: Array, starts: Any) -> Array:
-    ends = np.append(starts[1:], len(weight))
-    found: Array = np.sqrt(np.add.reduceat(np.square(weight), starts) / (ends - starts))
-    return found
-
 
 # Pale is healthy and dark is sick; where both sides are sick, pale lies in the middle.
 _FRACTION = Scale(0, 1, "OrRd", "share, 0 to 1")
@@ -102,7 +61,7 @@ ENTRIES: tuple[Column, ...] = (
         high=1e3,
         healthy=1.0,
         log=True,
-        judged=_layers,
+        judged=are_layers,
         rank=4,
         advice=f"Initialise so that the scale is kept (He et al. 2015) or normalise before this layer; "
         f"{_LOWER_RATE.lower()}.",
@@ -112,13 +71,13 @@ ENTRIES: tuple[Column, ...] = (
         chart="scale: standard deviation of the activations (median, smallest to largest layer)",
         band=True,
     ),
-    Column("min", "activation", lambda found: _extent(found, found.low)),
-    Column("max", "activation", lambda found: _extent(found, found.high)),
+    Column("min", "activation", lambda found: extent(found, found.low)),
+    Column("max", "activation", lambda found: extent(found, found.high)),
     Statistic(
         "abs_max",
         "activation",
-        lambda found: _extent(found, np.maximum(-found.low, found.high)),
-        _layers,
+        lambda found: extent(found, np.maximum(-found.low, found.high)),
+        are_layers,
         label="greatest absolute activation",
         scale=Scale(0, 5, "OrRd", "greatest absolute value", log=True),
         family="scale",
@@ -132,9 +91,9 @@ ENTRIES: tuple[Column, ...] = (
         "channel_rms_max",
         "activation",
         lambda found: found.largest(found.channel_rms),
-        _layers,
+        are_layers,
         # Where the others are as large it is the layer that explodes, and no channel by itself.
-        judged=lambda found: _layers(found) & ~found.explodes_as_a_whole(LARGE),
+        judged=lambda found: are_layers(found) & ~found.explodes_as_a_whole(LARGE),
         label="root mean square of the largest channel",
         scale=Scale(-3, 3, "RdBu_r", "root mean square; 1 is usual", log=True),
         family="scale",
@@ -150,7 +109,7 @@ ENTRIES: tuple[Column, ...] = (
         "outlier_ratio",
         "activation",
         lambda found: found.outlier_ratio,
-        _layers,
+        are_layers,
         # Of an activation function many channels are next to 0, and a batch norm scales each by itself.
         judged=lambda found: found.flags.is_stream & (found.widths >= FEW),
         label="ratio of the largest channel's root mean square to the median's",
@@ -170,7 +129,7 @@ ENTRIES: tuple[Column, ...] = (
         "zero_fraction",
         "activation",
         lambda found: found.of_finite(found.total(found.zeros) / found.values),
-        _functions,
+        are_functions,
         label="share of activations that are zero",
         scale=_ZEROS,
         family="silence",
@@ -184,7 +143,7 @@ ENTRIES: tuple[Column, ...] = (
         "dead_fraction",
         "activation",
         lambda found: found.of_finite(found.total(found.dead) / found.widths),
-        _functions,
+        are_functions,
         label="share of channels that are dead",
         scale=_FRACTION,
         family="silence",
@@ -200,7 +159,7 @@ ENTRIES: tuple[Column, ...] = (
         "died_channels",
         "activation",
         lambda found: found.of_finite(found.total(found.lone)),
-        _functions,
+        are_functions,
         label="number of channels that are dead",
         scale=_CHANNELS,
         family="channel",
@@ -284,8 +243,8 @@ ENTRIES: tuple[Column, ...] = (
     Statistic(
         "drift_mean",
         "norm",
-        _drift(0),
-        _ran,
+        drift(0),
+        have_run,
         label="shift of the mean, in running standard deviations (rms over channels)",
         scale=Scale(0, 2, "OrRd", "running standard deviations"),
         family="drift",
@@ -295,12 +254,12 @@ ENTRIES: tuple[Column, ...] = (
         rule="BN208",
         chart="drift of the mean, in running standard deviations (worst layer, median)",
     ),
-    Column("drift_mean_max", "norm", _drift(1), _ran),
+    Column("drift_mean_max", "norm", drift(1), have_run),
     Statistic(
         "drift_var",
         "norm",
-        _drift(2),
-        _ran,
+        drift(2),
+        have_run,
         label="log ratio of batch to running variance (rms over channels)",
         scale=Scale(0, 2, "OrRd", "|log(batch / running variance)|"),
         family="drift",
@@ -310,12 +269,12 @@ ENTRIES: tuple[Column, ...] = (
         rule="BN208",
         chart="drift of the variance, log ratio (worst layer, median)",
     ),
-    Column("drift_var_max", "norm", _drift(3), _ran),
+    Column("drift_var_max", "norm", drift(3), have_run),
     Statistic(
         "running_nonfinite",
         "norm",
         lambda found: found.nonfinite,
-        _tracks,
+        track,
         label="number of channels whose running statistics are NaN or infinite",
         scale=_CHANNELS,
         family="numbers",
@@ -333,7 +292,7 @@ ENTRIES: tuple[Column, ...] = (
         "below_eps_fraction",
         "norm",
         lambda found: found.below_eps,
-        _ran,
+        have_run,
         label="share of channels whose batch variance is below eps",
         scale=_FRACTION,
         family="silence",
@@ -345,15 +304,15 @@ ENTRIES: tuple[Column, ...] = (
         "(dead or tiny layers, constant inputs).",
         rule="BN210",
     ),
-    Column("weight_min", "norm", lambda found: found.of_weight(np.minimum.reduceat), _weighted),
-    Column("weight_max", "norm", lambda found: found.of_weight(np.maximum.reduceat), _weighted),
-    Column("bias_min", "norm", lambda found: found.of_bias(np.minimum.reduceat), _biased),
-    Column("bias_max", "norm", lambda found: found.of_bias(np.maximum.reduceat), _biased),
+    Column("weight_min", "norm", lambda found: found.of_weight(np.minimum.reduceat), have_weight),
+    Column("weight_max", "norm", lambda found: found.of_weight(np.maximum.reduceat), have_weight),
+    Column("bias_min", "norm", lambda found: found.of_bias(np.minimum.reduceat), have_bias),
+    Column("bias_max", "norm", lambda found: found.of_bias(np.maximum.reduceat), have_bias),
     Statistic(
         "weight_rms",
         "norm",
-        lambda found: found.of_weight(_rms),
-        _weighted,
+        lambda found: found.of_weight(rms),
+        have_weight,
         label="root mean square of the affine weights",
         scale=Scale(-2, 2, "RdBu_r", "root mean square; 1 is the start", log=True),
         family="affine",
@@ -374,8 +333,8 @@ ENTRIES: tuple[Column, ...] = (
     Statistic(
         "weight_near_zero",
         "norm",
-        lambda found: found.of_weight(_near_zero),
-        _weighted,
+        lambda found: found.of_weight(near_zero),
+        have_weight,
         label="share of affine weights near zero",
         scale=_FRACTION,
         family="affine",

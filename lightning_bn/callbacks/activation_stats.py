@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,9 +10,6 @@ from torch import nn
 from lightning_bn.activations.call_sites import interval_at
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.description import describe_episodes, describe_statistics
-from lightning_bn.activations.episodes import Episode
-from lightning_bn.activations.heatmap import Pixels, draw_grid
-from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.report import Report
 from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.sample_to_table import LayerTable, cut_csv, scalars
@@ -21,13 +17,13 @@ from lightning_bn.activations.tensor_to_moments import histogram_edges
 from lightning_bn.activations.watched_layers import is_watched, select_layers
 from lightning_bn.callbacks.blindness import Blindness
 from lightning_bn.callbacks.both_lightnings import (
-    Callback,
     LightningModule,
     Trainer,
     logging_interval,
 )
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
 from lightning_bn.callbacks.loggers import directories, sinks
+from lightning_bn.callbacks.monitored_run import MonitoredRun
 from lightning_bn.callbacks.observing import boundary_of, observing
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
@@ -43,7 +39,7 @@ FILE = "activation_stats.csv"
 
 
 @observing
-class ActivationStatsMonitor(Callback):
+class ActivationStatsMonitor(MonitoredRun):
     """Name the layer that is sick, since when, and what to do, from the activations of every layer, the model's input,
     and how far batch-norm statistics lag behind.
 
@@ -114,6 +110,7 @@ class ActivationStatsMonitor(Callback):
         verbose: bool = True,
         process_group: Any = None,
     ) -> None:
+        super().__init__()
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(
                 f"ActivationStatsMonitor(every_n_steps={every_n_steps!r}): it is a number of optimizer steps, at least "
@@ -138,7 +135,6 @@ class ActivationStatsMonitor(Callback):
         self.verbose = verbose
         self.process_group = process_group
         self._boundary = boundary_of("ActivationStatsMonitor", self._close)
-        self._table = LayerTable()
         self._collectors: dict[str, LayerCollector] = {}
         self._report = Report([])
         self._newest = Sample()
@@ -147,51 +143,6 @@ class ActivationStatsMonitor(Callback):
         self._is_described = False  # in the journal, what the statistics mean
         self._is_fresh = True  # whether the table is that of a new run
         self._first_step: int | None = None  # at which the fit began, or goes on from a checkpoint
-
-    def table(self) -> list[dict[str, Any]]:
-        """Return the table of the last run: a dict for each layer, stage and step.
-
-        Keys are ``layer``, ``stage`` (``"train"``, ``"val"``, ``"test"``), ``step``, ``epoch``, then one for each
-        statistic, None where it does not apply. ``pandas.DataFrame(monitor.table())`` makes a frame of it.
-        """
-        return self._table.rows()
-
-    def episodes(self, stage: str | None = None) -> list[Episode]:
-        """Return what was sick in the last run, of one stage or of all: layer, statistic, first and last step, peak,
-        and whether it has recovered. The earliest and most upstream comes first, since that is the cause."""
-        return self._table.episodes(stage)
-
-    def ailments(self, stage: str = "train") -> list[Episode]:
-        """Return the episodes of a stage that have not recovered."""
-        return [episode for episode in self._table.episodes(stage) if not episode.recovered]
-
-    def verdict(self) -> list[str]:
-        """Return what the last run was like, in lines: what was sick, where first, since when and what to do; or that
-        it was healthy."""
-        return self._table.verdict()
-
-    def __str__(self) -> str:
-        """The verdict; before the first sample, of which there is none, the call."""
-        return repr(self) if self._table.last_step() is None else "\n".join(self.verdict())
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-    def picture(self, statistic: str, stage: str = "train") -> Pixels:
-        """Return the heat map of a statistic over the whole run, layer x step, as TensorBoard gets it: (height, width,
-        3) uint8.
-
-        Raises:
-            ValueError: a statistic that is not summed up over layers, or that no layer has.
-        """
-        grid = self._table.grid(stage, statistic) if statistic in STATISTICS else None
-        if grid is None or not grid.layers:
-            known = [name for name in STATISTICS if self._table.grid(stage, name).layers]
-            raise ValueError(
-                f"picture({statistic!r}, {stage!r}): there is no such row in the table; there are "
-                f"{', '.join(known) or 'none'}."
-            )
-        return draw_grid(grid, STATISTICS[statistic])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         select_layers(nn.Identity(), self.layers)  # a choice that is none is told before anything runs

@@ -1,0 +1,71 @@
+"""Of which rows a statistic tells something, and the formulas that several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lightning_bn.activations.pool_to_host import Array, Channels, Mask, Norms
+
+__all__ = [
+    "are_functions",
+    "are_layers",
+    "drift",
+    "extent",
+    "have_bias",
+    "have_run",
+    "have_weight",
+    "near_zero",
+    "rms",
+    "track",
+]
+
+# A batch norm's weight starts at 1; below a hundredth of that the channel hardly reaches the next layer.
+NEAR_ZERO = 0.01
+
+
+def are_functions(found: Channels) -> Mask:
+    return found.flags.is_function
+
+
+def are_layers(found: Channels) -> Mask:
+    return ~found.flags.is_input
+
+
+def extent(found: Channels, which: Array) -> Array:
+    return np.where(found.n > 0, which, np.nan)
+
+
+def drift(column: int) -> Callable[[Norms], Array]:
+    return lambda found: found.drift[:, column]
+
+
+def have_run(found: Norms) -> Mask:
+    return found.ran
+
+
+def track(found: Norms) -> Mask:
+    return found.tracks
+
+
+def have_weight(found: Norms) -> Mask:
+    return found.has_weight
+
+
+def have_bias(found: Norms) -> Mask:
+    return found.has_bias
+
+
+def near_zero(weight: Array, starts: Any) -> Array:
+    ends = np.append(starts[1:], len(weight))
+    near = np.where(np.isnan(weight), np.nan, np.abs(weight) < NEAR_ZERO)
+    share: Array = np.add.reduceat(near, starts) / (ends - starts)
+    return share
+
+
+def rms(weight: Array, starts: Any) -> Array:
+    ends = np.append(starts[1:], len(weight))
+    found: Array = np.sqrt(np.add.reduceat(np.square(weight), starts) / (ends - starts))
+    return found
