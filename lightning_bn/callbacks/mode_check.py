@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -23,13 +23,14 @@ from lightning_bn.callbacks.both_lightnings import (
 )
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.loggers import log_markdown
-from lightning_bn.callbacks.observing import boundary_of, observing
+from lightning_bn.callbacks.observing import boundary_of, meeting, observing
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
 from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.deferred import settle_together
 from lightning_bn.modes import is_held_in_eval
+from lightning_bn.ranks.collective import Ranks
 from lightning_bn.rules import RULES, Finding, ModeCheckError
 from lightning_bn.rules.arguments import Setting, check_action, check_codes
 from lightning_bn.rules.finding import Action, markdown
@@ -105,6 +106,7 @@ class ModeCheck(Callback):
         self._inspection: Inspection | None = None
         self._batches = 0
         self._modes: Modes | None = None
+        self._met = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Behind all others but those that save: what they do to modes before a batch is not the training step's doing.
@@ -172,15 +174,15 @@ class ModeCheck(Callback):
         inspection.anchor()
         self._report(trainer)
 
+    @meeting
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Averaged weights are put in here permanently.
-        self._look().end_training()
-        self._report(trainer)
+        self._meet(trainer, lambda: self._look().end_training())
 
+    @meeting
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The module's own on_train_end came after all callbacks'.
-        self._look().exchanged()
-        self._report(trainer)
+        self._meet(trainer, lambda: self._look().exchanged())
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
@@ -217,15 +219,18 @@ class ModeCheck(Callback):
     def on_predict_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._end_evaluation_batch(trainer)
 
+    @meeting
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_evaluation(trainer)
-        journal_of(trainer).validation(trainer)
+        self._meet(trainer, lambda: self._look().end_evaluation())
+        self._boundary.attempt("", lambda: journal_of(trainer).validation(trainer))
 
+    @meeting
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_evaluation(trainer)
+        self._meet(trainer, lambda: self._look().end_evaluation())
 
+    @meeting
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_evaluation(trainer)
+        self._meet(trainer, lambda: self._look().end_evaluation())
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
@@ -255,6 +260,7 @@ class ModeCheck(Callback):
             manual=not module.automatic_optimization,
             scheduled=any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer)),
             own_statistics=trainer.world_size > 1 and getattr(trainer.model, "broadcast_buffers", True) is False,
+            share=self._share if Ranks(task="ModeCheck").are_several else None,
             optimizers=(lambda: trainer.optimizers) if trainer.state.fn == TrainerFn.FITTING else None,
         )
         known = self._inspection
@@ -297,9 +303,19 @@ class ModeCheck(Callback):
         self._look().end_batch()
         self._report(trainer)
 
-    def _end_evaluation(self, trainer: Trainer) -> None:
-        self._look().end_evaluation()
-        self._report(trainer)
+    def _meet(self, trainer: Trainer, end: Callable[[], object]) -> None:
+        """Call `end`, in which ranks may `_share`, and report. Every rank shares at least once, whatever fails here."""
+        self._met = False
+        try:
+            self._boundary.attempt("", end)
+        finally:
+            if not self._met:
+                self._share([])
+        self._boundary.attempt("", self._report, trainer)
+
+    def _share(self, value: Any) -> list[Any]:
+        self._met = True
+        return Ranks(task="ModeCheck").share(value)
 
     def _report(self, trainer: Trainer, *, may_raise: bool = True) -> None:
         new = self._look().new()

@@ -12,9 +12,12 @@ from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.error_boundary import ErrorBoundary, Keep, guarded
 from lightning_bn.ranks.collective import RankError
 
-__all__ = ["boundary_of", "check_logged", "not_logged", "observing"]
+__all__ = ["boundary_of", "check_logged", "meeting", "not_logged", "observing"]
 
 C = TypeVar("C", bound=type[Callback])
+F = TypeVar("F", bound=Callable[..., Any])
+
+_MEETING = "_lightning_bn_meeting"
 
 _HOOKS = [name for name in dir(Callback) if name.startswith("on_")] + [
     "setup",
@@ -28,10 +31,18 @@ def observing(callback: C) -> C:
     """Decorate a class of callbacks: what its hooks raise is caught by the object's ``_boundary``, which is reopened
     in each ``setup``."""
     for name in _HOOKS:
-        if name in vars(callback) or name == "setup":
+        own = vars(callback).get(name)
+        if (own is not None and not hasattr(own, _MEETING)) or name == "setup":
             method = guarded(getattr(callback, name))
             setattr(callback, name, _reopening(method) if name == "setup" else method)
     return callback
+
+
+def meeting(hook: F) -> F:
+    """Mark a hook at which ranks meet: it is called on a rank too on which the callback has failed, and has to call
+    the guarded part of itself."""
+    setattr(hook, _MEETING, True)
+    return hook
 
 
 def boundary_of(

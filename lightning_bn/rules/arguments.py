@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -36,6 +37,9 @@ class Setting:
     own_statistics: bool = False
     """Whether nothing makes the running statistics of one rank those of the others (DDP with
     ``broadcast_buffers=False``)."""
+    share: Callable[[Any], list[Any]] | None = None
+    """Returns what every rank passes, where there are others; all of them come at the end of an evaluation, and where
+    an exchange of the weights after training is looked for."""
     optimizers: Callable[[], Sequence[Optimizer]] | None = None
     """Asked anew each time, since parameters are added while a model is unfrozen; None if that is unknown."""
 

@@ -199,7 +199,6 @@ class Inspection:
             self.observer.end()
             self._judge()
             self._fit.frozen = self._fixed()
-            self._fit.several = self.setting.ranks > 1
             self._fit.end_batch(self.index)
             self.index = -1
             self.observer.begin()
@@ -233,6 +232,7 @@ class Inspection:
         self.stage, self.step, self.index = stage, step, -1
         self._away, self._interrupted = modes, False
         self._evaluated, self._evaluating = set(), False
+        self._fit.share = self.setting.share
         self._fit.begin_evaluation()
         if self.setting.own_statistics:
             self._compare_ranks()
@@ -259,6 +259,7 @@ class Inspection:
             self._copies.stale(self._evaluated - self._moving - self._steady) if self.trained and not sanity else ()
         )
         if not sanity:
+            self._fit.settle()
             evaluation.fit = self._fit.result
             if self._fit.layers is not None:
                 channels = self._fit.layers.vanishing()
@@ -304,7 +305,7 @@ class Inspection:
         """Look whether weights were exchanged after the last training batch, and whether the statistics fit them; waits
         for the device."""
         self._fit.frozen = self._fixed()
-        self._fit.several = self.setting.ranks > 1
+        self._fit.share = self.setting.share
         at = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady)
         misfit = self._fit.after_training()
         self._tell_fit(at, misfit)
