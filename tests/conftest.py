@@ -25,6 +25,9 @@ os.environ[RERAISE] = "1"
 # Each Trainer asks which packages bring callbacks, which is most of what making one takes. None is installed meanwhile.
 importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
+# A forked process ends as it is asked to, also one that waits for a lock and runs no handler of Python's.
+os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
 DEVICES = ["cpu"]
 if torch.accelerator.is_available():
     DEVICES.append(torch.accelerator.current_accelerator().type)
@@ -77,13 +80,9 @@ def _own_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 def _a_termination_fails_one_test() -> Iterator[None]:
     """A SIGTERM that reaches this process, from a launcher that ends its group, is one test's failure, and not the end
     of all."""
-    own = os.getpid()
 
     def fail(number: int, frame: object) -> None:
-        if os.getpid() == own:
-            pytest.fail("a SIGTERM reached the process of the tests")
-        signal.signal(number, signal.SIG_DFL)  # a forked process ends as it was asked to
-        os.kill(os.getpid(), number)
+        pytest.fail("a SIGTERM reached the process of the tests")
 
     before = signal.signal(signal.SIGTERM, fail)
     yield

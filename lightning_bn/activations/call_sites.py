@@ -140,7 +140,7 @@ class CallSites:
                 self._given(args, kwargs)
         if self._called is not None and not track.running:
             self._functions.close()  # of a forward that an interrupt left
-            self._functions.enter_context(FunctionalCalls(self._see_function))
+            self._functions.enter_context(FunctionalCalls(self._see_function, self._boundary))
         track.running.append((name, Counter()))
 
     @guarded

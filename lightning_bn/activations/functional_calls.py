@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
+
 __all__ = ["FunctionalCalls", "function_of", "functional_bounds", "is_activation_function"]
 
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -29,19 +31,24 @@ class FunctionalCalls(TorchFunctionMode):
 
     Args:
         see: takes the name of a function and what it returned.
+        boundary: stands around it.
     """
 
-    def __init__(self, see: Callable[[str, Tensor], None]) -> None:
+    def __init__(self, see: Callable[[str, Tensor], None], boundary: ErrorBoundary = UNBOUNDED) -> None:
         super().__init__()
-        self._see = see
+        self._see, self._boundary = see, boundary
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self._note(func, args, result)
+        return result
+
+    @guarded
+    def _note(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         name = getattr(func, "__name__", "").rstrip("_")
         # torch turns the mode off while this runs: what is read of the result is not seen in turn.
         if (name in _FUNCTIONS or (name == _SUM and _is_residual(args))) and isinstance(result, Tensor):
             self._see(name, result)
-        return result
 
 
 def function_of(name: str) -> str | None:

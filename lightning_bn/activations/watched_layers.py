@@ -43,11 +43,16 @@ def select_layers(model: nn.Module, choices: Choices | None = None) -> dict[str,
         >>> list(select_layers(model)), list(select_layers(model, "0.*")), list(select_layers(model, nn.Linear))
         (['0.1', '0.2'], ['0.0', '0.1', '0.2'], ['0.0', '1'])
     """
-    choices = (is_norm_layer, *ACTIVATION_FUNCTIONS) if choices is None else choices
-    check_choices(f"layers={choices!r}", choices)
+    if choices is not None:
+        check_choices(f"layers={choices!r}", choices)
     # torch.compile's own module stands before the one it compiles, under the same name: the later one is the user's.
     named = {user_name(path): module for path, module in model.named_modules()}
-    return {name: module for name, module in named.items() if is_watched(choices, name, module)}
+    return {
+        name: module
+        for name, module in named.items()
+        if is_watched(ACTIVATION_FUNCTIONS if choices is None else choices, name, module)
+        or (choices is None and is_norm_layer(name, module))
+    }
 
 
 def is_watched(choices: Choices, name: str, module: nn.Module) -> bool:

@@ -19,6 +19,8 @@ _AFFINE = ("weight", "bias")
 _MEANING = "averaging.state_of"
 _DEEPEST = 100
 _MOST = 2_000_000
+# Mappings and sequences that are looked into: the optimizer of a network of 10,000 parameters has 30,000.
+_MOST_MAPPINGS = 50_000
 """Members to look at; a file of a few bytes can describe more than any memory holds."""
 
 
@@ -104,7 +106,7 @@ def _joined(*parts: str) -> str:
 
 def _states(content: Any, unjudged: list[Unjudged], *, every: bool = False) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     """Every mapping with a key of running statistics, or with any key, by the keys that lead to it."""
-    left = _MOST
+    left = _MOST_MAPPINGS
     waiting: list[tuple[str, Any, int]] = [("", [content], -1)]
     while waiting:
         label, value, depth = waiting.pop()
@@ -117,8 +119,8 @@ def _states(content: Any, unjudged: list[Unjudged], *, every: bool = False) -> I
             members = [("" if depth == 0 and key == "state_dict" else str(key), each) for key, each in value.items()]
         else:
             members = [("" if depth < 0 else str(place), each) for place, each in enumerate(value)]
-        left -= len(members)
         members = [(key, each) for key, each in members if isinstance(each, (Described, Mapping, list, tuple))]
+        left -= len(members)
         if members and (depth == _DEEPEST or left < 0):
             unjudged.append(Unjudged("", "it holds more than is looked at: mappings in mappings without an end"))
             return

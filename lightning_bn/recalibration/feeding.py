@@ -48,7 +48,11 @@ def _feed(model: nn.Module, batch: Any) -> Any:
         return model(**batch)
     if batch is None or isinstance(batch, (tuple, list, str, bytes, int, float)):
         raise TypeError(f"{_described(batch)} is no batch that a model could be run on. {_ADVICE}")
-    return model(batch)
+    try:
+        return model(batch)
+    except (AttributeError, TypeError) as error:
+        what = f"{type(model).__name__} can't be run on {_described(batch)} as it is"
+        raise TypeError(f"{what}: {error}. {_ADVICE}") from error
 
 
 def _check_keywords(model: nn.Module, batch: Mapping[Any, Any]) -> None:
