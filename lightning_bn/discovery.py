@@ -111,9 +111,13 @@ class UnservedNorm:
     is_constant: bool
     """Whether its statistics never move: a frozen norm keeps weight and bias as buffers too."""
 
+    @property
+    def kind(self) -> str:
+        """The name of its class."""
+        return str(getattr(self.module, "original_name", type(self.module).__name__))  # a ScriptModule's own
+
     def __str__(self) -> str:
-        kind = getattr(self.module, "original_name", type(self.module).__name__)  # a ScriptModule's own
-        return f"{self.name or 'the module itself'} ({kind}): {self.reason}"
+        return f"{self.name or 'the module itself'} ({self.kind}): {self.reason}"
 
 
 def find_batch_norms(model: nn.Module) -> list[BatchNormLayer]:

@@ -50,7 +50,7 @@ class ModeCheck(Callback):
     seen by hooks on the batch-norm layers and by the version of ``num_batches_tracked``, which the host keeps; only
     once every `every_n_steps`, and at the end of epochs and evaluations, is a value read from the device. Inside
     code compiled by ``torch.compile`` no hook fires: those layers are judged by how often their statistics moved,
-    and BN100 names them.
+    and BN100 names them, with all norms that this package does not serve.
 
     Args:
         action: "warn": a warning for each finding above information, once per rule and layer; layers with one cause

@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.discovery import BatchNormLayer, user_name
+from lightning_bn.discovery import BatchNormLayer, UnservedNorm, find_unserved, user_name
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.fixes import RECALIBRATION, allowed, call, expression, learns, mode_calls, modules_of
 from lightning_bn.rules.observer import ForwardRecord, Modes, Observer, ancestors
@@ -20,19 +20,30 @@ __all__ = ["MODE_RULES", "visits"]
 
 class Unseen(Rule):
     code = "BN100"
-    title = "compiled layers are judged only by the count of their batches"
+    title = "layers that the rules can judge in part or not at all"
     level = "info"
-    why = (
-        "no hook fires inside compiled code: the rules that look at single forwards (BN106, BN205, BN3xx) say "
-        "nothing about them."
-    )
+    why = "what a rule can't see it does not report, and its silence says nothing."
     fix = Fix("fit once without torch.compile, so that every rule applies", "advice")
+
+    def configuration(self, at: Configuration) -> Iterator[Seen]:
+        kinds: dict[str, list[UnservedNorm]] = {}
+        for norm in find_unserved(at.model):
+            if not norm.is_constant:
+                kinds.setdefault(norm.reason, []).append(norm)
+        for reason, norms in kinds.items():
+            classes = ", ".join(dict.fromkeys(norm.kind for norm in norms))
+            yield Seen(
+                [norm.name for norm in norms],
+                f"{classes} holds running statistics that no rule judges: {reason}.",
+                fix=Fix("compare losses in train and in eval mode on the same batches", "advice"),
+            )
 
     def counts(self, batch: BatchRecord, moved: dict[int, int], batches: int) -> Iterator[Seen]:
         if moved:
             yield Seen(
                 [batch.observer.layers[index].name for index in moved],
-                "num_batches_tracked rose, and no forward was seen.",
+                "num_batches_tracked rose, and no forward was seen: no hook fires inside compiled code, and the rules "
+                "that look at single forwards (BN106, BN205, BN3xx) are silent.",
             )
 
 

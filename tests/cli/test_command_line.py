@@ -79,7 +79,7 @@ def test_levels_are_coloured_on_a_terminal_alone(
         main(["rules", "BN104"])
         assert "BN104 (\033[1;31merror\033[0m): running statistics" in read()
         main(["rules"])
-        assert "BN100  \033[36minfo\033[0m     compiled layers" in read()
+        assert "BN100  \033[36minfo\033[0m     layers that the rules" in read()
         monkeypatch.setenv("NO_COLOR", "1")
         main(["rules"])
         assert "\033" not in read()

@@ -10,7 +10,7 @@ from small_data import data
 from small_models import Block, Module, Net
 from torch import Tensor, nn
 
-from lightning_bn import ModeCheck, check
+from lightning_bn import ModeCheck, check, watch
 
 
 def with_momentum(momentum: float) -> Module:
@@ -170,3 +170,69 @@ def test_check_sees_momentum_without_a_run() -> None:
     """`check` says of a model at rest what needs no run."""
     assert [finding.code for finding in check(with_momentum(0.0))] == ["BN301"]
     assert check(Net()) == []
+
+
+class OwnNorm(nn.Module):
+    """A batch norm that is no subclass of torch's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return nn.functional.batch_norm(images, self.running_mean, self.running_var)
+        return nn.functional.batch_norm(images, self.running_mean, self.running_var, training=True)
+
+
+class FrozenNorm(OwnNorm):
+    """Statistics that never move, as in detection."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+
+
+class SplitNorm(nn.BatchNorm2d):
+    """A set of statistics for each part of a batch."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.running_mean = torch.zeros(2 * channels)
+        self.running_var = torch.ones(2 * channels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images
+
+
+def with_norms() -> nn.Module:
+    """Return a network with a torch layer, two norms that are not served, and a constant one."""
+    norms = nn.Sequential(OwnNorm(4), SplitNorm(4), FrozenNorm(4))
+    return nn.Sequential(Block(1, 4), norms, nn.Flatten(), nn.Linear(64, 2))
+
+
+class TestBN100:
+    WANTED = (("1.0", "OwnNorm", "no subclass"), ("1.1", "SplitNorm", "shape (8,)"))
+
+    def test_norms_that_are_not_served(self) -> None:
+        """`check`, `watch` and `ModeCheck` name each once, with its class and the reason, and not the constant one."""
+        model = with_norms()
+        with watch(model, action="log") as watched:
+            for _ in range(3):
+                model(torch.randn(4, 1, 6, 6)).sum().backward()
+        fitted = findings(Module(with_norms()), max_epochs=2)
+        for found, above in ((check(model), ""), (watched, ""), (fitted, "model.")):
+            said = of("BN100", found)
+            assert [finding.layers for finding in said] == [(above + name,) for name, _, _ in self.WANTED]
+            for finding, (_, kind, reason) in zip(said, self.WANTED, strict=True):
+                assert finding.level == "info"
+                assert kind in finding.seen
+                assert reason in finding.seen
+        assert serious(fitted) == []
+
+    def test_norms_that_are(self) -> None:
+        """Torch's layers, and instance norms with statistics, are none of them."""
+        model = nn.Sequential(nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True))
+        assert of("BN100", check(model)) == []
