@@ -86,6 +86,7 @@ class CallSites:
         self._given, self._gave, self._called = given, gave, called
         self._root = type(model).__name__
         self._functions = ExitStack()  # holds what sees functions, while a forward runs
+        self._sees_functions = called is not None
         self._step_is_forward = step_is_forward
         named = {user_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
         paths: dict[nn.Module, list[str]] = {}
@@ -109,11 +110,15 @@ class CallSites:
         """Count from 1 again: a batch begins."""
         self._forward, self._again = _Track(), _Track()
 
-    def attach(self, hooks: ExitStack) -> None:
-        """Place the hooks, until `hooks` is closed."""
+    def attach(self, hooks: ExitStack, fused: Collection[nn.Module] = ()) -> None:
+        """Place the hooks, until `hooks` is closed; none on what torch is to run fused, nor then a mode that sees
+        functions, which would prevent it too."""
         self.restart()
+        self._sees_functions = self._called is not None and not fused
         hooks.push(self._functions)
         for name, module in self._around.items():
+            if module in fused:
+                continue
             enter, leave = partial(self._enter, name), partial(self._leave, name)
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
@@ -138,7 +143,7 @@ class CallSites:
                 del track.calls[path]
             if not is_again and not is_step:
                 self._given(args, kwargs)
-        if self._called is not None and not track.running:
+        if self._sees_functions and not track.running:
             self._functions.close()  # of a forward that an interrupt left
             self._functions.enter_context(FunctionalCalls(self._see_function, self._boundary))
         track.running.append((name, Counter()))

@@ -20,6 +20,7 @@ from lightning_bn.activations.moments_to_pool import Key, Pool, merge
 from lightning_bn.activations.pool_to_host import Array, joined, silent_numbers, to_host
 from lightning_bn.activations.readings import Readings
 from lightning_bn.activations.sample import Sample
+from lightning_bn.activations.watched_layers import fusible_layers
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.modes import eager, is_extra_pass
@@ -28,6 +29,11 @@ from lightning_bn.sharding import full_value
 from lightning_bn.torch_internals import in_backward
 
 __all__ = ["LayerCollector"]
+
+
+_FUSED = (
+    "in eval mode torch may run it as one kernel, which watching it, or functions that are not modules, would prevent"
+)
 
 
 class LayerCollector:
@@ -80,6 +86,8 @@ class LayerCollector:
         self._gradients = gradients
         self._readings = Readings(model, self.layers, histograms, channel_dim)
         self._functions = functions
+        self._fusible = fusible_layers(model)
+        self._spared: set[nn.Module] = set()  # of these, what has no hooks now
         self.sees_functions = False  # whether it has seen one
         self._norms = {name: layer for name, layer in self.layers.items() if isinstance(layer, _BatchNorm)}
         self._tracking = {
@@ -116,14 +124,34 @@ class LayerCollector:
             self._open()
         self._is_attached = True
         self.begin_batch()
-        if self._is_placed or not self._activations or not (self.layers or self._functions):
+        if not self._activations or not (self.layers or self._functions):
             return
-        self._is_placed = True
-        self._sites.attach(self._attached)
+        fused = self._fused()
+        if self._is_placed and fused == self._spared:
+            return
+        self._attached.close()
+        self._is_placed, self._spared = True, fused
+        self._sites.attach(self._attached, fused)
         for name, layer in self.layers.items():
+            if layer in fused:
+                self._called.add(name)
+                continue
             see = partial(self._see, name)
             self._attached.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
         self._attached.enter_context(eager(self._model))
+
+    def _fused(self) -> set[nn.Module]:
+        """What torch is to run as it would without hooks, in the modes that the layers are in now; what the user chose
+        by name or class is looked at all the same."""
+        chosen = set() if self._functions else set(self.layers.values())
+        found: set[nn.Module] = set()
+        for name, layer in self._fusible.items():
+            parts = set(layer.modules())
+            if not layer.training and chosen.isdisjoint(parts):
+                found |= parts
+                if self._functions:
+                    self._readings.left_out.setdefault(name, _FUSED)
+        return found
 
     def _open(self) -> None:
         self._is_open = True

@@ -11,7 +11,15 @@ from lightning_bn.averaging import Averaging
 from lightning_bn.choices import Choices, check_choices, is_chosen
 from lightning_bn.discovery import user_name
 
-__all__ = ["ACTIVATION_FUNCTIONS", "bounds_of", "is_norm_layer", "is_watched", "normalised_width", "select_layers"]
+__all__ = [
+    "ACTIVATION_FUNCTIONS",
+    "bounds_of",
+    "fusible_layers",
+    "is_norm_layer",
+    "is_watched",
+    "normalised_width",
+    "select_layers",
+]
 
 # Of other packages' classes: LlamaRMSNorm, T5LayerNorm.
 _ROW_NORMS = ("LayerNorm", "RMSNorm")
@@ -53,6 +61,19 @@ def select_layers(model: nn.Module, choices: Choices | None = None) -> dict[str,
         if is_watched(ACTIVATION_FUNCTIONS if choices is None else choices, name, module)
         or (choices is None and is_norm_layer(name, module))
     }
+
+
+def fusible_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return, by name, the attention and encoder layers that torch may run as one kernel in eval mode: not where there
+    is a hook in them, nor under a `TorchFunctionMode`, and the results then differ by rounding."""
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    for path, module in model.named_modules():
+        attention = module.self_attn if isinstance(module, nn.TransformerEncoderLayer) else module
+        if module not in inside and isinstance(attention, nn.MultiheadAttention) and attention.batch_first:
+            found[user_name(path)] = module
+            inside |= {*module.modules()}
+    return found
 
 
 def is_watched(choices: Choices, name: str, module: nn.Module) -> bool:

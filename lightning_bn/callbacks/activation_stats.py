@@ -55,12 +55,14 @@ class ActivationStatsMonitor(MonitoredRun):
     layers, one heat map a statistic (layer x step), the verdict, and a layout for the Custom Scalars tab;
     `lightning_bn.activations.tensorboard` lists the tags. Other loggers get the scalars, and W&B, MLflow, Comet and
     Neptune the heat maps. A CSV file of the whole table, ``activation_stats.csv``, is next to each logger's files, or
-    else in ``default_root_dir``; `table` returns the same rows. Training is bit-identical with and without this
-    callback; a compiled model runs without `torch.compile` at sampled steps.
+    else in ``default_root_dir``; `table` returns the same rows. Training and evaluation are bit-identical with
+    and without this callback; a compiled model runs without `torch.compile` at sampled steps.
 
     Functional activations (``F.relu(x)``, ``x.tanh()``) and residual sums are rows too, named by the module that calls
-    them: ``layer1.0:relu[1]``, ``layer1.0:add[1]``. On several ranks activations are exact over all of them; drift is
-    rank 0's, whose statistics DDP broadcasts and checkpoints save.
+    them: ``layer1.0:relu[1]``, ``layer1.0:add[1]``. Attention and encoder layers of torch's that are in eval mode as a
+    batch begins are left to its fused kernels, which round differently: by default neither their parts nor, in such a
+    model, functions are looked at then; modules that `layers` names are. On several ranks activations are exact over
+    all of them; drift is rank 0's, whose statistics DDP broadcasts and checkpoints save.
 
     Args:
         layers: None: norms (batch, layer, group, RMS) and activation functions, modules or not. Else a name or pattern
@@ -373,7 +375,8 @@ class ActivationStatsMonitor(MonitoredRun):
             return
         if not collector.layers and not collector.sees_functions:
             self._blindness.of_all(trainer.lightning_module, self.layers, stage)
-        found = self._blindness.of_layers(collector, stage, is_sampled=bool(self._table.samples(stage)))
+        norms = {} if self.layers is not None else self._blindness.of_norms(trainer.lightning_module)
+        found = norms | self._blindness.of_layers(collector, stage, is_sampled=bool(self._table.samples(stage)))
         journal_of(trainer).unseen(trainer, stage, found)
 
     def _speak(self, trainer: Trainer) -> None:

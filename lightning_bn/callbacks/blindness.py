@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.episodes import STAGES
+from lightning_bn.discovery import find_unserved
 
 __all__ = ["Blindness"]
 
@@ -22,6 +23,7 @@ class Blindness:
 
     def __init__(self) -> None:
         self._told: dict[str, set[str]] = {}  # by stage, the layers
+        self._has_told_norms = False
 
     def of_all(self, module: nn.Module, layers: object, stage: str) -> None:
         """Warn that the choice of `layers`, as the user wrote it, finds nothing in the module; once a run."""
@@ -34,6 +36,20 @@ class Blindness:
             f"{wanted}. Name what it has, as in layers=nn.Conv2d or layers='encoder.*'. Code that torch.jit compiled "
             "hides its own."
         )
+
+    def of_norms(self, module: nn.Module) -> dict[str, str]:
+        """Warn of the norms whose running statistics can't be read, once a run; return them, and why. Those whose
+        statistics never move are left out: nothing lags behind."""
+        if self._has_told_norms:
+            return {}
+        self._has_told_norms = True
+        found = [norm for norm in find_unserved(module) if not norm.is_constant]
+        if found:
+            rank_zero_warn(
+                "ActivationStatsMonitor can't read the running statistics of "
+                f"{_names([str(norm) for norm in found])}. layers={found[0].name!r} looks at the activations."
+            )
+        return {norm.name: norm.reason for norm in found}
 
     def of_layers(self, collector: LayerCollector, stage: str, *, is_sampled: bool) -> dict[str, str]:
         """Warn of the layers of which nothing is seen, of each once a stage; return the new ones, and why.
@@ -55,8 +71,9 @@ class Blindness:
                 "module of the model's."
             )
         if left_out:
-            found = [f"{name} ({reason})" for name, reason in left_out.items()]
-            rank_zero_warn(f"ActivationStatsMonitor leaves out what it can't read in {STAGES[stage]}: {_names(found)}.")
+            named = {reason: [name for name in left_out if left_out[name] == reason] for reason in left_out.values()}
+            found = "; ".join(f"{_names(names)} ({reason})" for reason, names in named.items())
+            rank_zero_warn(f"ActivationStatsMonitor leaves out what it can't read in {STAGES[stage]}: {found}.")
         return dict.fromkeys(unseen, _NOT_CALLED) | left_out
 
 
