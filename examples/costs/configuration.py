@@ -7,7 +7,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from costs.base import Outcome, Setting, blocks, mistake, train, validate
-from lightning_bn import recalibrate
+from lightning_bn import Window, convert_batch_norm, recalibrate
+
+
+@mistake("BN308", "`Window(20)` on layers of momentum 0.001, and then torch's `SyncBatchNorm` in their places")
+def replaced(setting: Setting, mend: bool) -> Outcome:
+    model: nn.Module = ConvNet()
+    for block in blocks(model):
+        block[1].momentum = 0.001
+    model = convert_batch_norm(model, Window(20))
+    return train(Classifier(model if mend else nn.SyncBatchNorm.convert_sync_batchnorm(model)), setting)
 
 
 @mistake("BN302", "batches of one image, for one epoch; mended by group norms")

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bn.callbacks.both_lightnings import (
     BaseFinetuning,
@@ -107,8 +107,11 @@ class ModeCheck(Callback):
         self._batches = 0
         self._modes: Modes | None = None
         self._met = False
+        self._classes: dict[str, type[nn.Module]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Before the strategy replaces any.
+        self._classes = {layer.name: type(layer.module) for layer in find_batch_norms(pl_module)}
         # Behind all others but those that save: what they do to modes before a batch is not the training step's doing.
         callbacks = callbacks_of(trainer)
         savers = [each for each in callbacks if isinstance(each, Checkpoint)]
@@ -260,6 +263,7 @@ class ModeCheck(Callback):
             manual=not module.automatic_optimization,
             scheduled=any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer)),
             own_statistics=trainer.world_size > 1 and getattr(trainer.model, "broadcast_buffers", True) is False,
+            classes=self._classes,
             share=self._share if Ranks(task="ModeCheck").are_several else None,
             optimizers=(lambda: trainer.optimizers) if trainer.state.fn == TrainerFn.FITTING else None,
         )

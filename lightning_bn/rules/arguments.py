@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_bn.error_boundary import users_mistake
@@ -37,6 +38,8 @@ class Setting:
     own_statistics: bool = False
     """Whether nothing makes the running statistics of one rank those of the others (DDP with
     ``broadcast_buffers=False``)."""
+    classes: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    """Of the batch-norm layers, before a strategy could replace them; empty if that is unknown."""
     share: Callable[[Any], list[Any]] | None = None
     """Returns what every rank passes, where there are others; all of them come at the end of an evaluation, and where
     an exchange of the weights after training is looked for."""

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.averaging import Averaging
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.layers.batch_norm import AveragedBatchNorm
 from lightning_bn.layers.settlement import is_synchronised
+from lightning_bn.layers.subclasses import has_attached_averaging
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.fixes import expression, group_norms, listing
 from lightning_bn.rules.rule import BatchRecord, Configuration, Fix, Level, Rule, Seen
@@ -183,8 +189,46 @@ def _with_momentum(at: Configuration | BatchRecord, names: Sequence[str], moment
     return Fix(f"for layer in ({', '.join(expressions)}): layer.momentum = {momentum:g}", note=note)
 
 
+class Replaced(Rule):
+    code = "BN308"
+    title = "sync_batchnorm=True has replaced layers with an average or a class of their own"
+    why = "the conversion makes new layers: an average is no longer called, and what a subclass does besides is gone."
+    fix = Fix("callbacks=[..., BatchNormSync()]", "in the Trainer", "instead of sync_batchnorm=True")
+
+    def configuration(self, at: Configuration) -> Iterator[Seen]:
+        averaged = [layer.name for layer in at.observer.layers if _holds_idle_averaging(layer.module)]
+        if averaged:
+            event = "{kind} holds an averaging that nothing calls: the layer that it was is gone."
+            yield self._seen(averaged, event, at)
+        classes: dict[type[nn.Module], list[str]] = {}
+        for layer in at.observer.layers:
+            before = at.setting.classes.get(layer.name)
+            if before is None or not layer.synced or layer.name in averaged:
+                continue
+            if not _is_torchs(before) and not isinstance(layer.module, before):
+                classes.setdefault(before, []).append(layer.name)
+        for before, names in classes.items():
+            yield self._seen(names, f"{before.__name__} has become {{kind}}.", at)
+
+    def _seen(self, names: list[str], event: str, at: Configuration) -> Seen:
+        kinds = dict.fromkeys(layer.kind for layer in at.observer.layers if layer.name in names)
+        return Seen(names, event.format(kind=", ".join(kinds)))
+
+
+def _is_torchs(kind: type[nn.Module]) -> bool:
+    """Whether the class is torch's, or Lightning's stand-in for it: a SyncBatchNorm does all that it does."""
+    return kind.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
+
+
+def _holds_idle_averaging(layer: _BatchNorm) -> bool:
+    # The conversion keeps the children of a layer.
+    works = isinstance(layer, AveragedBatchNorm) or has_attached_averaging(layer)
+    return not works and any(isinstance(child, Averaging) for child in layer.children())
+
+
 CONFIGURATION_RULES: tuple[Rule, ...] = (
     ExtremeMomentum(),
     FewValues(),
     BatchPerDevice(),
+    Replaced(),
 )

@@ -3,14 +3,19 @@ is said."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from found import findings, of, only, serious
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from small_data import data
 from small_models import Block, Module, Net
+from third_party import BatchNormAct2d
 from torch import Tensor, nn
 
-from lightning_bn import ModeCheck, check, watch
+from lightning_bn import ModeCheck, Window, check, convert_batch_norm, watch
 
 
 def with_momentum(momentum: float) -> Module:
@@ -236,3 +241,42 @@ class TestBN100:
         """Torch's layers, and instance norms with statistics, are none of them."""
         model = nn.Sequential(nn.BatchNorm2d(3), nn.InstanceNorm2d(3, track_running_stats=True))
         assert of("BN100", check(model)) == []
+
+
+class Converts(SingleDeviceStrategy):
+    """Replaces layers when the strategies of several GPUs do, for one CPU, on which these refuse to."""
+
+    def setup(self, trainer: Any) -> None:
+        self.model = TorchSyncBatchNorm().apply(self.model)
+        super().setup(trainer)
+
+
+class TestBN308:
+    def test_what_a_strategy_replaces(self) -> None:
+        """In a fit the layers that lost a class or an average are named before the first batch, and torch's own is
+        not."""
+        layers = BatchNormAct2d(4), nn.BatchNorm2d(4), convert_batch_norm(nn.BatchNorm2d(4), Window(3))
+        module = Module(nn.Sequential(nn.Conv2d(1, 4, 3), *layers, nn.Flatten(), nn.Linear(64, 2)))
+        averaged, subclass = of("BN308", findings(module, strategy=Converts("cpu")))
+        assert (averaged.level, averaged.layers) == ("warning", ("model.3",))
+        assert averaged.seen.startswith("SyncBatchNorm holds an averaging that nothing calls")
+        assert (subclass.level, subclass.layers) == ("warning", ("model.1",))
+        assert subclass.seen == "BatchNormAct2d has become SyncBatchNorm."
+
+    def test_an_average_that_is_no_longer_called(self) -> None:
+        """A SyncBatchNorm that still holds the average of the layer it replaced; so does what Lightning puts in its
+        place after a fit."""
+        synced = nn.SyncBatchNorm.convert_sync_batchnorm(convert_batch_norm(Net(), Window(3)))
+        for model in (synced, TorchSyncBatchNorm().revert(synced)):
+            finding = only("BN308", check(model))
+            assert (finding.level, len(finding.layers)) == ("warning", 3)
+
+    def test_layers_that_lost_nothing(self) -> None:
+        """Torch's layers, synchronised or not, and averages at work, in a layer of this package or of another's."""
+        for model in (
+            Net(),
+            nn.SyncBatchNorm.convert_sync_batchnorm(Net()),
+            convert_batch_norm(Net(), Window(3)),
+            convert_batch_norm(nn.Sequential(BatchNormAct2d(3)), Window(3)),
+        ):
+            assert of("BN308", check(model)) == []
