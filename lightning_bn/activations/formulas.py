@@ -12,7 +12,7 @@ from lightning_bn.activations.pool_to_host import Array, Channels, Mask, Norms
 __all__ = [
     "are_functions",
     "are_layers",
-    "drift",
+    "drift_value",
     "extent",
     "have_bias",
     "have_run",
@@ -38,7 +38,7 @@ def extent(found: Channels, which: Array) -> Array:
     return np.where(found.n > 0, which, np.nan)
 
 
-def drift(column: int) -> Callable[[Norms], Array]:
+def drift_value(column: int) -> Callable[[Norms], Array]:
     return lambda found: found.drift[:, column]
 
 

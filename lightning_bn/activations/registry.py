@@ -10,7 +10,7 @@ from lightning_bn.activations.column import Column, Scale, Statistic
 from lightning_bn.activations.formulas import (
     are_functions,
     are_layers,
-    drift,
+    drift_value,
     extent,
     have_bias,
     have_run,
@@ -243,7 +243,7 @@ ENTRIES: tuple[Column, ...] = (
     Statistic(
         "drift_mean",
         "norm",
-        drift(0),
+        drift_value(0),
         have_run,
         label="shift of the mean, in running standard deviations (rms over channels)",
         scale=Scale(0, 2, "OrRd", "running standard deviations"),
@@ -254,11 +254,11 @@ ENTRIES: tuple[Column, ...] = (
         rule="BN208",
         chart="drift of the mean, in running standard deviations (worst layer, median)",
     ),
-    Column("drift_mean_max", "norm", drift(1), have_run),
+    Column("drift_mean_max", "norm", drift_value(1), have_run),
     Statistic(
         "drift_var",
         "norm",
-        drift(2),
+        drift_value(2),
         have_run,
         label="log ratio of batch to running variance (rms over channels)",
         scale=Scale(0, 2, "OrRd", "|log(batch / running variance)|"),
@@ -269,7 +269,7 @@ ENTRIES: tuple[Column, ...] = (
         rule="BN208",
         chart="drift of the variance, log ratio (worst layer, median)",
     ),
-    Column("drift_var_max", "norm", drift(3), have_run),
+    Column("drift_var_max", "norm", drift_value(3), have_run),
     Statistic(
         "running_nonfinite",
         "norm",

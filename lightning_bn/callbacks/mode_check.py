@@ -33,7 +33,7 @@ from lightning_bn.modes import is_held_in_eval
 from lightning_bn.ranks.collective import Ranks
 from lightning_bn.rules import RULES, Finding, ModeCheckError
 from lightning_bn.rules.arguments import Setting, check_action, check_codes
-from lightning_bn.rules.finding import Action, markdown
+from lightning_bn.rules.finding import Action, findings_markdown
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import Modes
 
@@ -343,7 +343,7 @@ class ModeCheck(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics({f"{_TAG}/{level}s": float(count) for level, count in counts.items()}, step=step)
-        log_markdown(trainer.loggers, f"{_TAG}/findings", markdown(self.findings), step)
+        log_markdown(trainer.loggers, f"{_TAG}/findings", findings_markdown(self.findings), step)
 
 
 def _stage(trainer: Trainer) -> str:

@@ -43,7 +43,7 @@ class Writes(Rule):
     fix = Fix(_EXPORT, "after training")
 
 
-class NotFinite(Rule):
+class AnswersNotFinite(Rule):
     code = "BN405"
     title = "an exported program answers with what is not finite"
     level = "error"
@@ -52,6 +52,6 @@ class NotFinite(Rule):
 
 
 EXPORT_RULES: dict[str, Rule] = {
-    rule.code: rule for rule in (ByBatch(), Random(), OtherStatistics(), Writes(), NotFinite())
+    rule.code: rule for rule in (ByBatch(), Random(), OtherStatistics(), Writes(), AnswersNotFinite())
 }
 """Every rule about exported programs by its code."""

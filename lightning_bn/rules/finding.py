@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning_bn.tables import html_table, markdown_table
 
-__all__ = ["Action", "Finding", "Fix", "Level", "ModeCheckError", "Place", "markdown"]
+__all__ = ["Action", "Finding", "Fix", "Level", "ModeCheckError", "Place", "findings_markdown"]
 
 Level = Literal["error", "warning", "info"]
 
@@ -123,7 +123,7 @@ class ModeCheckError(RuntimeError):
         super().__init__("\n".join(str(finding) for finding in findings))
 
 
-def markdown(findings: Iterable[Finding]) -> str:
+def findings_markdown(findings: Iterable[Finding]) -> str:
     """Return the findings as a Markdown table, the worst first."""
     rows = []
     for finding in sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding.level)):

@@ -25,7 +25,7 @@ __all__ = [
     "Modes",
     "Observer",
     "ancestors",
-    "tensors_in",
+    "nested_tensors",
     "unsure",
     "versions",
     "writes",
@@ -197,7 +197,7 @@ class Observer:
         self._depth += 1
         if self._depth > 1:
             return
-        input = next(tensors_in((args, kwargs)), None)
+        input = next(nested_tensors((args, kwargs)), None)
         if not self._calls:
             self.first_call = None if input is None or input.requires_grad else (module, args, kwargs)
         if self.on_input is not None and input is not None and not self._calls:
@@ -224,7 +224,7 @@ class Observer:
 
     def knows_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an earlier call of this batch had the same input."""
-        input = next(tensors_in((args, kwargs)), None)
+        input = next(nested_tensors((args, kwargs)), None)
         return input is not None and any(source() is input for source in self._sources)
 
     def open_call(self, input: Tensor | None) -> None:
@@ -402,12 +402,12 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def nested_tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from tensors_in(item)
+            yield from nested_tensors(item)
     elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
+        yield from nested_tensors(list(value.values()))

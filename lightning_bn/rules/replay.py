@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.modes import extra_pass, kept_attribute, paused_statistics
 from lightning_bn.rules.evaluated_layers import EvaluatedLayers
 from lightning_bn.rules.fit import Effect
-from lightning_bn.rules.observer import Modes, Observer, tensors_in
+from lightning_bn.rules.observer import Modes, Observer, nested_tensors
 from lightning_bn.sharding import is_sharded
 
 __all__ = ["Kept", "Replay", "Replayed", "Share"]
@@ -216,7 +216,7 @@ def _normalising_with_batches(model: nn.Module, layers: Sequence[_BatchNorm]) ->
 def _answers(output: Any) -> Tensor | None:
     """Return the class of each sample, or of each of its positions; for one number a sample, on which side of 0 it
     is."""
-    tensor = next((each for each in tensors_in(output) if each.is_floating_point() and each.dim() > 0), None)
+    tensor = next((each for each in nested_tensors(output) if each.is_floating_point() and each.dim() > 0), None)
     if tensor is None:
         return None
     return tensor.argmax(1) if tensor.dim() > 1 and tensor.shape[1] > 1 else tensor > 0

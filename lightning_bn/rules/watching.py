@@ -18,7 +18,7 @@ from lightning_bn.rules import Finding, ModeCheckError
 from lightning_bn.rules.arguments import Setting, check_action
 from lightning_bn.rules.finding import Action
 from lightning_bn.rules.inspection import Inspection
-from lightning_bn.rules.observer import tensors_in
+from lightning_bn.rules.observer import nested_tensors
 
 __all__ = ["check", "watch"]
 
@@ -137,7 +137,7 @@ class _Batches:
 
     def watch_backward(self, output: Any) -> None:
         """Remember when gradients flow through what the model returned."""
-        first = next((each for each in tensors_in(output) if each.requires_grad), None)
+        first = next((each for each in nested_tensors(output) if each.requires_grad), None)
         if first is not None:
             first.register_hook(self._passed)
 
