@@ -39,15 +39,21 @@ class EvaluatedWeights:
     def are_others(self, trainer: Trainer, module: LightningModule) -> bool:
         """Whether they were exchanged since `remember`, on any rank; False where nothing is remembered. Waits for the
         device."""
-        if self._known is None:
-            return False
-        now = _sums(module)
-        others = now.shape != self._known.shape or not torch.equal(now, self._known.to(now.device))
-        return bool(trainer.strategy.reduce_boolean_decision(others, all=False))
+        return self._known is not None and _on_any_rank(trainer, self._differ(module))
 
     def were_exchanged(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Whether they are others now, or were in between."""
-        return self._known is not None and (_versions(module) != self._versions or self.are_others(trainer, module))
+        """Whether they are others now, or were in between, on any rank."""
+        moved = _versions(module) != self._versions
+        return self._known is not None and _on_any_rank(trainer, moved or self._differ(module))
+
+    def _differ(self, module: LightningModule) -> bool:
+        now = _sums(module)
+        return self._known is None or now.shape != self._known.shape or not torch.equal(now, self._known.to(now.device))
+
+
+def _on_any_rank(trainer: Trainer, here: bool) -> bool:
+    """Every rank must ask, whatever it found itself: the ranks meet."""
+    return bool(trainer.strategy.reduce_boolean_decision(here, all=False))
 
 
 @torch.no_grad()

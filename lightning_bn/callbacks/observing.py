@@ -46,7 +46,7 @@ def meeting(hook: F) -> F:
 
 
 def boundary_of(
-    observer: str, close: Callable[[], object], *, intended: tuple[type[Exception], ...] = ()
+    observer: str, close: Callable[[], object] | None = None, *, intended: tuple[type[Exception], ...] = ()
 ) -> ErrorBoundary:
     """Return the boundary of a callback. A lost rank is no fault of the callback: the fit is over anyway."""
     return ErrorBoundary(observer, close, intended=(MisconfigurationException, RankError, *intended))

@@ -137,7 +137,7 @@ class BatchNormRecalibration(Callback):
         self.process_group = process_group
         self.report: RecalibrationReport | None = None
         self.kept = True
-        self._boundary = boundary_of("BatchNormRecalibration", self._close)
+        self._boundary = boundary_of("BatchNormRecalibration")
         self._weights = EvaluatedWeights()
         self._is_told = False
         self._moment: float | None = None  # of the last recalibration of this fit
@@ -277,9 +277,6 @@ class BatchNormRecalibration(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._count, self._last_step = state_dict["count"], state_dict["last_step"]
-
-    def _close(self) -> None:
-        """Nothing to do: what it changes for a while is restored where it is changed."""
 
     def _look_again(self, module: LightningModule) -> None:
         """Find the layers as they are now; how they train is read off when a batch has been trained."""

@@ -14,6 +14,7 @@ from small_models import Small
 from torch.utils.data import DataLoader
 
 from lightning_bn import BatchNormRecalibration
+from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
 
 
 class Shadow:
@@ -138,3 +139,23 @@ def test_weights_that_stay_are_recalibrated_once() -> None:
     callbacks = [BatchNormRecalibration(when="validation"), BatchNormRecalibration()]
     fit(Exchanging("on_fit_start", "on_fit_start"), *callbacks)
     assert [each.state_dict()["count"] for each in callbacks] == [2, 1]
+
+
+@pytest.mark.parametrize("moved_here", [False, True])
+def test_every_rank_is_asked_whatever_it_found_itself(moved_here: bool) -> None:
+    """A rank on which a version moved meets the others too, who would wait for it."""
+    asked: list[bool] = []
+
+    class Strategy:
+        def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+            asked.append(decision)
+            return decision
+
+    runner = type("Runner", (), {"strategy": Strategy()})()
+    module, weights = Small(), EvaluatedWeights()
+    weights.remember(module)
+    if moved_here:
+        with torch.no_grad():
+            module.first.weight.add_(0)
+    assert weights.were_exchanged(runner, module) == moved_here
+    assert asked == [moved_here]
