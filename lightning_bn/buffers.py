@@ -11,8 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.torch_internals import parameters_of
 
-__all__ = ["affine", "next_step", "running_mean", "running_statistics", "running_var"]
-
 
 def running_mean(layer: _BatchNorm) -> Tensor:
     """Return ``layer.running_mean``, (C,)."""

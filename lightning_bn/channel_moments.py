@@ -9,8 +9,6 @@ from torch import Tensor
 from lightning_bn.moments import Moments, wide_dtype
 from lightning_bn.torch_internals import image_moments, kernel_moments
 
-__all__ = ["channel_moments"]
-
 # Values that are cheaper summed up in float64 one by one than in groups.
 _FEW = 2**13
 # Rows that the kernel sums in one go where it sums in float32: more and the sum loses digits, fewer and the merge costs

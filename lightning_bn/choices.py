@@ -12,8 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.discovery import user_name
 from lightning_bn.error_boundary import theirs
 
-__all__ = ["Choice", "Choices", "as_list", "as_patterns", "check_choices", "is_chosen"]
-
 Choice: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 """A name or a pattern of names, a class, or a function of name and module."""
 

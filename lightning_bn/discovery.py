@@ -10,20 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = [
-    "BatchNormLayer",
-    "UnservedNorm",
-    "ancestors",
-    "find_batch_norms",
-    "find_unserved",
-    "has_known_forward",
-    "in_eval_mode",
-    "learning",
-    "parts_called_by",
-    "unserved",
-    "user_name",
-]
-
 # What torch names the module inside of one that it puts around it.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 

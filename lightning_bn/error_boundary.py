@@ -13,8 +13,6 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 
-__all__ = ["RERAISE", "UNBOUNDED", "ErrorBoundary", "Keep", "guarded", "theirs", "users_mistake"]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

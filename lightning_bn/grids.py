@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Grid", "Limits"]
-
 # Of a badness: a value beyond its limits comes before every value within them.
 _SICK = 1e6
 

@@ -14,17 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.torch_internals import is_compiled
 
-__all__ = [
-    "eager",
-    "extra_pass",
-    "held_in_eval",
-    "is_held_in_eval",
-    "is_extra_pass",
-    "kept_attribute",
-    "out_of_inference_mode",
-    "paused_statistics",
-]
-
 
 class _Passes(threading.local):
     depth = 0

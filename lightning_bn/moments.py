@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "drift", "wide_dtype"]
-
 
 def wide_dtype(device: torch.device) -> torch.dtype:
     """Return the widest floating dtype of a device: float64, or float32 where the device has none (Apple's MPS)."""

@@ -14,8 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.torch_internals import in_backward, is_replica
 
-__all__ = ["OutermostForward", "is_set", "warn_of_cleared_hooks"]
-
 
 class OutermostForward:
     """Calls `begin`, `end` and `close` around the outermost forward of the modules that `attach` is given, in whichever

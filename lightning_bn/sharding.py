@@ -12,17 +12,6 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.discovery import BatchNormLayer
 
-__all__ = [
-    "check_each_sees_its_own",
-    "check_not_distributed",
-    "full_value",
-    "is_fsdp1",
-    "is_transient",
-    "is_sharded",
-    "local_value",
-    "unwrapped",
-]
-
 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether a forward of `model` fetches parameters from other ranks, so that all ranks must run it together:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["html_table", "markdown_table", "text_table"]
-
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
     """Return the lines of a table: the first `left` columns to the left, the others, which are numbers, to the right.

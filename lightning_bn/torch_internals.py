@@ -16,31 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-__all__ = [
-    "StorageReference",
-    "add_each",
-    "address",
-    "await_buffers",
-    "buffers_of",
-    "copy_each",
-    "image_moments",
-    "in_backward",
-    "in_transform",
-    "is_compiled",
-    "is_exporting",
-    "is_lazy",
-    "is_replica",
-    "is_wrapper",
-    "kernel_moments",
-    "lazy_copy",
-    "module_in_forward",
-    "parameters_of",
-    "saved_statistics",
-    "second_loader",
-    "side_by_side",
-    "watched",
-]
-
 _call_code = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
 _graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
 _is_exporting = getattr(torch.compiler, "is_exporting", None)

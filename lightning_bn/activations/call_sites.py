@@ -19,8 +19,6 @@ from lightning_bn.discovery import parts_called_by, user_name
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.torch_internals import in_backward, module_in_forward
 
-__all__ = ["INPUT", "MAX_CALLS", "CallSite", "CallSites", "interval_at", "label_of"]
-
 # A layer that is called more often in one forward stands in a loop; the last place holds all further calls.
 MAX_CALLS = 16
 

@@ -11,8 +11,6 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_bn.activations.watched_layers import normalised_width
 from lightning_bn.discovery import user_name
 
-__all__ = ["ChannelAxis"]
-
 
 class ChannelAxis:
     """Finds the channels of a layer's activations by the layers around it.

@@ -28,9 +28,6 @@ from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.sharding import full_value
 from lightning_bn.torch_internals import in_backward
 
-__all__ = ["LayerCollector"]
-
-
 _FUSED = (
     "in eval mode torch may run it as one kernel, which watching it, or functions that are not modules, would prevent"
 )

@@ -11,8 +11,6 @@ import numpy as np
 from lightning_bn.activations.pool_to_host import Array, Mask
 from lightning_bn.grids import Limits
 
-__all__ = ["Column", "Scale", "Statistic"]
-
 Source = Literal["activation", "gradient", "norm", "given"]
 Family = Literal["numbers", "scale", "silence", "channel", "saturation", "drift", "affine", "gradient", "input"]
 

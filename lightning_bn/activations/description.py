@@ -15,8 +15,6 @@ from lightning_bn.activations.pool_to_host import Mask
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
 from lightning_bn.activations.sample import SHOWN, WARM_UP, Sample
 
-__all__ = ["describe_episodes", "describe_statistics", "unjudged", "warming"]
-
 
 def describe_statistics() -> list[dict[str, Any]]:
     """Return an entry for each statistic that is summed up over layers: name, label, limits (None where there is none),

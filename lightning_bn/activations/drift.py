@@ -20,8 +20,6 @@ from lightning_bn.layers.deferred import can_defer
 from lightning_bn.layers.settlement import Settled, listening, rule_of
 from lightning_bn.torch_internals import buffers_of
 
-__all__ = ["Drift", "DriftMeter", "distance", "summarise_drift"]
-
 # Five times the memory of torch's own average, in which weights move fastest.
 YOUNG = 50
 DEFAULT_MEMORY = 0.9

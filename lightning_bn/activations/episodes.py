@@ -13,8 +13,6 @@ from lightning_bn.activations.column import Statistic
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.sample import Sample
 
-__all__ = ["STAGES", "Cause", "Episode", "Episodes", "causes", "verdict"]
-
 STAGES = {"train": "training", "val": "validation", "test": "test"}
 
 # Causes that are told in full; the others are one line each.

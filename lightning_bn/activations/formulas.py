@@ -9,19 +9,6 @@ import numpy as np
 
 from lightning_bn.activations.pool_to_host import Array, Channels, Mask, Norms
 
-__all__ = [
-    "are_functions",
-    "are_layers",
-    "drift_value",
-    "extent",
-    "have_bias",
-    "have_run",
-    "have_weight",
-    "near_zero",
-    "rms",
-    "track",
-]
-
 # A batch norm's weight starts at 1; below a hundredth of that the channel hardly reaches the next layer.
 NEAR_ZERO = 0.01
 

@@ -10,8 +10,6 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 
-__all__ = ["FunctionalCalls", "function_of", "functional_bounds", "is_activation_function"]
-
 _BOUNDS: dict[str, tuple[float, float]] = {
     "sigmoid": (0.0, 1.0),
     "hardsigmoid": (0.0, 1.0),

@@ -15,8 +15,6 @@ from lightning_bn.grids import Grid
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Pixels", "draw_channels", "draw_grid"]
-
 Pixels = NDArray[np.uint8]
 
 MAX_COLUMNS = 100

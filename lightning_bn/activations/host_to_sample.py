@@ -30,8 +30,6 @@ from lightning_bn.activations.sample_history import ChannelHistory, ZeroStart
 from lightning_bn.activations.sample_rows import Indices, RowLayout, RowNames, lay_out
 from lightning_bn.moments import Moments
 
-__all__ = ["AFFINE", "HostMeasurements", "SampleBuilder", "affine_of"]
-
 # A channel of the input that hardly varies in training is compared in units of a tenth of the whole input's deviation.
 INPUT_FLOOR = 0.01
 

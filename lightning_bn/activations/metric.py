@@ -12,8 +12,6 @@ from torchmetrics import Metric
 from lightning_bn.activations.tensor_to_moments import bucket_counts, histogram_edges, moments_of, read
 from lightning_bn.moments import Moments, wide_dtype
 
-__all__ = ["ActivationStats", "by_channel"]
-
 
 class ActivationStats(Metric):
     r"""Statistics of a layer's activations, exact over any number of batches, in any order, and over all ranks.

@@ -13,8 +13,6 @@ from lightning_bn.activations.call_sites import CallSite
 from lightning_bn.activations.tensor_to_moments import TensorMoments, finite_moments
 from lightning_bn.moments import wide_dtype
 
-__all__ = ["Key", "Pool", "flatten", "merge"]
-
 
 class Key(NamedTuple):
     """Whose readings belong together."""

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from lightning_bn.activations.moments_to_pool import Pool
 
-__all__ = ["Array", "Channels", "Flags", "Mask", "Norms", "joined", "pieces", "silent_numbers", "to_host"]
-
 # The largest of many channels of one layer is a few times as large as their median by chance.
 RUNS_AWAY = 10.0
 

@@ -16,8 +16,6 @@ from lightning_bn.activations.sample_rows import bounds_of_row, is_function
 from lightning_bn.activations.tensor_to_moments import TensorMoments, bucket_counts, read
 from lightning_bn.torch_internals import is_wrapper
 
-__all__ = ["Readings"]
-
 # A place may be called with activations of several widths. More than these are no widths but lengths: the channels are
 # in another dimension.
 MAX_WIDTHS = 8

@@ -20,8 +20,6 @@ from lightning_bn.activations.formulas import (
     track,
 )
 
-__all__ = ["COLUMNS", "DRIFT_STATISTICS", "ENTRIES", "STATISTICS"]
-
 # A root mean square, or a standard deviation, that no healthy layer reaches.
 LARGE = 1e3
 

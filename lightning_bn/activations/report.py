@@ -15,8 +15,6 @@ from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.sample_to_table import LayerTable, worst_layers
 from lightning_bn.tables import markdown_table
 
-__all__ = ["Report", "Sink", "image_names", "verdict_markdown"]
-
 # Pictures are drawn again when the run is so many times as long: TensorBoard shows the last ten, and each takes a tenth
 # of a second.
 _GROWTH = 2

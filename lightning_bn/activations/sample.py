@@ -12,8 +12,6 @@ from torch import Tensor
 from lightning_bn.activations.pool_to_host import Array, Mask
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
 
-__all__ = ["ABSENT", "KNOWN", "SHOWN", "WARM_UP", "Sample", "States", "dicts", "is_judged", "warm_ups"]
-
 States = NDArray[np.int8]
 
 _PLACES = [COLUMNS.index(name) for name in STATISTICS]

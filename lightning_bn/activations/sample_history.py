@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from lightning_bn.activations.moments_to_pool import Pool
 from lightning_bn.activations.pool_to_host import Array, Mask, pieces
 
-__all__ = ["ChannelHistory", "ZeroStart"]
-
 
 class ChannelHistory:
     """Which channels have fired, and how often, sample after sample.

@@ -16,8 +16,6 @@ from lightning_bn.activations.moments_to_pool import Key
 from lightning_bn.activations.pool_to_host import Flags
 from lightning_bn.activations.watched_layers import bounds_of, is_norm_layer, normalised_width
 
-__all__ = ["Indices", "RowLayout", "RowNames", "bounds_of_row", "is_function", "lay_out"]
-
 Indices = NDArray[np.int64]
 
 

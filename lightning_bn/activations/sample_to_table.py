@@ -18,8 +18,6 @@ from lightning_bn.activations.registry import COLUMNS, STATISTICS
 from lightning_bn.activations.sample import ABSENT, WARM_UP, Sample, States, dicts, is_judged, warm_ups
 from lightning_bn.grids import Grid
 
-__all__ = ["LayerTable", "cut_csv", "scalars", "worst_layers"]
-
 INDEX = ("layer", "stage", "step", "epoch")
 
 

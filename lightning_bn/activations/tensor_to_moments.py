@@ -15,16 +15,6 @@ from lightning_bn.channel_moments import channel_moments
 from lightning_bn.moments import Moments, wide_dtype
 from lightning_bn.torch_internals import kernel_moments
 
-__all__ = [
-    "TensorMoments",
-    "SATURATION_MARGIN",
-    "bucket_counts",
-    "finite_moments",
-    "histogram_edges",
-    "moments_of",
-    "read",
-]
-
 # A sigmoid's slope within this share of its range from either bound is below a tenth of its largest; a tanh's likewise.
 SATURATION_MARGIN = 0.025
 

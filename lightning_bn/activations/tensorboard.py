@@ -28,8 +28,6 @@ from lightning_bn.activations.tensor_to_moments import histogram_edges
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["TensorBoardSink", "add_markdown", "layout"]
-
 
 def layout(prefix: str) -> dict[str, dict[str, list[Any]]]:
     """Return the layout of the Custom Scalars tab: a chart for each statistic that has one, for training and for

@@ -11,16 +11,6 @@ from lightning_bn.averaging import Averaging
 from lightning_bn.choices import Choices, check_choices, is_chosen
 from lightning_bn.discovery import user_name
 
-__all__ = [
-    "ACTIVATION_FUNCTIONS",
-    "bounds_of",
-    "fusible_layers",
-    "is_norm_layer",
-    "is_watched",
-    "normalised_width",
-    "select_layers",
-]
-
 # Of other packages' classes: LlamaRMSNorm, T5LayerNorm.
 _ROW_NORMS = ("LayerNorm", "RMSNorm")
 

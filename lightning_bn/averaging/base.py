@@ -26,8 +26,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bn.averaging.training_state import TrainingState
 
-__all__ = ["Averaging", "Batch", "check_averaging"]
-
 
 @dataclass(frozen=True)
 class Batch:

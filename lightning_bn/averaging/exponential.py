@@ -8,8 +8,6 @@ from torch import Tensor
 from lightning_bn.averaging.base import Averaging, Batch
 from lightning_bn.moments import Moments, wide_dtype
 
-__all__ = ["Cumulative", "Exponential"]
-
 
 class Exponential(Averaging):
     r"""Exponential moving average: ``running = (1 - momentum) * running + momentum * batch``.

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["STATE_OF", "TrainingState", "apply_to_statistics", "apply_without_narrowing"]
-
 STATE_OF = "state_of"
 """The key of a ``state_dict`` under which the text stands that says what the state means, as bytes: a checkpoint holds
 tensors alone."""

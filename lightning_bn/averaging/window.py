@@ -8,8 +8,6 @@ from torch import Tensor
 from lightning_bn.averaging.base import Averaging, Batch
 from lightning_bn.moments import Moments, wide_dtype
 
-__all__ = ["Window"]
-
 
 class Window(Averaging):
     """Statistics of the last ``min(t, size)`` training batches, all with the same weight.

@@ -31,8 +31,6 @@ from lightning_bn.callbacks.terminal import say
 from lightning_bn.choices import Choices, check_choices
 from lightning_bn.layers.deferred import settle_together
 
-__all__ = ["ActivationStatsMonitor"]
-
 MAX_HISTOGRAMS = 32
 
 FILE = "activation_stats.csv"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
-__all__ = ["ShowsArguments"]
-
 
 class ShowsArguments:
     """A class whose objects keep each argument under its name, and whose repr is the call without what is default.

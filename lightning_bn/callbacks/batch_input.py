@@ -18,8 +18,6 @@ from lightning_bn.callbacks.lightning_internals import inside_wrapper, number_of
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.recalibration.kept_objects import kept
 
-__all__ = ["BatchInput", "InputStyle", "SizedBatches", "input_styles"]
-
 
 @dataclass(frozen=True)
 class InputStyle:

@@ -11,8 +11,6 @@ from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.episodes import STAGES
 from lightning_bn.discovery import find_unserved
 
-__all__ = ["Blindness"]
-
 # Layers whose names a warning has room for.
 MAX_NAMED = 6
 _NOT_CALLED = "no forward called it as a module: it has no part in this forward, or runs in compiled or scripted code"

@@ -39,31 +39,6 @@ from pytorch_lightning.utilities import CombinedLoader as _OtherCombinedLoader
 from lightning_bn.callbacks import LOG_BEFORE
 from lightning_bn.callbacks.arguments import ShowsArguments
 
-__all__ = [
-    "LIGHTNING_ADVICE",
-    "LIGHTNING_ERRORS",
-    "BaseFinetuning",
-    "Callback",
-    "Checkpoint",
-    "CombinedLoader",
-    "LightningModule",
-    "Logger",
-    "MisconfigurationException",
-    "ModelCheckpoint",
-    "ModelParallelStrategy",
-    "ShardingStrategy",
-    "StochasticWeightAveraging",
-    "TensorBoardLogger",
-    "TorchSyncBatchNorm",
-    "Trainer",
-    "WeightAveraging",
-    "callbacks_of",
-    "is_overridden",
-    "logging_interval",
-    "package_of",
-    "set_callbacks",
-]
-
 lightning_utilities.core.rank_zero.log = LOG_BEFORE or logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
 Trainer: TypeAlias = lightning.pytorch.Trainer | pytorch_lightning.Trainer

@@ -21,8 +21,6 @@ from lightning_bn.callbacks.both_lightnings import (
 )
 from lightning_bn.checkpoints.atomic_file import write_atomically
 
-__all__ = ["KINDS", "check_kinds", "files_from_before", "files_of", "statistics_in", "write_recalibrated_copy"]
-
 KINDS = ("best", "last")
 
 

@@ -34,8 +34,6 @@ from lightning_bn.layers.deferred import settle_together
 from lightning_bn.modes import eager
 from lightning_bn.recalibration.measuring import normalising_with_batches
 
-__all__ = ["CompareAverages"]
-
 _OWN = "own"
 _RECALIBRATED = "recalibrated"
 _BATCH = "batch"

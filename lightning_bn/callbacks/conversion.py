@@ -22,8 +22,6 @@ from lightning_bn.layers.batch_norm import AveragedBatchNorm
 from lightning_bn.layers.conversion import convert_batch_norm
 from lightning_bn.layers.subclasses import has_attached_averaging
 
-__all__ = ["ConvertBatchNorm"]
-
 
 class ConvertBatchNorm(Callback):
     """Give every batch-norm layer of the model the averaging, by `convert_batch_norm`, without a change to the model's

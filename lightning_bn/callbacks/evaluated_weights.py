@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from lightning_bn.callbacks.both_lightnings import LightningModule, Trainer
 from lightning_bn.sharding import local_value
 
-__all__ = ["EvaluatedWeights"]
-
 
 class EvaluatedWeights:
     """Remembers what the parameters were like at one moment, by two sums of each.

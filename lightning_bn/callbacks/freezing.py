@@ -11,8 +11,6 @@ from lightning_bn.choices import Choices, check_choices, is_chosen
 from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, user_name
 from lightning_bn.modes import held_in_eval
 
-__all__ = ["FreezeBatchNorm"]
-
 
 class FreezeBatchNorm(Callback):
     """Keep batch norms in eval mode through a whole fit: they normalise with their running statistics, and these stay

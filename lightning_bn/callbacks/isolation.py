@@ -13,8 +13,6 @@ from lightning_bn.callbacks.both_lightnings import CombinedLoader, LightningModu
 from lightning_bn.recalibration.kept_objects import kept, kept_sources
 from lightning_bn.recalibration.random_states import kept_random_states
 
-__all__ = ["in_stage", "isolated", "muted"]
-
 
 @contextmanager
 def isolated(module: LightningModule, loader: Any = None) -> Iterator[None]:

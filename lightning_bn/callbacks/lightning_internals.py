@@ -26,20 +26,6 @@ from lightning_bn.callbacks.both_lightnings import (
 from lightning_bn.sharding import is_fsdp1
 from lightning_bn.torch_internals import second_loader
 
-__all__ = [
-    "afresh",
-    "data_parallel_group",
-    "inside_wrapper",
-    "iterates_itself",
-    "layer_sync_of",
-    "logging_step",
-    "number_of_batches",
-    "batch_to_device",
-    "training_loader",
-    "validation_loader",
-    "validation_metrics",
-]
-
 _NO_VALIDATION = "leave out CompareAverages, or monitor="
 
 

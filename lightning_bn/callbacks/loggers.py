@@ -13,8 +13,6 @@ from lightning_bn.activations.report import Sink
 from lightning_bn.activations.tensorboard import TensorBoardSink, add_markdown
 from lightning_bn.callbacks.both_lightnings import Logger, TensorBoardLogger, Trainer
 
-__all__ = ["directories", "log_markdown", "main_directory", "sinks"]
-
 
 def directories(trainer: Trainer) -> list[Path]:
     """Return the directory of each logger that has one on this machine, else ``default_root_dir``; none for a

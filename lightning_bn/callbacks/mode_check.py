@@ -37,8 +37,6 @@ from lightning_bn.rules.finding import Action, findings_markdown
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import Modes
 
-__all__ = ["ModeCheck"]
-
 _TAG = "batch_norm/mode_check"
 
 

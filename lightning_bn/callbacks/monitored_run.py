@@ -11,8 +11,6 @@ from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.sample_to_table import LayerTable
 from lightning_bn.callbacks.both_lightnings import Callback
 
-__all__ = ["MonitoredRun"]
-
 
 class MonitoredRun(Callback):
     """The table of a run, and what follows from it: what was sick, the verdict, the pictures."""

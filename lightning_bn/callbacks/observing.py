@@ -12,8 +12,6 @@ from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.error_boundary import ErrorBoundary, Keep, guarded
 from lightning_bn.ranks.collective import RankError
 
-__all__ = ["boundary_of", "check_logged", "meeting", "not_logged", "observing"]
-
 C = TypeVar("C", bound=type[Callback])
 F = TypeVar("F", bound=Callable[..., Any])
 

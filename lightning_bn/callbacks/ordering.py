@@ -11,8 +11,6 @@ from lightning_bn.callbacks.both_lightnings import (
     set_callbacks,
 )
 
-__all__ = ["take_turn_after_weight_averaging"]
-
 
 def take_turn_after_weight_averaging(trainer: Trainer, callback: Callback) -> None:
     """Move `callback` behind the last callback that puts averaged weights in, if it stands before it; to be called from

@@ -46,8 +46,6 @@ from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mod
 from lightning_bn.recalibration import recalibrate
 from lightning_bn.recalibration.report import RecalibrationReport
 
-__all__ = ["BatchNormRecalibration"]
-
 
 @observing
 class BatchNormRecalibration(Callback):

@@ -18,8 +18,6 @@ from lightning_bn.callbacks.checkpoint_files import KINDS
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, learning
 from lightning_bn.recalibration.report import RecalibrationReport
 
-__all__ = ["check_arguments", "check_fit", "what_was_repaired", "why_none_learns"]
-
 
 def why_none_learns(layers: list[BatchNormLayer]) -> str:
     """Say why no layer was learning: not every one that is in eval mode was meant to be."""

@@ -9,8 +9,6 @@ from lightning_bn.callbacks.loggers import log_markdown
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.tables import markdown_table
 
-__all__ = ["log_report", "markdown"]
-
 _PREFIX = "batch_norm/recalibration"
 
 

@@ -24,8 +24,6 @@ from lightning_bn.journal.writer import Journal
 from lightning_bn.layers.settlement import rule_of
 from lightning_bn.rules.page import section
 
-__all__ = ["RunJournal", "journal_of"]
-
 Vectors: TypeAlias = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 _JOURNALS: WeakKeyDictionary[Any, RunJournal] = WeakKeyDictionary()

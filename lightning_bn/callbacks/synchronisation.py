@@ -24,8 +24,6 @@ from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.ranks.synchronization import merge_statistics, synchronise
 from lightning_bn.sharding import check_each_sees_its_own, check_not_distributed
 
-__all__ = ["BatchNormSync", "check_plugin_is_applied"]
-
 
 # Trainer(sync_batchnorm=True) takes no other LayerSync beside it than a TorchSyncBatchNorm.
 class BatchNormSync(TorchSyncBatchNorm, Callback):  # type: ignore[misc]  # see Callback

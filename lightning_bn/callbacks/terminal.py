@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-__all__ = ["say"]
-
 
 def say(lines: Sequence[str]) -> None:
     """Print lines as Lightning prints its results: through rich where that is installed, through `print` elsewhere."""

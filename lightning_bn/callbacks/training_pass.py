@@ -24,8 +24,6 @@ from lightning_bn.callbacks.lightning_internals import (
 from lightning_bn.modes import eager, extra_pass, kept_attribute
 from lightning_bn.recalibration.kept_objects import kept
 
-__all__ = ["on_training_device", "quiet", "training_pass", "validate_once_more"]
-
 
 @contextmanager
 def quiet(trainer: Trainer, module: LightningModule, loader: Any = None) -> Iterator[None]:

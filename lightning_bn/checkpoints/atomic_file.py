@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["write_atomically"]
-
 
 def write_atomically(checkpoint: Any, path: Path) -> None:
     """Save `checkpoint` as `path`, by `torch.save`: a kill, or a power cut, at any moment leaves the file that was

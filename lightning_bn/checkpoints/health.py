@@ -19,18 +19,6 @@ from lightning_bn.checkpoints.norms import StoredNorm, Unjudged, norms_in, print
 from lightning_bn.checkpoints.reading import CheckpointRefusedError, Contents, read_contents
 from lightning_bn.rules import RULES, Level
 
-__all__ = [
-    "CheckpointHealth",
-    "HealthFinding",
-    "LayerDrift",
-    "LayerHealth",
-    "StateDrift",
-    "compare_checkpoints",
-    "damage",
-    "inspect_checkpoint",
-    "judged",
-]
-
 EPS = 1e-5
 """What torch's layers add to a variance by default. A file does not hold its layers' own."""
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from lightning_bn.checkpoints.stored import StoredTensor, contiguous, strided
 from lightning_bn.checkpoints.unpickling import Described
 
-__all__ = ["StoredNorm", "Unjudged", "norms_in", "printable", "tensor_of", "tensors_in"]
-
 _AFFINE = ("weight", "bias")
 _MEANING = "averaging.state_of"
 _DEEPEST = 100

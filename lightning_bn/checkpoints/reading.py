@@ -24,16 +24,6 @@ from lightning_bn.checkpoints.norms import printable
 from lightning_bn.checkpoints.stored import DTYPES, Archive, StoredTensor, contiguous, strided
 from lightning_bn.checkpoints.unpickling import read_pickle
 
-__all__ = [
-    "CheckpointRefusedError",
-    "Contents",
-    "archive_of",
-    "plainly",
-    "read_checkpoint",
-    "read_contents",
-    "storage_of",
-]
-
 
 class CheckpointRefusedError(ValueError):
     """The file can't be read safely, or holds no batch norm."""

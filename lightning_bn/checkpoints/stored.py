@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "Archive", "StoredTensor", "contiguous", "from_bytes", "strided"]
-
 _CHECKED = 1 << 20
 """Bytes up to which a record is read whole, so that its checksum is verified; norms are far smaller."""
 

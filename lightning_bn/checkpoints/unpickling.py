@@ -7,8 +7,6 @@ import pickletools
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-__all__ = ["Described", "read_pickle"]
-
 
 class Described:
     """An object that a pickle describes and that is not built: a function and arguments, or a class and state.

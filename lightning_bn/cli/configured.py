@@ -11,8 +11,6 @@ from lightning_bn.checkpoints.atomic_file import write_atomically
 from lightning_bn.cli.output import OK, RefusedError, UsageError, print_json, print_table
 from lightning_bn.cli.session import Session, load_checkpoint
 
-__all__ = ["recalibrate", "validate"]
-
 
 def recalibrate(options: Namespace) -> int:
     """Write a checkpoint with running statistics that match its weights; all else in it is that of `ckpt_path`."""

@@ -10,18 +10,6 @@ from typing import Any
 
 from lightning_bn.tables import text_table
 
-__all__ = [
-    "FINDINGS",
-    "INTERRUPTED",
-    "OK",
-    "USAGE",
-    "RefusedError",
-    "UsageError",
-    "coloured",
-    "print_json",
-    "print_table",
-]
-
 OK, FINDINGS, USAGE = 0, 1, 2
 INTERRUPTED = 130  # as shells have it
 _COLOURS = {"error": "1;31", "warning": "1;33", "info": "36"}

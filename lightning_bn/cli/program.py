@@ -11,8 +11,6 @@ from pathlib import Path
 import lightning_bn
 from lightning_bn.cli.output import FINDINGS, INTERRUPTED, USAGE, RefusedError, UsageError
 
-__all__ = ["main"]
-
 _EXIT_CODES = "Exit codes: 0 all is well; 1 findings, or refused with nothing changed; 2 invalid command line."
 _OVERRIDES = (
     "What stands after -- goes to the LightningCLI and overrides the config, as in: -- --trainer.accelerator=cpu "

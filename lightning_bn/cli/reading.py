@@ -21,8 +21,6 @@ from lightning_bn.rules.exported import EXPORT_RULES
 from lightning_bn.rules.page import section
 from lightning_bn.tables import text_table
 
-__all__ = ["inspect", "rules"]
-
 
 def inspect(checkpoints: Sequence[Path], *, reference: Path | None = None, json: bool = False) -> int:
     """Say what is in the batch-norm layers of one file, or how far they moved from one checkpoint to the other."""

@@ -8,8 +8,6 @@ from pathlib import Path
 from lightning_bn.cli.output import OK, RefusedError, UsageError
 from lightning_bn.dashboard.report import find_journal, report_html, run_name
 
-__all__ = ["report"]
-
 
 def report(runs: Sequence[Path], *, output: Path) -> int:
     """Write the page about one run, or about two to compare, as one HTML file."""

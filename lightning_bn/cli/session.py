@@ -42,8 +42,6 @@ from lightning_bn.recalibration import recalibrate
 from lightning_bn.recalibration.measuring import normalising_with_batches
 from lightning_bn.recalibration.report import RecalibrationReport
 
-__all__ = ["Session", "load_checkpoint"]
-
 # What a run of training would do beside what is asked for here; its callbacks are left out below. `fit` stops before
 # its first batch.
 _QUIET: dict[str, Any] = {

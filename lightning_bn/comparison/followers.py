@@ -38,8 +38,6 @@ from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import merge_over_ranks
 from lightning_bn.torch_internals import in_backward, in_transform, is_compiled
 
-__all__ = ["Followers"]
-
 
 class Followers:
     """For each average and each batch-norm layer of a model: the running statistics that the layer would keep under

@@ -8,8 +8,6 @@ from statistics import fmean
 
 from lightning_bn.tables import text_table
 
-__all__ = ["Scores"]
-
 
 class Scores:
     """The values that a metric took for each of several candidates, one value per evaluation.

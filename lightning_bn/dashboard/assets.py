@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["INSTALL", "STATIC", "modules", "plotly_file"]
-
 STATIC = Path(__file__).parent / "static"
 
 INSTALL = "pip install 'lightning-bn[dashboard]'"

@@ -6,8 +6,6 @@ from typing import Any
 
 from lightning_bn.journal.reader import JournalReader
 
-__all__ = ["findings_of", "layer_places"]
-
 _LEVELS = {"error": 0, "warning": 1, "info": 2}
 
 

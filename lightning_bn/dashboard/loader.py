@@ -7,8 +7,6 @@ from typing import Any
 
 from tensorboard.plugins.base_plugin import TBLoader
 
-__all__ = ["Loader"]
-
 
 class Loader(TBLoader):  # type: ignore[misc]  # tensorboard has no types
     """Loads the plugin, or says why not."""

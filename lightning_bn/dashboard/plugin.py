@@ -22,8 +22,6 @@ from lightning_bn.dashboard.view import MAX_COLUMNS, channels_of, grid_of, layer
 from lightning_bn.journal.lines import FILE_NAME
 from lightning_bn.journal.reader import JournalReader
 
-__all__ = ["BatchNormPlugin"]
-
 _TYPES = {".js": "application/javascript", ".css": "text/css"}
 _PATIENCE = 0.2  # seconds that TensorBoard's list of tabs may wait for the first look at the log directory
 _DAY = 86_400

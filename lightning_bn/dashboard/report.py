@@ -16,8 +16,6 @@ from lightning_bn.dashboard.view import MAX_COLUMNS, grid_of, overview_of, summa
 from lightning_bn.journal.lines import FILE_NAME
 from lightning_bn.journal.reader import JournalReader
 
-__all__ = ["find_journal", "report_html", "run_name"]
-
 BUDGET = 12_000_000
 """Bytes for the numbers of all runs; plotly.js is 4.8 million, and a file of 20 can still be sent."""
 _CELL = 4  # bytes a number takes, compressed and in base64

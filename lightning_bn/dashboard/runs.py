@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from lightning_bn.journal.lines import FILE_NAME
 
-__all__ = ["Root", "find_journals", "is_remote", "roots_of"]
-
 _REMOTE = re.compile(r"[a-zA-Z][0-9a-zA-Z.+-]*://")
 
 MAX_DIRECTORIES = 20_000

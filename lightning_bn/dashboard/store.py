@@ -13,8 +13,6 @@ from lightning_bn.dashboard.runs import is_remote
 from lightning_bn.dashboard.view import summary_of
 from lightning_bn.journal.reader import JournalReader
 
-__all__ = ["JournalStore", "OpenJournal"]
-
 _OPEN = 4  # journals whose numbers are kept in memory
 _FRESH = 10.0  # seconds for which a list of the journals is good
 _BLOCK = 1 << 22

@@ -10,8 +10,6 @@ import numpy as np
 from lightning_bn.grids import Limits
 from lightning_bn.journal.reader import JournalReader
 
-__all__ = ["gap_of", "limits_of", "nearest_limit", "verdict_of"]
-
 MEASURE = 'Trainer(callbacks=[CompareAverages({"window 20": Window(20)}, monitor="val_loss"), ...])'
 """What measures the gap, for the next run."""
 

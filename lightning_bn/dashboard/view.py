@@ -13,8 +13,6 @@ from lightning_bn.dashboard.verdict import gap_of, limits_of, nearest_limit, ver
 from lightning_bn.grids import Grid, Limits
 from lightning_bn.journal.reader import JournalReader, grid_of_layers, grids_of_layer
 
-__all__ = ["MAX_COLUMNS", "channels_of", "grid_of", "layer_of", "overview_of", "summary_of"]
-
 MAX_COLUMNS = 800
 """As many as a wide screen has points for; a zoom asks for more."""
 

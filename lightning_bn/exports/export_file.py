@@ -14,8 +14,6 @@ from lightning_bn.checkpoints.norms import norms_in
 from lightning_bn.checkpoints.stored import Archive, StoredTensor, strided
 from lightning_bn.exports.program import Leaf, NormUse, Program, WeightedUse
 
-__all__ = ["is_export", "read_export"]
-
 _DTYPES = {6: torch.float16, 7: torch.float32, 8: torch.float64, 13: torch.bfloat16, 5: torch.int64}
 """Of torch's schema, those that a norm or a weight has."""
 

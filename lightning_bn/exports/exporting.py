@@ -10,8 +10,6 @@ from torch import nn
 
 from lightning_bn.averaging.training_state import TrainingState
 
-__all__ = ["exporting"]
-
 _FLAGS = ("training", "track_running_stats", "momentum")
 
 

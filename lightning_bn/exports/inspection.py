@@ -16,8 +16,6 @@ from lightning_bn.exports.reference import Difference, compare
 from lightning_bn.exports.script_file import is_script, read_script
 from lightning_bn.rules.exported import EXPORT_RULES
 
-__all__ = ["inspect_export", "is_program", "read_program"]
-
 
 def is_program(path: Path) -> bool:
     """Whether a file is an exported program: ONNX by its name, ``torch.export`` and TorchScript by what is in it."""

@@ -15,8 +15,6 @@ from lightning_bn.checkpoints.reading import CheckpointRefusedError
 from lightning_bn.checkpoints.stored import StoredTensor
 from lightning_bn.exports.program import Leaf, NormUse, Program, WeightedUse
 
-__all__ = ["read_onnx"]
-
 _RANDOM = ("RandomUniform", "RandomNormal", "RandomUniformLike", "RandomNormalLike", "Bernoulli", "Multinomial")
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _PARTS = ("weight", "bias", "running_mean", "running_var")

@@ -10,8 +10,6 @@ from torch import Tensor
 from lightning_bn.checkpoints.norms import StoredNorm, Unjudged
 from lightning_bn.checkpoints.stored import StoredTensor
 
-__all__ = ["Leaf", "NormUse", "Program", "WeightedUse", "loaded"]
-
 Leaf = Tensor | StoredTensor
 """A tensor, perhaps still in its file."""
 

@@ -15,8 +15,6 @@ from torch import Tensor
 from lightning_bn.checkpoints.norms import StoredNorm
 from lightning_bn.exports.program import Leaf, Program, WeightedUse, loaded
 
-__all__ = ["Difference", "compare"]
-
 _EPS = (1e-5, 1e-3, 1e-6, 1e-4, 2e-5, 1e-12, 0.0)
 """A checkpoint does not hold its layers' eps, so the one that fits best of those in use is taken."""
 

@@ -14,8 +14,6 @@ from lightning_bn.rules.exported import EXPORT_RULES
 from lightning_bn.rules.finding import Finding
 from lightning_bn.rules.register import LINK
 
-__all__ = ["check_export"]
-
 
 def check_export(
     run: Any,

@@ -14,8 +14,6 @@ from lightning_bn.checkpoints.stored import Archive
 from lightning_bn.checkpoints.unpickling import Described, read_pickle
 from lightning_bn.exports.program import Leaf, NormUse, Program, WeightedUse
 
-__all__ = ["is_script", "read_script"]
-
 _NORMS = ("batch_norm", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit", "sync_batch_norm")
 _DROPOUTS = ("dropout", "dropout_", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
 _RANDOM = ("rand", "randn", "rand_like", "randn_like", "bernoulli", "multinomial", "normal")

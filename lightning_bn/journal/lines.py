@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from itertools import repeat
 from typing import Any
 
-__all__ = ["FILE_NAME", "VERSION", "decode", "encode", "encode_numbers", "encode_object"]
-
 VERSION = 1
 """Raised when a reader of today would misread what is written; new kinds and new fields don't raise it."""
 

@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from lightning_bn.grids import Grid
 from lightning_bn.journal.lines import VERSION, decode
 
-__all__ = ["JournalReader", "JournalSample", "grid_of_layers", "grids_of_layer"]
-
 _VALUES = b',"values":{'
 _NAMES = re.compile(rb'"([^"\\]+)":\[')
 _SAMPLE = b'{"kind":"sample",'

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from lightning_bn.journal.lines import FILE_NAME, VERSION, encode, encode_numbers, encode_object
 
-__all__ = ["Journal"]
-
 CHANNEL_BUDGET = 6_000_000
 """Bytes that the lines of channels may take in all; a sample is kept each time the run has doubled, so few are
 refused."""

@@ -35,8 +35,6 @@ from lightning_bn.layers.settlement import (
 from lightning_bn.moments import Moments
 from lightning_bn.torch_internals import in_backward, in_transform, is_exporting
 
-__all__ = ["AveragedBatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "masked_batch_norm"]
-
 
 class AveragedBatchNorm(_BatchNorm):
     """What `BatchNorm1d`, `BatchNorm2d` and `BatchNorm3d` share: torch's layer, with a choice of running statistics.

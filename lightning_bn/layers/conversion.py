@@ -22,8 +22,6 @@ from lightning_bn.layers.subclasses import StandIns
 from lightning_bn.modes import kept_attribute
 from lightning_bn.sharding import check_not_distributed
 
-__all__ = ["convert_batch_norm", "to_torch", "why_unsupported"]
-
 _OURS: dict[type[_BatchNorm], type[_BatchNorm]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,

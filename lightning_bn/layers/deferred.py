@@ -32,8 +32,6 @@ from lightning_bn.layers.settlement import (
 from lightning_bn.outermost import OutermostForward
 from lightning_bn.torch_internals import buffers_of, in_transform
 
-__all__ = ["DeferredUpdates", "release", "settle_together", "can_defer"]
-
 M = TypeVar("M", bound=nn.Module)
 
 _PLANS = 16  # how many choices of layers, of those that train and those that don't, are kept ready

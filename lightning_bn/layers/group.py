@@ -19,8 +19,6 @@ from lightning_bn.buffers import running_mean
 from lightning_bn.layers.settlement import ATTACHED, LISTENERS, OBSERVED, ScratchRows, Settled, kernel_momentum
 from lightning_bn.torch_internals import add_each, buffers_of, copy_each
 
-__all__ = ["Collected", "LayerGroup", "WideScratch"]
-
 
 @dataclass(frozen=True)
 class WideScratch:

@@ -25,38 +25,6 @@ from lightning_bn.buffers import running_mean, running_statistics, running_var
 from lightning_bn.moments import Moments
 from lightning_bn.torch_internals import in_backward, in_transform, is_replica, kernel_moments, saved_statistics
 
-__all__ = [
-    "LISTENERS",
-    "SCRATCH",
-    "Listener",
-    "Neighbours",
-    "ScratchRows",
-    "MERGED",
-    "OBSERVED",
-    "IDLE",
-    "ATTACHED",
-    "SYNCHRONISED",
-    "Settled",
-    "advance",
-    "batch_moments",
-    "scratch_of",
-    "count_like",
-    "exclusive",
-    "is_deferred",
-    "is_finite",
-    "is_stopped",
-    "is_synchronised",
-    "kept_statistics",
-    "kernel_momentum",
-    "listening",
-    "rule_of",
-    "rule_unless_kernel",
-    "synchronised_moments",
-    "notify",
-    "torch_rule",
-    "write",
-]
-
 # Names of attributes that a layer, of whatever class, has for a while.
 SYNCHRONISED = "_moments_of_all_ranks"  # while it normalises with the batch of all ranks: the `Moments` of the last one
 SCRATCH = "_scratch_rows"  # during a forward of its model

@@ -37,9 +37,6 @@ from lightning_bn.layers.settlement import (
 from lightning_bn.outermost import is_set, warn_of_cleared_hooks
 from lightning_bn.torch_internals import in_backward
 
-__all__ = ["StandIns", "attach_averaging", "detach_averaging", "has_attached_averaging", "input_and_mask", "observe"]
-
-
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _STAND_INS = "_lightning_bn_stand_ins"
 

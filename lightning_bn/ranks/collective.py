@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Group", "RankError", "Ranks", "share"]
-
 T = TypeVar("T")
 
 Group = Any  # torch's ProcessGroup, which a torch built without distributed does not have; None is the default group

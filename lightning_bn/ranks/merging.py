@@ -15,8 +15,6 @@ from lightning_bn.layers.group import Collected, LayerGroup
 from lightning_bn.moments import Moments, wide_dtype
 from lightning_bn.torch_internals import await_buffers
 
-__all__ = ["MergedUpdates", "ShiftedSums"]
-
 AddUp = Callable[[Tensor], Callable[[], None]]
 """Begins to replace a tensor by its sum over all ranks, in place; returns what waits for that."""
 

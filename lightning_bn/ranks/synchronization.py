@@ -29,8 +29,6 @@ from lightning_bn.moments import Moments
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.ranks.merging import MergedUpdates
 
-__all__ = ["merge_over_ranks", "merge_statistics", "synchronise", "unsynchronised"]
-
 
 def merge_over_ranks(parts: Sequence[Moments], group: Group = None) -> list[Moments]:
     """Return each of `parts` merged with those of the other ranks, in the widest dtype: one all_gather for all of them.

@@ -16,8 +16,6 @@ from lightning_bn.buffers import running_mean
 from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.tally import BatchMoments, Summary, Tally
 
-__all__ = ["Estimate", "OnePass", "PassResult", "Tallies", "merged", "merged_summary", "progress_bar"]
-
 Estimate = Callable[[int, Summary], tuple[Tensor, Tensor]]
 """The statistics that the layer of that place gets for what it saw: mean and variance, (C,)."""
 

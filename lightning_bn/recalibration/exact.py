@@ -16,8 +16,6 @@ from lightning_bn.recalibration.lockstep import Lockstep, Stop
 from lightning_bn.recalibration.spilling import Spilling
 from lightning_bn.recalibration.tally import BatchMoments
 
-__all__ = ["ExactPass"]
-
 
 class ExactPass:
     """A pass in which all batches, of all ranks, go through the network in lockstep, normalised at each layer with its

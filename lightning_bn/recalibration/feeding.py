@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Forward", "feed", "to_device"]
-
 Forward = Callable[[Any, Any], Any]
 """``forward(model, batch)``: runs the model on a batch; what it returns is not looked at."""
 

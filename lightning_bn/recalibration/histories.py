@@ -13,8 +13,6 @@ from lightning_bn.layers.settlement import rule_of
 from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.transaction import StatisticsChange
 
-__all__ = ["with_one_history"]
-
 
 def with_one_history(changes: list[StatisticsChange | None], ranks: Ranks) -> list[StatisticsChange | None]:
     """Return `changes` with the first rank's histories in them, where the ranks have different ones; every rank must

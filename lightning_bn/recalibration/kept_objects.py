@@ -26,8 +26,6 @@ from lightning_bn.recalibration.random_states import generator_keeper, is_genera
 from lightning_bn.recalibration.transaction import completely
 from lightning_bn.sharding import is_fsdp1, is_transient
 
-__all__ = ["kept", "kept_sources"]
-
 # More members than this are data, and no state of what gives them.
 _DATA = 1000
 

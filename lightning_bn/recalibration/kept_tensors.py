@@ -11,8 +11,6 @@ from torch import Tensor
 from lightning_bn.modes import out_of_inference_mode
 from lightning_bn.torch_internals import StorageReference, address, is_lazy, lazy_copy
 
-__all__ = ["KeptTensors"]
-
 # Memory that a storage has left; an array of numpy's may still look at it.
 _left: list[Tensor] = []
 

@@ -20,8 +20,6 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 from lightning_bn.recalibration.spilling import Spilling
 
-__all__ = ["Lockstep", "Stop"]
-
 Stop = tuple[int, int]
 """Place of a layer, and how often the batch has stopped there before. Stops are gone on from in this order."""
 

@@ -22,8 +22,6 @@ from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import unsynchronised
 from lightning_bn.recalibration.tally import BatchMoments
 
-__all__ = ["OnInput", "measured", "normalising_with_batches"]
-
 OnInput = Callable[[int, BatchMoments], tuple[Tensor, Tensor]]
 """Called with a layer's place in the list and what goes into it; returns the mean and the variance to normalise with,
 (C,) each."""

@@ -18,8 +18,6 @@ from lightning_bn.recalibration.report import LayerReport
 from lightning_bn.recalibration.tally import Summary
 from lightning_bn.recalibration.transaction import StatisticsChange
 
-__all__ = ["Estimator", "agreed_changes", "layer_reports"]
-
 Statistics = tuple[Tensor, Tensor]
 
 

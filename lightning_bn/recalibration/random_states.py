@@ -13,8 +13,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_bn.recalibration.transaction import completely
 
-__all__ = ["generator_keeper", "is_generator", "kept_random_states"]
-
 # Containers longer than this hold data and no generators.
 _LONG = 64
 

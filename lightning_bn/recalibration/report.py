@@ -10,8 +10,6 @@ from typing import Any
 from lightning_bn.recalibration.transaction import StatisticsChange, completely, undo
 from lightning_bn.tables import html_table, text_table
 
-__all__ = ["LayerReport", "RecalibrationReport"]
-
 
 @dataclass(frozen=True)
 class LayerReport:

@@ -31,8 +31,6 @@ from lightning_bn.torch_internals import second_loader
 if TYPE_CHECKING:
     from lightning_bn.recalibration.exact import ExactPass
 
-__all__ = ["recalibrate", "recalibrated"]
-
 _CALL = "recalibrate(model, batches)"
 
 

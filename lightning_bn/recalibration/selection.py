@@ -9,8 +9,6 @@ from torch import nn
 from lightning_bn.choices import Choices, check_choices, is_chosen
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning, unserved
 
-__all__ = ["Layers", "choose"]
-
 Layers: TypeAlias = Choices | None
 """None, ``"all"``, or names, patterns, classes and functions of name and module."""
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from lightning_bn.torch_internals import StorageReference, watched
 
-__all__ = ["Spilling", "free_memory"]
-
 # Smaller storages stay in memory.
 _SMALL = 2**14
 

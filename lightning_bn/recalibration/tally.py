@@ -13,8 +13,6 @@ from torch import Tensor
 from lightning_bn.modes import out_of_inference_mode
 from lightning_bn.moments import Moments, wide_dtype
 
-__all__ = ["BatchMoments", "Summary", "Tally"]
-
 _BLOCK = 32
 
 

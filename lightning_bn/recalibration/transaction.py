@@ -11,8 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.buffers import running_statistics
 
-__all__ = ["StatisticsChange", "commit", "completely", "undo"]
-
 
 @dataclass(frozen=True)
 class StatisticsChange:

@@ -18,10 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, user_name
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
+from lightning_bn.rules.finding import Fix
 from lightning_bn.rules.fixes import listing
-from lightning_bn.rules.rule import Fix, Rule, Seen
-
-__all__ = ["Adjacency", "BiasBeforeBatchNorm", "DropoutBeforeBatchNorm"]
+from lightning_bn.rules.rule import Rule, Seen
 
 # Where the bias stands among the inputs of a node, and the dimension of its output that it is added along.
 _BIAS_PLACE = {"ConvolutionBackward0": 2, "AddmmBackward0": 0}

@@ -10,10 +10,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_bn.discovery import ancestors
 from lightning_bn.error_boundary import users_mistake
-from lightning_bn.rules.observer import ancestors
-
-__all__ = ["Setting", "check_action", "check_codes", "check_patterns"]
 
 
 @dataclass(frozen=True)

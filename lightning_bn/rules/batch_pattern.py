@@ -8,8 +8,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["BatchOutline", "BatchPattern", "ForwardRecord"]
-
 PATIENCE = 2
 """How many batches must be like the one before until the layers' hooks are removed; doubled whenever a batch broke the
 pattern."""

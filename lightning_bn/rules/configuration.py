@@ -13,10 +13,9 @@ from lightning_bn.layers.batch_norm import AveragedBatchNorm
 from lightning_bn.layers.settlement import is_synchronised
 from lightning_bn.layers.subclasses import has_attached_averaging
 from lightning_bn.rules.arguments import Setting
+from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import expression, group_norms, listing
-from lightning_bn.rules.rule import BatchRecord, Configuration, Fix, Level, Rule, Seen
-
-__all__ = ["CONFIGURATION_RULES"]
+from lightning_bn.rules.rule import BatchRecord, Configuration, Rule, Seen
 
 SMALL_BATCH = 32
 """BN301: samples in a batch below which momentum 1, the last batch alone, makes poor statistics."""

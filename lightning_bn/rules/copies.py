@@ -16,8 +16,6 @@ from lightning_bn.rules.snapshots import StatisticsSnapshot
 from lightning_bn.sharding import local_value
 from lightning_bn.torch_internals import parameters_of
 
-__all__ = ["Copies", "twin"]
-
 _SAMPLE = 16  # values of a parameter that are compared: an averaged parameter changes in all of them
 
 

@@ -17,8 +17,6 @@ from lightning_bn.layers.settlement import rule_of
 from lightning_bn.rules.fit import BatchSums, Effect, Running, batch_sums, effect
 from lightning_bn.sharding import local_value
 
-__all__ = ["EvaluatedLayers", "affine_weight"]
-
 
 class EvaluatedLayers:
     """Hooks on the layers for the length of some batches; `close` removes them. Nothing waits for the device.

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from lightning_bn.rules.copies import twin
+from lightning_bn.rules.finding import Fix
 from lightning_bn.rules.fixes import call, expression, modules_of, recalibration
 from lightning_bn.rules.observer import Observer
-from lightning_bn.rules.rule import Configuration, Evaluation, Fix, Rule, Seen
-
-__all__ = ["EVALUATION_RULES", "RanksApart", "StaleCopy"]
+from lightning_bn.rules.rule import Configuration, Evaluation, Rule, Seen
 
 
 class StaleCopy(Rule):

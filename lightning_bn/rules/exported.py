@@ -6,8 +6,6 @@ from __future__ import annotations
 from lightning_bn.rules.finding import Fix
 from lightning_bn.rules.rule import Rule
 
-__all__ = ["EXPORT_RULES"]
-
 _EXPORT = "with exporting(model): torch.onnx.export(model, (batch,), path)"
 
 

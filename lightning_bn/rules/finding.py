@@ -8,8 +8,6 @@ from typing import Literal
 
 from lightning_bn.tables import html_table, markdown_table
 
-__all__ = ["Action", "Finding", "Fix", "Level", "ModeCheckError", "Place", "findings_markdown"]
-
 Level = Literal["error", "warning", "info"]
 
 Action = Literal["warn", "raise", "log"]

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from lightning_bn.moments import Moments
 
-__all__ = ["LIMIT", "BatchSums", "Effect", "Running", "batch_sums", "effect"]
-
 LIMIT = 0.5
 """An effect whose lower bound is beyond it is one: the layer's output is off by half of its own standard deviation."""
 

@@ -20,8 +20,6 @@ from lightning_bn.rules.replay import Kept, Replay, Replayed, Share
 from lightning_bn.rules.snapshots import WeightSamples
 from lightning_bn.torch_internals import is_compiled
 
-__all__ = ["EVALUATED", "LEAST_BATCHES", "FitTest", "Misfit"]
-
 EVALUATED = 4
 """Batches of an evaluation that are measured."""
 

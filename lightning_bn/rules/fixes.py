@@ -8,27 +8,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lightning_bn.discovery import ancestors
 from lightning_bn.rules.finding import Fix
-from lightning_bn.rules.observer import Modes, ancestors
+from lightning_bn.rules.observer import Modes
 
 if TYPE_CHECKING:
     from lightning_bn.discovery import BatchNormLayer
     from lightning_bn.rules.observer import Observer
-
-__all__ = [
-    "RECALIBRATION",
-    "allowed",
-    "call",
-    "expression",
-    "frozen_regions",
-    "group_norms",
-    "learns",
-    "listing",
-    "mode_calls",
-    "modules_of",
-    "recalibration",
-]
-
 
 RECALIBRATION = Fix('callbacks=[..., BatchNormRecalibration(when="validation")]', "in the Trainer")
 

@@ -26,8 +26,6 @@ from lightning_bn.rules.register import Moment, Register
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Return, Seen
 from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart
 
-__all__ = ["Inspection"]
-
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
 _LIKE_ONE_OF = 8
 

@@ -9,8 +9,6 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.observer import Observer
 
-__all__ = ["Learning"]
-
 
 class Learning:
     """A parameter learns if it requires grad and, where the optimizers are known, one of them holds it.

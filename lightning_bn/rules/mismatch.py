@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fit_test import Misfit
 from lightning_bn.rules.fixes import RECALIBRATION
-from lightning_bn.rules.rule import Evaluation, Fix, Level, Rule, Seen
-
-__all__ = ["MISMATCH_RULES", "level_of"]
+from lightning_bn.rules.rule import Evaluation, Rule, Seen
 
 FEW_CHANGE = 0.1
 """Share of answers that change with the batch's own statistics, below which a misfit is information."""

@@ -8,14 +8,14 @@ from functools import partial
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.discovery import BatchNormLayer, UnservedNorm, find_unserved, user_name
+from lightning_bn.discovery import BatchNormLayer, UnservedNorm, ancestors, find_unserved, user_name
 from lightning_bn.rules.arguments import Setting
+from lightning_bn.rules.batch_pattern import ForwardRecord
+from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import RECALIBRATION, allowed, call, expression, learns, mode_calls, modules_of
-from lightning_bn.rules.observer import ForwardRecord, Modes, Observer, ancestors
-from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Fix, Level, Return, Rule, Seen
+from lightning_bn.rules.observer import Modes, Observer
+from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Return, Rule, Seen
 from lightning_bn.torch_internals import is_compiled
-
-__all__ = ["MODE_RULES", "visits"]
 
 
 class Unseen(Rule):

@@ -20,17 +20,6 @@ from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
 from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
 
-__all__ = [
-    "ForwardRecord",
-    "Modes",
-    "Observer",
-    "ancestors",
-    "nested_tensors",
-    "unsure",
-    "versions",
-    "writes",
-]
-
 Modes = tuple[bool, ...]
 """The ``training`` flags of `Observer.modules`, in their order."""
 

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bn.rules.rule import Fix, Rule, Seen
-
-__all__ = ["BatchOrder", "SortedBatches"]
+from lightning_bn.rules.finding import Fix
+from lightning_bn.rules.rule import Rule, Seen
 
 MOST_BATCHES = 64
 """Batches of an epoch that are looked at; of a longer one every second, every fourth and so on."""

@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["section"]
-
 _COLUMNS = 5
 """Of the table of what mistakes cost, next to the rule's own."""
 

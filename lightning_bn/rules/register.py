@@ -6,14 +6,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.discovery import BatchNormLayer, ancestors
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.rules import RULES, Finding, Level, Rule
 from lightning_bn.rules.fixes import listing, modules_of
-from lightning_bn.rules.observer import ancestors
 from lightning_bn.rules.rule import Seen
-
-__all__ = ["LINK", "Moment", "Register"]
 
 LINK = "lightning-bn rules {code}"
 """Where a message sends its reader: the page of the rule, printed by the command that is installed with the package."""

@@ -21,8 +21,6 @@ from lightning_bn.rules.fit import Effect
 from lightning_bn.rules.observer import Modes, Observer, nested_tensors
 from lightning_bn.sharding import is_sharded
 
-__all__ = ["Kept", "Replay", "Replayed", "Share"]
-
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 Share = Callable[[Any], list[Any]]

@@ -11,26 +11,14 @@ from torch import nn
 
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.arguments import Setting
-from lightning_bn.rules.finding import Finding, Fix, Level, ModeCheckError
-from lightning_bn.rules.observer import ForwardRecord, Modes, Observer
+from lightning_bn.rules.batch_pattern import ForwardRecord
+from lightning_bn.rules.finding import Fix, Level
+from lightning_bn.rules.observer import Modes, Observer
 
 if TYPE_CHECKING:
     from lightning_bn.rules.fit_test import Misfit
     from lightning_bn.rules.learning import Learning
     from lightning_bn.rules.snapshots import Values
-
-__all__ = [
-    "BatchRecord",
-    "Configuration",
-    "Evaluation",
-    "Finding",
-    "Fix",
-    "Level",
-    "ModeCheckError",
-    "Return",
-    "Rule",
-    "Seen",
-]
 
 
 @dataclass(frozen=True)

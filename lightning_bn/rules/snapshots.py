@@ -15,9 +15,6 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.sharding import local_value
 from lightning_bn.torch_internals import side_by_side
 
-__all__ = ["LayerValues", "StatisticsSnapshot", "Values", "WeightSamples", "learned", "ranks_apart"]
-
-
 _STATISTICS = ("running_mean", "running_var")
 
 

@@ -20,8 +20,6 @@ from lightning_bn.rules.finding import Action
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import nested_tensors
 
-__all__ = ["check", "watch"]
-
 
 def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Choices = ()) -> list[Finding]:
     """Return what can be seen in `model` without running it; nothing in it is changed.
