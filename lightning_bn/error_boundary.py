@@ -49,6 +49,7 @@ class ErrorBoundary:
     ) -> None:
         self.observer = observer
         self.closed = False
+        self._absent = False  # whether it comes to no meeting of ranks any more
         self._close = close
         # A warning is raised only where the user's filters say so.
         self._intended: tuple[type[Exception], ...] = (Warning, *intended)
@@ -65,7 +66,7 @@ class ErrorBoundary:
             keep: takes the observer, the part and the traceback, and returns where that is kept; without it, or where
                 it returns None, the log ``lightning_bn`` gets it.
         """
-        self.closed, self._keep = False, keep
+        self.closed, self._absent, self._keep = False, False, keep
         self._lost.clear()
 
     def attempt(self, part: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -82,10 +83,28 @@ class ErrorBoundary:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if isinstance(error, self._intended) or hasattr(error, _THEIRS) or os.environ.get(RERAISE):
+            if self._passes(error):
                 raise
             self.lose(part, error)
             return None
+
+    def attend(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Return ``function(*args, **kwargs)``, in which ranks meet, also where the observer has failed: it has to tell
+        the others. None if it fails, and from then on."""
+        if self._absent:
+            return None
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if self._passes(error):
+                raise
+            self._absent = True
+            if not self.closed:
+                self.lose("", error)
+            return None
+
+    def _passes(self, error: Exception) -> bool:
+        return isinstance(error, self._intended) or hasattr(error, _THEIRS) or bool(os.environ.get(RERAISE))
 
     def guard(self, function: Callable[P, T]) -> Callable[P, T | None]:
         """Return `function` as a hook for somebody else to call: its error closes the observer."""

@@ -24,7 +24,7 @@ from lightning_bn.activations.watched_layers import fusible_layers
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.modes import eager, is_extra_pass
-from lightning_bn.ranks.collective import Group, Ranks
+from lightning_bn.ranks.collective import Ranks
 from lightning_bn.sharding import full_value
 from lightning_bn.torch_internals import in_backward
 
@@ -55,7 +55,7 @@ class LayerCollector:
             the layers around it tell.
         functions: whether to look at functions that are not modules too, and at residual sums.
         step_is_forward: whether the model's own forward stands for a whole training step, as under DDP.
-        group: the process group whose ranks share a model, None for all.
+        ranks: those whose activations are one sample, None for all.
         boundary: stands around every hook.
     """
 
@@ -71,12 +71,12 @@ class LayerCollector:
         channel_dim: int | None = None,
         functions: bool = False,
         step_is_forward: bool = False,
-        group: Group = None,
+        ranks: Ranks | None = None,
         boundary: ErrorBoundary = UNBOUNDED,
     ) -> None:
         self._boundary = boundary
         self.layers = dict(layers)
-        self._ranks = Ranks(group, task="ActivationStatsMonitor")
+        self._ranks = ranks or Ranks(task="LayerCollector")
         self._model = model
         self._training = training
         self._activations = activations
@@ -197,18 +197,23 @@ class LayerCollector:
         return dict(self._readings.left_out)
 
     def collect(self, reference: LayerCollector | None = None) -> Sample:
-        """Return the sample, the same on every rank, and forget it; every rank must call this.
+        """Return the sample, the same on every rank, and forget it; every rank must call this, or fail its `ranks`.
 
         Args:
             reference: the collector of training, with whose inputs those of an evaluation are compared.
         """
-        measured = self.measure()
-        host = to_host(measured)
-        pool = None if self._readings.pool is None else self._readings.pool.on(*host[:2])
-        counts = self._readings.counts
-        histograms, start = dict(zip(counts, host[2:], strict=False)), 2 + len(counts)
-        weights, biases, statistics = host[start], host[start + 1], host[start + 2 :]
-        own = self._meter.evaluate(statistics) if self._meter is not None and self._training and self._is_open else None
+        with self._ranks.told():
+            measured = self.measure()
+            host = to_host(measured)
+            pool = None if self._readings.pool is None else self._readings.pool.on(*host[:2])
+            counts = self._readings.counts
+            histograms, start = dict(zip(counts, host[2:], strict=False)), 2 + len(counts)
+            weights, biases, statistics = host[start], host[start + 1], host[start + 2 :]
+            own = (
+                self._meter.evaluate(statistics)
+                if self._meter is not None and self._training and self._is_open
+                else None
+            )
         # As objects, since a layer may have run on one rank alone.
         ranks = self._ranks.share(
             (pool, histograms, dict(self._order), self._outputs, self._images, (weights, biases, own, statistics))

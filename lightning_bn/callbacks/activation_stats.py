@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -24,12 +25,13 @@ from lightning_bn.callbacks.both_lightnings import (
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
 from lightning_bn.callbacks.loggers import directories, sinks
 from lightning_bn.callbacks.monitored_run import MonitoredRun
-from lightning_bn.callbacks.observing import boundary_of, observing
+from lightning_bn.callbacks.observing import boundary_of, meeting, observing
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.terminal import say
 from lightning_bn.choices import Choices, check_choices
 from lightning_bn.layers.deferred import settle_together
+from lightning_bn.ranks.collective import Ranks
 
 MAX_HISTOGRAMS = 32
 
@@ -139,12 +141,14 @@ class ActivationStatsMonitor(MonitoredRun):
         self._report = Report([])
         self._newest = Sample()
         self._sampled_step: int | None = None
+        self._ranks: Ranks | None = None
         self._blindness = Blindness()
         self._is_described = False  # in the journal, what the statistics mean
         self._is_fresh = True  # whether the table is that of a new run
         self._first_step: int | None = None  # at which the fit began, or goes on from a checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._ranks = None
         select_layers(nn.Identity(), self.layers)  # a choice that is none is told before anything runs
         self._collectors = {}
         self._report = Report([])
@@ -167,6 +171,7 @@ class ActivationStatsMonitor(MonitoredRun):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         journal_of(trainer).epoch(trainer)
 
+    @meeting
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = logging_step(trainer)
         if self._first_step is None:
@@ -174,7 +179,7 @@ class ActivationStatsMonitor(MonitoredRun):
         if self._sampled_step is None and self._is_due(trainer, step):
             self._sampled_step = step
         if self._sampled_step is not None:
-            self._collectors["train"].attach()
+            self._boundary.attempt("", lambda: self._collectors["train"].attach())
 
     def _is_due(self, trainer: Trainer, step: int) -> bool:
         longest = logging_interval(trainer)
@@ -182,6 +187,7 @@ class ActivationStatsMonitor(MonitoredRun):
             return step % self.every_n_steps == 0
         return bool(longest) and step % interval_at(step, longest) == 0
 
+    @meeting
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -189,24 +195,28 @@ class ActivationStatsMonitor(MonitoredRun):
             return
         # The batches that one optimizer step accumulates are one sample.
         is_complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        self._boundary.attempt("", self._rest, trainer, is_complete)
+        if is_complete:
+            step, self._sampled_step = self._sampled_step, None
+            self._meet(trainer, self._take, "train", step)
+
+    def _rest(self, trainer: Trainer, is_complete: bool) -> None:
         collector = self._collectors["train"]
         if trainer.is_last_batch or (is_complete and not self._is_due(trainer, logging_step(trainer) + 1)):
             collector.detach()
         else:
             collector.pause()
         journal_of(trainer).modes(trainer)
-        if is_complete:
-            step, self._sampled_step = self._sampled_step, None
-            self._take(trainer, "train", step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._begin_evaluation(trainer, pl_module, "val")
 
+    @meeting
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._end_evaluation(trainer, "val")
-            journal_of(trainer).validation(trainer)
+            self._meet(trainer, self._end_evaluation, "val")
+            self._boundary.attempt("", lambda: journal_of(trainer).validation(trainer))
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
         if not trainer.sanity_checking:
@@ -223,8 +233,9 @@ class ActivationStatsMonitor(MonitoredRun):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module, "test")
 
+    @meeting
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_evaluation(trainer, "test")
+        self._meet(trainer, self._end_evaluation, "test")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not at the first sample: a part may be used later in the epoch.
@@ -283,10 +294,22 @@ class ActivationStatsMonitor(MonitoredRun):
                 channel_dim=self.channel_dim,
                 functions=self.layers is None,
                 step_is_forward=trainer.strategy.model is not pl_module,
-                group=self.process_group or data_parallel_group(trainer),
+                ranks=self._together(trainer),
                 boundary=self._boundary,
             )
         return self._collectors[stage]
+
+    def _together(self, trainer: Trainer) -> Ranks:
+        if self._ranks is None:
+            self._ranks = Ranks(self.process_group or data_parallel_group(trainer), task="ActivationStatsMonitor")
+        return self._ranks
+
+    def _meet(self, trainer: Trainer, sample: Callable[..., object], *arguments: Any) -> None:
+        """Call `sample`, in which ranks meet; on a rank where the monitor has failed, tell those that wait."""
+        if self._boundary.closed:
+            self._together(trainer).fail(RuntimeError("it has stopped there"))
+        else:
+            self._boundary.attempt("", sample, trainer, *arguments)
 
     def _histogram_layers(self, layers: dict[str, nn.Module]) -> list[str]:
         if isinstance(self.histograms, bool):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from statistics import fmean
 from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,7 +23,7 @@ from lightning_bn.callbacks.both_lightnings import (
     callbacks_of,
 )
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
-from lightning_bn.callbacks.observing import boundary_of, check_logged, not_logged, observing
+from lightning_bn.callbacks.observing import boundary_of, check_logged, meeting, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
@@ -32,6 +33,7 @@ from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import find_batch_norms, in_eval_mode, learning, unserved
 from lightning_bn.layers.deferred import settle_together
 from lightning_bn.modes import eager
+from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.measuring import normalising_with_batches
 
 _OWN = "own"
@@ -113,12 +115,15 @@ class CompareAverages(Callback):
         self._hooks = ExitStack()
         self.metrics: dict[str, dict[str, float]] = {}
         self._pending: dict[str, dict[str, Tensor]] = {}
+        self._compares = False  # whether this validation is one of those that are compared
+        self._ranks = Ranks(task="CompareAverages")
 
     @property
     def recommended(self) -> str | None:
         return self.scores.best
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._ranks = Ranks(task="CompareAverages")
         if stage == "fit":
             take_turn_after_weight_averaging(trainer, self)
 
@@ -175,14 +180,25 @@ class CompareAverages(Callback):
             self._check_sight()
             self._looked = True
 
+    @meeting
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here, and not at the end: weight averaging has its weights in, and what Lightning is about to validate is what
         # is compared.
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        self._check_sight()
+        self._compares = True
+        self._boundary.attempt("", self._check_sight)
+        self._meet(lambda: self._validate(trainer, pl_module))
+
+    def _meet(self, function: Callable[[], object]) -> None:
+        """Call `function` if the callback works on every rank: a rank without it would leave the others waiting."""
         if self._boundary.closed:
-            return
+            self._ranks.fail(RuntimeError("it has stopped there"))
+        elif self._boundary.attempt("", self._ranks.share, True):
+            self._boundary.attempt("", function)
+
+    def _validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate under each average."""
         for name in self.averages:
             with self._following().applied(name):
                 self._pending[name] = validate_once_more(trainer, pl_module)
@@ -195,20 +211,29 @@ class CompareAverages(Callback):
             with eager(pl_module), normalising_with_batches(layers):
                 self._pending[_BATCH] = validate_once_more(trainer, pl_module)
 
+    @meeting
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._pending:
-            return
-        names = list(dict.fromkeys(key for metrics in self._pending.values() for key in metrics))
-        # Copies, since the reduction over ranks below writes into what it is given.
-        own = {key: trainer.callback_metrics[key].clone() for key in names if key in trainer.callback_metrics}
-        rows, self._pending = {_OWN: own, **self._pending}, {}
+        if self._compares:
+            self._compares = False
+            self._meet(lambda: self._score(trainer))
+
+    def _score(self, trainer: Trainer) -> None:
+        """Compare what the validations have given, and log it."""
+        with self._ranks.told():
+            names = list(dict.fromkeys(key for metrics in self._pending.values() for key in metrics))
+            own = {key: trainer.callback_metrics[key] for key in names if key in trainer.callback_metrics}
+            rows = {
+                name: {key: float(value) for key, value in metrics.items()}
+                for name, metrics in {_OWN: own, **self._pending}.items()
+            }
+        self._pending = {}
         if any(self.monitor not in metrics for metrics in rows.values()):
             self._boundary.stop(not_logged("CompareAverages", self.monitor, names))
             return
-        # The same on every rank, as what it recommends must be.
+        # The mean over ranks: the same on each, as what it recommends must be.
+        ranks = self._ranks.share(rows)
         self.metrics = {
-            name: {key: float(trainer.strategy.reduce(value, reduce_op="mean")) for key, value in metrics.items()}
-            for name, metrics in rows.items()
+            name: {key: fmean(each[name][key] for each in ranks) for key in metrics} for name, metrics in rows.items()
         }
         self.scores.add({name: metrics[self.monitor] for name, metrics in self.metrics.items() if name != _BATCH})
         tags = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import ref
 
 from lightning_bn.callbacks.both_lightnings import Callback, MisconfigurationException, Trainer
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.error_boundary import ErrorBoundary, Keep, guarded
-from lightning_bn.ranks.collective import RankError
+from lightning_bn.ranks.collective import LostRankError
 
 C = TypeVar("C", bound=type[Callback])
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,17 +37,23 @@ def observing(callback: C) -> C:
 
 
 def meeting(hook: F) -> F:
-    """Mark a hook at which ranks meet: it is called on a rank too on which the callback has failed, and has to call
-    the guarded part of itself."""
-    setattr(hook, _MEETING, True)
-    return hook
+    """Decorate a hook at which ranks meet: it is called on a rank too on which the callback has failed, and passes the
+    rest of what it does to the callback's boundary."""
+
+    @wraps(hook)
+    def attended(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._boundary.attend(hook, self, *args, **kwargs)
+
+    setattr(attended, _MEETING, True)
+    return cast("F", attended)
 
 
 def boundary_of(
     observer: str, close: Callable[[], object] | None = None, *, intended: tuple[type[Exception], ...] = ()
 ) -> ErrorBoundary:
-    """Return the boundary of a callback. A lost rank is no fault of the callback: the fit is over anyway."""
-    return ErrorBoundary(observer, close, intended=(MisconfigurationException, RankError, *intended))
+    """Return the boundary of a callback. A lost rank is no fault of the callback: the fit is over anyway; that it has
+    failed on another rank stops it on this one."""
+    return ErrorBoundary(observer, close, intended=(MisconfigurationException, LostRankError, *intended))
 
 
 def not_logged(callback: str, monitor: str, logged: Iterable[str]) -> str:

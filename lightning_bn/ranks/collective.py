@@ -18,6 +18,10 @@ class RankError(RuntimeError):
     """Another rank failed, and with it what all ranks were to do together."""
 
 
+class LostRankError(RankError):
+    """The process group itself failed: a rank is gone, and with it whatever ranks do together from now on."""
+
+
 class Ranks:
     """The processes that carry out one task together; outside a process group, this one alone.
 
@@ -28,12 +32,16 @@ class Ranks:
 
     Raises:
         ValueError: this process is not in `group`.
+
+    Attributes:
+        parted: whether a rank has failed, and the others know: nobody comes to another meeting.
     """
 
     def __init__(self, group: Group = None, *, task: str = "a meeting of all ranks", afterwards: str = "") -> None:
         self.group = group
         self.task = task
         self.afterwards = afterwards
+        self.parted = False
         self.size, self.rank = 1, 0
         if dist.is_available() and dist.is_initialized():
             self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -64,6 +72,7 @@ class Ranks:
         answers = self._gather((value, None)) if self.are_several else [(value, None)]
         failures = [f"rank {rank}: {failure}" for rank, (_, failure) in enumerate(answers) if failure is not None]
         if failures:
+            self.parted = True
             raise RankError(
                 f"{self.task} failed on " + "; ".join(failures) + f".{self.afterwards and ' '}{self.afterwards}"
             )
@@ -85,8 +94,10 @@ class Ranks:
                     )
 
     def fail(self, error: BaseException) -> None:
-        """Take this rank's turn in the next `share`, so that the others learn of the failure and do not wait."""
-        if self.are_several and not isinstance(error, RankError):
+        """Take this rank's turn in the next `share`, so that the others learn of the failure and do not wait; nothing
+        if they know already."""
+        if self.are_several and not self.parted and not isinstance(error, RankError):
+            self.parted = True
             self._gather((None, f"{type(error).__name__}: {error}"))
 
     @contextmanager
@@ -126,7 +137,7 @@ class Ranks:
         except RankError:
             raise
         except RuntimeError as error:  # what torch raises for a lost connection, a timeout, a message of another size
-            raise RankError(
+            raise LostRankError(
                 f"{self.task}: the process group failed {when}: {error} A rank has died, hangs, or did something else "
                 f"meanwhile.{self.afterwards and ' '}{self.afterwards}"
             ) from error
