@@ -1,4 +1,4 @@
-"""The pages of the site that nobody writes: the reference, one page for each public object.
+"""What of the site nobody writes: the reference, one page for each public object, and the list of the rules' pages.
 
 MkDocs calls the functions whose names begin with ``on_``. What stands in `REFERENCE` is all there is to edit.
 """
@@ -6,10 +6,13 @@ MkDocs calls the functions whose names begin with ``on_``. What stands in `REFER
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
 from mkdocs.structure.files import File, Files
+
+from lightning_bn.rules.page import rule_page
 
 # What a record holds is all that it is for: its page has every public field.
 _ALL: list[str] = ["*"]
@@ -72,6 +75,9 @@ REFERENCE: dict[str, dict[str, list[str]]] = {
     },
 }
 
+# The rules by the first digit of their codes.
+RULES = {"Modes": 1, "Statistics": 2, "Configuration": 3, "Exported programs": 4}
+
 _PAGE = """\
 ---
 title: {short}
@@ -109,12 +115,17 @@ def _index() -> str:
 
 
 def on_config(config: Any, **_: Any) -> Any:
-    """Put the pages of the objects where mkdocs.yml names the reference's index."""
+    """Put the pages of the objects and of the rules where mkdocs.yml names their indices."""
     pages: list[Any] = ["reference/index.md"]
     pages += [{section: [f"reference/{_short(name)}.md" for name in names]} for section, names in REFERENCE.items()]
     for entry in config["nav"]:
         if isinstance(entry, dict) and "Reference" in entry:
             entry["Reference"] = pages + [page for page in entry["Reference"] if page not in pages]
+        if isinstance(entry, dict) and "Rules" in entry:
+            index, *others = entry["Rules"]
+            rules = sorted(f"rules/{path.name}" for path in (Path(__file__).parent / "rules").glob("bn*.md"))
+            groups = {name: [page for page in rules if f"/bn{digit}" in page] for name, digit in RULES.items()}
+            entry["Rules"] = [index, *({name: pages} for name, pages in groups.items()), *others]
     return config
 
 
@@ -134,17 +145,14 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Say of the two programs of each rule which one is wrong."""
-    if page.file.src_uri != "rules.md":
+    """Show of a rule what its command prints: the page with what its mistakes cost; and which program is wrong."""
+    code = re.fullmatch(r"rules/(bn\d+)\.md", page.file.src_uri)
+    if code is None:
         return markdown
-    sections = re.split(r"(?m)^(?=### BN)", markdown)
-    titles = ("This is reported", "This is not")
-    for number, section in enumerate(sections):
-        if section.startswith("### BN"):
-            for title in titles:
-                section = section.replace("```python\n", f'```python title="{title}"\n', 1)
-            sections[number] = section
-    return "".join(sections)
+    markdown = rule_page(code[1].upper(), full=True)
+    for title in ("This is reported", "This is not"):
+        markdown = markdown.replace("```python\n", f'```python title="{title}"\n', 1)
+    return markdown
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:

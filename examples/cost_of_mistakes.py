@@ -1,7 +1,8 @@
 """What mistakes cost: accuracy on the digits with each one and with the printed mend, and what ModeCheck says.
 
-Run `python examples/cost_of_mistakes.py`; it prints the table of docs/rules.md, and with `--write docs/rules.md` puts
-it there. The programs are in `costs/`. `--only BN305 BN306` makes the rows of these rules alone.
+Run `python examples/cost_of_mistakes.py`; it prints the table of docs/rules/what-mistakes-cost.md, and with
+`--write docs/rules/what-mistakes-cost.md` puts it there. The programs are in `costs/`. `--only BN305 BN306` makes only
+the rows of these rules.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def row(mistake: Mistake, seeds: int, epochs: int) -> str:
     sure = "**" if abs(gain) > margin else ""
     rest = said(mistake.code, mended)
     cells = (
-        f"[{mistake.code}](#{mistake.code.lower()})",
+        f"[{mistake.code}]({mistake.code.lower()}.md)",
         mistake.what,
         said(mistake.code, wrong) + (f"; mended: {rest}" if rest else ""),
         _spread([each.accuracy for each in wrong]),

@@ -167,7 +167,7 @@ def _events(journal: Journal, names: list[str], end: int) -> None:
         seen=f"{names[0]} ran in eval mode at step {end // 2}",
         why="Its statistics stand still.",
         fix={"code": "self.train()", "place": "before fit", "note": ""},
-        link="docs/rules.md#bn102",
+        link="lightning-bn rules BN102",
         quiet="ModeCheck(ignore=['BN102'])",
         mended=False,
         follows=None,

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-# docs/rules.md has wrong programs on purpose, which its own test runs; of recipes.md each section runs by itself.
-OTHERS = ("rules.md", "recipes.md")
+# docs/rules/ has wrong programs on purpose, which its own test runs; of recipes.md each section runs by itself.
+OTHERS = ("recipes.md",)
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in OTHERS)]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PRELUDE, *RECIPES = (ROOT / "docs" / "recipes.md").read_text().split("\n## ")
-TEXTS = [path for folder in (ROOT, ROOT / "docs", ROOT / ".github") for path in sorted(folder.glob("*.md"))]
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "rules", ROOT / ".github")
+TEXTS = [path for folder in FOLDERS for path in sorted(folder.glob("*.md"))]
 # The end of a sentence and the beginning of the next one: a name that is never capitalised, or whatever is not a lower
 # case letter. An initial ("K. He") and "et al." end none.
 NEXT = re.compile(

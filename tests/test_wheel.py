@@ -36,22 +36,23 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_has_the_package_and_nothing_else(wheel: Path) -> None:
-    """Every file of the package is in it, py.typed too, and no test or example, and of the docs the page of the rules
-    alone."""
+    """Every file of the package is in it, py.typed too, and no test or example, and of the docs only the
+    pages of the rules."""
     with zipfile.ZipFile(wheel) as archive:
         inside = {
             name
             for name in archive.namelist()
             if not name.startswith(f"lightning_bn-{lightning_bn.__version__}.dist-info/")
         }
-        page = archive.read("lightning_bn/rules/rules.md")
+        pages = {name: archive.read(name) for name in inside if name.startswith("lightning_bn/rules/pages/")}
     files = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "lightning_bn").rglob("*")
         if path.suffix in (".py", ".typed", ".js", ".css")
     }
-    assert inside == files | {"lightning_bn/rules/rules.md"}  # the page that messages send their reader to
-    assert page == (ROOT / "docs" / "rules.md").read_bytes()
+    docs = (ROOT / "docs" / "rules").iterdir()  # the pages that messages send their reader to
+    assert pages == {f"lightning_bn/rules/pages/{page.name}": page.read_bytes() for page in docs}
+    assert inside == files | set(pages)
     assert wheel.name == f"lightning_bn-{lightning_bn.__version__}-py3-none-any.whl"
 
 
@@ -85,7 +86,7 @@ def test_wheel_installs_and_its_entry_points_work(wheel: Path, tmp_path: Path) -
         done = run(*command, "rules", "BN203", cwd=tmp_path, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("BN203 (error)")
-        assert "### BN203" in done.stdout
+        assert "# BN203" in done.stdout
     # TensorBoard's own way to the tab.
     code = (
         "from importlib.metadata import distribution; "

@@ -22,7 +22,7 @@ from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.error_boundary import ErrorBoundary, guarded
 from lightning_bn.journal.writer import Journal
 from lightning_bn.layers.settlement import rule_of
-from lightning_bn.rules.page import section
+from lightning_bn.rules.page import rule_page
 
 Vectors: TypeAlias = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
@@ -140,7 +140,7 @@ class RunJournal:
         """Write the page of a rule that something refers to, once a fit: whoever reads the journal has it at hand."""
         if code and code not in self._rules:
             self._rules.add(code)
-            self.write(trainer, "rule", step=logging_step(trainer), code=code, text=section(code))
+            self.write(trainer, "rule", step=logging_step(trainer), code=code, text=rule_page(code))
 
     @guarded
     def unseen(self, trainer: Trainer, stage: str, layers: Mapping[str, str]) -> None:

@@ -97,7 +97,7 @@ def _rules(options: argparse.Namespace) -> int:
     """List the rules about batch norm, or explain one."""
     from lightning_bn.cli.reading import rules
 
-    return rules(_without_overrides(options).code, json=options.json)
+    return rules(_without_overrides(options).code, full=options.full, json=options.json)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -166,6 +166,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("code", nargs="?", metavar="CODE", help="the rule to explain, as BN104")
+    parser.add_argument("--full", action="store_true", help="with what its page says in detail, below its programs")
     _add_json(parser)
 
 

@@ -18,7 +18,7 @@ from lightning_bn.cli.output import FINDINGS, OK, RefusedError, UsageError, colo
 from lightning_bn.exports.inspection import inspect_export, is_program
 from lightning_bn.rules import RULES
 from lightning_bn.rules.exported import EXPORT_RULES
-from lightning_bn.rules.page import section
+from lightning_bn.rules.page import rule_page
 from lightning_bn.tables import text_table
 
 
@@ -49,7 +49,7 @@ def inspect(checkpoints: Sequence[Path], *, reference: Path | None = None, json:
     return OK if health.sound else FINDINGS
 
 
-def rules(code: str | None = None, *, json: bool = False) -> int:
+def rules(code: str | None = None, *, full: bool = False, json: bool = False) -> int:
     """List the rules about batch norm, or explain one."""
     every = {**RULES, **EXPORT_RULES}
     if code is not None and code.upper() not in every:
@@ -72,8 +72,11 @@ def rules(code: str | None = None, *, json: bool = False) -> int:
         print(f"Fix: {rule.fix}" if rule.fix.code else "Fix: the finding says it, since it depends on what was seen.")
         if rule.mendable:
             print(f"ModeCheck(fix=['{rule.code}']) fixes it at once.")
-        print(f"\n{section(rule.code)}\n")
-        print("In these programs fit(module) trains a LightningModule with a ModeCheck, and returns its findings.")
+        print(f"\n{rule_page(rule.code, full=full)}\n")
+        if rule.code in RULES:
+            print("In these programs fit(module) trains a LightningModule with a ModeCheck, and returns its findings.")
+        if not full:
+            print(f"In detail: lightning-bn rules {rule.code} --full")
     return OK
 
 

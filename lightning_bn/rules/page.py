@@ -1,5 +1,4 @@
-"""The page of the rules, docs/rules.md, which is installed with the package: messages send their reader to a section of
-it."""
+"""The pages of the rules, docs/rules/, which are installed with the package: messages send their reader to one."""
 
 from __future__ import annotations
 
@@ -11,29 +10,34 @@ _COLUMNS = 5
 """Of the table of what mistakes cost, next to the rule's own."""
 
 _HERE = Path(__file__).parent
-# In a checkout the page is in docs/; a wheel has a copy of it next to this file.
-_PLACES = (_HERE / "rules.md", _HERE.parent.parent / "docs" / "rules.md")
+# In a checkout the pages are in docs/; a wheel has a copy of them next to this file.
+_FOLDERS = (_HERE / "pages", _HERE.parent.parent / "docs" / "rules")
 
 
-def section(code: str) -> str:
-    """Return what the page says of a rule, in Markdown: the wrong program, the mend, and what the mistake costs.
+def rule_page(code: str, *, full: bool = False) -> str:
+    """Return the page of a rule, in Markdown: the wrong program, the mended one, and what the mistake costs.
+
+    Args:
+        code: of the rule, as BN101.
+        full: with what comes below the programs, "In detail".
 
     Example:
-        >>> section("BN101").splitlines()[0]
-        '### BN101 Eval mode in training'
+        >>> rule_page("BN101").splitlines()[0]
+        '# BN101 Eval mode in training'
     """
-    page = next((place for place in _PLACES if place.is_file()), None)
-    if page is None:
-        return ""
-    # A section begins with its anchor, which belongs to no text.
-    text = re.sub(r'^<a id="\w+"></a>$', "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    found = re.search(rf"^### {re.escape(code)}\b.*?(?=^##|\Z)", text, re.MULTILINE | re.DOTALL)
-    return "\n\n".join((found.group().strip(), *_costs(text, code))) if found is not None else ""
+    page = _read(f"{code.lower()}.md")
+    short, heading, details = page.partition("\n## ")
+    return "\n\n".join((short.strip(), *_costs(code), *([(heading + details).strip()] if full and details else [])))
 
 
-def _costs(text: str, code: str) -> Iterator[str]:
+def _read(name: str) -> str:
+    page = next((folder / name for folder in _FOLDERS if (folder / name).is_file()), None)
+    return "" if page is None else page.read_text(encoding="utf-8")
+
+
+def _costs(code: str) -> Iterator[str]:
     """Find the rule's rows in the table of what mistakes cost, each as a paragraph."""
-    for row in re.findall(rf"^\| \[{re.escape(code)}\]\(#\w+\) \|(.*)\|$", text, re.MULTILINE):
+    for row in re.findall(rf"^\| \[{re.escape(code)}\]\([^|]*\|(.*)\|$", _read("what-mistakes-cost.md"), re.MULTILINE):
         cells = [cell.strip() for cell in row.split("|")]
         if len(cells) == _COLUMNS:
             what, _, wrong, mended, gain = cells

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_bn import Window, convert_batch_norm
 from lightning_bn.activations.registry import STATISTICS
-from lightning_bn.rules.page import section
+from lightning_bn.rules.page import rule_page
 
 CODE = [code for each in STATISTICS.values() for code in (each.code, each.code_low) if code]
 
@@ -30,4 +30,4 @@ def test_it_runs(code: str) -> None:
 @pytest.mark.parametrize("name", [name for name, each in STATISTICS.items() if each.rule])
 def test_the_rule_has_a_page(name: str) -> None:
     """Which the journal takes along."""
-    assert section(STATISTICS[name].rule).startswith(f"### {STATISTICS[name].rule} ")
+    assert rule_page(STATISTICS[name].rule).startswith(f"# {STATISTICS[name].rule} ")

@@ -1,4 +1,4 @@
-"""examples/cost_of_mistakes.py, and the table it wrote into docs/rules.md."""
+"""examples/cost_of_mistakes.py, and the table it wrote into docs/rules/what-mistakes-cost.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fitting import quiet
 
 from lightning_bn.rules import RULES
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "rules.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "rules" / "what-mistakes-cost.md"
 SORTED = sorted(MISTAKES, key=lambda mistake: mistake.code)
 
 
@@ -27,7 +27,7 @@ def test_table_is_that_of_the_example() -> None:
     assert {mistake.code for mistake in MISTAKES} == set(RULES)
     for line, mistake in zip(lines()[2:], SORTED, strict=True):
         rule, what, said, wrong, mended, gain = (cell.strip() for cell in line.strip("|").split("|"))
-        assert (rule, what) == (f"[{mistake.code}](#{mistake.code.lower()})", mistake.what)
+        assert (rule, what) == (f"[{mistake.code}]({mistake.code.lower()}.md)", mistake.what)
         assert mistake.code in said.partition("mended")[0]
         before, after, difference = (float(re.search(r"[-+]?[\d.]+", cell).group()) for cell in (wrong, mended, gain))
         assert difference == pytest.approx(after - before, abs=0.11)
@@ -36,7 +36,7 @@ def test_table_is_that_of_the_example() -> None:
 def test_page_says_why_a_rule_without_cost_is_one() -> None:
     """Of each rule none of whose programs lost accuracy beyond doubt, and of no other, the page gives the reason."""
     free = {_code_of(line) for line in lines()[2:]} - {_code_of(line) for line in lines()[2:] if "**+" in line}
-    reasons = re.findall(r"^- \[(BN\d+)\]\(#bn\d+\): ", PAGE.read_text().partition(END)[2], re.MULTILINE)
+    reasons = re.findall(r"^- \[(BN\d+)\]\(bn\d+\.md\): ", PAGE.read_text().partition(END)[2], re.MULTILINE)
     assert reasons == sorted(free)
 
 
@@ -71,7 +71,7 @@ def test_row() -> None:
     scatters is not."""
     accuracies = {True: [92.0, 94.0, 91.0, 95.0], False: [90.0, 92.0, 89.0, 93.0]}
     mistake = Mistake("BN303", "bias", lambda setting, mend: Outcome(accuracies[mend][setting.seed], []))
-    assert row(mistake, 4, 1) == "| [BN303](#bn303) | bias |  | 91.0 ± 1.8 % | 93.0 ± 1.8 % | **+2.0** ± 0.0 |"
+    assert row(mistake, 4, 1) == "| [BN303](bn303.md) | bias |  | 91.0 ± 1.8 % | 93.0 ± 1.8 % | **+2.0** ± 0.0 |"
     accuracies[True] = [94.0, 92.0, 93.0, 93.0]
     # Differences of 4, 0, 4, 0: a standard error of 2.309 / 2, times Student's 5.841 at 99 % with 3 degrees of freedom.
     assert row(mistake, 4, 1).endswith("| +2.0 ± 6.7 |")

@@ -1,5 +1,5 @@
-"""Write the table of honest programs, and of what is said of each, into docs/rules.md: `python -m programs` in
-tests/."""
+"""Write the table of honest programs, and of what is said of each, into docs/rules/honest-programs.md:
+`python -m programs` in tests/."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from lightning_bn import (
 )
 from programs import PROGRAMS
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "rules.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "rules" / "honest-programs.md"
 BEGIN, END = "<!-- programs begin -->", "<!-- programs end -->"
 
 
@@ -78,5 +78,5 @@ def logs(module: pl.LightningModule) -> pl.LightningModule:
 def row(name: str, found: list[Finding]) -> str:
     """Return the row of the table on the page."""
     kind = PROGRAMS[name].make.__module__.rpartition(".")[2].replace("_", "-")
-    said = ", ".join(f"[{code}](#{code.lower()})" for code in sorted({finding.code for finding in found}))
+    said = ", ".join(f"[{code}]({code.lower()}.md)" for code in sorted({finding.code for finding in found}))
     return f"| {name} | {kind} | {said} |"

@@ -22,7 +22,7 @@ from lightning_bn.rules.exported import EXPORT_RULES
 from lightning_bn.rules.fixes import expression, group_norms, modules_of
 from lightning_bn.rules.inspection import Inspection
 
-DOCS = Path(__file__).parent.parent.parent / "docs" / "rules.md"
+DOCS = Path(__file__).parent.parent.parent / "docs" / "rules"
 
 
 def codes(found: list[Finding]) -> list[str]:
@@ -230,17 +230,19 @@ def test_no_synchronisation_between_checks() -> None:
 class TestEveryRule:
     @pytest.mark.parametrize("code", RULES)
     def test_is_explained(self, code: str) -> None:
-        """Each rule has its title, its reason, and a section of its own in the docs that its message leads to."""
+        """Each rule has its title, its reason, and a page of its own in the docs that its message leads to."""
         rule = RULES[code]
         assert rule.code == code
         assert re.fullmatch(r"BN[123]\d\d", code)
         assert rule.title[0].islower() or rule.title[:2] in ("16", "BN")
         assert rule.why.endswith(".")
-        assert re.search(rf"^#+ {code}\b.*$", DOCS.read_text(), re.MULTILINE)
+        assert (DOCS / f"{code.lower()}.md").read_text().startswith(f"# {code} ")
 
     def test_the_docs_have_no_other(self) -> None:
         """Nor do the docs tell of a rule that is not there."""
-        assert re.findall(r"^### (BN\d+)", DOCS.read_text(), re.MULTILINE) == [*RULES, *EXPORT_RULES]
+        assert sorted(page.stem.upper() for page in DOCS.glob("bn*.md")) == sorted([*RULES, *EXPORT_RULES])
+        listed = re.findall(r"^\| \[(BN\d+)\]", (DOCS / "index.md").read_text(), re.MULTILINE)
+        assert listed == [*RULES, *EXPORT_RULES]
 
 
 def test_modules_of_takes_no_stranger() -> None:

@@ -1,4 +1,4 @@
-"""docs/rules.md: of each wrong program the rule speaks, of each mended one it does not."""
+"""docs/rules: of each wrong program the rule speaks, of each mended one it does not."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from lightning_bn.rules import RULES
 from lightning_bn.rules.exported import EXPORT_RULES
 from lightning_bn.rules.register import LINK
 
-TEXT = (Path(__file__).parent.parent.parent / "docs" / "rules.md").read_text()
+FOLDER = Path(__file__).parent.parent.parent / "docs" / "rules"
+TEXT = (FOLDER / "index.md").read_text()
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PRELUDE, *_ = BLOCK.findall(TEXT)
-SECTIONS = {section[:5]: BLOCK.findall(section) for section in TEXT.split("\n### ")[1:]}
+PAGES = {path.stem.upper(): path.read_text() for path in sorted(FOLDER.glob("bn*.md"))}
+SECTIONS = {code: BLOCK.findall(page) for code, page in PAGES.items()}
 
 
 def codes(namespace: dict[str, Any], block: str) -> set[str]:
     """Return the codes that are found when the block runs; each message says how to read on."""
     with quiet():
-        exec(compile(block, "docs/rules.md", "exec"), namespace)
+        exec(compile(block, "docs/rules", "exec"), namespace)
     found = namespace["found"]
     assert all(str(finding).endswith(f"more: {LINK.format(code=finding.code)}") for finding in found)
     return {finding.code for finding in found}
@@ -40,11 +42,19 @@ def test_programs(code: str) -> None:
 
 @pytest.mark.parametrize("code", [*RULES, *EXPORT_RULES])
 def test_table(code: str) -> None:
-    """The table at the top says what the rule says, and links to its section."""
-    (row,) = (
-        line for line in TEXT.partition("\n## ")[0].splitlines() if line.startswith(f"| [{code}](#{code.lower()})")
-    )
+    """The table of all rules says what the rule says, and links to its page, which is headed by a title."""
+    (row,) = (line for line in TEXT.splitlines() if line.startswith(f"| [{code}]({code.lower()}.md)"))
+    assert re.match(rf"# {code} [A-Z1][\w', -]+\n", PAGES[code])
     level, title = (cell.strip() for cell in row.split("|")[2:4])
     rule = {**RULES, **EXPORT_RULES}[code]
     assert rule.level in level.split(", ")
     assert title.replace("`", "") == rule.title
+
+
+@pytest.mark.parametrize("code", PAGES)
+def test_short(code: str) -> None:
+    """What stands above the programs, and is printed with them, is read at a glance; the rest is below."""
+    above = PAGES[code].partition("\n```")[0]
+    assert len(above.split()) <= 80
+    assert "\n## " not in above
+    assert PAGES[code].count("\n## ") <= 1

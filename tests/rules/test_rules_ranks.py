@@ -1,5 +1,5 @@
 """What the rules say in two real processes: of honest training nothing, of statistics of each rank's own the same on
-both, and of docs/rules.md's programs what it says."""
+both, and of the programs of docs/rules what it says."""
 
 from __future__ import annotations
 
