@@ -56,6 +56,9 @@ REFERENCE: dict[str, dict[str, list[str]]] = {
         "BatchNorm2d": [],
         "BatchNorm3d": [],
     },
+    "Sets of statistics": {
+        "StatisticsSets": ["names", "active", "use", "add", "remove", "parameters_of", "state_dict"],
+    },
     "Averages": {
         "Exponential": [],
         "Window": [],

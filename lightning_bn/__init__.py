@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lightning_bn.rules import ModeCheckError as ModeCheckError
     from lightning_bn.rules.watching import check as check
     from lightning_bn.rules.watching import watch as watch
+    from lightning_bn.sets.statistics_sets import StatisticsSets as StatisticsSets
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "ModeCheck",
     "ModeCheckError",
     "RecalibrationReport",
+    "StatisticsSets",
     "Window",
     "check",
     "check_export",
@@ -100,6 +102,7 @@ _LAZY: dict[str, str] = {
     "ModeCheck": "callbacks.mode_check",
     "ModeCheckError": "rules",
     "RecalibrationReport": "recalibration.report",
+    "StatisticsSets": "sets.statistics_sets",
     "Window": "averaging",
     "check": "rules.watching",
     "check_export": "exports.running",

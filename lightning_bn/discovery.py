@@ -164,6 +164,8 @@ def _why_unserved(module: nn.Module) -> str | None:
     names = [name for name, _ in module.named_buffers(recurse=False)]
     if not any(name.endswith(_STATISTICS) for name in names) or isinstance(module, _InstanceNorm):
         return None
+    if getattr(type(module), "keeps_for_another", False):  # another set of a layer's
+        return None
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript, in which hooks are not called"
     return "it is no subclass of torch's batch norm"

@@ -109,6 +109,7 @@ GROUND = {
     "grids",
     "sharding",
     "error_boundary",
+    "set_in_use",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "journal": {"grids"},  # nor torch: see the test below
@@ -118,6 +119,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "discovery": set(),
     "error_boundary": set(),
     "choices": {"discovery", "error_boundary"},
+    "set_in_use": set(),
     "tables": set(),
     "grids": set(),
     "modes": {"torch_internals", "buffers", "discovery"},
@@ -128,6 +130,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "averaging": {"moments"},
     "layers": GROUND | {"averaging"},
     "ranks": GROUND | {"averaging", "layers"},
+    "sets": GROUND | {"averaging", "layers"},
     "recalibration": GROUND | {"averaging", "layers", "ranks"},
     "activations": GROUND | {"averaging", "layers", "ranks"},
     "rules": GROUND | {"averaging", "layers", "ranks"},

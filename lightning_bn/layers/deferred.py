@@ -4,7 +4,8 @@ all layers together when it ends."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -96,6 +97,26 @@ def can_defer(layer: nn.Module) -> bool:
     return getattr(type(layer), "can_defer", False) or ATTACHED in layer.__dict__ or OBSERVED in layer.__dict__
 
 
+def exchanging(layers: Iterable[_BatchNorm], exchange: Callable[[], None]) -> None:
+    """Call `exchange`, which gives `layers` other statistics, also in the middle of a forward of their model.
+
+    Raises:
+        RuntimeError: another thread is in the middle of one.
+    """
+    running = {id(rows.updates): rows.updates for layer in layers if (rows := layer.__dict__.get(SCRATCH)) is not None}
+    for updates in running.values():
+        if not updates.is_running():  # interrupted
+            updates.abort()
+            continue
+        if updates.thread != threading.get_ident():
+            raise RuntimeError(
+                "The statistics of a model can't be exchanged while another thread runs it. Let each thread run it "
+                "inside of `with sets.use(name):`, so that one waits for the other."
+            )
+        exchange = partial(updates.around, exchange)
+    exchange()
+
+
 class DeferredUpdates(OutermostForward):
     """Gives `layers` scratch rows when the outermost forward of a module begins, and settles when it ends.
 
@@ -170,10 +191,7 @@ class DeferredUpdates(OutermostForward):
 
     def close(self) -> None:
         self.rounds = []
-        for group in self._groups:
-            for layer in group.layers:
-                layer.__dict__.pop(SCRATCH, None)
-        self._groups = []
+        self._release_rows()
         later, self.later = self.later, []
         for layer, averaging, batch in later:
             advance(layer, averaging, Batch(batch.mean, batch.var, batch.count, next_step(layer), batch.valid))
@@ -198,6 +216,22 @@ class DeferredUpdates(OutermostForward):
             for layer, scratch in zip(group.layers, wide.parts, strict=True):
                 layer.__dict__[SCRATCH] = scratch
         self.rounds.append(round_)
+
+    @torch.no_grad()
+    def around(self, exchange: Callable[[], None]) -> None:
+        """Settle what has run so far in this forward, call `exchange`, which gives the layers other statistics, and go
+        on with those."""
+        self.end()
+        self._release_rows()
+        exchange()
+        self._groups, self.rounds = self._plan(self._signature()), []
+        self._begin_round()
+
+    def _release_rows(self) -> None:
+        for group in self._groups:
+            for layer in group.layers:
+                layer.__dict__.pop(SCRATCH, None)
+        self._groups = []
 
     def _signature(self) -> tuple[Any, ...]:
         """What decides which layers are settled together, for each of them; None for one whose statistics don't

@@ -1,0 +1,65 @@
+"""Which set of statistics a batch-norm layer has in place, where it has several (`StatisticsSets`)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from torch import nn
+
+_MEMBERSHIP = "_lightning_bn_sets"
+
+
+class Sets(Protocol):
+    """Several sets of statistics for the same layers."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sets, the first of which is in place where no other is in use."""
+
+    @property
+    def active(self) -> str:
+        """The set in place."""
+
+    def use(self, name: str) -> AbstractContextManager[Any]:
+        """Return a context in which the set is in place."""
+
+
+class _Membership:
+    """What a layer knows of its sets. A copy of the layer by itself has none: it has what was in place."""
+
+    def __init__(self, sets: Sets) -> None:
+        self.sets = sets
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def join_sets(layer: nn.Module, sets: Sets) -> None:
+    """Let the layer know which sets it has."""
+    layer.__dict__[_MEMBERSHIP] = _Membership(sets)
+
+
+def has_sets(layer: nn.Module) -> bool:
+    """Whether the layer has several sets of statistics."""
+    return layer.__dict__.get(_MEMBERSHIP) is not None
+
+
+def set_in_use(layer: nn.Module) -> str | None:
+    """Return the name of the set that the layer has in place; None where it is the first, or the layer has no others:
+    the statistics that it has outside of every ``use``."""
+    membership: _Membership | None = layer.__dict__.get(_MEMBERSHIP)
+    if membership is None or (active := membership.sets.active) == membership.sets.names[0]:
+        return None
+    return active
+
+
+def in_set(layer: nn.Module, name: str | None) -> AbstractContextManager[Any]:
+    """Return a context in which the layer has the set in place that `set_in_use` named."""
+    membership: _Membership | None = layer.__dict__.get(_MEMBERSHIP)
+    if membership is None or name == set_in_use(layer):
+        return nullcontext()
+    return membership.sets.use(membership.sets.names[0] if name is None else name)

@@ -1,0 +1,1 @@
+"""Several sets of running statistics for one network; see `docs/sets.md`."""
