@@ -83,9 +83,7 @@ class ErrorBoundary:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if self._passes(error):
-                raise
-            self.lose(part, error)
+            self._catch(part, error)
             return None
 
     def attend(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -96,15 +94,15 @@ class ErrorBoundary:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if self._passes(error):
-                raise
             self._absent = True
-            if not self.closed:
-                self.lose("", error)
+            self._catch("", error)
             return None
 
-    def _passes(self, error: Exception) -> bool:
-        return isinstance(error, self._intended) or hasattr(error, _THEIRS) or bool(os.environ.get(RERAISE))
+    def _catch(self, part: str, error: Exception) -> None:
+        if isinstance(error, self._intended) or hasattr(error, _THEIRS) or os.environ.get(RERAISE):
+            raise error
+        if not self.closed:
+            self.lose(part, error)
 
     def guard(self, function: Callable[P, T]) -> Callable[P, T | None]:
         """Return `function` as a hook for somebody else to call: its error closes the observer."""
