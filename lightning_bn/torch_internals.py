@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -29,6 +29,7 @@ _is_wrapper = getattr(getattr(torch.utils, "_python_dispatch", None), "is_tracea
 _flatten_dense_tensors = getattr(torch._utils, "_flatten_dense_tensors", None)
 _lazy_clone = getattr(torch, "_lazy_clone", None)
 _is_cow_tensor = getattr(torch._C, "_is_cow_tensor", None)
+_DisableTorchFunction = getattr(torch._C, "DisableTorchFunction", nullcontext)
 _data_address = getattr(torch._C, "_data_address", None)
 _DispatchMode = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDispatchMode", None)
 _weak_reference = getattr(torch.UntypedStorage, "_weak_ref", None)
@@ -49,6 +50,17 @@ def module_in_forward() -> nn.Module | None:
             return module if isinstance(module, nn.Module) and found.get("result") is None else None
         frame = frame.f_back
     return None
+
+
+def unseen_by_modes() -> AbstractContextManager[object]:
+    """Return a context in which no `TorchFunctionMode` sees what is called: one that watches a forward would see each
+    kernel and attribute that a hook of this package reads, at several microseconds each.
+
+    The public class turns the functions of tensor subclasses off, and no mode. Without the private one the context does
+    nothing, and hooks are slower.
+    """
+    found: AbstractContextManager[object] = _DisableTorchFunction()
+    return found
 
 
 def in_backward() -> bool:

@@ -26,7 +26,7 @@ from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.modes import eager, is_extra_pass
 from lightning_bn.ranks.collective import Ranks
 from lightning_bn.sharding import full_value
-from lightning_bn.torch_internals import in_backward
+from lightning_bn.torch_internals import in_backward, unseen_by_modes
 
 _FUSED = (
     "in eval mode torch may run it as one kernel, which watching it, or functions that are not modules, would prevent"
@@ -286,6 +286,10 @@ class LayerCollector:
     def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         if not self._is_looking:
             return
+        with unseen_by_modes():
+            self._see_output(name, args, kwargs, output)
+
+    def _see_output(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         tensor = next(_tensors(output), None)
         if tensor is None:
             self._leave_out_if_unreadable(name, output)

@@ -22,6 +22,7 @@ _FUNCTIONS = {
     *_BOUNDS,
 }
 _SUM = "add"
+_SEEN = {*_FUNCTIONS, _SUM}
 
 
 class FunctionalCalls(TorchFunctionMode):
@@ -38,14 +39,15 @@ class FunctionalCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._note(func, args, result)
+        # A forward has thousands of other calls, attributes of tensors among them.
+        if (name := getattr(func, "__name__", "").rstrip("_")) in _SEEN:
+            self._note(name, args, result)
         return result
 
     @guarded
-    def _note(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        name = getattr(func, "__name__", "").rstrip("_")
+    def _note(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         # torch turns the mode off while this runs: what is read of the result is not seen in turn.
-        if (name in _FUNCTIONS or (name == _SUM and _is_residual(args))) and isinstance(result, Tensor):
+        if isinstance(result, Tensor) and (name != _SUM or _is_residual(args)):
             self._see(name, result)
 
 

@@ -161,10 +161,11 @@ class SampleBuilder:
     def _compare_input(
         self, pool: Pool, layout: RowLayout, reference: SampleBuilder | None, values: Array, states: States
     ) -> None:
-        for place, (key, part) in enumerate(zip(pool.keys, pool.split(), strict=True)):
+        for place, key in enumerate(pool.keys):
             if key.what != "given":
                 continue
-            moments = Moments(*part[:3].double().unbind())
+            start = sum(each.width for each in pool.keys[:place])
+            moments = Moments(*pool.channels[:3, start : start + key.width].double().unbind())
             known = self.given.get(key.width)
             self.given[key.width] = moments if known is None else known.merge(moments)
             if reference is not None and (before := reference.given.get(key.width)) is not None:

@@ -127,7 +127,8 @@ class ActivationStats(Metric):
         self.seen = self.seen + reading.positions
         if reading.zeros is not None:
             self.zeros = self.zeros + reading.zeros.to(torch.int64)
-        self.nonfinite = self.nonfinite + (reading.positions - reading.count.flatten())
+        if reading.count is not None:
+            self.nonfinite = self.nonfinite + (reading.positions - reading.count.flatten())
         if reading.saturated is not None:
             self.saturated = self.saturated + reading.saturated
         if self.histogram:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_bn.activations.call_sites import CallSite
 from lightning_bn.activations.tensor_to_moments import TensorMoments, finite_moments
-from lightning_bn.moments import wide_dtype
+from lightning_bn.moments import Moments, wide_dtype
 
 
 class Key(NamedTuple):
@@ -55,16 +55,16 @@ def flatten(readings: Sequence[tuple[Key, TensorMoments]], device: torch.device)
             here = [tensor.flatten() for tensor in here]
         return torch.cat(here, dim=min(here[0].dim() - 1, 1)).flatten().to(dtype)
 
+    widths = [key.width for key in keys]
     positions, scale = _numbers([(reading.positions, reading.scale) for reading in each], keys, dtype, device)
-    count = together([reading.count for reading in each])
-    moments = finite_moments(
-        positions,
-        count,
-        together([reading.centre for reading in each]),
-        together([reading.rest for reading in each]),
-        together([reading.variance for reading in each]),
-    )
-    zeros = together(_or_zeros([reading.zeros for reading in each], [key.width for key in keys], device))
+    centre, variance = together([reading.centre for reading in each]), together([reading.variance for reading in each])
+    if all(reading.count is None for reading in each):
+        moments = Moments(positions, centre, variance * positions)
+    else:
+        counts = [torch.full_like(r.variance, r.positions) if r.count is None else r.count for r in each]
+        rest = together(_or_zeros([reading.rest for reading in each], widths, device))
+        moments = finite_moments(positions, together(counts), centre, rest, variance)
+    zeros = together(_or_zeros([reading.zeros for reading in each], widths, device))
     low, high = (
         torch.stack([getattr(reading, name).to(device) for reading in each]).to(dtype) for name in ("low", "high")
     )

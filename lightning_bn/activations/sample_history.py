@@ -33,20 +33,18 @@ class ChannelHistory:
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[Array, Array]] = {}  # rate at which a channel fires, and silent positions since
+        self._newest: tuple[tuple[Any, ...], Array, Array] = ((), np.empty(0), np.empty(0))  # the same, flat, by keys
 
     def update(self, pool: Pool, silent: Mask) -> tuple[Mask, Mask]:
         """Take a sample in, and return which of its channels are dead, and which of these count by themselves."""
         widths = np.array([key.width for key in pool.keys], dtype=np.int64)
-        fresh = {key: (np.zeros(key.width), np.zeros(key.width)) for key in pool.keys if key not in self._known}
-        known = [self._known.get(key) or fresh[key] for key in pool.keys]
-        rate, since = (np.concatenate([pair[part] for pair in known]) for part in (0, 1))
+        rate, since = self._recall(pool)
         positions = np.repeat(np.array(pool.seen, dtype=np.float64), widths)
         firing = 1 - pool.channels[3].double().numpy() / positions
         rate = np.where(silent, rate, np.where(rate > 0, (rate + firing) / 2, firing))
         since = np.where(silent, since + positions, 0.0)
         ends = np.cumsum(widths)
-        known = list(zip(pieces(rate, widths), pieces(since, widths), strict=True))
-        self._known.update(zip(pool.keys, known, strict=True))
+        self._newest = pool.keys, rate, since
         wholly = np.logical_and.reduceat(silent, ends - widths).repeat(widths)
         has_fired = rate > 0
         usual = self._usual(rate, widths, rows=np.logical_or.reduceat(silent & ~has_fired, ends - widths))
@@ -54,6 +52,18 @@ class ChannelHistory:
         is_long = (since >= self.POSITIONS) & (expected >= self.EVIDENCE)
         dead = silent & (wholly | is_long)
         return dead, dead & (has_fired | (usual >= self.BALANCED).repeat(widths))
+
+    def _recall(self, pool: Pool) -> tuple[Array, Array]:
+        """The rates and the silent positions of the channels of a pool; its keys are as a rule those of the last."""
+        keys, rate, since = self._newest
+        if keys == pool.keys:
+            return rate, since
+        widths = [key.width for key in keys]
+        self._known.update(zip(keys, zip(pieces(rate, widths), pieces(since, widths), strict=True), strict=True))
+        fresh = {key: (np.zeros(key.width), np.zeros(key.width)) for key in pool.keys if key not in self._known}
+        known = [self._known.get(key) or fresh[key] for key in pool.keys]
+        rate, since = (np.concatenate([pair[part] for pair in known]) for part in (0, 1))
+        return rate, since
 
     def _usual(self, rate: Array, widths: NDArray[np.int64], rows: Mask) -> Array:
         """By row, how often one of two things that a channel can do is done, the rarer: the median over those that
@@ -69,6 +79,7 @@ class ChannelHistory:
     def clear(self) -> None:
         """Forget all: an evaluation begins."""
         self._known.clear()
+        self._newest = (), np.empty(0), np.empty(0)
 
 
 class ZeroStart:

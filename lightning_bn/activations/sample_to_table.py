@@ -6,6 +6,8 @@ import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,30 @@ class _Taken:
                 | row
                 | {"warm_up": warm_ups(states)}
             )
+
+    def csv(self) -> str:
+        """Return the rows as lines of a CSV file."""
+        when = f"{self.stage},{self.step},{self.epoch}"
+        rows = zip(self.layers, self.values, self.states != ABSENT, self.states == WARM_UP, strict=True)
+        return "".join(
+            f"{_quoted(layer)},{when},{_form(has.tobytes()) % tuple(values[has].tolist())},"
+            f"{' '.join(COLUMNS[place] for place in np.flatnonzero(is_warming))}\r\n"
+            for layer, values, has, is_warming in rows
+        )
+
+
+@lru_cache(maxsize=64)
+def _form(has_value: bytes) -> str:
+    """A format string for the cells of a row, of which only some have values: one call a row is many times as fast as
+    one a cell."""
+    return ",".join("%.6g" if has else "" for has in has_value)
+
+
+@lru_cache(maxsize=4096)
+def _quoted(layer: str) -> str:
+    text = StringIO()
+    csv.writer(text, lineterminator="").writerow((layer,))
+    return text.getvalue()
 
 
 class LayerTable:
@@ -128,16 +154,10 @@ class LayerTable:
     def append_csv(self, path: Path) -> None:
         """Write the newest sample to the end of a CSV file, with six significant digits, and a head line where the file
         is new. A statistic that does not apply is empty, one without a value is ``nan``."""
-        taken = self._samples[-1]
-        has_value = (taken.states != ABSENT).tolist()
-        rows = zip(taken.layers, taken.values.tolist(), has_value, taken.states, strict=True)
         with path.open("a", newline="") as file:
-            writer = csv.writer(file)
             if file.tell() == 0:
-                writer.writerow((*INDEX, *COLUMNS, "warm_up"))
-            for layer, values, has, states in rows:
-                cells = [f"{value:.6g}" if is_there else "" for value, is_there in zip(values, has, strict=True)]
-                writer.writerow((layer, taken.stage, taken.step, taken.epoch, *cells, warm_ups(states)))
+                csv.writer(file).writerow((*INDEX, *COLUMNS, "warm_up"))
+            file.write(self._samples[-1].csv())
 
 
 def cut_csv(path: Path, step: int) -> None:

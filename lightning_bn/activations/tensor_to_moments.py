@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -37,9 +36,9 @@ class TensorMoments:
     """
 
     positions: int
-    count: Tensor  # (C,), or (1, C, 1, ...), integers: finite values
-    centre: Tensor  # the same shape, NaN where no value is finite
-    rest: Tensor  # (C,), mean of the data from which `centre` was taken
+    count: Tensor | None  # (1, C, 1, ...), integers: finite values; None: all
+    centre: Tensor  # the same shape, or (C,); NaN where no value is finite
+    rest: Tensor | None  # (C,), mean of the data from which `centre` was taken; None: 0
     variance: Tensor  # (C,)
     low: Tensor  # (), least finite value, or 0
     high: Tensor  # (), greatest finite value, or 0
@@ -62,7 +61,7 @@ def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None
         bounds: the least and the greatest value the layer can give.
     """
     positions = data.numel() // data.shape[1]
-    around = (_moments_on_host(data, positions) if _may_look(data) else None) or _masked_moments(data)
+    around = (_moments_on_host(data) if _may_look(data) else None) or _masked_moments(data)
     return TensorMoments(
         positions,
         *around,
@@ -74,10 +73,13 @@ def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None
 def moments_of(reading: TensorMoments) -> Moments:
     """Return the moments of the finite values of one reading, all three of shape (C,), in the widest dtype."""
     dtype = wide_dtype(reading.centre.device)
-    count, centre, rest, variance = (
-        tensor.flatten().to(dtype) for tensor in (reading.count, reading.centre, reading.rest, reading.variance)
-    )
-    moments = finite_moments(torch.full_like(count, reading.positions), count, centre, rest, variance)
+    centre, variance = reading.centre.flatten().to(dtype), reading.variance.to(dtype)
+    positions = torch.full_like(centre, reading.positions)
+    if reading.count is None or reading.rest is None:
+        moments = Moments(positions, centre, variance * positions)
+    else:
+        count, rest = reading.count.flatten().to(dtype), reading.rest.to(dtype)
+        moments = finite_moments(positions, count, centre, rest, variance)
     return Moments(moments.count, moments.mean / reading.scale, moments.m2 / reading.scale**2)
 
 
@@ -93,10 +95,10 @@ def finite_moments(positions: Tensor, count: Tensor, centre: Tensor, rest: Tenso
 
 
 # `TensorMoments`'s count, centre, rest, variance, low, high and scale.
-_Around: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]
+_Around: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor, Tensor, float]
 
 
-def _moments_on_host(data: Tensor, positions: int) -> _Around | None:
+def _moments_on_host(data: Tensor) -> _Around | None:
     """The moments of an activation on the CPU, None where a value is not finite."""
     mean, variance = channel_moments(data)
     low, high = data.aminmax()
@@ -109,15 +111,7 @@ def _moments_on_host(data: Tensor, positions: int) -> _Around | None:
         mean, variance = channel_moments(data * scale)
     else:
         scale = 1.0
-    channels = data.shape[1]
-    return _filled(channels, positions), mean, _filled(channels, 0.0), variance, low, high, scale
-
-
-@lru_cache(maxsize=512)
-def _filled(channels: int, value: float) -> Tensor:
-    """One number for each channel, on the CPU; read, and never written."""
-    with torch.inference_mode(False):
-        return torch.full((channels,), value, device="cpu")
+    return None, mean, None, variance, low, high, scale
 
 
 def _masked_moments(data: Tensor) -> _Around:

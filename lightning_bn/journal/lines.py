@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from itertools import repeat
+from functools import lru_cache
+from itertools import compress, repeat
 from typing import Any
 
 VERSION = 1
@@ -40,8 +41,18 @@ def encode_numbers(values: Iterable[float], has_value: Iterable[bool] | None = N
         >>> encode_numbers([1 / 3, 0.0, float("nan"), 2e-30], [True, False, True, True])
         '[0.33333,null,"nan",2e-30]'
     """
-    pairs = zip(values, repeat(True) if has_value is None else has_value)  # noqa: B905
+    numbers, has = tuple(values), None if has_value is None else bytes(has_value)
+    shown = numbers if has is None else tuple(compress(numbers, has))
+    if math.isfinite(sum(shown)):
+        return _form(b"\1" * len(numbers) if has is None else has) % shown
+    pairs = zip(numbers, repeat(True) if has is None else has)  # noqa: B905
     return "[" + ",".join([_number(value) if has else "null" for value, has in pairs]) + "]"
+
+
+@lru_cache(maxsize=256)
+def _form(has_value: bytes) -> str:
+    """A format string for a list: one call for all its numbers is many times as fast as one for each."""
+    return "[" + ",".join("%.5g" if has else "null" for has in has_value) + "]"
 
 
 _NUMBER = (int, float)
