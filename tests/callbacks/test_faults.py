@@ -46,9 +46,6 @@ NOT_WATCHING = ("callbacks/conversion.py", "callbacks/synchronisation.py", "call
 
 PROPERTIES = ("state_key", "_stable")
 """What Lightning reads of a callback outside of any hook: a string that is made of the class and an argument."""
-MEETING = {hook.__code__ for hook in vars(ModeCheck).values() if hasattr(hook, "_lightning_bn_meeting")}
-MEETING |= {ModeCheck._meet.__code__, ModeCheck._share.__code__}
-"""Where ranks meet: the hook calls guarded parts, and must meet whatever these do."""
 HANDING_ON = ("__torch_function__",)
 """Its one line of its own is the user's call; what it notes of the result is tried."""
 RESTORING = ("completely", "rollback", "undo", "__exit__", "_restore_dict", "_restore_set")
@@ -208,9 +205,7 @@ def test_no_fault_ends_or_changes_a_fit(
     calls = {
         code: count
         for code, count in reached(folder(), watcher).items()
-        if not any(code in each for each in earlier)
-        and code.co_name not in (*PROPERTIES, *RESTORING, *HANDING_ON)
-        and code not in MEETING
+        if not any(code in each for each in earlier) and code.co_name not in (*PROPERTIES, *RESTORING, *HANDING_ON)
     }
     tried, wrong = 0, []
     for place, (code, count) in enumerate(sorted(calls.items(), key=lambda item: str(item[0]))):
