@@ -1,4 +1,4 @@
-"""Episodes of illness and findings of ModeCheck as one list, the earliest and most upstream first."""
+"""Episodes of illness and findings of ModeCheck as one list: by level, and the earliest and most upstream first."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ def findings_of(journal: JournalReader) -> list[dict[str, Any]]:
         key=lambda each: (
             each["first"],
             min((places.get(n, 1 << 30) for n in each["layers"]), default=1 << 30),
-            _LEVELS.get(each["level"], 3),
         )
     )
     _group(found)
-    return found
+    return _by_level(found)
 
 
 def layer_places(journal: JournalReader) -> dict[str, int]:
@@ -121,6 +120,13 @@ def _group(found: list[dict[str, Any]]) -> None:
             ),
             None,
         )
+
+
+def _by_level(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the findings with the worst level first, and of a level what is over last."""
+    order = sorted(range(len(found)), key=lambda at: (_LEVELS.get(found[at]["level"], 3), found[at]["past"]))
+    places = {old: new for new, old in enumerate(order)}
+    return [{**found[at], "follows": places.get(found[at]["follows"])} for at in order]
 
 
 def _is(finding: dict[str, Any], cause: Any) -> bool:

@@ -91,7 +91,7 @@ def _parts(readers: Mapping[str, JournalReader], journals: Mapping[str, Path]) -
     names = list(readers)
     few: dict[str, Any] = {
         "runs": {"runs": names, "searched": [], "file": FILE_NAME},
-        "summaries": [summary_of(reader, name) for name, reader in readers.items()],
+        "summaries": [summary_of(reader, name, journals[name].stat().st_mtime) for name, reader in readers.items()],
     }
     for name, reader in readers.items():
         path = journals[name]

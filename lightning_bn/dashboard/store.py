@@ -104,7 +104,7 @@ class JournalStore:
             journal = self._open.get(name) or OpenJournal(self._paths[name])
             with journal.lock:
                 journal.refresh()
-                known = (state, summary_of(journal.reader, name))
+                known = (state, summary_of(journal.reader, name, journal.changed))
             self._summaries[name] = known
         return known[1]
 

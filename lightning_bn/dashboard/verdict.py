@@ -89,6 +89,8 @@ def _used(values: Any, limits: Limits) -> Any:
                 shares.append(np.log(finite / healthy) / np.log(limit / healthy))
             elif not limits.log and np.isfinite(limit) and limit > healthy:
                 shares.append((finite - healthy) / (limit - healthy))
+            elif limit == healthy:  # there should be none, and so there is no way to the limit
+                shares.append(np.where(finite > limit, 1.0, -1.0))
     used = np.max(np.nan_to_num(shares, nan=-1.0), axis=0)
     return np.minimum(used, FARTHEST)  # a scale of 0 is infinitely far on a logarithm, and JSON has no infinity
 

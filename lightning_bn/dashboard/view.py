@@ -48,16 +48,20 @@ def overview_of(journal: JournalReader, name: str, directory: str, changed: floa
     }
 
 
-def summary_of(journal: JournalReader, name: str) -> dict[str, Any]:
-    """Return a row of the table of runs: how bad it was, since when, and the gap."""
+def summary_of(journal: JournalReader, name: str, changed: float) -> dict[str, Any]:
+    """Return a row of the table of runs: how bad it was, how many layers were sick, since when, and the gap."""
     findings = findings_of(journal)
     episodes = [each for each in findings if each["source"] == "monitor"]
+    sick = {layer for each in episodes if not each["past"] for layer in each["layers"]}
+    verdict = verdict_of(journal, findings)
     return {
         "name": name,
-        "verdict": verdict_of(journal, findings)["text"],
+        "changed": changed,
+        "level": verdict["level"],
+        "verdict": verdict["text"],
         "step": journal.last_step(),
-        "sick": sum(not each["past"] for each in episodes),
-        "recovered": sum(each["past"] for each in episodes),
+        "sick": len(sick),
+        "recovered": len({layer for each in episodes for layer in each["layers"]} - sick),
         "guard": sum(each["source"] == "guard" and each["level"] != "info" for each in findings),
         "first": min((each["first"] for each in episodes), default=None),
         "nearest": nearest_limit(journal),

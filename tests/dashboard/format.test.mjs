@@ -1,7 +1,7 @@
 // Numbers and limits in words.
 import assert from "node:assert/strict";
 import test from "node:test";
-import { against, badness, code, isSick, number, place, plain, plural } from "../../lightning_bn/dashboard/static/format.js";
+import { against, badness, code, fitted, inWords, isSick, number, ofLimit, place, plain, plural, spacing } from "../../lightning_bn/dashboard/static/format.js";
 
 const DEAD = { low: null, high: 0.25, healthy: 0, log: false };
 const SPREAD = { low: 1e-7, high: 1e3, healthy: 1, log: true };
@@ -50,4 +50,28 @@ test("a name is no markup", () => assert.equal(plain("<b>&"), "&lt;b&gt;&amp;"))
 test("a fix that is advice is no code", () => {
   assert.deepEqual(code({ code: "warm up", place: "advice", note: "" }), { code: "", note: "warm up" });
   assert.deepEqual(code({ code: "f()", place: "before fit", note: "once" }), { code: "f()", note: "before fit; once" });
+});
+
+test("a scale of counts ends just above the largest of them, other scales stay", () => {
+  const scale = { low: -1, high: 3, log: true, count: true };
+  const ends = [[[0, 3], [null, "nan"]], [[11, 1]], [[32]], [[64]], [[4000]], []].map((rows) => Math.round(10 ** fitted(scale, rows).high));
+  assert.deepEqual(ends, [10, 20, 50, 100, 1000, 10]);
+  const other = { low: 0, high: 1, log: false };
+  assert.equal(fitted(other, [[0.1]]), other);
+  assert.equal(fitted(null, [[1]]), null);
+});
+
+test("a share of a limit is told up to it, and no thousands of percent beyond", () => {
+  assert.deepEqual([0.614, 0.999, 1, 10].map(ofLimit), ["61 %", "100 %", "beyond", "beyond"]);
+});
+
+test("samples that are not evenly apart are said to be so", () => {
+  assert.equal(spacing([0, 10, 20, 30]), "");
+  assert.equal(spacing([7]), "");
+  assert.match(spacing([0, 1, 2, 6, 10]), /1 to 4 steps apart/);
+});
+
+test("a series in words has its ends, its reach and what is beyond the limits", () => {
+  const words = inWords("dead", { train: { steps: [0, 10, 1200], values: [0, 0.5, "nan"] }, val: { steps: [5], values: [null] } }, DEAD);
+  assert.equal(words, "dead. train: 0 at step 0, NaN at step 1,200, least 0, most 0.5, 2 of 3 beyond the limits; val: no finite value.");
 });

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from journals import HOSTILE, write_run
+from journals import HOSTILE, write_rows, write_run
 from tensorboard.plugins.base_plugin import TBContext
 from werkzeug.test import Client
 from werkzeug.wrappers import Response
@@ -20,6 +20,7 @@ from werkzeug.wrappers import Response
 from lightning_bn.dashboard import loader, plugin
 from lightning_bn.dashboard.runs import Root, find_journals, roots_of
 from lightning_bn.journal.lines import FILE_NAME
+from lightning_bn.journal.writer import Journal
 
 
 def context(logdir: Path | str = "", spec: str = "") -> TBContext:
@@ -69,18 +70,39 @@ def test_a_run_as_the_page_gets_it(runs: Path) -> None:
     assert run["verdict"]["text"] == "3 layers sick since step 200; 1 recovered; 1 mistake of train and eval mode"
     names = [(each["code"], each["first"], each["past"], each["follows"]) for each in run["findings"]]
     assert names == [
-        ("drift_var", 60, True, None),
+        ("BN102", 300, False, None),
         ("dead_fraction", 200, False, None),
         ("dead_fraction", 200, False, 1),
         ("dead_fraction", 200, False, 1),
-        ("BN102", 300, False, None),
+        ("drift_var", 60, True, None),
     ]
+    assert [each["level"] for each in run["findings"]] == ["error", *["warning"] * 4]
     assert run["gap"]["rows"] == {"own": 0.3, "recalibrated": pytest.approx(0.4 / 3), "batch": pytest.approx(0.1)}
     assert run["lanes"]["eval"] == [{"layer": "model.layer1.0.bn1", "first": 300, "last": 400}]
     assert [statistic["name"] for statistic in run["statistics"] if statistic["sick"]] == ["dead_fraction"]
     healthy = Tab(runs).ask("run", run="healthy")["verdict"]
     assert healthy["level"] == "healthy"
     assert healthy["nearest"]["layer"].startswith("model.layer1.")
+
+
+def test_a_summary_counts_layers(tmp_path: Path) -> None:
+    """A layer that is ill twice, or by two statistics, is one layer; and a limit of 0 is no percentage."""
+    journal = Journal(tmp_path / "run")
+    high = {"low": None, "high": 0.0, "healthy": 0.0, "log": False}
+    journal.write("statistics", statistics=[{"name": "nonfinite", **high}, {"name": "died", **high}])
+    write_rows(journal, "train", 9, 0, {"a": {"nonfinite": 3.0, "died": 0.0}, "b": {"nonfinite": 0.0, "died": 0.0}})
+    for layer, statistic, first, over in [
+        ("a", "nonfinite", 1, True),
+        ("a", "nonfinite", 5, False),
+        ("a", "died", 5, False),
+        ("b", "died", 2, True),
+    ]:
+        journal.write(
+            "episode", step=9, stage="train", layer=layer, statistic=statistic, first=first, last=9, recovered=over
+        )
+    (summary,) = Tab(tmp_path).ask("summaries")
+    assert (summary["sick"], summary["recovered"], summary["first"], summary["level"]) == (1, 1, 1, "error")
+    assert (summary["nearest"]["layer"], summary["nearest"]["used"]) == ("a", 1.0)
 
 
 def test_a_grid_is_the_tables_numbers(runs: Path) -> None:

@@ -32,16 +32,16 @@ def test_what_is_drawn_is_what_the_journal_says(show: Callable[..., Page], runs:
 
 
 def test_the_header_and_the_findings(show: Callable[..., Page]) -> None:
-    """The verdict and the gap in words; the cause stands first, and what follows from it below."""
+    """The verdict and the gap in words; errors stand before warnings, the cause before what follows from it."""
     page = show("sick")
     assert "3 layers sick since step 200; 1 recovered; 1 mistake of train and eval mode" in page.text(".verdict")
     assert "own 0.3" in page.text(".gap")
     assert "recalibrated 0.1333" in page.text(".gap")
     assert "batch 0.1" in page.text(".gap")
     assert page.texts(".findings .group > article .head .layer") == [
-        "model.layer1.0.relu#1",
-        "model.layer1.1.relu#1",
         "model.layer1.0.bn1",
+        "model.layer1.1.relu#1",
+        "model.layer1.0.relu#1",
     ]
     assert page.texts(".findings .group > details > summary") == ["2 findings below it follow"]
     assert page.texts(".tabs:not(.views) button")[:2] == ["dead fraction3", "drift var1"]
@@ -49,7 +49,7 @@ def test_the_header_and_the_findings(show: Callable[..., Page]) -> None:
         "learning rate",
         "epochs",
         "validations",
-        "guard findings",
+        "findings",
         "in eval mode",
         "recalibrations",
     ]
@@ -172,7 +172,7 @@ def test_what_happened_is_drawn_at_its_step(show: Callable[..., Page]) -> None:
         False,
     ]
     assert [drawn("epochs", column - 0.5, 60) for column in (20, 30, 35)] == [True, True, False]
-    assert [drawn("guard findings", column - 0.5, 60) for column in (20, 30, 40)] == [False, True, False]
+    assert [drawn("findings", column - 0.5, 60) for column in (20, 30, 40)] == [False, True, False]
     page = show("sick", address="#from=200&to=390")
     page.until(lambda: page.columns() == 20, "the zoom")
     assert [drawn("in eval mode", column, 20) for column in (5, 9, 11, 18)] == [False, False, True, True]
@@ -233,6 +233,44 @@ def test_recalibration_averages_and_comparison(show: Callable[..., Page], runs: 
         page.js("return document.querySelector('.difference .plot').data[0].z"), expected, atol=2e-3
     )
     assert page.texts(".table tbody tr td:first-child") == ["sick", "healthy"]
+
+
+def test_a_file_of_two_runs_opens_their_comparison(show: Callable[..., Page]) -> None:
+    """Who names two runs sees the difference, and the verdicts whole; the selector says what is wrong with each."""
+    page = show("healthy", "sick")
+    page.until(lambda: page.js("return !!document.querySelector('.difference .plot')?.data"), "the difference")
+    assert run_options(page) == ["healthy", "sick: 3 layers sick"]
+    assert page.js("return document.querySelector('[data-key=other]').value") == "sick"
+    rows = page.js(
+        "return [...document.querySelectorAll('.table tbody tr')].map(row => [...row.children].map(e => e.textContent))"
+    )
+    assert [row[:5] for row in rows] == [
+        ["sick", "3 layers sick since step 200; 1 recovered; 1 mistake of train and eval mode", "3", "1", "1"],
+        ["healthy", "Healthy: no layer was beyond its limits", "0", "0", "0"],
+    ]
+    resize(page.driver, 1440, 1000)
+    page.until(
+        lambda: page.js("const t = document.querySelector('.table'); return t.scrollWidth <= t.clientWidth"),
+        "the table",
+    )
+    assert page.complaints() == []
+
+
+def test_charts_have_words(show: Callable[..., Page]) -> None:
+    """Whoever can't see the map or a chart is told what it shows; axes say that they are steps."""
+    page = show("sick")
+    page.until(lambda: page.js("return document.querySelectorAll('.charts .main-svg').length > 2"), "the charts")
+    label = page.js("return document.querySelector('.heatmap').getAttribute('aria-label')")
+    assert "3 more" not in label
+    assert "beyond the limits: model.layer1.1.relu#1 from step 200" in label
+    words = page.js("return [...document.querySelectorAll('.plot')].map(e => [e.role, e.getAttribute('aria-label')])")
+    assert len(words) >= 3
+    assert all(role == "img" and text for role, text in words)
+    assert "train: 0.01" in words[0][1]
+    assert "1 at step 590" in words[0][1]
+    assert page.js("return document.querySelector('.charts .plot').layout.xaxis.title.text") == "step"
+    page.js("document.querySelector('.heatmap').scrollIntoView()")
+    assert page.text(".axis-label") == "step"
 
 
 def test_a_healthy_run_and_one_layer(show: Callable[..., Page]) -> None:
@@ -329,6 +367,10 @@ def address(logs: Path) -> Iterator[str]:
         yield found
 
 
+def run_options(page: Page) -> list[str]:
+    return page.js("return [...document.querySelectorAll('[data-key=run] option')].map(each => each.textContent)")
+
+
 class TestTensorBoard:
     """The tab."""
 
@@ -351,6 +393,14 @@ class TestTensorBoard:
         again = self.enter(browser, address, page.hash()[1:]).ready()
         again.until(lambda: again.text(".layer h2") == "model.layer1.1.relu#1", "the layer")
         assert [each for each in again.complaints() if "lightning_bn" in each] == []
+
+    def test_it_opens_on_the_run_that_needs_it(self, browser: Any, address: str) -> None:
+        """Without a run in the address it is a sick one, and the selector says which are."""
+        page = self.enter(browser, address, "lightning_bn").ready()
+        assert page.js("return document.querySelector('.verdict').className") == "verdict is-error"
+        options = page.until(lambda: [each for each in run_options(page) if "sick: 3" in each], "it")
+        assert options == ["sick: 3 layers sick"]
+        assert "healthy" in run_options(page)
 
     def test_dark_as_tensorboard_is(self, browser: Any, address: str) -> None:
         """The page follows TensorBoard's own switch."""

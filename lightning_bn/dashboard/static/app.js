@@ -1,22 +1,26 @@
 // The page: loads what is selected, draws it, and looks for what is new.
 import { h, replace } from "./dom.js";
+import { fitted } from "./format.js";
 import { header } from "./header.js";
 import { findings, layerOf } from "./findings.js";
 import { Centre } from "./centre.js";
 import { LayerPanel } from "./layer.js";
 import { empty, failed, loading, missingPlotly } from "./states.js";
+import { neediest } from "./runs.js";
 
 const EVERY = 4000; // milliseconds between two looks at a live run
+const SELDOM = 15; // looks at a run between two at the list of runs
+const PATIENCE = 1500; // milliseconds that the page waits for the verdicts on all runs, to open the one that needs it
 
 export class Page {
   // `loadPlotly` loads plotly.js, which takes a second to start; the map is drawn without it, and so is there before.
   constructor(root, source, state, loadPlotly) {
-    Object.assign(this, { root, source, state, loadPlotly, run: null, grid: null, statistic: null, runs: [], turn: 0 });
+    Object.assign(this, { root, source, state, loadPlotly, run: null, grid: null, statistic: null, runs: [], summaries: new Map(), turn: 0, looks: 0 });
     this.top = h("div", {});
     this.left = h("div", { class: "side" });
     this.centre = new Centre(this);
     this.panel = new LayerPanel(this);
-    this.body = h("main", { class: "page" }, this.top, h("div", { class: "columns" }, this.left, this.centre.element, this.panel.element));
+    this.body = h("main", { class: "page" }, this.top, h("div", { class: "columns" }, this.left, h("div", { class: "middle" }, this.centre.element, this.panel.charts), this.panel.element));
     this.message = h("div", {});
     root.append(this.message, this.body);
     state.listen((changed) => this.changed(changed));
@@ -39,13 +43,23 @@ export class Page {
     if (this.source.live) setInterval(() => document.visibilityState === "visible" && this.refresh(), EVERY);
   }
 
-  // Finds the runs, and shows the one of the address, or the first.
+  // Finds the runs, and shows the one of the address, or the one that needs it most.
   async look() {
     const { runs, searched, file } = await this.source.runs();
     this.runs = runs;
     if (!runs.length) return this.say(empty(searched, file));
+    const judged = runs.length > 1 ? this.judge() : null;
     const wanted = this.state.get("run");
-    await this.load(runs.includes(wanted) ? wanted : runs[0]);
+    if (!runs.includes(wanted)) await Promise.race([judged, new Promise((resolve) => setTimeout(resolve, PATIENCE))]);
+    this.first = neediest([...this.summaries.values()]) ?? runs[0];
+    await this.load(runs.includes(wanted) ? wanted : this.first);
+  }
+
+  // Learns the verdicts on all runs, which stand in the list of runs; that they can't be had is no reason to show nothing.
+  async judge() {
+    const summaries = await this.source.summaries().catch(() => []);
+    this.summaries = new Map(summaries.map((each) => [each.name, each]));
+    if (this.isReady) replace(this.top, header(this));
   }
 
   async load(name) {
@@ -64,6 +78,7 @@ export class Page {
     const grid = this.statistic ? await this.source.grid(this.run.name, this.statistic.name, stage, first, last) : null;
     if (turn !== this.turn) return;
     this.grid = grid;
+    if (grid) this.statistic = { ...this.statistic, scale: fitted(this.statistic.scale, grid.values) };
     this.isReady = true;
     this.say(null);
     this.draw();
@@ -87,7 +102,7 @@ export class Page {
   changed(changed) {
     if (!this.isReady) return;
     const any = (...names) => names.some((name) => changed.has(name));
-    if (any("run") && this.state.get("run") !== this.run.name) this.guarded(() => this.load(this.state.get("run") || this.runs[0]));
+    if (any("run") && this.state.get("run") !== this.run.name) this.guarded(() => this.load(this.state.get("run") || this.first));
     else if (any("statistic", "stage", "from", "to")) this.guarded(() => this.loadGrid());
     else if (any("sort", "filter", "sick", "open", "fold", "view", "other", "by")) this.draw();
     else this.drawSelection();
@@ -98,6 +113,10 @@ export class Page {
     this.refreshing = true;
     try {
       if (!this.run) return await this.look();
+      if (++this.looks % SELDOM === 0) {
+        this.runs = (await this.source.runs()).runs;
+        if (this.runs.length > 1) await this.judge();
+      }
       const run = await this.source.run(this.run.name, this.run.revision);
       if (run.same) {
         this.run.changed = run.changed;

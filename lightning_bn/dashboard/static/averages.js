@@ -1,7 +1,7 @@
 // The validation metric under each average, and which is recommended.
-import { copyButton, h, replace } from "./dom.js";
-import { isNumber, plain } from "./format.js";
-import { CONFIG, axis, colours, layout } from "./theme.js";
+import { copyButton, described, h, replace } from "./dom.js";
+import { inWords, isNumber, plain } from "./format.js";
+import { CONFIG, axis, colours, layout, stepAxis } from "./theme.js";
 import { sortable } from "./table.js";
 
 export function averages(page, holder, width) {
@@ -22,9 +22,10 @@ export function averages(page, holder, width) {
     type: "scatter", mode: averages.steps.length > 1 ? "lines+markers" : "markers", name: plain(name), x: averages.steps, y: averages.values[name].map((value) => (isNumber(value) ? value : null)),
     line: { color: colour.series[index % colour.series.length], width: name === averages.recommended ? 3 : 1.5 }, marker: { size: 4 }, hovertemplate: `${plain(name).replaceAll("%", "&#37;")}: %{y:.4g}<extra></extra>`,
   }));
+  described(plot, inWords(averages.monitor, Object.fromEntries(names.map((name) => [name, { steps: averages.steps, values: averages.values[name] }]))));
   window.Plotly.react(plot, traces, layout({
-    width, height: 260, margin: { l: 52, r: 6, t: 8, b: 46 }, showlegend: true, legend: { orientation: "h", y: -0.2 },
-    xaxis: axis({ fixedrange: true, nticks: 6 }), yaxis: axis({ fixedrange: true, nticks: 5 }),
+    width, height: 260, margin: { l: 52, r: 6, t: 8, b: 46 }, showlegend: true, legend: { orientation: "h", y: -0.25 },
+    xaxis: stepAxis({ nticks: 6 }), yaxis: axis({ fixedrange: true, nticks: 5 }),
   }), CONFIG);
 }
 

@@ -1,6 +1,6 @@
 // The middle of the page: the map, and the views that take its place.
 import { h, replace, button, select } from "./dom.js";
-import { number, plural, count } from "./format.js";
+import { number, plural, count, spacing } from "./format.js";
 import { HeatMap, zoomButton } from "./map.js";
 import { recalibrations } from "./recalibration.js";
 import { averages } from "./averages.js";
@@ -113,12 +113,14 @@ export class Centre {
     const limits = [statistic.low, statistic.high].filter((each) => each !== null && each !== undefined).map(number).join(" and ");
     const { columns } = this.map;
     const thinned = grid.samples > columns;
+    const uneven = thinned ? "" : spacing(grid.first);
     replace(this.legend,
       h("strong", {}, statistic.label),
       scale && h("span", { class: "scale" }, end(scale.low), h("span", { class: "ramp", style: { background: `linear-gradient(90deg, ${stops})` } }), end(scale.high)),
       h("span", {}, h("i", { class: "mark is-sick" }), limits ? `beyond the limit (${limits})` : "beyond a limit"),
       h("span", {}, h("i", { class: "mark is-warm" }), "warming up"), h("span", {}, h("i", { class: "mark is-nan" }), "NaN"), h("span", {}, h("i", { class: "mark is-missing" }), "missing"),
-      thinned && h("span", { class: "muted" }, `thinned: ${count(grid.samples)} samples in ${plural(columns, "column")}, each the worst of its samples${this.page.source.live ? "; drag to zoom for more" : ""}`));
+      thinned && h("span", { class: "muted" }, `thinned: ${count(grid.samples)} samples in ${plural(columns, "column")}, each the worst of its samples${this.page.source.live ? "; drag to zoom for more" : ""}`),
+      uneven && h("span", { class: "muted" }, uneven));
   }
 }
 

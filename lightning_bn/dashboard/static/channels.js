@@ -1,7 +1,7 @@
 // The channels of a layer: sorted, the dead and the drifting ones marked; its histogram over time.
-import { h, replace } from "./dom.js";
+import { described, h, replace } from "./dom.js";
 import { count, isNumber, plural } from "./format.js";
-import { CONFIG, axis, colours, layout } from "./theme.js";
+import { CONFIG, axis, colours, layout, stepAxis } from "./theme.js";
 
 const DRIFT = 1; // running standard deviations, or log ratio: the monitor's limits
 
@@ -13,8 +13,8 @@ export function drawChannels(holder, { channels, histograms, edges }, width, ste
   replace(holder,
     isEmpty ? null : h("h3", {}, `Channels, step ${count(sample.step)}`), isEmpty ? null : h("p", { class: "muted" }, words(sample)), isEmpty ? null : plot,
     histograms.length ? h("h3", {}, "Histogram over time") : null, histograms.length ? over : null);
-  if (!isEmpty) drawSorted(plot, sample, width);
-  if (histograms.length) drawHistogram(over, histograms, edges, width);
+  if (!isEmpty) drawSorted(described(plot, `Standard deviation and mean of each channel at step ${count(sample.step)}: ${words(sample)}.`), sample, width);
+  if (histograms.length) drawHistogram(described(over, `Histogram of the activations at ${plural(histograms.length, "sample")}, steps ${count(histograms[0].step)} to ${count(histograms[histograms.length - 1].step)}.`), histograms, edges, width);
 }
 
 function nearest(samples, step) {
@@ -58,6 +58,6 @@ function drawHistogram(plot, histograms, edges, width) {
   const labels = shares[0].map((_, index) => (index === 0 ? `< ${edges[0] ?? ""}` : index === shares[0].length - 1 ? `> ${edges[index - 1] ?? ""}` : String(edges[index] ?? index)));
   const z = labels.map((_, bucket) => shares.map((share) => Math.sqrt(share[bucket] ?? 0)));
   window.Plotly.react(plot, [{ type: "heatmap", z, x: histograms.map((each) => count(each.step)), y: labels, showscale: false, colorscale: colours().rising, hovertemplate: "step %{x}, %{y}<extra></extra>" }], layout({
-    width, height: 200, margin: { l: 56, r: 6, t: 4, b: 24 }, xaxis: axis({ type: "category", fixedrange: true, nticks: 5 }), yaxis: axis({ type: "category", fixedrange: true, nticks: 6 }),
+    width, height: 200, margin: { l: 56, r: 6, t: 4, b: 36 }, xaxis: stepAxis({ type: "category", nticks: 5 }), yaxis: axis({ type: "category", fixedrange: true, nticks: 6 }),
   }), CONFIG);
 }

@@ -1,7 +1,7 @@
 // Two runs by the names of their layers: a map of differences; more of them as a table.
-import { h, replace } from "./dom.js";
-import { count, isNumber, number, plain } from "./format.js";
-import { CONFIG, axis, colours, layout } from "./theme.js";
+import { described, h, replace } from "./dom.js";
+import { count, isNumber, number, ofLimit, plain } from "./format.js";
+import { CONFIG, axis, colours, layout, stepAxis } from "./theme.js";
 import { sortable } from "./table.js";
 
 export async function compare(page, holder, width) {
@@ -17,9 +17,10 @@ export async function compare(page, holder, width) {
 function runs({ state, run }, summaries) {
   const rows = summaries.map((each) => ({ ...each, worst: each.nearest?.used ?? null, where: each.nearest?.layer ?? "" }));
   return sortable([
-    { key: "name", label: "run", left: true }, { key: "sick", label: "sick" }, { key: "recovered", label: "recovered" }, { key: "guard", label: "guard" },
+    { key: "name", label: "run", left: true }, { key: "verdict", label: "verdict", left: true },
+    { key: "sick", label: "layers sick" }, { key: "recovered", label: "layers recovered" }, { key: "guard", label: "mistakes" },
     { key: "first", label: "first at", cell: (row) => (isNumber(row.first) ? count(row.first) : "–") },
-    { key: "worst", label: "of limit", cell: (row) => (isNumber(row.worst) ? `${Math.round(row.worst * 100)} %` : "–") }, { key: "gap", label: "gap" }, { key: "step", label: "steps" }, { key: "verdict", label: "verdict", left: true },
+    { key: "worst", label: "of limit", cell: (row) => (isNumber(row.worst) ? ofLimit(row.worst) : "–") }, { key: "gap", label: "gap" }, { key: "step", label: "steps" },
   ], rows, { by: "sick", onrow: (row) => state.set({ run: row.name, other: row.name === run.name ? state.get("other") : run.name }), chosen: (row) => row.name === run.name });
 }
 
@@ -56,15 +57,16 @@ function drawDifference(page, holder, ours, theirs, width) {
   const tip = h("p", { class: "muted", role: "status" }, "Point at a cell to read it.");
   const words = statistic.log ? "decades" : "difference";
   const lists = [[run.name, found.only[0]], [state.get("other"), found.only[1]]].filter(([, names]) => names.length);
-  replace(holder, h("h3", {}, `${statistic.label}: ${run.name} less ${state.get("other")}`), found.layers.length ? plot : h("p", {}, "The runs share no layer with this statistic."), tip,
+  replace(holder, h("h3", {}, `${statistic.label}: ${run.name} less ${state.get("other")}`), found.layers.length ? [plot, tip] : h("p", {}, "The runs share no layer with this statistic."),
     lists.map(([name, names]) => h("p", { class: "muted" }, `Only in ${name}: ${names.slice(0, 12).join(", ")}${names.length > 12 ? ` and ${names.length - 12} more` : ""}`)));
   if (!found.layers.length) return;
+  described(plot, `${statistic.label}: ${run.name} less ${state.get("other")}, ${found.layers.length} layers by steps ${count(found.first[0])} to ${count(found.first[found.first.length - 1])}.`);
   const every = Math.ceil(found.layers.length / 40);
   const rows = found.layers.map((_, row) => row).filter((row) => row % every === 0);
-  const reach = Math.max(1e-12, ...found.values.flat().filter(isNumber).map(Math.abs));
-  window.Plotly.react(plot, [{ type: "heatmap", z: found.values, zmin: -reach, zmax: reach, colorscale: colours().both, hoverinfo: "none", showscale: true, colorbar: { thickness: 10, title: { text: words, side: "right" }, tickfont: { size: 10 } } }], layout({
-    width, height: Math.max(160, Math.min(640, 14 * found.layers.length + 30)), margin: { l: 150, r: 60, t: 4, b: 26 },
-    xaxis: axis({ tickvals: ticks(found.first.length), ticktext: ticks(found.first.length).map((each) => count(found.first[each])), fixedrange: true }), yaxis: axis({ autorange: "reversed", fixedrange: true, tickvals: rows, ticktext: rows.map((row) => shortened(found.layers[row])) }),
+  const reach = Math.max(0, ...found.values.flat().filter(isNumber).map(Math.abs));
+  window.Plotly.react(plot, [{ type: "heatmap", z: found.values, zmin: -(reach || 1), zmax: reach || 1, colorscale: colours().both, hoverinfo: "none", showscale: reach > 0, colorbar: { thickness: 10, title: { text: words, side: "right" }, tickfont: { size: 10 } } }], layout({
+    width, height: Math.max(140, Math.min(640, 14 * found.layers.length + 40)), margin: { l: 150, r: 60, t: 4, b: 36 },
+    xaxis: stepAxis({ tickvals: ticks(found.first.length), ticktext: ticks(found.first.length).map((each) => count(found.first[each])) }), yaxis: axis({ autorange: "reversed", fixedrange: true, tickvals: rows, ticktext: rows.map((row) => shortened(found.layers[row])) }),
   }), CONFIG);
   plot.on("plotly_hover", ({ points: [{ pointIndex: [row, column] }] }) => replace(tip, `${found.layers[row]}, step ${count(found.first[column])}: ${number(found.values[row][column])} ${words}`));
   plot.on("plotly_click", ({ points: [{ pointIndex: [row, column] }] }) => state.set({ layer: found.layers[row], step: found.first[column] }));

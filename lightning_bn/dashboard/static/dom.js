@@ -58,6 +58,13 @@ export function select(key, label, options, value, onchange) {
   );
 }
 
+// A chart is a picture to who can't see it, with these words.
+export function described(element, words) {
+  element.setAttribute("role", "img");
+  element.setAttribute("aria-label", words);
+  return element;
+}
+
 export function download(name, blob) {
   const address = URL.createObjectURL(blob);
   const link = h("a", { href: address, download: name });

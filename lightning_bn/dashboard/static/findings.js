@@ -65,7 +65,13 @@ function item({ state, run }, finding) {
       h("span", { class: "title" }, finding.title),
       h("span", { class: "layer" }, finding.layers[0] || finding.where || "(the model)", finding.layers.length > 1 ? ` and ${finding.layers.length - 1} more` : ""),
       h("span", { class: "muted" }, [span, finding.stage && finding.stage !== "train" ? finding.stage : "", finding.text].filter(Boolean).join(": "))),
-    advice(finding, run.rules));
+    finding.past || finding.level === "info" ? folded(finding, run.rules) : advice(finding, run.rules));
+}
+
+// What is over, or harmless, takes less room.
+function folded(finding, rules) {
+  const what = advice(finding, rules);
+  return what && h("details", { class: "folded" }, h("summary", { "data-key": `advice:${finding.place}` }, "What to do"), what);
 }
 
 // What to do: why it matters, code to copy, and where to read on.

@@ -43,6 +43,39 @@ export function badness(value, statistic) {
   return Math.min(distance, 5e5) + (isSick(value, statistic) ? 1e6 : 0);
 }
 
+// How much of the way to a limit is used. There is no way to a limit of 0, and none beyond a limit.
+export const ofLimit = (used) => (used >= 1 ? "beyond" : `${Math.round(used * 100)} %`);
+
+// A scale of counts ends at the largest of them, rounded up to 1, 2 or 5 times a power of ten: a layer of 16 channels
+// shows in the same colours as one of 1,024.
+export function fitted(scale, rows) {
+  if (!scale?.count) return scale;
+  let most = 10;
+  for (const row of rows) for (const value of row) if (isNumber(value)) most = Math.max(most, value);
+  const power = 10 ** Math.floor(Math.log10(most));
+  const end = [1, 2, 5, 10].find((each) => each * power >= most) * power;
+  return { ...scale, high: Math.min(scale.high, Math.log10(end)) };
+}
+
+// How far apart the samples are, in words, where they are not evenly so: the columns of the map are as wide as each other.
+export function spacing(steps) {
+  const gaps = steps.slice(1).map((step, place) => step - steps[place]);
+  const [least, most] = [Math.min(...gaps), Math.max(...gaps)];
+  return gaps.length && most > 1.5 * least ? `uneven: samples are ${count(least)} to ${count(most)} steps apart, and columns are equally wide` : "";
+}
+
+// A series in words, for who can't see its chart.
+export function inWords(label, stages, statistic = {}) {
+  const told = Object.entries(stages).map(([stage, { steps, values }]) => {
+    const known = values.filter(isNumber);
+    if (!known.length) return `${stage}: no finite value`;
+    const beyond = values.filter((value) => isSick(value, statistic)).length;
+    return `${stage}: ${number(values[0])} at step ${count(steps[0])}, ${number(values[values.length - 1])} at step ${count(steps[steps.length - 1])}, ` +
+      `least ${number(Math.min(...known))}, most ${number(Math.max(...known))}${beyond ? `, ${beyond} of ${values.length} beyond the limits` : ""}`;
+  });
+  return `${label}. ${told.join("; ")}.`;
+}
+
 // The place of a value on the scale of colours.
 export function place(value, scale) {
   if (!isNumber(value)) return null;

@@ -1,6 +1,7 @@
 // Who the run is, how it is, and how large the gap between training and evaluation is.
 import { h, select } from "./dom.js";
-import { count, number, plural, when } from "./format.js";
+import { count, number, ofLimit, plural, when } from "./format.js";
+import { entry } from "./runs.js";
 
 const SILENT = 600; // seconds without a line after which a run is not called live
 
@@ -13,11 +14,11 @@ export function stateOf(run, now = Date.now() / 1000) {
 
 export function header(page) {
   const { state, run, runs } = page;
-  const others = [["", "–"], ...runs.filter((name) => name !== run.name).map((name) => [name, name])];
+  const others = [["", "–"], ...runs.filter((name) => name !== run.name).map((name) => entry(name, page.summaries.get(name)))];
   const [kind, words] = stateOf(run);
   return h("header", {},
     h("div", { class: "bar" },
-      runs.length > 1 || !run.name ? select("run", "Run", runs.map((name) => [name, name]), run.name, (value) => state.set({ run: value, layer: "", step: "", from: "", to: "" })) : h("span", { class: "name", title: run.directory }, run.name),
+      runs.length > 1 || !run.name ? select("run", "Run", runs.map((name) => entry(name, page.summaries.get(name))), run.name, (value) => state.set({ run: value, layer: "", step: "", from: "", to: "" })) : h("span", { class: "name", title: run.directory }, run.name),
       runs.length > 1 && select("other", "Compare with", others, state.get("other"), (value) => state.set({ other: value, view: value ? "compare" : "map" })),
       h("span", { class: `state is-${kind}` }, words),
       h("span", { class: "muted" }, `step ${count(run.step)} · ${plural(run.samples.train || 0, "sample")} of training${run.samples.val ? `, ${run.samples.val} of validation` : ""}`),
@@ -39,7 +40,7 @@ function verdict(run) {
   const { level, text, nearest } = run.verdict;
   return h("div", { class: `verdict is-${level}`, role: "status" },
     h("strong", {}, text), ".",
-    nearest && h("span", {}, ` Nearest to a limit: ${nearest.layer}, ${nearest.label} ${number(nearest.value)}, ${Math.round(nearest.used * 100)} % of the way.`));
+    nearest && h("span", {}, ` Nearest to a limit: ${nearest.layer}, ${nearest.label} ${number(nearest.value)}, ${nearest.used >= 1 ? "at the limit" : `${ofLimit(nearest.used)} of the way`}.`));
 }
 
 function gap(run) {

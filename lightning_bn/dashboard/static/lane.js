@@ -1,7 +1,7 @@
 // Under the map: what happened, at the steps of its columns.
-import { h, replace } from "./dom.js";
+import { described, h, replace } from "./dom.js";
 import { colours } from "./theme.js";
-import { isNumber } from "./format.js";
+import { count, isNumber } from "./format.js";
 
 const HEIGHT = 16;
 const EDGE = 6; // a symbol at the first or the last step is whole
@@ -14,7 +14,7 @@ export function laneRows(run) {
     { name: "learning rate", rates: lanes.rates },
     { name: "epochs", at: lanes.epochs.map(([step]) => step), symbol: "line" },
     { name: "validations", at: lanes.validations, symbol: "diamond" },
-    { name: "guard findings", at: guard.map((each) => each.first), symbol: "cross", colour: "sick" },
+    { name: "findings", at: guard.map((each) => each.first), symbol: "cross", colour: "sick" },
     { name: "in eval mode", spans: lanes.eval, colour: "sick" },
     { name: "recalibrations", at: lanes.recalibrations.map(([step]) => step), symbol: "star" },
   ];
@@ -26,6 +26,7 @@ export function drawLane(map) {
   replace(map.laneLabels, rows.map((row) => h("div", { class: "row lane-label", style: { height: `${HEIGHT}px` } }, row.name)));
   map.lane.hidden = map.laneLabels.hidden = !rows.length;
   if (!rows.length) return;
+  described(map.lane, rows.map(inWords).join(" "));
   const { width } = map.size();
   const context = canvasOf(map.lane, width, rows.length * HEIGHT);
   const across = (place) => ((place + 0.5) / map.columns) * width;
@@ -41,6 +42,8 @@ export function drawLane(map) {
     else for (const step of row.at.filter(inside)) symbols[row.symbol](context, Math.max(EDGE, Math.min(width - EDGE, across(map.place(step)))), middle);
   });
 }
+
+const inWords = ({ name, at, spans }) => (at ? `${name} at steps ${at.slice(0, 20).map(count).join(", ")}${at.length > 20 ? ", …" : ""}.` : spans ? `${name}: ${spans.slice(0, 20).map(({ layer, first, last }) => `${layer} from step ${count(first)} to ${count(last)}`).join(", ")}.` : "");
 
 function canvasOf(canvas, width, height) {
   const scale = Math.min(window.devicePixelRatio || 1, 2);

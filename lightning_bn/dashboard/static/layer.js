@@ -1,11 +1,14 @@
 // One layer: what it is, what to do about it, and its numbers over the run.
-import { h, button, replace } from "./dom.js";
-import { code, count, isNumber, number, isSick } from "./format.js";
-import { CONFIG, axis, colours, layout } from "./theme.js";
+import { described, h, button, replace } from "./dom.js";
+import { code, count, inWords, isNumber, number, isSick, plain } from "./format.js";
+import { CONFIG, axis, colours, layout, stepAxis } from "./theme.js";
 import { advice } from "./findings.js";
 import { drawChannels } from "./channels.js";
 
 const FAINT = 24; // other layers behind the chosen one
+const FEW = 12; // samples that are points on their line: a line through few says little of what was between
+const LETTER = 6; // points that a letter of a small title takes
+const WIDE = 340; // points that a small chart has at least, where there is room for two side by side
 const FIRST = ["weight_min", "weight_max", "bias_min", "bias_max"];
 
 export class LayerPanel {
@@ -14,9 +17,12 @@ export class LayerPanel {
     this.facts = h("div", {});
     this.chart = h("div", { class: "plot" });
     this.small = h("div", { class: "plot" });
+    this.same = h("p", { class: "muted" });
     this.channels = h("div", {});
-    this.charts = h("div", { class: "charts" }, this.chart, this.small, this.channels);
-    this.element = h("section", { class: "layer", "aria-label": "Layer" }, this.facts, this.charts);
+    this.title = h("h3", {});
+    // Below the map, where there is room.
+    this.charts = h("section", { class: "layer charts", "aria-label": "The layer over the run" }, this.title, this.chart, this.small, this.same);
+    this.element = h("section", { class: "layer", "aria-label": "Layer" }, this.facts, this.channels);
     this.loaded = "";
   }
 
@@ -25,7 +31,7 @@ export class LayerPanel {
     const name = this.page.layer();
     const layers = run.layers.map((each) => each.name);
     const at = layers.indexOf(name);
-    this.charts.hidden = at < 0;
+    this.charts.hidden = this.channels.hidden = at < 0;
     if (at < 0) {
       replace(this.facts, h("h2", {}, "Layer"), h("p", { class: "muted" }, name ? `This run has no layer ${name}.` : "Choose a layer: a row of the map, or a finding."));
       return;
@@ -43,13 +49,10 @@ export class LayerPanel {
 
   _charts() {
     const { state } = this.page;
+    replace(this.title, `${this.page.layer() || "(the model)"} over the run`);
     this._trend();
     this._others();
-    drawChannels(this.channels, this.vectors, this.width(), state.get("step"));
-  }
-
-  width() {
-    return Math.max(160, this.element.clientWidth - 24);
+    drawChannels(this.channels, this.vectors, room(this.element), state.get("step"));
   }
 
   _facts(layer, up, down) {
@@ -88,7 +91,7 @@ export class LayerPanel {
     const others = (grid?.layers || []).map((other, row) => [other, row]).filter(([other]) => other !== name);
     const every = Math.max(1, Math.ceil(others.length / FAINT));
     const faint = others.filter((_, index) => index % every === 0).map(([, row]) => line(grid.first, grid.values[row], { color: colour.faint, width: 1 }));
-    const stages = Object.entries(own).map(([stage, of], index) => ({ ...line(of.steps, of.values, { color: colour.series[index], width: 2 }), name: stage, showlegend: true, ...(of.steps.length < 2 ? { mode: "markers" } : {}) }));
+    const stages = Object.entries(own).map(([stage, of], index) => ({ ...line(of.steps, of.values, { color: colour.series[index], width: 2 }), name: stage, showlegend: true }));
     const known = [...faint, ...stages].flatMap((each) => each.y).filter(isNumber);
     const limits = [statistic.low, statistic.high].filter((limit) => isNumber(limit) && near(limit, known, statistic.log));
     const shapes = limits.map((y) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: colour.sick, width: 1.5, dash: "dash" } }));
@@ -96,37 +99,56 @@ export class LayerPanel {
     if (step !== "") shapes.push({ type: "line", yref: "paper", y0: 0, y1: 1, x0: Number(step), x1: Number(step), line: { color: colour.accent, width: 1 } });
     this.chart.hidden = !stages.length;
     if (!stages.length) return;
+    described(this.chart, inWords(`${statistic.label} of ${name}`, own, statistic));
     window.Plotly.react(this.chart, [...faint, ...stages], layout({
-      width: this.width(), height: 210, margin: { l: 48, r: 6, t: 34, b: 26 }, shapes, showlegend: stages.length > 1,
+      width: room(this.charts), height: 230, margin: { l: 48, r: 6, t: 34, b: 36 }, shapes, showlegend: stages.length > 1,
       legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom", font: { size: 11 } },
       title: { text: statistic.label, x: 0, xanchor: "left", y: 0.98, yanchor: "top", font: { size: 12 } },
-      xaxis: axis({ fixedrange: true, nticks: 5 }), yaxis: axis({ fixedrange: true, nticks: 5, ...(statistic.log ? { type: "log", exponentformat: "power" } : {}) }),
+      xaxis: stepAxis({ nticks: 8 }), yaxis: axis({ fixedrange: true, nticks: 5, ...(statistic.log ? { type: "log", exponentformat: "power" } : {}) }),
     }), CONFIG);
   }
 
-  // Every other statistic, small.
+  // Every other statistic, small, side by side; what never changed is said in words.
   _others() {
     const { run, statistic } = this.page;
-    const colour = colours();
-    const names = run.statistics.filter((each) => each.name !== statistic.name && this.series[each.name] && !FIRST.includes(each.name));
+    const all = run.statistics.filter((each) => each.name !== statistic.name && this.series[each.name] && !FIRST.includes(each.name));
+    const same = all.filter((each) => isConstant(this.series[each.name]));
+    const names = all.filter((each) => !same.includes(each));
+    replace(this.same, same.length ? `Unchanged: ${same.map((each) => `${title(each)} ${number(Object.values(this.series[each.name])[0].values[0])}`).join("; ")}.` : "");
     this.small.hidden = !names.length;
     if (!names.length) return;
+    described(this.small, names.map((each) => inWords(title(each), this.series[each.name], each)).join(" "));
+    const width = room(this.charts);
+    const across = Math.max(1, Math.min(3, names.length, Math.floor(width / WIDE)));
+    const down = Math.ceil(names.length / across);
     const traces = [];
     const places = {};
     const annotations = [];
     names.forEach((each, index) => {
-      const end = index ? String(index + 1) : "";
-      Object.entries(this.series[each.name]).forEach(([, of], stage) => {
-        traces.push({ ...line(of.steps, of.values, { color: of.values.some((value) => isSick(value, each)) ? colour.sick : colour.series[stage], width: 1.3 }), xaxis: "x", yaxis: `y${end}` });
+      const [column, row] = [index % across, Math.floor(index / across)];
+      const [x, y] = [nth(column), nth(index)];
+      const [left, right] = [(column + (column ? 0.08 : 0)) / across, (column + 1 - (column + 1 < across ? 0.02 : 0)) / across];
+      const domain = [1 - (row + 0.86) / down, 1 - (row + 0.3) / down];
+      Object.values(this.series[each.name]).forEach((of, stage) => {
+        const isBad = of.values.some((value) => isSick(value, each));
+        traces.push({ ...line(of.steps, of.values, { color: isBad ? colours().sick : colours().series[stage], width: 1.3 }), xaxis: `x${x}`, yaxis: `y${y}` });
       });
-      const domain = [1 - (index + 0.86) / names.length, 1 - (index + 0.3) / names.length];
-      places[`yaxis${end}`] = axis({ domain, fixedrange: true, nticks: 3, ...(each.log ? { type: "log", exponentformat: "power", nticks: 2 } : {}) });
-      annotations.push({ text: each.label, xref: "paper", yref: "paper", x: 0, y: domain[1], xanchor: "left", yanchor: "bottom", showarrow: false, font: { size: 11, color: colour.muted } });
+      places[`yaxis${y}`] = axis({ domain, anchor: `x${x}`, fixedrange: true, nticks: 3, ...(each.log ? { type: "log", exponentformat: "power", nticks: 2 } : {}) });
+      places[`xaxis${x}`] = stepAxis({ domain: [left, right], anchor: `y${y}`, nticks: 5 }); // below the last of its column
+      annotations.push({ text: cut(title(each), width / across / LETTER), xref: "paper", yref: "paper", x: left, y: domain[1], xanchor: "left", yanchor: "bottom", showarrow: false, font: { size: 11, color: colours().muted } });
     });
-    window.Plotly.react(this.small, traces, layout({
-      width: this.width(), height: 76 * names.length + 24, margin: { l: 48, r: 6, t: 0, b: 24 }, annotations, xaxis: axis({ fixedrange: true, nticks: 5, anchor: names.length > 1 ? `y${names.length}` : "y" }), ...places,
-    }), { ...CONFIG, staticPlot: true });
+    window.Plotly.react(this.small, traces, layout({ width, height: 76 * down + 36, margin: { l: 48, r: 6, t: 0, b: 36 }, annotations, ...places }), { ...CONFIG, staticPlot: true });
   }
+}
+
+const cut = (text, letters) => plain(text.length > letters ? `${text.slice(0, letters - 1)}…` : text);
+const room = (element) => Math.max(160, element.clientWidth - 24);
+const nth = (index) => (index ? String(index + 1) : ""); // plotly's first axis has no number
+const title = ({ label, name }) => (label === name ? name.replaceAll("_", " ") : label);
+
+function isConstant(stages) {
+  const values = Object.values(stages).flatMap((of) => of.values);
+  return isNumber(values[0]) && values.every((value) => value === values[0]);
 }
 
 // Several illnesses of a layer often have one remedy, which is told once.
@@ -140,7 +162,7 @@ function alike(findings) {
   return [...found.values()];
 }
 
-const line = (x, values, style) => ({ type: "scatter", mode: "lines", x, y: values.map((value) => (isNumber(value) ? value : null)), line: style, hoverinfo: "x+y", showlegend: false });
+const line = (x, values, style) => ({ type: "scatter", mode: x.length > FEW ? "lines" : "lines+markers", marker: { size: 5 }, x, y: values.map((value) => (isNumber(value) ? value : null)), line: style, hoverinfo: "x+y", showlegend: false });
 
 // A limit that is far from every value would press the values into one line.
 function near(limit, values, isLog) {

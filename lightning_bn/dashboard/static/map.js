@@ -1,6 +1,6 @@
 // The heat map of layers by steps.
 import { h, replace, button } from "./dom.js";
-import { against, count, number } from "./format.js";
+import { against, count, number, plural } from "./format.js";
 import { makeRows } from "./rows.js";
 import { thinned } from "./thin.js";
 import { paintCells } from "./paint.js";
@@ -29,9 +29,9 @@ export class HeatMap {
       pick: (cell) => this.pick(cell), zoom: (range) => this.zoom(range), reset: () => this.page.state.set({ from: "", to: "" }),
     });
     this.element = h(
-      "div", { class: "heatmap", tabindex: "0", "data-key": "map", "aria-label": "Heat map: arrow keys choose layer and step", onkeydown: (event) => this.key(event) },
+      "div", { class: "heatmap", tabindex: "0", "data-key": "map", onkeydown: (event) => this.key(event) },
       this.scroller,
-      h("div", { class: "below" }, h("div", { class: "labels" }), this.axis),
+      h("div", { class: "below" }, h("div", { class: "labels" }, h("div", { class: "row axis-label" }, "step")), this.axis),
       h("div", { class: "below" }, this.laneLabels, this.lane),
       this.tip,
     );
@@ -53,8 +53,18 @@ export class HeatMap {
     this.element.classList.toggle("is-empty", isEmpty);
     if (isEmpty) return;
     this._paint();
+    this._describe();
     drawLane(this);
     this.select();
+  }
+
+  // The map in words, for who can't see it.
+  _describe() {
+    const layers = this.rows.filter((row) => row.kind !== "group");
+    const sick = layers.filter((row) => row.firstSick !== null).sort((a, b) => a.firstSick - b.firstSick);
+    const { first, last, layers: all } = this.grid;
+    const words = sick.length ? `beyond the limits: ${sick.slice(0, 5).map((row) => `${row.layer || "(the model)"} from step ${count(row.firstSick)}`).join(", ")}${sick.length > 5 ? ` and ${sick.length - 5} more` : ""}` : layers.length ? "none of the rows shown is beyond its limits" : "all rows are folded";
+    this.element.setAttribute("aria-label", `Heat map of the ${this.statistic.label}, ${plural(all.length, "layer")}, steps ${count(first[0])} to ${count(last[this.columns - 1])}; ${words}. Arrow keys choose layer and step.`);
   }
 
   get columns() {

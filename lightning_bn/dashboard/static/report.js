@@ -13,5 +13,9 @@ async function loadPlotly() {
 
 let page;
 watchTheme(null, () => page?.isReady && page.draw());
-page = new Page(document.getElementById("page"), embeddedSource(), new State(ownAddress()), loadPlotly);
+const source = embeddedSource();
+const state = new State(ownAddress());
+const [run, other] = (await source.runs()).runs;
+if (other !== undefined && !location.hash) state.set({ run, other, view: "compare" }); // who names two runs compares them
+page = new Page(document.getElementById("page"), source, state, loadPlotly);
 page.start();

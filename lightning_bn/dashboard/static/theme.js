@@ -39,6 +39,11 @@ export function axis(extra = {}) {
   return { gridcolor: line, linecolor: line, zeroline: false, tickcolor: line, tickfont: { color: muted, size: 11 }, automargin: false, ...extra };
 }
 
+// An axis of steps says so.
+export function stepAxis(extra = {}) {
+  return axis({ fixedrange: true, title: { text: "step", standoff: 4, font: { size: 11, color: colours().muted } }, ...extra });
+}
+
 export function layout(extra = {}) {
   const { text, paper, plot } = colours();
   return {
