@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +23,10 @@ from lightning_bn.journal.lines import VERSION, decode
 _VALUES = b',"values":{'
 _NAMES = re.compile(rb'"([^"\\]+)":\[')
 _SAMPLE = b'{"kind":"sample",'
+_BLOCK = 1 << 20  # bytes of samples that are read at once
+
+# By statistic: at which of some samples it has a value, and the values.
+_Cells: TypeAlias = dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]
 
 # Of these the last line says all.
 _WHOLE = ("journal", "statistics", "layers")
@@ -255,32 +262,85 @@ def grid_of_layers(samples: Sequence[JournalSample], statistic: str) -> Grid:
 
 def grids_of_layer(samples: Sequence[JournalSample], layer: str) -> dict[str, Grid]:
     """Return, by statistic, the grid of one layer; the other layers' numbers are passed over."""
-    having = [sample for sample in samples if layer in sample.rows]
-    cells: dict[bytes, list[bytes]] = defaultdict(list)
-    columns: dict[bytes, list[int]] = defaultdict(list)  # the places in `having` of the cells
-    warm: dict[str, set[int]] = defaultdict(set)  # likewise
-    row, names, pattern = -1, None, re.compile(b"")
-    for at, sample in enumerate(having):
-        if sample.rows is not names:
-            names = sample.rows
-            row = names.index(layer)
-            pattern = re.compile(
-                rb'"([^"\\]+)":\[(?:[^,\]]*,){%d}([^,\]]*)(?:,[^,\]]*){%d}\]' % (row, len(names) - row - 1)
-            )
-        for name, cell in pattern.findall(sample._text):
+    steps: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
+    values: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
+    warming: dict[str, list[NDArray[np.bool_]]] = defaultdict(list)
+    for layout, block in _alike(samples):
+        if layer not in layout.names:
+            continue
+        row, rows = layout.names.index(layer), len(layout.names)
+        texts = [sample._text for sample in block]
+        cells = _cells_of_row(texts, row, rows)
+        own = np.array([sample.step for sample in block], dtype=np.int64)
+        warm = [(at, sample.warming) for at, sample in enumerate(block) if sample.warming]
+        for name, (places, numbers) in (_cells_one_by_one(texts, row, rows) if cells is None else cells).items():
+            steps[name].append(own[places])
+            values[name].append(numbers)
+            warming[name].append(np.isin(places, [at for at, by_name in warm if row in by_name.get(name, ())]))
+    grids = {}
+    for name, parts in steps.items():
+        at, all_values = np.concatenate(parts), np.concatenate(values[name])[None]
+        warms = np.concatenate(warming[name])[None]
+        grids[name] = Grid((layer,), at, at, all_values, np.isnan(all_values), warms, len(at))
+    return grids
+
+
+def _alike(samples: Sequence[JournalSample]) -> Iterator[tuple[JournalRows, list[JournalSample]]]:
+    """Cut the samples where their rows change, and into blocks that fit into memory several times over."""
+    for layout, group in groupby(samples, attrgetter("layout")):
+        left = iter(group)
+        while block := list(islice(left, 1)):
+            yield layout, block + list(islice(left, _BLOCK // max(1, len(block[0]._text))))
+
+
+def _cells_of_row(texts: Sequence[bytes], row: int, rows: int) -> _Cells | None:
+    """Return, by statistic, where a row has a value and which; None where the texts have not all the same statistics,
+    or one is damaged.
+
+    All texts are read at once: where their commas and brackets are tells where the row's cells are.
+    """
+    names = _NAMES.findall(texts[0])
+    data = np.frombuffer(b",".join(texts) + b",", dtype=np.uint8)
+    flat = np.flatnonzero((data == ord(",")) | (data == ord("[")) | (data == ord("]")))
+    shape = (len(texts), len(names), rows + 2)
+    if not names or flat.size != math.prod(shape):
+        return None
+    marks = flat.reshape(shape)
+    # Each statistic is `"name":[cell,...,cell],`.
+    if np.any(data[marks] != np.frombuffer(b"[" + b"," * (rows - 1) + b"],", dtype=np.uint8)):
+        return None
+    heads = np.concatenate(([0], marks[:, :, -1].ravel()[:-1] + 1)).reshape(shape[:2])
+    for place, name in enumerate(names):
+        head = np.frombuffer(b'"' + name + b'":', dtype=np.uint8)
+        lengths = marks[:, place, 0] - heads[:, place]
+        if np.any(lengths != head.size) or np.any(data[heads[:, place, None] + np.arange(head.size)] != head):
+            return None
+    first, last = marks[:, :, row] + 1, marks[:, :, row + 1]
+    kept = data[first] != ord("n")  # a null
+    inside = np.zeros(data.size + 1, dtype=np.int8)
+    inside[first[kept]] += 1
+    inside[last[kept] + 1] -= 1  # the mark behind a cell parts it from the next
+    cells = data[np.cumsum(inside[:-1], dtype=np.int8).astype(bool)]
+    cells[cells == ord("]")] = ord(",")
+    values = np.zeros(shape[:2], dtype=np.float32)
+    numbers = _numbers(cells.tobytes()[:-1])
+    if numbers.size != np.count_nonzero(kept):
+        return None
+    values[kept] = numbers
+    having = {name.decode(): np.flatnonzero(kept[:, place]) for place, name in enumerate(names)}
+    return {name: (own, values[own, place]) for place, (name, own) in enumerate(having.items()) if own.size}
+
+
+def _cells_one_by_one(texts: Sequence[bytes], row: int, rows: int) -> _Cells:
+    """Do what `_cells_of_row` does for texts that differ; a cell that is no number is NaN."""
+    pattern = re.compile(rb'"([^"\\]+)":\[(?:[^,\]]*,){%d}([^,\]]*)(?:,[^,\]]*){%d}\]' % (row, rows - row - 1))
+    cells: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for at, text in enumerate(texts):
+        for name, cell in pattern.findall(text):
             if cell != b"null":
-                cells[name].append(cell)
-                columns[name].append(at)
-        for statistic, rows in sample.warming.items():
-            if row in rows:
-                warm[statistic].add(at)
-    steps = np.array([sample.step for sample in having], dtype=np.int64)
-    found = {}
-    for name, each in columns.items():
-        values = _numbers(b",".join(cells[name]))[None]
-        if values.size != len(each):  # a damaged byte is among them
-            values = np.array([[_numbers(cell).sum() if _numbers(cell).size else np.nan for cell in cells[name]]])
-        warming = np.isin(each, list(warm[name.decode()]))[None]
-        own = steps[each]
-        found[name.decode()] = Grid((layer,), own, own, values, np.isnan(values), warming, len(own))
-    return found
+                numbers = _numbers(cell)
+                cells[name.decode()].append((at, numbers[0] if numbers.size else np.nan))
+    return {
+        name: (np.array([at for at, _ in each]), np.array([value for _, value in each], dtype=np.float32))
+        for name, each in cells.items()
+    }

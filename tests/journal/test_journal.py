@@ -67,6 +67,46 @@ def test_numbers_survive(tmp_path: Path) -> None:
     assert sample.layout.unjudged == {"x": {2}}
 
 
+@pytest.mark.parametrize("damage", [b"", b"x", b","])
+def test_one_layer_of_many_samples(tmp_path: Path, damage: bytes) -> None:
+    """Its values, steps and NaNs are those that json reads line by line, also where rows and statistics change, or a
+    byte is damaged."""
+    generator = np.random.default_rng(0)
+    journal = Journal(tmp_path)
+    for step in range(400):
+        names = ["a", "b"] if step < 150 else ["c", "b", "a"]
+        rows = {name: {each: float(generator.normal()) for each in ("std", "mean", "max")} for name in names}
+        rows["b"]["mean"] = math.nan if step % 7 == 0 else None if step % 5 == 0 else rows["b"]["mean"]
+        rows["b"]["max"] = -math.inf if step % 11 == 0 else rows["b"]["max"]
+        if step > 300:
+            for row in rows.values():
+                del row["std"]
+        write_rows(journal, "train", step, 0, rows, warming={"std": [1]} if step < 3 else {})
+    path = tmp_path / FILE_NAME
+    if damage:
+        text = path.read_bytes()
+        place = text.index(b'"step":20,') + text[text.index(b'"step":20,') :].index(b'"std":[') + 8
+        path.write_bytes(text[:place] + damage + text[place + 1 :])
+    expected: dict[str, dict[int, float]] = {"std": {}, "mean": {}, "max": {}}
+    known: dict[str, list[str]] = {}
+    special = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+    for line in path.read_text().splitlines():
+        fields = {} if damage and '"step":20,' in line else json.loads(line)
+        if fields.get("kind") == "rows":
+            known[fields["id"]] = fields["rows"]
+        for name, cells in fields.get("values", {}).items():
+            value = cells[known[fields["rows"]].index("b")]
+            if value is not None:
+                expected[name][fields["step"]] = special.get(value, value)
+    grids = grids_of_layer(JournalReader.of_file(path).samples["train"], "b")
+    for name, values in expected.items():
+        kept = [at for at, step in enumerate(grids[name].first) if not damage or step != 20]
+        assert [int(grids[name].first[at]) for at in kept] == list(values)
+        np.testing.assert_allclose(grids[name].values[0, kept], list(values.values()), rtol=1e-6)
+        np.testing.assert_array_equal(grids[name].nans[0, kept], np.isnan(list(values.values())))
+    assert grids["std"].first[grids["std"].warming[0]].tolist() == [0, 1, 2]
+
+
 def test_each_line_is_in_the_file_at_once(tmp_path: Path) -> None:
     """A journal can be read while it is written."""
     journal = Journal(tmp_path)
