@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -20,6 +20,24 @@ class RankError(RuntimeError):
 
 class LostRankError(RankError):
     """The process group itself failed: a rank is gone, and with it whatever ranks do together from now on."""
+
+
+@contextmanager
+def meeting(task: str, when: str, afterwards: str = "") -> Iterator[None]:
+    """Let an error of the process group say what was going on: a rank may have died, or never have come.
+
+    Raises:
+        LostRankError: for a lost connection, a timeout, or a message of another size.
+    """
+    try:
+        yield
+    except RankError:
+        raise
+    except RuntimeError as error:  # what torch raises for all of them
+        raise LostRankError(
+            f"{task}: the process group failed {when}: {error} A rank has died, hangs, or did something else "
+            f"meanwhile.{afterwards and ' '}{afterwards}"
+        ) from error
 
 
 class Ranks:
@@ -129,18 +147,9 @@ class Ranks:
 
         return wait
 
-    @contextmanager
-    def named(self, when: str) -> Iterator[None]:
-        """Let an error of the process group say what was going on: a rank may have died, or never have come."""
-        try:
-            yield
-        except RankError:
-            raise
-        except RuntimeError as error:  # what torch raises for a lost connection, a timeout, a message of another size
-            raise LostRankError(
-                f"{self.task}: the process group failed {when}: {error} A rank has died, hangs, or did something else "
-                f"meanwhile.{self.afterwards and ' '}{self.afterwards}"
-            ) from error
+    def named(self, when: str) -> AbstractContextManager[None]:
+        """Let an error of the process group say what was going on, see `meeting`."""
+        return meeting(self.task, when, self.afterwards)
 
     def _gather(self, message: object) -> list[tuple[T, str | None]]:
         answers: list[tuple[T, str | None]] = [None] * self.size  # type: ignore[list-item]

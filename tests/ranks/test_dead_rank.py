@@ -59,10 +59,26 @@ def training(model: nn.Module, rank: int, end: End, *, only: bool) -> None:
         sync.revert(model)
 
 
+def backward(model: nn.Module, rank: int, end: End) -> None:
+    """Rank 1 ends between its forward and its backward; the statistics are kept apart, as the forward moves them."""
+    sync = BatchNormSync()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    sync.apply(model)
+    try:
+        output = model(batch(9))
+        if rank == 1:
+            end()
+        output.sum().backward()
+    finally:
+        sync.revert(model)
+        model.load_state_dict(before)
+
+
 SCENARIOS: dict[str, Callable[[nn.Module, int, End], None]] = {
     "recalibrate": partial(recalibration, exact=False),
     "recalibrate, exact": partial(recalibration, exact=True),
     "BatchNormSync": partial(training, only=False),
+    "BatchNormSync, backward": backward,
     "BatchNormSync, statistics only": partial(training, only=True),
 }
 WAYS = ["dies", "hangs"]
@@ -92,7 +108,7 @@ def _scenario(rank: int, world: int, folder: str, name: str, way: str) -> None:
     try:
         SCENARIOS[name](model, rank, end)
     except Exception as error:
-        outcome = {"error": type(error).__name__}
+        outcome = {"error": type(error).__name__, "message": str(error)}
     outcome["seconds"] = time.monotonic() - start
     outcome["unchanged"] = all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     outcome["reverted"] = attributes == [set(module.__dict__) for module in model.modules()]
@@ -128,12 +144,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_others_end_in_time_with_the_old_statistics(outcomes: Path, name: str, way: str) -> None:
-    """Both other ranks raise, at once where the connection breaks and at the timeout where it does not; nothing is
+    """Both other ranks raise the package's error, which names the call, at once where the connection breaks and at the timeout where it does not; nothing is
     changed."""
     found = {rank: torch.load(outcomes / f"{name}, {way}" / f"{rank}.pt") for rank in (0, 2)}
     assert not (outcomes / f"{name}, {way}" / "1.pt").exists()
     for outcome in found.values():
-        assert outcome["error"] is not None
+        assert outcome["error"] == "LostRankError"
+        assert outcome["message"].startswith(name.split(", ")[0])
+        assert "A rank has died" in outcome["message"]
         assert outcome["unchanged"]
         assert outcome["reverted"]
         assert outcome["seconds"] < TIMEOUT + SLACK
