@@ -194,6 +194,17 @@ def ancestors(name: str) -> Iterator[str]:
         yield name
 
 
+def unsaved_by_adapter(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Return those of `layers` that belong to the base model of an adapter of peft's, whose ``save_pretrained`` writes
+    no statistics of it: all but those that its config names in ``modules_to_save``."""
+    modules = dict(model.named_modules())
+    peft = {name for name, module in modules.items() if type(module).__module__.partition(".")[0] == "peft"}
+    adapted = {name for name in peft if hasattr(modules[name], "peft_config")}
+    saved = {name for name in peft if hasattr(modules[name], "modules_to_save")} - adapted
+    above = {layer: {layer, *ancestors(layer)} for layer in layers}
+    return [layer for layer, names in above.items() if names & adapted and not names & saved]
+
+
 def in_eval_mode(layers: Iterable[BatchNormLayer]) -> set[nn.Module]:
     """Return the layers that are in eval mode. In training these are the ones that the user put there; ask before a
     validation begins, when all are."""

@@ -15,6 +15,13 @@ OTHERS = ("recipes.md",)
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in OTHERS)]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PRELUDE, *RECIPES = (ROOT / "docs" / "recipes.md").read_text().split("\n## ")
+NEEDED = {
+    "torchao": "torchao",
+    "schedule-free": "schedulefree",
+    "ModelEmaV3": "timm",
+    "LoRA": "peft",
+    "Ray Train": "ray.train",
+}
 FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "rules", ROOT / ".github")
 TEXTS = [path for folder in FOLDERS for path in sorted(folder.glob("*.md"))]
 # The end of a sentence and the beginning of the next one: a name that is never capitalised, or whatever is not a lower
@@ -41,9 +48,11 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.partition("\n")[0])
 def test_recipes_run(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each recipe needs the page's first block, and no other recipe; torchao's runs where that is installed."""
-    if "torchao" in recipe.partition("\n")[0]:
-        pytest.importorskip("torchao")
+    """Each recipe needs the page's first block, and no other recipe; one of a further package runs where that is
+    installed."""
+    for title, package in NEEDED.items():
+        if title in recipe.partition("\n")[0]:
+            pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.backends.quantized, "engine", torch.backends.quantized.engine)
     namespace: dict[str, object] = {"__name__": "__main__"}

@@ -1,12 +1,20 @@
-"""Whether the weights that are evaluated are those that were recalibrated: anybody may exchange them, in any hook."""
+"""Whose statistics the layers hold, and whether other weights are evaluated: anybody may exchange them, in any hook."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.callbacks.both_lightnings import LightningModule, Trainer
-from lightning_bn.sharding import local_value
+from lightning_bn.discovery import find_batch_norms
+from lightning_bn.sharding import is_sharded, local_value
+from lightning_bn.torch_internals import is_compiled
 
 
 class EvaluatedWeights:
@@ -18,13 +26,20 @@ class EvaluatedWeights:
 
     def __init__(self) -> None:
         self._known: Tensor | None = None
+        self._statistics = torch.empty(0)
         self._versions = 0
+        self._module: nn.Module | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None  # parameters and statistics, in the first forward of a batch
+        self._hooks: list[RemovableHandle] = []
+        self._looks = False
+        self._is_told = False
         self.come_late = False
         """Whether they were exchanged after the callback's own turn."""
 
     def remember(self, module: LightningModule) -> None:
         """These are the weights whose statistics the layers hold now."""
-        self._known, self._versions = _sums(module), _versions(module)
+        self._module, self._known, self._versions = module, _sums(module.parameters()), _versions(module)
+        self._statistics = _sums(_statistics(module))
 
     def expect(self) -> None:
         """The weights are still to come; any are others than these."""
@@ -34,19 +49,61 @@ class EvaluatedWeights:
         """Nothing is known of the layers' statistics."""
         self._known = None
 
+    def are_known(self, module: LightningModule) -> bool:
+        """Whether anything is remembered of this module."""
+        return self._known is not None and self._module in (None, module)
+
     def are_others(self, trainer: Trainer, module: LightningModule) -> bool:
         """Whether they were exchanged since `remember`, on any rank; False where nothing is remembered. Waits for the
         device."""
-        return self._known is not None and _on_any_rank(trainer, self._differ(module))
+        return self._known is not None and _on_any_rank(trainer, not _same(_sums(module.parameters()), self._known))
 
-    def were_exchanged(self, trainer: Trainer, module: LightningModule) -> bool:
-        """Whether they are others now, or were in between, on any rank."""
-        moved = _versions(module) != self._versions
-        return self._known is not None and _on_any_rank(trainer, moved or self._differ(module))
+    def look(self, module: LightningModule) -> None:
+        """Look at the weights that the next forward runs with, wherever in a step they are put in."""
+        self._seen, self._versions, self._looks = None, _versions(module), True
+        # A hook would compile it anew; in a sharded model's forward parameters are whole that are not before it.
+        if not is_compiled(module) and not is_sharded(module):
+            self._hooks = [each.module.register_forward_pre_hook(self._see) for each in find_batch_norms(module)]
 
-    def _differ(self, module: LightningModule) -> bool:
-        now = _sums(module)
-        return self._known is None or now.shape != self._known.shape or not torch.equal(now, self._known.to(now.device))
+    def tell_of_others(self, trainer: Trainer, module: LightningModule) -> None:
+        """After a batch that `look` looked at: warn, once, where on any rank it ran with other weights and with the
+        statistics of those that are remembered. Waits for the device."""
+        if not self._looks or self._known is None:
+            return
+        self._looks = False
+        for hook in self._hooks:
+            hook.remove()
+        seen, self._seen, self._hooks = self._seen, None, []
+        if seen is None:
+            others = _versions(module) != self._versions
+        else:
+            others = not _same(seen[0], self._known) and _same(seen[1], self._statistics)
+        if _on_any_rank(trainer, others) and not self._is_told:
+            self._is_told = True
+            rank_zero_warn(_of_others(trainer))
+
+    def _see(self, *_: Any) -> None:
+        if self._seen is None and self._module is not None:
+            self._seen = _sums(self._module.parameters()), _sums(_statistics(self._module))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_module": None, "_seen": None, "_hooks": []}
+
+
+def _of_others(trainer: Trainer) -> str:
+    if trainer.state.fn == TrainerFn.FITTING:
+        return (
+            "BatchNormRecalibration: the weights that validation evaluates are exchanged in "
+            "on_validation_batch_start or inside of validation_step, after the statistics were recalibrated for "
+            "other weights. Exchange them once, before the first batch: in on_validation_epoch_start of the module "
+            "or of a callback; or write with recalibrated(self, batches): around that forward."
+        )
+    stage = "" if trainer.state.fn is None else trainer.state.fn.value
+    return (
+        f"BatchNormRecalibration: trainer.{stage} evaluates other weights than those that the layers' statistics "
+        "belong to: they were exchanged in one of its hooks, or since the fit. Put recalibrate(self, batches), with "
+        "training batches, behind the exchange."
+    )
 
 
 def _on_any_rank(trainer: Trainer, here: bool) -> bool:
@@ -54,10 +111,19 @@ def _on_any_rank(trainer: Trainer, here: bool) -> bool:
     return bool(trainer.strategy.reduce_boolean_decision(here, all=False))
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one.device))
+
+
+def _statistics(module: nn.Module) -> list[Tensor]:
+    kept = (layer.module for layer in find_batch_norms(module) if layer.tracks)
+    return [buffer for layer in kept for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
+
+
 @torch.no_grad()
-def _sums(module: nn.Module) -> Tensor:
-    """(2, number of parameters), float64."""
-    values = [local_value(parameter).detach() for parameter in module.parameters()]
+def _sums(tensors: Iterable[Tensor]) -> Tensor:
+    """(2, number of tensors), float64."""
+    values = [local_value(tensor).detach() for tensor in tensors]
     if not values:
         return torch.empty(2, 0, dtype=torch.float64)
     device = values[0].device

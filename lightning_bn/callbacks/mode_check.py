@@ -26,6 +26,7 @@ from lightning_bn.callbacks.loggers import log_markdown
 from lightning_bn.callbacks.observing import boundary_of, meeting, observing
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
+from lightning_bn.callbacks.training_pass import on_training_device
 from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
 from lightning_bn.discovery import find_batch_norms, parts_called_by
 from lightning_bn.layers.deferred import settle_together
@@ -104,7 +105,7 @@ class ModeCheck(Callback):
         self._inspection: Inspection | None = None
         self._batches = 0
         self._modes: Modes | None = None
-        self._met = False
+        self._met = self._ended = False
         self._classes: dict[str, type[nn.Module]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -175,15 +176,13 @@ class ModeCheck(Callback):
         inspection.anchor()
         self._report(trainer)
 
-    @meeting
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Averaged weights are put in here permanently.
-        self._meet(trainer, lambda: self._look().end_training())
+        self._look().end_training()
+        self._report(trainer)
 
     @meeting
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The module's own on_train_end came after all callbacks'.
-        self._meet(trainer, lambda: self._look().exchanged())
+        self._ended = True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
@@ -233,9 +232,18 @@ class ModeCheck(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._meet(trainer, lambda: self._look().end_evaluation())
 
+    @meeting
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._close()
-        journal_of(trainer).end(trainer)
+        # Averaged weights may be put in, and recalibrated, in on_train_end and on_fit_end of callbacks, and then of the
+        # module.
+        ended, self._ended = self._ended, False
+        try:
+            if ended:
+                with on_training_device(trainer, pl_module):
+                    self._meet(trainer, lambda: self._look().left())
+        finally:
+            self._boundary.attempt("", self._close)
+            self._boundary.attempt("", lambda: journal_of(trainer).end(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, ModeCheckError):

@@ -30,7 +30,12 @@ from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
 from lightning_bn.callbacks.observing import boundary_of, check_logged, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
-from lightning_bn.callbacks.recalibration_messages import check_arguments, check_fit, what_was_repaired, why_none_learns
+from lightning_bn.callbacks.recalibration_messages import (
+    check_arguments,
+    check_fit,
+    what_was_repaired,
+    why_none_learns,
+)
 from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
@@ -57,6 +62,7 @@ class BatchNormRecalibration(Callback):
     are. Whatever the order in ``Trainer(callbacks=...)``, it acts after `WeightAveraging`, `EMAWeightAveraging` and
     `StochasticWeightAveraging` have put their weights in and before `ModelCheckpoint` saves. Where anybody else puts
     other weights in after its turn, it acts on those, before the first batch of the validation or when the fit ends.
+    Where it can't (an exchange around each batch, inside a step, in a test or prediction), it says so.
 
     Each pass works on lazy copies of the tensors of the module, its gradients and its optimizers: what nobody writes
     takes no memory, see `recalibrate`.
@@ -137,8 +143,8 @@ class BatchNormRecalibration(Callback):
         self.kept = True
         self._boundary = boundary_of("BatchNormRecalibration")
         self._weights = EvaluatedWeights()
-        self._is_told = False
         self._moment: float | None = None  # of the last recalibration of this fit
+        self._saved: float | None = None  # when the last checkpoint was made, whoever keeps it
         self._scores = Scores(monitor or "monitor", mode)
         self._count = 0
         self._last_step: int | None = None
@@ -156,12 +162,14 @@ class BatchNormRecalibration(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             take_turn_after_weight_averaging(trainer, self)
+        elif trainer.ckpt_path or not self._weights.are_known(pl_module):
+            self._weights.forget()  # what the layers hold comes from a file, or from elsewhere
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
         self._final, self._layers, self._in_eval, self._gone = False, [], set(), set()
-        self._input, self._weights, self._is_told = self._new_input(), EvaluatedWeights(), False
-        self._moment = None
+        self._input, self._weights = self._new_input(), EvaluatedWeights()
+        self._moment = self._saved = None
         check_fit(trainer, pl_module, forward=self.forward, monitor=self.monitor)
         check_kinds(trainer, self.checkpoints)
 
@@ -182,6 +190,7 @@ class BatchNormRecalibration(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._weights.forget()
         # A batch that does not go in must be known now, not when the training is over.
         if self.dataloader is None and not self._input.known and batch is not None:
             with quiet(trainer, pl_module):
@@ -195,34 +204,41 @@ class BatchNormRecalibration(Callback):
     ) -> None:
         self._in_eval = in_eval_mode(self._layers)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._weights.are_known(pl_module):
+            self._weights.remember(pl_module)  # the statistics are training's own
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING and not self._weights.are_known(pl_module):
+            self._weights.remember(pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        self._weights.forget()
         if self.when == "validation" and due and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             if self._weights.come_late:
                 self._weights.expect()
             else:
                 self._act(trainer, pl_module)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        # Callbacks that come later, and the module's own hook, may have exchanged the weights since.
-        if batch_idx == 0:
-            self._act_on_others(trainer, pl_module)
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *where: Any) -> None:
+        self._begin_batch(trainer, pl_module, *where)
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        if self._weights.were_exchanged(trainer, pl_module) and not self._is_told:
-            self._is_told = True
-            rank_zero_warn(
-                "BatchNormRecalibration: the weights that validation evaluates are exchanged in "
-                "on_validation_batch_start or inside of validation_step, after the statistics were recalibrated for "
-                "other weights. Exchange them once, before the first batch: in on_validation_epoch_start of the module "
-                "or of a callback."
-            )
-        self._weights.forget()
+    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *where: Any) -> None:
+        self._begin_batch(trainer, pl_module, *where)
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *where: Any) -> None:
+        self._begin_batch(trainer, pl_module, *where)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._weights.tell_of_others(trainer, pl_module)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._weights.tell_of_others(trainer, pl_module)
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._weights.tell_of_others(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.when == "fit_end":
@@ -256,16 +272,17 @@ class BatchNormRecalibration(Callback):
             with on_training_device(trainer, pl_module):
                 self._act_on_others(trainer, pl_module)  # of the module's own on_fit_end
             self._tell(trainer)
-        self._weights.forget()
         journal_of(trainer).end(trainer)
 
     def _tell(self, trainer: Trainer) -> None:
         """Say at the end of the fit what was repaired, and which files don't have it: nothing else does."""
         if self.report is not None and self.kept and self._moment is not None and trainer.is_global_zero:
             before = files_from_before(trainer, self._moment) if self.when == "fit_end" else []
-            say([what_was_repaired(self.report, before)])
+            stale = self.when == "fit_end" and self._saved is not None and self._saved <= self._moment
+            say([what_was_repaired(self.report, before, others=stale)])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved = time.time()
         if self._final:
             # Averaged weights are saved from the averaging callback's own copy, which the recalibration has not seen.
             checkpoint["state_dict"].update(statistics_in(pl_module))
@@ -291,6 +308,13 @@ class BatchNormRecalibration(Callback):
     def _learning(self) -> set[str]:
         """The names of the layers to recalibrate."""
         return {layer.name for layer in learning(self._layers, self._in_eval)}
+
+    def _begin_batch(self, trainer: Trainer, module: LightningModule, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch_idx == dataloader_idx == 0 and self._weights.are_known(module):
+            if trainer.state.fn == TrainerFn.FITTING:
+                # Callbacks that come later, and the module's own hook, may have exchanged the weights since.
+                self._act_on_others(trainer, module)
+            self._weights.look(module)
 
     def _act_on_others(self, trainer: Trainer, module: LightningModule) -> None:
         """Act again where the weights are others than those that were acted on."""
@@ -327,26 +351,10 @@ class BatchNormRecalibration(Callback):
         self._weights.remember(module)
         self._moment = time.time()
         self._count, self._last_step = self._count + 1, trainer.global_step
-        values = {f"{self.monitor}_before": before, f"{self.monitor}_after": after, "kept": float(self.kept)}
-        self._boundary.attempt(
-            "its entries in the loggers",
-            log_report,
-            trainer.loggers,
-            self.report,
-            logging_step(trainer),
-            values if self.monitor else {},
-        )
-        journal_of(trainer).write(
-            trainer,
-            "recalibration",
-            step=logging_step(trainer),
-            when=self.when,
-            metric=self.monitor,
-            before=before,
-            after=after,
-            kept=self.kept,
-            report=self.report.as_dict(),
-        )
+        outcome = {"metric": self.monitor, "before": before, "after": after, "kept": self.kept}
+        self._boundary.attempt("its entries in the loggers", log_report, trainer, self.report, outcome)
+        facts = {"step": logging_step(trainer), "when": self.when, **outcome, "report": self.report.as_dict()}
+        journal_of(trainer).write(trainer, "recalibration", **facts)
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> RecalibrationReport:
         chosen = self._learning

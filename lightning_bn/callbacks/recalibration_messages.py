@@ -56,12 +56,13 @@ def check_fit(trainer: Trainer, module: LightningModule, *, forward: Any, monito
         )
 
 
-def what_was_repaired(report: RecalibrationReport, before: Sequence[Path]) -> str:
+def what_was_repaired(report: RecalibrationReport, before: Sequence[Path], *, others: bool = False) -> str:
     """Return one sentence for the end of a fit.
 
     Args:
         report: the last one.
         before: checkpoint files with the statistics that were there before it.
+        others: whether somebody else (Ray Train, a callback of one's own) saved the last checkpoint before it.
     """
     ran = [layer for layer in report.layers if layer.batches]
     worst = max(ran, key=lambda layer: layer.shift, default=None)
@@ -74,6 +75,11 @@ def what_was_repaired(report: RecalibrationReport, before: Sequence[Path]) -> st
         )
     norms = f"{len(ran)} batch norm{'s' * (len(ran) != 1)}"
     text = f"BatchNormRecalibration: the statistics of {norms} were recalibrated{moved}."
+    if not before and others:
+        return (
+            f"{text} The last checkpoint was saved before that, with the old statistics: with "
+            "BatchNormRecalibration(when='validation') each is saved behind a recalibration."
+        )
     if not before:
         return text
     files = ", ".join(map(str, before[:4])) + (f" and {len(before) - 4} more" if len(before) > 4 else "")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
-from lightning_bn.callbacks.both_lightnings import Logger
+from lightning_bn.callbacks.both_lightnings import Trainer
+from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.loggers import log_markdown
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.tables import markdown_table
@@ -12,22 +14,26 @@ from lightning_bn.tables import markdown_table
 _PREFIX = "batch_norm/recalibration"
 
 
-def log_report(
-    loggers: Iterable[Logger], report: RecalibrationReport, step: int, values: Mapping[str, float | None]
-) -> None:
-    """Log the worst layers' figures, and `values`, as scalars to every logger, and the whole report as text to
-    TensorBoard.
+def log_report(trainer: Trainer, report: RecalibrationReport, outcome: Mapping[str, Any]) -> None:
+    """Log the worst layers' figures as scalars to every logger, and the whole report as text to TensorBoard.
 
     A handful of tags however many layers there are: thousands make TensorBoard unusable.
+
+    Args:
+        trainer: whose loggers these are.
+        report: of the recalibration.
+        outcome: `metric`, by which it was judged, its value `before` and `after`, and whether it was `kept`; a metric
+            of None: it was not judged, and nothing of this is logged.
     """
+    metric, loggers, step = outcome["metric"], trainer.loggers, logging_step(trainer)
+    judged = {f"{metric}_{name}": outcome[name] for name in ("before", "after")} | {"kept": float(outcome["kept"])}
     scalars = {
         "batches": float(report.batches),
         "mean_shift": max(layer.mean_shift_rms for layer in report.layers),
         "log_variance_ratio": max(layer.log_variance_ratio_rms for layer in report.layers),
         "standard_error": max(layer.standard_error for layer in report.layers),
-        **{name: value for name, value in values.items() if value is not None},
+        **({name: value for name, value in judged.items() if value is not None} if metric else {}),
     }
-    loggers = list(loggers)
     for logger in loggers:
         logger.log_metrics({f"{_PREFIX}/{name}": value for name, value in scalars.items()}, step=step)
     log_markdown(loggers, f"{_PREFIX}/report", markdown(report), step)

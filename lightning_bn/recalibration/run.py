@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.buffers import running_mean
-from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.discovery import BatchNormLayer, unsaved_by_adapter
 from lightning_bn.modes import eager, extra_pass
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.recalibration.collection import OnePass, PassResult, merged
@@ -159,6 +160,14 @@ def recalibrate(
         sharded=sharded,
     )
     commit(changes)
+    if lost := unsaved_by_adapter(core, [layer.name for layer in chosen]):
+        names = [name.rpartition("base_model.model.")[2] for name in lost]
+        warnings.warn(
+            f"recalibrate: {', '.join(names[:3])}{', ...' * (len(names) > 3)} belong to the base model of a peft "
+            "adapter, and save_pretrained does not write their statistics; a state_dict does. To have them in the "
+            f"adapter's file, make it with LoraConfig(..., modules_to_save={names}).",
+            stacklevel=2,
+        )
     return report
 
 

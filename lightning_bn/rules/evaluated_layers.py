@@ -56,6 +56,8 @@ class EvaluatedLayers:
             each = [self.running[index], *(part for _, _, part in sums)]
             running, *batches = torch.cat(each).cpu().split([len(part) for part in each])
             mean, var, weight = running
+            if images and index not in images and not mean.any() and bool((var == 1).all()):
+                continue  # training has not run it yet
             judged = effect(
                 [BatchSums(n, values, *part) for (n, values, _), part in zip(sums, batches, strict=True)],
                 Running(

@@ -14,6 +14,9 @@ from lightning_bn.moments import Moments
 LIMIT = 0.5
 """An effect whose lower bound is beyond it is one: the layer's output is off by half of its own standard deviation."""
 
+NOTICEABLE = 0.15
+"""An effect that matters where it changes answers: several layers that are off by as much may add up."""
+
 _LEAST_IMAGES = 4
 _DEAD = 10.0  # times eps: a channel with less variance is constant in training and in evaluation
 
@@ -60,6 +63,16 @@ class Effect:
         """Whether it is certainly beyond `LIMIT`."""
         return self.lower > LIMIT
 
+    @property
+    def noticed(self) -> bool:
+        """Whether it is certainly `NOTICEABLE`."""
+        return self.lower > NOTICEABLE
+
+    @property
+    def noticeable(self) -> bool:
+        """Whether it is `NOTICEABLE`, perhaps by chance."""
+        return self.size > NOTICEABLE
+
 
 def batch_sums(input: Tensor) -> Tensor:
     """Return `mean`, `second`, `between` and `spread` of `BatchSums`, (4, C), in float32 on the input's device.
@@ -86,7 +99,7 @@ def effect(batches: Sequence[BatchSums], running: Running) -> Effect | None:
     With N images, pooled mean ``mu`` and *unbiased* variance ``v``, the variances A and Q of the images' means and
     second moments within batches, and running mean ``r`` and variance ``s2``, per channel::
 
-        d1 = (mu - r)^2 / sqrt((s2 + eps) (v + eps))           e1 = A (1/N + noise/n) / (s2 + eps)
+        d1 = (mu - r)^2 / sqrt((s2 + eps) (v + eps))           e1 = A (1/N + noise/n) / sqrt((s2 + eps) (v + eps))
         d2 = log((v + eps) / (s2 + A (1/n - 1/N) + eps))^2 / 4   e2 = Q (1/N + noise/n) / (v + eps)^2 / 4
 
     d1 and d2 are squared distances, e1 and e2 what chance contributes to them. Their differences are averaged over the
@@ -110,8 +123,9 @@ def effect(batches: Sequence[BatchSums], running: Running) -> Effect | None:
     weight = weight / weight.sum()
 
     chance = 1 / images + running.noise / running.images
-    d1 = (mu - r).square() / ((s2 + eps) * (v + eps)).sqrt()
-    e1 = a * chance / (s2 + eps)
+    between = ((s2 + eps) * (v + eps)).sqrt()  # of the two variances, so that neither is taken for the right one
+    d1 = (mu - r).square() / between
+    e1 = a * chance / between
     # A batch's own variance lacks the part of the variance between images that its mean takes away.
     expected = (s2 + a * (1 / running.images - 1 / images)).clamp(min=0)
     d2 = ((v + eps) / (expected + eps)).log().square() / 4

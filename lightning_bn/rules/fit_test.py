@@ -23,6 +23,9 @@ from lightning_bn.torch_internals import is_compiled
 EVALUATED = 4
 """Batches of an evaluation that are measured."""
 
+FEW_CHANGE = 0.1
+"""Share of answers that change with the batch's own statistics, below which a misfit costs next to nothing."""
+
 LEAST_BATCHES = 30
 """Training batches before which nothing is judged: torch's default average has left its start by then."""
 
@@ -70,6 +73,8 @@ class FitTest:
         self._model = observer.modules[0]
         self.batches = 0
         self._images: dict[int, int] = {}
+        self._mixing: set[int] = set()  # layers that average several inputs of a batch, as of real and generated images
+        self._most = 0  # samples in the largest batch of this epoch
         self._known: list[ForwardRecord] = []
         self._call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
         self._first: WeightSamples | None = None
@@ -86,6 +91,10 @@ class FitTest:
         self.result = Misfit()
         """Of the latest evaluation."""
 
+    def begin_epoch(self) -> None:
+        """A training epoch begins: its largest batch, the last of several, is the one that may be run again."""
+        self._most = 0
+
     def begin_training(self) -> None:
         """A training batch begins: of the first, the weights are kept."""
         if self._first is None:
@@ -94,10 +103,16 @@ class FitTest:
     def end_training_batch(self, forwards: list[ForwardRecord]) -> None:
         """A training batch has ended."""
         self.batches += 1
-        self._call = self._observer.first_call
+        # Not the last batch of an epoch, where it is a small one: few answers tell little.
+        if self._observer.first_samples >= self._most:
+            self._most, self._call = self._observer.first_samples, self._observer.first_call
         if forwards is not self._known:
             self._known = forwards
-            self._images.update({each.layer: each.samples for each in forwards if each.samples})
+            calls: dict[int, int] = {}
+            for each in forwards:
+                self._images[each.layer] = max(each.samples, self._images.get(each.layer, 1))
+                if each.moved and calls.setdefault(each.layer, each.call) != each.call:
+                    self._mixing.add(each.layer)
 
     def anchor(self) -> None:
         """The weights are those that training has left."""
@@ -162,29 +177,31 @@ class FitTest:
             self.result = Misfit(exchanged=exchanged, began=began, where=where)
             return
         found = self.layers.effects(self._images, self.frozen)
-        beyond = {index: each for index, each in found.items() if each.beyond and index not in self.frozen}
-        fitting = frozenset(index for index, each in found.items() if not each.beyond)
-        self.result = Misfit({}, self._named(beyond), fitting, exchanged=exchanged, began=began, where=where)
-        if beyond and self.share is not None:
-            self._pending = (beyond, list(found), Kept(self._observer))
-        elif beyond:
-            self._take(beyond, self._replay().alone(beyond, list(found)))
+        noticed = {index: each for index, each in found.items() if each.noticed and self._may_judge(index)}
+        fitting = frozenset(found) - noticed.keys()
+        self.result = Misfit(fitting=fitting, exchanged=exchanged, began=began, where=where)
+        if noticed and self.share is not None:
+            self._pending = (noticed, list(found), Kept(self._observer))
+        elif noticed:
+            self._take(noticed, self._replay().alone(noticed, list(found)))
 
     def settle(self) -> None:
         """The evaluation is over on all ranks: what its first batches left open is decided by all of them."""
         if self.share is not None:
-            beyond, evaluated, kept = self._pending or ({}, [], None)
-            replayed = self._replay().together(beyond, evaluated, self.share, kept)
+            noticed, evaluated, kept = self._pending or ({}, [], None)
+            replayed = self._replay().together(noticed, evaluated, self.share, kept)
             self._pending = None
-            if beyond:
-                self._take(beyond, replayed)
+            if noticed:
+                self._take(noticed, replayed)
 
-    def _take(self, beyond: Mapping[int, Effect], replayed: Replayed) -> None:
-        misfits = {index: replayed.effects[index] for index in beyond if index in replayed.beyond}
+    def _take(self, noticed: Mapping[int, Effect], replayed: Replayed) -> None:
+        misfits = {index: replayed.effects[index] for index in noticed if index in _misfits(replayed)}
+        only_here = {index: each for index, each in noticed.items() if each.beyond and index not in misfits}
         self.result = replace(
             self.result,
             layers=self._named(misfits),
-            only_here=self._named({index: each for index, each in beyond.items() if index not in misfits}),
+            only_here=self._named(only_here),
+            fitting=self.result.fitting | (noticed.keys() - misfits.keys() - only_here.keys()),
             changed=replayed.changed,
             left_out=replayed.left_out,
         )
@@ -195,20 +212,23 @@ class FitTest:
         anchored, self._anchor = self._anchor is not None, None
         every: list[int] = []
         if anchored and exchanged and self.batches >= LEAST_BATCHES:
-            layers = enumerate(self._observer.layers)
-            every = [index for index, layer in layers if index not in self.frozen and layer.tracks]
+            every = [i for i, layer in enumerate(self._observer.layers) if layer.tracks and self._may_judge(i)]
         elif self.share is None:
             return Misfit(exchanged=exchanged, began=began, where="after")
         with kept_attribute(self._observer.modules, "training"):
             self._model.eval()
             replayed = self._replay().together(every, every, self.share or (lambda value: [value]))
-        effects = {index: each for index, each in replayed.effects.items() if index not in self.frozen}
-        beyond = {index: each for index, each in effects.items() if index in replayed.beyond}
-        fitting = frozenset(index for index, each in replayed.effects.items() if not each.beyond)
-        return Misfit(self._named(beyond), {}, fitting, replayed.changed, replayed.left_out, exchanged, began, "after")
+        misfits = {index for index in _misfits(replayed) if self._may_judge(index)}
+        found = self._named({index: each for index, each in replayed.effects.items() if index in misfits})
+        fitting = frozenset(replayed.effects) - misfits
+        return Misfit(found, {}, fitting, replayed.changed, replayed.left_out, exchanged, began, "after")
 
     def _replay(self) -> Replay:
-        return Replay(self._observer, self._call, self._images, self.frozen)
+        return Replay(self._observer, self._call, self._images, {*self.frozen, *self._mixing})
+
+    def _may_judge(self, index: int) -> bool:
+        """Whether one input of a training batch shows what the layer's statistics are of."""
+        return index not in self._mixing and index not in self.frozen
 
     def _weights_now(self) -> tuple[bool, bool]:
         """Return whether the weights are others than those that were trained, and whether they have moved since
@@ -222,3 +242,9 @@ class FitTest:
 
     def _named(self, effects: Mapping[int, Effect]) -> dict[str, Effect]:
         return {self._observer.layers[index].name: each for index, each in effects.items()}
+
+
+def _misfits(replayed: Replayed) -> frozenset[int]:
+    """Return the layers whose statistics do not fit the training images: by what it changes, or, where no answers can
+    be compared or few change, by the effect alone."""
+    return replayed.noticeable if (replayed.changed or 0) > FEW_CHANGE else replayed.beyond

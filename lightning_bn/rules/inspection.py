@@ -18,7 +18,7 @@ from lightning_bn.rules.arguments import Setting, check_codes, check_patterns
 from lightning_bn.rules.boundaries import Boundaries, MovedBetweenBatches
 from lightning_bn.rules.copies import Copies
 from lightning_bn.rules.evaluations import RanksApart, StaleCopy
-from lightning_bn.rules.fit_test import FitTest, Misfit
+from lightning_bn.rules.fit_test import FitTest
 from lightning_bn.rules.learning import Learning
 from lightning_bn.rules.observer import Modes, Observer
 from lightning_bn.rules.order import BatchOrder, SortedBatches
@@ -169,6 +169,7 @@ class Inspection:
         self._judged = {}
         self.observer.watch_closely()
         self._order.begin_epoch()
+        self._fit.begin_epoch()
 
     def begin_batch(self, stage: str, step: int, index: int, batches: float | None = None) -> None:
         """Begin a batch.
@@ -262,7 +263,7 @@ class Inspection:
             if self._fit.layers is not None:
                 channels = self._fit.layers.vanishing()
                 evaluation.vanishing = {self.observer.layers[i].name: found for i, found in channels.items()}
-            self._tell_fit(evaluation, self._fit.result)
+            self._tell_fit(evaluation)
         self._ask(lambda rule: rule.evaluation(evaluation))
         self._fit.end_evaluation()
         self._boundaries.leave()
@@ -299,33 +300,25 @@ class Inspection:
         """The weights are those that training has left: an exchange is told from them."""
         self._fit.anchor()
 
-    def exchanged(self) -> Misfit:
-        """Look whether weights were exchanged after the last training batch, and whether the statistics fit them; waits
-        for the device."""
-        self._fit.frozen = self._fixed()
-        self._fit.share = self.setting.share
-        at = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady)
-        misfit = self._fit.after_training()
-        self._tell_fit(at, misfit)
-        return misfit
-
     def boundary(self) -> None:
         """From here on, what moves statistics outside of batches is told."""
         self._boundaries.leave()
 
     def end_training(self) -> None:
-        """Look at what came after the last batch; the module's own hook may still exchange the weights."""
+        """Look at what moved after the last batch."""
         self._compare_boundary("after the last batch")
-        misfit = self.exchanged()
+
+    def left(self) -> None:
+        """Look at what a fit leaves, when nobody will exchange weights any more; waits for the device."""
+        self._fit.frozen = self._fixed()
+        self._fit.share = self.setting.share
+        at = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, held=self._copies.held)
+        at.fit = self._fit.after_training()
+        self._tell_fit(at)
         if self.trained:
-            values = StatisticsSnapshot(self.observer.layers).values()
-            ended = Evaluation(
-                self.observer, self.setting, self.stage, self._evaluated, self._steady, values, held=self._copies.held
-            )
-            ended.copies = self._copies.stale(self._evaluated - self._moving - self._steady)
-            ended.fit = misfit
-            self._ask(lambda rule: rule.ended(ended))
-        self.anchor()
+            at.values = StatisticsSnapshot(self.observer.layers).values()
+            at.copies = self._copies.stale(self._evaluated - self._moving - self._steady)
+            self._ask(lambda rule: rule.ended(at))
 
     def examine(self) -> None:
         """Look at the values of the running statistics; waits for the device."""
@@ -352,9 +345,10 @@ class Inspection:
         layers = enumerate(self.observer.layers)
         return self._steady | {index for index, layer in layers if self.setting.allows_eval(layer.name)}
 
-    def _tell_fit(self, evaluation: Evaluation, misfit: Misfit) -> None:
+    def _tell_fit(self, evaluation: Evaluation) -> None:
         told = {name for code in ("BN204", "BN209") for name in self._register.reported(code)}
-        self._ask(lambda rule: rule.fit(misfit, evaluation, told))
+        if (misfit := evaluation.fit) is not None:
+            self._ask(lambda rule: rule.fit(misfit, evaluation, told))
 
     def _decide(self) -> None:
         """By now an averaged copy would have been written: what is frozen and was not is frozen."""

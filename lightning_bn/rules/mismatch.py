@@ -6,15 +6,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from lightning_bn.rules.finding import Fix, Level
-from lightning_bn.rules.fit_test import Misfit
+from lightning_bn.rules.fit_test import FEW_CHANGE, Misfit
 from lightning_bn.rules.fixes import RECALIBRATION
 from lightning_bn.rules.rule import Evaluation, Rule, Seen
 
-FEW_CHANGE = 0.1
-"""Share of answers that change with the batch's own statistics, below which a misfit is information."""
-
 MANY_CHANGE = 0.4
-"""Share above which it is an error."""
+"""Share of answers that change with the batch's own statistics, above which a misfit is an error."""
 
 
 def level_of(changed: float | None) -> Level:
@@ -100,9 +97,12 @@ def _measured(misfit: Misfit, name: str, evaluation: Evaluation) -> str:
     changed = (
         "" if misfit.changed is None else f"; {misfit.changed:.0%} of answers change with the batch's own statistics"
     )
+    bound = f" (at least {found.lower:.1f})" if found.lower >= 0.05 else ""  # of few images nothing is certain
+    others = len(misfit.layers) - 1
+    first = f"the first such layer of {others + 1}" if others else "the only such layer"
     return (
-        f"{stage} normalises even the training images {found.size:.1f} (at least {found.lower:.1f}) output deviations "
-        f"off at {name}, the first such layer{changed}."
+        f"{stage} normalises even the training images {found.size:.1f}{bound} output deviations off at {name}, "
+        f"{first}{changed}."
     )
 
 

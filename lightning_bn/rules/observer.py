@@ -61,6 +61,8 @@ class Observer:
         self.first_call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
         """The first outermost call of the latest batch: what was called, and with what; None where that was computed by
         parameters."""
+        self.first_samples = 0
+        """Samples in it."""
         self.on_leave: Callable[[], None] | None = None
         """Called when an outermost call ends."""
         self.on_input: Callable[[Tensor], None] | None = None
@@ -189,6 +191,7 @@ class Observer:
         input = next(nested_tensors((args, kwargs)), None)
         if not self._calls:
             self.first_call = None if input is None or input.requires_grad else (module, args, kwargs)
+            self.first_samples = len(input) if input is not None and input.dim() else 0
         if self.on_input is not None and input is not None and not self._calls:
             self.on_input(input)
         self.open_call(input)

@@ -35,6 +35,9 @@ class Replayed:
     """How far each layer is off, by its index; of what this rank ran."""
     beyond: frozenset[int] = frozenset()
     """Indices of the layers that are certainly off, on every rank."""
+    noticeable: frozenset[int] = frozenset()
+    """Indices of the layers whose effect is large enough to change answers, on every rank; of so few images it need not
+    be certain, since those of the evaluation have shown it."""
     changed: float | None = None
     """Share of the answers that change with the batch's own statistics, over all ranks; None where there are none."""
     left_out: str = ""
@@ -75,8 +78,11 @@ class _Run:
     effects: dict[int, Effect] = field(default_factory=dict)
     changed: float | None = None
 
-    def beyond(self) -> list[int]:
-        return [index for index, each in self.effects.items() if each.beyond]
+    def beyond(self) -> set[int]:
+        return {index for index, each in self.effects.items() if each.beyond}
+
+    def noticeable(self) -> set[int]:
+        return {index for index, each in self.effects.items() if each.noticeable}
 
 
 class Replay:
@@ -132,13 +138,15 @@ class Replay:
         error = "no part of the model ran all of these layers in it"
         for part in parts:
             run = self._attempt(part, agreed, evaluated, kept)
-            outcomes = share((run.error, run.beyond(), run.changed))
-            errors = [failure for failure, _, _ in outcomes if failure]
+            outcomes = share((run.error, run.beyond(), run.noticeable(), run.changed))
+            errors = [failure for failure, _, _, _ in outcomes if failure]
             if not errors:
-                beyond = set(outcomes[0][1]).intersection(*(each for _, each, _ in outcomes))
-                known = [changed for _, _, changed in outcomes if changed is not None]
+                beyond, noticeable = (
+                    frozenset.intersection(*(frozenset(each[k]) for each in outcomes)) for k in (1, 2)
+                )
+                known = [changed for _, _, _, changed in outcomes if changed is not None]
                 changed = sum(known) / len(known) if known else None
-                return Replayed(run.effects, frozenset(beyond), changed)
+                return Replayed(run.effects, beyond, noticeable, changed)
             error = errors[0]
         return Replayed(left_out=error)
 

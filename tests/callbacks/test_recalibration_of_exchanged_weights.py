@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from small_data import loader, training_data
 from small_models import Small
 from torch.utils.data import DataLoader
 
-from lightning_bn import BatchNormRecalibration
+from lightning_bn import BatchNormRecalibration, recalibrate
 from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
 
 
@@ -141,21 +142,66 @@ def test_weights_that_stay_are_recalibrated_once() -> None:
     assert [each.state_dict()["count"] for each in callbacks] == [2, 1]
 
 
+@pytest.mark.parametrize("place", ["on_test_start", "on_test_model_eval", "test_step", "on_predict_start"])
+def test_exchanged_in_a_test_or_prediction(place: str) -> None:
+    """Nothing is recalibrated there, and that is said, with the call that does it."""
+    torch.manual_seed(0)
+    module = fit(Exchanging("on_fit_start", "on_fit_start"), repair := BatchNormRecalibration())
+    own = getattr(module, place)
+
+    def swapped(*args: Any) -> None:
+        module.shadow.swap(module)
+        own(*args)
+
+    setattr(module, place, swapped)
+    stage = "predict" if "predict" in place else "test"
+    with pytest.warns(UserWarning, match=rf"trainer\.{stage} evaluates other weights.*recalibrate\(self, batches\)"):
+        getattr(trainer(repair), stage)(module, DataLoader(training_data(), 24))
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_weights_that_belong_to_their_statistics(mended: bool) -> None:
+    """Nothing is said of a test of what the fit left, nor of an exchange behind which the statistics are
+    recalibrated."""
+
+    class Mended(Exchanging):
+        def on_test_start(self) -> None:
+            if mended:
+                self.shadow.swap(self)
+                recalibrate(self, [training_data().tensors[0]], progress=False)
+
+    torch.manual_seed(0)
+    module = fit(Mended("on_fit_start", "on_fit_start"), repair := BatchNormRecalibration())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "BatchNormRecalibration")
+        trainer(repair).test(module, DataLoader(training_data(), 24))
+
+
+@pytest.mark.parametrize("places", [*IN_VALIDATION, ("on_train_end", None), ("on_fit_end", None)])
+def test_a_recalibration_for_validations_leaves_its_own_statistics(places: tuple[str, str | None]) -> None:
+    """Also where averaged weights are validated and others are left, or others are put in when the training is over."""
+    torch.manual_seed(0)
+    module = fit(Exchanging(*places), BatchNormRecalibration(when="validation", num_batches=None))
+    assert off(module) < 1e-5
+
+
 @pytest.mark.parametrize("moved_here", [False, True])
 def test_every_rank_is_asked_whatever_it_found_itself(moved_here: bool) -> None:
-    """A rank on which a version moved meets the others too, who would wait for it."""
+    """A rank whose forward ran with other weights meets the others too, who would wait for it."""
     asked: list[bool] = []
 
     class Strategy:
         def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
             asked.append(decision)
-            return decision
+            return False
 
     runner = type("Runner", (), {"strategy": Strategy()})()
     module, weights = Small(), EvaluatedWeights()
     weights.remember(module)
     if moved_here:
         with torch.no_grad():
-            module.first.weight.add_(0)
-    assert weights.were_exchanged(runner, module) == moved_here
+            module.first.weight.add_(1)
+    weights.look(module)
+    module.eval()(torch.randn(4, 4))
+    weights.tell_of_others(runner, module)
     assert asked == [moved_here]

@@ -144,8 +144,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_others_end_in_time_with_the_old_statistics(outcomes: Path, name: str, way: str) -> None:
-    """Both other ranks raise the package's error, which names the call, at once where the connection breaks and at the timeout where it does not; nothing is
-    changed."""
+    """Both other ranks raise the package's error, which names the call, at once where the connection breaks and at the
+    timeout where it does not; nothing is changed."""
     found = {rank: torch.load(outcomes / f"{name}, {way}" / f"{rank}.pt") for rank in (0, 2)}
     assert not (outcomes / f"{name}, {way}" / "1.pt").exists()
     for outcome in found.values():

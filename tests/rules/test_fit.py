@@ -36,7 +36,7 @@ def naive(batches: list[Tensor], running: Running) -> tuple[float, float]:
             continue
         chance = 1 / images + running.noise / running.images
         d1 = (mu - r) ** 2 / math.sqrt((s2 + EPS) * (v + EPS))
-        e1 = a * chance / (s2 + EPS)
+        e1 = a * chance / math.sqrt((s2 + EPS) * (v + EPS))
         d2 = math.log((v + EPS) / (s2 + a * (1 / running.images - 1 / images) + EPS)) ** 2 / 4
         e2 = q * chance / (v + EPS) ** 2 / 4
         total += g**2 * (d1 - e1 + d2 - e2)
