@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import nn
@@ -63,3 +64,45 @@ def in_set(layer: nn.Module, name: str | None) -> AbstractContextManager[Any]:
     if membership is None or name == set_in_use(layer):
         return nullcontext()
     return membership.sets.use(membership.sets.names[0] if name is None else name)
+
+
+class OtherSets:
+    """Tells whether layers have another set in place than they had when this was made, or at the last `rest`.
+
+    Args:
+        layers: any; those without sets never have another one.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        found = (layer.__dict__.get(_MEMBERSHIP) for layer in layers)
+        self._sets: list[Sets] = list({id(each.sets): each.sets for each in found if each is not None}.values())
+        self.rest()
+
+    def rest(self) -> None:
+        """What is in place now is what the layers have where nobody uses another set."""
+        self._at_rest = {id(sets): sets.active for sets in self._sets}
+
+    def now(self) -> tuple[str, ...]:
+        """Return the names of the sets in place."""
+        return tuple([sets.active for sets in self._sets])
+
+    def are_in_use(self) -> bool:
+        """Whether any layer has another set."""
+        return any(sets.active != self._at_rest[id(sets)] for sets in self._sets)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """Have the set `name` in place in the block, wherever there is one."""
+        with ExitStack() as stack:
+            for sets in self._sets:
+                if name in sets.names:
+                    stack.enter_context(sets.use(name))
+            yield
+
+    def of(self, layer: nn.Module) -> str | None:
+        """Return the name of the other set that `layer` has; None if it has none."""
+        membership: _Membership | None = layer.__dict__.get(_MEMBERSHIP) if self._sets else None
+        if membership is None:
+            return None
+        active = membership.sets.active
+        return None if active == self._at_rest.get(id(membership.sets), active) else active

@@ -30,15 +30,23 @@ INPUT = "input"
 
 
 class CallSite(NamedTuple):
-    """A call site: the path under which the layer was called, and which of its calls in a forward it is, from 1."""
+    """A call site: the path under which the layer was called, which of its calls in a forward it is, from 1, and the
+    set of statistics that it had, if it was another than between batches."""
 
     path: str
     call: int
+    other_set: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The path and the set: ``bn1@adversarial``."""
+        return self.path if self.other_set is None else f"{self.path}@{self.other_set}"
 
 
 def label_of(place: CallSite, is_alone: bool) -> str:
-    """Return the name of a place's row: the path, with ``#1``, ``#2`` where a forward calls it several times."""
-    return place.path if is_alone else f"{place.path}#{place.call}"
+    """Return the name of a place's row: the path, with ``@`` and another set of statistics that it had, and
+    with ``#1``, ``#2`` where a forward calls it several times."""
+    return place.name if is_alone else f"{place.name}#{place.call}"
 
 
 @dataclass
@@ -121,12 +129,13 @@ class CallSites:
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
 
-    def of(self, name: str) -> CallSite:
-        """Return the place of the call of layer `name` that has just run."""
+    def of(self, name: str, other_set: str | None = None) -> CallSite:
+        """Return the place of the call of layer `name` that has just run, with another set of statistics if it is
+        named."""
         track = self._again if in_backward() else self._forward
-        path = self._path(name, track) if name in self._aliases else name
-        track.calls[path] += 1
-        return CallSite(path, min(track.calls[path], MAX_CALLS))
+        place = CallSite(self._path(name, track) if name in self._aliases else name, 1, other_set)
+        track.calls[place.name] += 1
+        return place._replace(call=min(track.calls[place.name], MAX_CALLS))
 
     @guarded
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -135,7 +144,7 @@ class CallSites:
         track = self._again if is_again else self._forward
         is_step = self._step_is_forward and not name and not track.running
         if self._is_outermost(name, track):
-            functions = [path for path in track.calls if ":" in path]
+            functions = [path for path in track.calls if ":" in path or "@" in path]
             below = [path for path in functions if not name or path.startswith((f"{name}.", f"{name}:"))]
             for path in (*self._below[name], *below):
                 del track.calls[path]

@@ -25,6 +25,7 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.modes import eager, is_extra_pass
 from lightning_bn.ranks.collective import Ranks
+from lightning_bn.set_in_use import OtherSets
 from lightning_bn.sharding import full_value
 from lightning_bn.torch_internals import in_backward, unseen_by_modes
 
@@ -92,6 +93,7 @@ class LayerCollector:
             for name, layer in self._norms.items()
             if BatchNormLayer((name,), layer).tracks and layer.num_batches_tracked is not None
         }
+        self._sets = OtherSets(self._norms.values())
         self._meter: DriftMeter | None = None
         self._observed = frozenset(self._tracking)
         self._is_open = False
@@ -166,6 +168,7 @@ class LayerCollector:
     def begin_batch(self) -> None:
         """Count the calls of each layer from 1 again."""
         self._sites.restart()
+        self._sets.rest()
         self._is_given = False
 
     def detach(self) -> None:
@@ -294,7 +297,8 @@ class LayerCollector:
         if tensor is None:
             self._leave_out_if_unreadable(name, output)
             return
-        place = self._sites.of(name)
+        other_set = self._sets.of(self.layers[name])
+        place = self._sites.of(name, other_set)
         if self._gradients and tensor.requires_grad:
             # Also in a recomputation: with reentrant checkpointing its graph is the one that backward goes through.
             tensor.register_hook(partial(self._see_gradient, name, place))
@@ -302,7 +306,7 @@ class LayerCollector:
             return
         self._called.add(name)
         self._see_activation(name, place, tensor)
-        if name in self._observed and (given := next(_tensors((args, kwargs)), None)) is not None:
+        if name in self._observed and other_set is None and (given := next(_tensors((args, kwargs)), None)) is not None:
             self._readings.take("input", name, CallSite(name, 1), given)
 
     def _see_activation(self, name: str, place: CallSite, tensor: Tensor) -> None:

@@ -18,6 +18,7 @@ from lightning_bn.buffers import running_mean
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.deferred import can_defer
 from lightning_bn.layers.settlement import Settled, listening, rule_of
+from lightning_bn.set_in_use import OtherSets
 from lightning_bn.torch_internals import buffers_of
 
 # Five times the memory of torch's own average, in which weights move fastest.
@@ -104,6 +105,7 @@ class DriftMeter:
         self._handed: list[dict[int, tuple[Tensor, Tensor]]] = []  # each layer's first batch since `start`, second, ...
         self._heard: dict[_BatchNorm, int] = {}  # the layers that tell of their batches
         self._end: Callable[[], None] = _nothing
+        self._sets = OtherSets(self.layers)
         self._rules: list[tuple[Averaging, list[int]]] = []  # of `start` or `statistics`, and their layers
         self._tells: dict[object, bool] = {}  # by rule, whether the statistics tell what the newest batch was like
         self._widths = np.array([layer.num_features for layer in self.layers], dtype=np.int64)
@@ -149,6 +151,7 @@ class DriftMeter:
         `readout` or `close`."""
         self.close()
         self._handed = []
+        self._sets.rest()
         if self.layers:
             self._before = self._buffers()
         self._rules = self._by_rule()
@@ -168,7 +171,9 @@ class DriftMeter:
         widths = [layer.num_features for layer in settled.layers]
         batches = zip(settled.layers, settled.ran, settled.mean.split(widths), settled.var.split(widths), strict=True)
         self.hand_in(
-            (self._heard[layer], mean, var) for layer, ran, mean, var in batches if ran and layer in self._heard
+            (self._heard[layer], mean, var)
+            for layer, ran, mean, var in batches
+            if ran and layer in self._heard and self._sets.of(layer) is None
         )
 
     def hand_in(self, batches: Iterable[tuple[int, Tensor, Tensor]]) -> None:

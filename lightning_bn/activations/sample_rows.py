@@ -42,7 +42,7 @@ class RowNames:
 
     def label(self, key: Key, calls: int) -> str:
         """Return the name of the row of a key whose path was called so many times."""
-        is_alone = self._is_alone.setdefault(key.place.path, calls == 1) and key.place.call == 1
+        is_alone = self._is_alone.setdefault(key.place.name, calls == 1) and key.place.call == 1
         label = label_of(key.place, is_alone)
         first = self._first_width.setdefault(key.place, key.width) if key.width else key.width
         return label if key.width == first else f"{label}[{key.width}]"
@@ -78,14 +78,15 @@ def lay_out(
             by_place[CallSite(name, 1)] = []
     calls: dict[str, int] = {}
     for place in by_place:
-        calls[place.path] = max(calls.get(place.path, 0), place.call)
+        calls[place.name] = max(calls.get(place.name, 0), place.call)
     rows = [key for place, found in by_place.items() for key in found or [Key("activation", place, 0)]]
-    labels = tuple(names.label(key, calls[key.place.path]) for key in rows)
+    labels = tuple(names.label(key, calls[key.place.name]) for key in rows)
     module_of = [order.get(key.place, key.place.path) for key in rows]
     row_of = {key: row for row, key in reversed(list(enumerate(rows)))}
     first_row: dict[str, int] = {}
-    for row, name in enumerate(module_of):
-        first_row.setdefault(name, row)
+    # Drift is that of the set in place between batches: of a layer's rows, the first with that.
+    for row in sorted(range(len(rows)), key=lambda row: rows[row].place.other_set is not None):
+        first_row.setdefault(module_of[row], row)
     measured = [key for key in keys if key.what in ("activation", "given")]
     own_rows = np.array([first_row[name] for name in norms], dtype=np.int64)
     return RowLayout(

@@ -20,6 +20,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
 )
 from lightning_bn.checkpoints.atomic_file import write_atomically
+from lightning_bn.sets.part import SetPart
 
 KINDS = ("best", "last")
 
@@ -84,11 +85,11 @@ def files_from_before(trainer: Trainer, moment: float) -> list[Path]:
 
 
 def statistics_in(module: LightningModule) -> dict[str, Tensor]:
-    """Return the running statistics of all batch-norm layers under their keys in ``module.state_dict()``."""
+    """Return the running statistics of all batch norms, in all their sets, by key of the ``state_dict``."""
     prefixes = tuple(
         f"{path}." if path else ""
         for path, child in module.named_modules(remove_duplicate=False)
-        if isinstance(child, _BatchNorm) and child.running_mean is not None
+        if (isinstance(child, _BatchNorm) and child.running_mean is not None) or isinstance(child, SetPart)
     )
     names = {prefix + name for prefix in prefixes for name in ("running_mean", "running_var")}
     return {key: value for key, value in module.state_dict().items() if key in names}

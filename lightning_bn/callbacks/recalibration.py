@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
 from lightning_bn.callbacks.observing import boundary_of, check_logged, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
+from lightning_bn.callbacks.recalibrated_sets import Sources
 from lightning_bn.callbacks.recalibration_messages import (
     check_arguments,
     check_fit,
@@ -43,7 +44,6 @@ from lightning_bn.callbacks.terminal import say
 from lightning_bn.callbacks.training_pass import (
     on_training_device,
     quiet,
-    training_pass,
     validate_once_more,
 )
 from lightning_bn.comparison.scores import Scores
@@ -78,6 +78,8 @@ class BatchNormRecalibration(Callback):
             `recalibrate`.
         dataloader: where the batches come from; None for the Trainer's training data, with its samplers and
             ``limit_train_batches``.
+        sets: by the name of a set of the module's `StatisticsSets`, the loader of its batches, or None for the
+            Trainer's training data; the report names a layer ``bn1@night``.
         forward: ``forward(module, batch)`` runs a batch, on the module's device, through the module. None: the module's
             ``forward`` where the batch fits it, else its ``training_step``, without grad and with logging muted.
         monitor: a metric that validation logs. The validation set is then evaluated before and after, and the new
@@ -121,6 +123,7 @@ class BatchNormRecalibration(Callback):
         tolerance: float | None = None,
         exact: bool = False,
         dataloader: Any = None,
+        sets: Mapping[str, Any] | None = None,
         forward: Callable[[LightningModule, Any], Any] | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] = "min",
@@ -134,6 +137,8 @@ class BatchNormRecalibration(Callback):
         self.tolerance = tolerance
         self.exact = exact
         self.dataloader = dataloader
+        self.sets = sets
+        self._sources = Sources(dataloader, sets)
         self.forward = forward
         self.monitor = monitor
         self.mode = mode
@@ -171,6 +176,7 @@ class BatchNormRecalibration(Callback):
         self._input, self._weights = self._new_input(), EvaluatedWeights()
         self._moment = self._saved = None
         check_fit(trainer, pl_module, forward=self.forward, monitor=self.monitor)
+        self._sources.check(pl_module)
         check_kinds(trainer, self.checkpoints)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,9 +186,10 @@ class BatchNormRecalibration(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         journal_of(trainer).begin(trainer, pl_module)
         self._look_again(pl_module)
-        if self.dataloader is not None:
-            with training_pass(trainer, pl_module, self.dataloader) as batches:
-                self._input.learn_from(trainer, pl_module, batches)
+        if self._sources.are_given:
+            for name in self._sources.names:
+                with self._sources.batches(trainer, pl_module, name) as batches:
+                    self._input.learn_from(trainer, pl_module, batches)
         elif self.when == "validation" and iterates_itself(trainer):
             raise MisconfigurationException(
                 "BatchNormRecalibration(when='validation'): the training loader is its own iterator, so a second pass "
@@ -192,7 +199,7 @@ class BatchNormRecalibration(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._weights.forget()
         # A batch that does not go in must be known now, not when the training is over.
-        if self.dataloader is None and not self._input.known and batch is not None:
+        if not self._sources.are_given and not self._input.known and batch is not None:
             with quiet(trainer, pl_module):
                 self._input.learn_from(trainer, pl_module, iter([batch]))
 
@@ -357,8 +364,7 @@ class BatchNormRecalibration(Callback):
         journal_of(trainer).write(trainer, "recalibration", **facts)
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> RecalibrationReport:
-        chosen = self._learning
-        with training_pass(trainer, module, self.dataloader) as batches:
+        def run(batches: Iterator[Any], layers: list[str]) -> RecalibrationReport:
             return recalibrate(
                 module,
                 self._input.learn_from(trainer, module, batches),
@@ -366,11 +372,13 @@ class BatchNormRecalibration(Callback):
                 num_batches=self.num_batches,
                 tolerance=self.tolerance,
                 exact=self.exact,
-                layers=sorted(chosen),
+                layers=layers,
                 device=module.device,
                 process_group=self.process_group or data_parallel_group(trainer),
                 progress=trainer.progress_bar_callback is not None,
             )
+
+        return self._sources.recalibrated(trainer, module, learning(self._layers, self._in_eval), run)
 
     def __getstate__(self) -> dict[str, Any]:
         # What the fit has found out about its module is of no use elsewhere, and functions can't be pickled.

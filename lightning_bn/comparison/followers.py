@@ -36,6 +36,7 @@ from lightning_bn.layers.settlement import (
 from lightning_bn.layers.subclasses import input_and_mask
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import merge_over_ranks
+from lightning_bn.set_in_use import OtherSets
 from lightning_bn.torch_internals import in_backward, in_transform, is_compiled
 
 
@@ -95,6 +96,7 @@ class Followers:
         self._paths = {layer: path for path, layer in self._layers.items()}
         self._model = model
         self._boundary = boundary
+        self._sets = OtherSets(self._layers.values())
         self._seen: set[_BatchNorm] = set()
         self._traced: set[str] = set()
         self._pending: dict[_BatchNorm, _Moments] = {}
@@ -110,6 +112,7 @@ class Followers:
         """Take in every training batch that reaches the layers."""
         self._wide = self._side_by_side()
         layers = list(self._layers.values())
+        self._sets.rest()
         with ExitStack() as stack:
             stack.callback(listening([layer for layer in layers if can_defer(layer)], self._settled))
             for path, layer in self._layers.items():
@@ -207,17 +210,19 @@ class Followers:
 
     @guarded
     def _settled(self, settled: Settled) -> None:
-        """Take in what layers of this package have settled."""
-        self._seen.update(layer for layer, ran in zip(settled.layers, settled.ran, strict=True) if ran)
+        """Take in what layers of this package have settled, in the set of statistics that is followed."""
+        followed = [self._sets.of(layer) is None for layer in settled.layers]
+        ran = [has_run and own for has_run, own in zip(settled.ran, followed, strict=True)]
+        self._seen.update(layer for layer, has_run in zip(settled.layers, ran, strict=True) if has_run)
         self._renew_if_resized(settled.layers)
         for wide in self._wide:
-            if wide.layers == settled.layers:
+            if wide.layers == settled.layers and all(followed):
                 wide.take(settled.mean, settled.var, settled.count)
                 return
         sizes = [len(running_mean(layer)) for layer in settled.layers]
         pieces = zip(settled.mean.split(sizes), settled.var.split(sizes), settled.count.unbind(), strict=True)
-        for layer, ran, (mean, var, count) in zip(settled.layers, settled.ran, pieces, strict=True):
-            if ran:
+        for layer, has_run, (mean, var, count) in zip(settled.layers, ran, pieces, strict=True):
+            if has_run:
                 self._put_down(layer, _Moments(mean, var, count))
 
     def _hook(self, path: str, layer: _BatchNorm) -> Any:
@@ -229,6 +234,8 @@ class Followers:
         def hook(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             compiling = torch.compiler.is_compiling()
             if (is_told and not compiling) or not (layer.training and layer.track_running_stats):
+                return
+            if self._sets.of(layer) is not None:
                 return
             if compiling:
                 self._traced.add(path)

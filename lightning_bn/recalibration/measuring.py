@@ -21,6 +21,7 @@ from lightning_bn.modes import kept_attribute
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import unsynchronised
 from lightning_bn.recalibration.tally import BatchMoments
+from lightning_bn.set_in_use import OtherSets
 
 OnInput = Callable[[int, BatchMoments], tuple[Tensor, Tensor]]
 """Called with a layer's place in the list and what goes into it; returns the mean and the variance to normalise with,
@@ -28,18 +29,29 @@ OnInput = Callable[[int, BatchMoments], tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def measured(layers: Sequence[_BatchNorm], on_input: OnInput) -> Iterator[None]:
+def measured(layers: Sequence[_BatchNorm], on_input: OnInput, *, one_by_one: bool = True) -> Iterator[None]:
     """Call `on_input` with what goes into each call of `layers`, which then normalises with what it returned. The
     layers are in eval mode, so that they use the buffers they are given.
 
     The layers' own buffers are not written: other tensors stand in their place, and whoever calls this puts them back
-    (`kept`).
+    (`kept`). Where a forward uses another set of statistics than is in place now, a layer normalises with that, and
+    nothing is called.
+
+    Args:
+        layers: to be measured.
+        on_input: see `OnInput`.
+        one_by_one: whether a batch's forward ends before the next one's begins.
+
+    Raises:
+        ValueError: in a forward, for one that uses another set while others wait.
     """
+    sets = OtherSets(layers)
     with ExitStack() as stack:
         # Ranks may run unequal numbers of batches, and what they see is merged by whoever calls this.
         stack.enter_context(unsynchronised(layers))
         for place, layer in enumerate(layers):
-            handle = layer.register_forward_pre_hook(_hook(place, layer, on_input), with_kwargs=True)
+            hook = _hook(place, layer, on_input, sets, one_by_one=one_by_one)
+            handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
@@ -83,13 +95,23 @@ def _show(layer: _BatchNorm, args: Any, output: Any, *, mean: Tensor, var: Tenso
     layer._buffers.update(running_mean=mean, running_var=var)
 
 
-def _hook(place: int, layer: _BatchNorm, on_input: OnInput) -> Callable[..., None]:
+def _hook(
+    place: int, layer: _BatchNorm, on_input: OnInput, sets: OtherSets, *, one_by_one: bool
+) -> Callable[..., None]:
     measure = _of_input if _normalises_its_input(layer) else _by_own_forward
     # Written over and over: small tensors that are kept between large ones break the heap up, and the model waits for
     # new pages.
     stand_ins = tuple(torch.empty_like(buffer) for buffer in running_statistics(layer))
 
     def hook(module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (other := sets.of(module)) is not None:
+            if one_by_one:
+                return
+            raise ValueError(
+                f"recalibrate(exact=True): the forward uses the set {other!r} on its way, which is the same for all "
+                "batches that are in their forwards at once. Leave out exact=True, or recalibrate a part of the model "
+                "that uses one set."
+            )
         with_graph = torch.is_grad_enabled()
         with torch.no_grad():
             row = measure(module, args, kwargs)

@@ -17,6 +17,7 @@ from lightning_bn.recalibration.histories import with_one_history
 from lightning_bn.recalibration.report import LayerReport
 from lightning_bn.recalibration.tally import Summary
 from lightning_bn.recalibration.transaction import StatisticsChange
+from lightning_bn.set_in_use import set_in_use
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -88,7 +89,8 @@ def _change(layer: BatchNormLayer, old: Statistics, new: Statistics) -> Statisti
             f"recalibrate(model, batches): {layer.name or 'the model'} ({layer.kind}) saw one value per channel, which "
             "has no variance. Pass more data, or with pooled=False larger batches."
         )
-    return StatisticsChange(layer.module, old, (new[0].to(old[0]), new[1].to(old[1])))
+    module = layer.module
+    return StatisticsChange(module, old, (new[0].to(old[0]), new[1].to(old[1])), of_set=set_in_use(module))
 
 
 def _nothing_seen(layers: list[BatchNormLayer], seen: PassResult) -> str:

@@ -108,6 +108,8 @@ def recalibrate(
     named in the report, and so does one all of whose data is not finite. What is not finite is left out, batch by
     batch. Of padded input the valid positions count, where the forward passes this package's layers a mask.
 
+    Of a model with `StatisticsSets` the set in place is recalibrated, from the forwards that use it.
+
     An averaging's own history (a window's batches) stays as it is: the new statistics are in force until the next
     training batch. Then a `Window` or a pooled `Cumulative` goes back to its batches, and an `Exponential` blends the
     batch into the new statistics.
@@ -216,7 +218,7 @@ def _estimated(
     collection = _pass(model, chosen, ranks, estimator, options, sharded=sharded)
     with (
         _all_else_kept(model, batches) as tensors,
-        measured([layer.module for layer in chosen], collection.on_input),
+        measured([layer.module for layer in chosen], collection.on_input, one_by_one=not options.exact),
     ):
         try:
             once = run if options.exact else _with_the_weights_as_they_are(run, tensors)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.buffers import running_statistics
+from lightning_bn.set_in_use import in_set
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class StatisticsChange:
     )  # the layer's own, of its average's history, if that changes
     old_history: Mapping[str, Tensor] = field(default_factory=dict)  # copies of them
     new_history: Mapping[str, Tensor] = field(default_factory=dict)
+    of_set: str | None = None  # the layer's set of statistics, as `set_in_use` names it
 
     def write(self, statistics: tuple[Tensor, Tensor], history: Mapping[str, Tensor]) -> None:
         """Write mean and variance into the layer's buffers, and the history where it is, in place."""
         # `detach`, and no block without grad: an interrupt at its end would leave the grad mode behind.
-        for buffer, value in zip(running_statistics(self.layer), statistics, strict=True):
-            buffer.detach().copy_(value)
+        with in_set(self.layer, self.of_set):
+            for buffer, value in zip(running_statistics(self.layer), statistics, strict=True):
+                buffer.detach().copy_(value)
         for name, tensor in self.tensors.items():
             tensor.detach().copy_(history[name])
 

@@ -47,6 +47,8 @@ class ForwardRecord(NamedTuple):
     """Whether the layer's affine weight was written since its first forward of this batch."""
     shape: tuple[int, ...]
     """Of the layer's input."""
+    other_set: str | None = None
+    """The set of statistics that was in use, if it was not the one that the layer has between batches."""
 
     @property
     def samples(self) -> int:

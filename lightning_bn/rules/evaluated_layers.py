@@ -15,6 +15,7 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.layers.settlement import rule_of
 from lightning_bn.rules.fit import BatchSums, Effect, Running, batch_sums, effect
+from lightning_bn.set_in_use import OtherSets
 from lightning_bn.sharding import local_value
 
 
@@ -29,6 +30,7 @@ class EvaluatedLayers:
     def __init__(self, layers: Sequence[BatchNormLayer], boundary: ErrorBoundary = UNBOUNDED) -> None:
         self._layers = layers
         self._boundary = boundary
+        self._sets = OtherSets(layer.module for layer in layers)
         self.running: dict[int, Tensor] = {}  # (3, C): running mean and variance, affine weight, in the first forward
         self._sums: dict[int, list[tuple[int, int, Tensor]]] = {}  # images, values of a channel in each, `batch_sums`
         self._handles: list[RemovableHandle] = [
@@ -90,6 +92,8 @@ class EvaluatedLayers:
         def look(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             input = args[0] if args else kwargs.get("input")
             if torch.compiler.is_compiling() or layer.training or not isinstance(input, Tensor):
+                return
+            if self._sets.of(layer) is not None:  # the last training batch, on which a misfit is judged, had no other
                 return
             # Of other layouts of the statistics nothing is known.
             channels = input.shape[1] if input.dim() > 1 else None

@@ -24,7 +24,7 @@ from lightning_bn.rules.observer import Modes, Observer
 from lightning_bn.rules.order import BatchOrder, SortedBatches
 from lightning_bn.rules.register import Moment, Register
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Return, Seen
-from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart
+from lightning_bn.rules.snapshots import StatisticsSnapshot, Values, ranks_apart
 
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
 _LIKE_ONE_OF = 8
@@ -72,6 +72,7 @@ class Inspection:
         self._moving: set[int] = set()
         self._evaluated: set[int] = set()
         self._steady: set[int] = set()
+        self._elsewhere: dict[str, set[int]] = {}  # by set of statistics that is not in place at rest, what ran with it
         self._away: Modes | None = None
         self._interrupted = False
         self._evaluating = False  # whether the first batch of an evaluation has begun
@@ -230,7 +231,7 @@ class Inspection:
         self._compare_boundary(f"before {stage}", before_evaluation=True)
         self.stage, self.step, self.index = stage, step, -1
         self._away, self._interrupted = modes, False
-        self._evaluated, self._evaluating = set(), False
+        self._evaluated, self._elsewhere, self._evaluating = set(), {}, False
         self._fit.share = self.setting.share
         self._fit.begin_evaluation()
         if self.setting.own_statistics:
@@ -254,6 +255,7 @@ class Inspection:
         evaluation = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, values, counted)
         evaluation.trained, evaluation.fitting, evaluation.moving = self.trained, self._away is not None, self._moving
         evaluation.held = self._copies.held
+        evaluation.other_sets = {} if sanity else self._values_of_other_sets()
         evaluation.copies = (
             self._copies.stale(self._evaluated - self._moving - self._steady) if self.trained and not sanity else ()
         )
@@ -425,8 +427,18 @@ class Inspection:
                 self._largest = max(self._largest, forward.samples)
                 if forward.moved:
                     self._moving.add(forward.layer)
-            if not forward.training:
+            if not forward.training and forward.other_set is not None:
+                self._elsewhere.setdefault(forward.other_set, set()).add(forward.layer)
+            elif not forward.training:
                 (self._steady if forward.grad and self.stage == "train" else self._evaluated).add(forward.layer)
+
+    def _values_of_other_sets(self) -> dict[str, Values]:
+        found = {}
+        for name, ran in self._elsewhere.items():
+            with self.observer.sets.using(name):
+                values = StatisticsSnapshot(self.observer.layers).values()
+            found[name] = {index: each for index, each in values.items() if index in ran}
+        return found
 
     def _unseen(self) -> set[int]:
         return {

@@ -18,6 +18,7 @@ from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, 
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
+from lightning_bn.set_in_use import OtherSets
 from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
 
 Modes = tuple[bool, ...]
@@ -56,13 +57,16 @@ class Observer:
         self.call = self.source = 0
         self.at = 0
         """The call of the model that is being run; 0: none."""
-        self.first_weights: dict[int, int] = {}
-        """The version of each layer's affine weight at its first forward of this batch."""
+        self.sets = OtherSets(layer.module for layer in self.layers)
+        """Which of the layers have another set of statistics in place than when the batch began."""
+        self.first_weights: dict[tuple[int, str | None], int] = {}
+        """The version of each layer's affine weight at its first forward of this batch, by its index and set."""
         self.first_call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
-        """The first outermost call of the latest batch: what was called, and with what; None where that was computed by
-        parameters."""
+        """The first outermost call of the latest batch without another set of statistics in use: what was called, and
+        with what; None where that was computed by parameters."""
         self.first_samples = 0
         """Samples in it."""
+        self._is_called = False
         self.on_leave: Callable[[], None] | None = None
         """Called when an outermost call ends."""
         self.on_input: Callable[[Tensor], None] | None = None
@@ -125,9 +129,11 @@ class Observer:
         self.entered_backward = set()
         self.modes = modes
         self.call = self.source = self.at = self._depth = 0
-        self._sources, self._calls = [], []
+        self._sources, self._calls, self._is_called = [], [], False
+        self.sets.rest()
         # Of a layer that is not watched now, the first forward of the batch will have been missed.
-        self.first_weights = dict(enumerate(versions(self._parameters, "weight"))) if self.idle else {}
+        first = enumerate(versions(self._parameters, "weight")) if self.idle else ()
+        self.first_weights = {(index, None): version for index, version in first}
         self._versions = self._counts()
         self._broken = False
         self.recording = True
@@ -189,7 +195,8 @@ class Observer:
         if self._depth > 1:
             return
         input = next(nested_tensors((args, kwargs)), None)
-        if not self._calls:
+        if not self._is_called and not self.sets.are_in_use():
+            self._is_called = True
             self.first_call = None if input is None or input.requires_grad else (module, args, kwargs)
             self.first_samples = len(input) if input is not None and input.dim() else 0
         if self.on_input is not None and input is not None and not self._calls:
@@ -198,7 +205,7 @@ class Observer:
         self.at = self.call
         samples = tuple(input.shape[:1]) if input is not None else None
         self._calls.append(
-            (place, samples, self.source, torch.is_grad_enabled(), in_backward(), tuple(map(_flags, layers)))
+            (place, samples, self.source, torch.is_grad_enabled(), in_backward(), self.sets.now(), *map(_flags, layers))
         )
         if self.idle and not self.pattern.follows(self._calls):
             self.forwards = self.pattern.before(self.call)
@@ -319,12 +326,13 @@ class _LayerHooks(_Hooks):
         else:
             moved = now != self._before and layer.momentum != 0
         weights = _version(parameters_of(layer).get("weight")) or 0
-        reweighted = observer.first_weights.setdefault(index, weights) != weights
+        other_set = observer.sets.of(layer)
+        reweighted = observer.first_weights.setdefault((index, other_set), weights) != weights
         call = observer.at or -observer.call
         failed = output is None
         shape = () if input is None else tuple(input.shape)
         seen = (training, moved and not failed, tracking, torch.is_grad_enabled(), recomputed, failed)
-        observer.forwards.append(ForwardRecord(index, *seen, call, observer.source, reweighted, shape))
+        observer.forwards.append(ForwardRecord(index, *seen, call, observer.source, reweighted, shape, other_set))
         observer.seen.add(index)
         if reweighted and isinstance(output, Tensor) and output.requires_grad:
             entered = observer.entered_backward

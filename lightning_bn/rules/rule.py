@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -93,6 +93,13 @@ class BatchRecord(Configuration):
             grouped[self.observer.layers[forward.layer]].append(forward)
         return grouped
 
+    def by_layer_and_set(self) -> Iterator[tuple[BatchNormLayer, list[ForwardRecord]]]:
+        """Yield each layer's forwards, those with another set of statistics by themselves: nothing of one set moves
+        another."""
+        for layer, forwards in self.by_layer().items():
+            for other_set in dict.fromkeys(forward.other_set for forward in forwards):
+                yield layer, [forward for forward in forwards if forward.other_set == other_set]
+
 
 @dataclass
 class Evaluation(Configuration):
@@ -121,6 +128,8 @@ class Evaluation(Configuration):
     """Indices of the layers whose weights were written since training began and whose statistics were not."""
     vanishing: dict[str, list[int]] = field(default_factory=dict)
     """Channels whose running variance is next to nothing, and whose input varied in the evaluation."""
+    other_sets: Mapping[str, Values] = field(default_factory=dict)
+    """The statistics after it of sets that were used in it, of the layers that ran with them."""
 
 
 @dataclass

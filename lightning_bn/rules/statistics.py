@@ -84,7 +84,7 @@ class MovedTwice(Rule):
         if not batch.training:
             return
         by_cause: dict[tuple[str, Level, Fix], list[str]] = defaultdict(list)
-        for layer, forwards in batch.by_layer().items():
+        for layer, forwards in batch.by_layer_and_set():
             elsewhere = visits(forwards, batch.observer)
             moved = [f for f in forwards if f.moved and (f.grad or f.recomputed) and f not in elsewhere]
             if any(f.recomputed for f in moved) or len(moved) > 1:
@@ -169,6 +169,8 @@ class NeverUpdated(Rule):
     )
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
+        if evaluation.trained:
+            yield from self._of_other_sets(evaluation)
         if evaluation.values is None:
             return
         layers = evaluation.observer.layers
@@ -195,6 +197,21 @@ class NeverUpdated(Rule):
         for group, level in groups:
             if group:
                 yield self._seen(evaluation, [untouched[index] for index in sorted(group)], level)
+
+    def _of_other_sets(self, evaluation: Evaluation) -> Iterator[Seen]:
+        for name, values in evaluation.other_sets.items():
+            untouched = [
+                each.layer.name for index, each in values.items() if each.untouched and index not in evaluation.held
+            ]
+            if untouched:
+                yield Seen(
+                    untouched,
+                    f"{evaluation.stage} used the set {name!r}, in which mean is 0 and variance 1 in all channels.",
+                    fix=Fix(
+                        f"train in it too, with sets.use({name!r}), or recalibrate(model, batches) inside of that",
+                        "advice",
+                    ),
+                )
 
     def ended(self, evaluation: Evaluation) -> Iterator[Seen]:
         return self.evaluation(evaluation)
