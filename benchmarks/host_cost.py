@@ -2,6 +2,7 @@
 
 The network is a ResNet with 52 batch norms and 49 ReLUs.
 Operations of the averages are counted on the meta device, over a forward and a backward.
+So are the Python functions and bytecodes of a whole step on the CPU, SGD included (of this version of Python).
 Those of callbacks are counted in a real Trainer on the CPU, over whole steps, and compared with one without them.
 "Host-bound step" is the time of forward, backward and SGD for 2 images of 3x32x32, stages 16 to 128 wide, one thread.
 All variants are timed in turn; printed are the medians of the rounds' ratios, and of these over several processes.
@@ -20,6 +21,7 @@ from multiprocessing import get_context
 
 import lightning.pytorch as pl
 import torch
+from interpreted import count_python
 from operations import Operations, count_operations, on_meta, operations_a_further_layer, peak_memory
 from profiling import profile_steps
 from resnet import resnet50
@@ -65,6 +67,8 @@ class Row:
     operations: float | None = None
     relative: float | None = None
     further: float | None = None
+    calls: int | None = None
+    bytecodes: int | None = None
     asked: str = ""
     times: dict[str, float] = field(default_factory=dict)  # by device, relative to the step without
 
@@ -87,6 +91,8 @@ def rows_of_averages(devices: list[str], rounds: int, repeat: int) -> list[Row]:
         found = ratios(steps, device, rounds, repeat)
         for row in rows:
             row.times[device] = found[row.what]
+            if device == "cpu":
+                row.calls, row.bytecodes = count_python(steps[row.what])
         rows[0].times[device] = found[AGAIN]
     rows[0].asked, rows[0].relative = "(time: the same again, noise)", 1.0
     return rows
@@ -204,11 +210,14 @@ def _memory(device: str) -> float:
 
 
 def print_table(rows: list[Row], device: str | None, card: str) -> None:
-    header = ("what", "operations", "relative", "more a further layer", "host-bound step", "asked", card)
-    print("| " + " | ".join(header) + " |")
-    print("|---|---:|---:|---:|---:|---|---:|")
+    counted = ("operations", "relative", "more a further layer", "Python calls", "bytecodes")
+    print("| " + " | ".join(("what", *counted, "host-bound step", "asked", card)) + " |")
+    print("|---|---:|---:|---:|---:|---:|---:|---|---:|")
     for row in rows:
-        values = ((row.operations, ".0f"), (row.relative, ".2f"), (row.further, ".1f"), (row.times.get("cpu"), ".3f"))
+        values = (
+            *((row.operations, ".0f"), (row.relative, ".2f"), (row.further, ".1f")),
+            *((row.calls, ",d"), (row.bytecodes, ",d"), (row.times.get("cpu"), ".3f")),
+        )
         numbers = [_cell(*each) for each in values]
         there = "not measured" if device is None and row.times else _cell(row.times.get(device or ""), ".3f")
         print("| " + " | ".join((row.what, *numbers, row.asked, there)) + " |")

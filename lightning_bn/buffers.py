@@ -9,8 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.torch_internals import parameters_of
-
 
 def running_mean(layer: _BatchNorm) -> Tensor:
     """Return ``layer.running_mean``, (C,)."""
@@ -33,19 +31,6 @@ def running_statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
         (tensor([0., 0.]), tensor([1., 1.]))
     """
     return running_mean(layer), running_var(layer)
-
-
-def affine(layer: _BatchNorm) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weight and the bias that a forward of the layer uses now, (C,) each, or None.
-
-    They are read as attributes: a pruned weight is a plain tensor that a hook computes before each forward, a
-    parametrized one a property, one that another network makes any tensor. A weight that is a parameter, as most are,
-    is found sooner in the dict of these.
-    """
-    parameters = parameters_of(layer)
-    if "weight" in parameters and "bias" in parameters:
-        return parameters["weight"], parameters["bias"]
-    return layer.weight, layer.bias
 
 
 def next_step(layer: _BatchNorm) -> Tensor:

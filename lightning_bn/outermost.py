@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_bn.torch_internals import in_backward, is_replica
+from lightning_bn.torch_internals import backward_task, is_replica
 
 
 class OutermostForward:
@@ -32,7 +32,7 @@ class OutermostForward:
         # The thread whose forward is under way; taken by setdefault, which no other thread can interrupt.
         self._open: dict[str, int] = {}
         self._depth = 0
-        self._frame: FrameType | None = None
+        self.frame: FrameType | None = None
         self._handles: dict[nn.Module, list[RemovableHandle]] = {}
         self.modules: tuple[nn.Module, ...] = ()
 
@@ -70,17 +70,17 @@ class OutermostForward:
     def is_running(self) -> bool:
         """Whether the forward that was begun goes on: an interrupt (a BaseException) leaves it without calling any
         hook."""
-        if self._frame is None:
+        if self.frame is None:
             return False
         try:
-            self._frame.clear()
+            self.frame.clear()
         except RuntimeError:  # a frame that is being executed can't be cleared
             return True
         return False
 
     def abort(self) -> None:
         """Forget a forward that was interrupted."""
-        self._frame = None
+        self.frame = None
         self._depth = 0
         self.close()
         self._open.pop("thread", None)
@@ -104,7 +104,7 @@ class OutermostForward:
                 self._open.pop("thread", None)
         if follow:
             self._depth = 1
-            self._frame = sys._getframe(1)  # of the call that runs the hooks: it lasts as long as the forward
+            self.frame = sys._getframe(1)  # of the call that runs the hooks: it lasts as long as the forward
             handles = self._handles.get(module, [])
             if not all(map(is_set, handles[1:])):
                 warn_of_cleared_hooks(module)
@@ -131,11 +131,11 @@ class OutermostForward:
         return self._open.get("thread") == threading.get_ident() and not self._is_passed_over()
 
     def _is_passed_over(self) -> bool:
-        return not self.counts_recomputations and in_backward()
+        return not self.counts_recomputations and backward_task() != -1
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model is not in the middle of the forward of the original.
-        return self.__dict__ | {"_open": {}, "_depth": 0, "_frame": None}
+        return self.__dict__ | {"_open": {}, "_depth": 0, "frame": None}
 
 
 def is_set(handle: RemovableHandle) -> bool:

@@ -9,6 +9,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import attrgetter, itemgetter
 from types import FunctionType
 from typing import Any
 
@@ -17,9 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 _call_code = getattr(getattr(nn.Module, "_call_impl", None), "__code__", None)
-_graph_task_id = getattr(torch._C, "_current_graph_task_id", None)
 _is_exporting = getattr(torch.compiler, "is_exporting", None)
-_interpreter = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
 _update_stats = getattr(torch, "batch_norm_update_stats", None)
 _group_norm = getattr(torch, "native_group_norm", None)
 _saved_tensors_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
@@ -33,6 +32,46 @@ _DisableTorchFunction = getattr(torch._C, "DisableTorchFunction", nullcontext)
 _data_address = getattr(torch._C, "_data_address", None)
 _DispatchMode = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDispatchMode", None)
 _weak_reference = getattr(torch.UntypedStorage, "_weak_ref", None)
+
+# Called by every layer in every forward, and so without a Python function around them. What they tell, and what the
+# answer is where they are gone: `in_backward`, `in_transform`, and ``torch.backends.cudnn.enabled``.
+backward_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", None) or (lambda: -1)
+innermost_transform: Callable[[], object] = getattr(
+    getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None
+) or (lambda: None)
+cudnn_enabled: Callable[[], bool] = getattr(torch._C, "_get_cudnn_enabled", None) or (
+    lambda: bool(torch.backends.cudnn.enabled)
+)
+
+# A module's own buffers and parameters by name; not to be changed. `Module.__getattr__`, which finds them in public,
+# takes twenty times as long, for each layer at each step. Where the dicts are gone, the public way it is.
+_of_module = vars(nn.Module())
+buffers_of: Callable[[nn.Module], dict[str, Tensor | None]] = (
+    attrgetter("_buffers") if "_buffers" in _of_module else lambda module: dict(module.named_buffers(recurse=False))
+)
+parameters_of: Callable[[nn.Module], dict[str, nn.Parameter | None]] = (
+    attrgetter("_parameters")
+    if "_parameters" in _of_module
+    else lambda module: dict(module.named_parameters(recurse=False))
+)
+
+
+def buffer_of_each(modules: Iterable[nn.Module], name: str) -> list[Tensor]:
+    """Return the buffer `name` of each of the modules, which all have it, in a loop that runs no Python for each."""
+    return list(map(itemgetter(name), map(buffers_of, modules)))
+
+
+def affine(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weight and the bias that a forward of the batch norm `layer` uses now, (C,) each, or None.
+
+    They are read as attributes: a pruned weight is a plain tensor that a hook computes before each forward, a
+    parametrized one a property, one that another network makes any tensor. A weight that is a parameter, as most are,
+    is found sooner in the dict of these.
+    """
+    parameters = layer.__dict__.get("_parameters", {})  # not `parameters_of`, which torch.compile can't follow
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return layer.weight, layer.bias  # type: ignore[return-value]  # for torch any attribute may be a module
 
 
 def module_in_forward() -> nn.Module | None:
@@ -71,9 +110,7 @@ def in_backward() -> bool:
     wrong one of the two. Without the private function (or while compiling, where torch handles recomputation itself)
     the answer is False, and a checkpointed layer counts its batches twice, as torch's own does.
     """
-    if torch.compiler.is_compiling() or _graph_task_id is None:
-        return False
-    return bool(_graph_task_id() != -1)
+    return not torch.compiler.is_compiling() and backward_task() != -1
 
 
 def in_transform() -> bool:
@@ -82,9 +119,7 @@ def in_transform() -> bool:
 
     Nothing public says so; where the function is gone the answer is False, and such a forward raises.
     """
-    if torch.compiler.is_compiling() or _interpreter is None:
-        return False
-    return _interpreter() is not None
+    return not torch.compiler.is_compiling() and innermost_transform() is not None
 
 
 def is_exporting() -> bool:
@@ -110,22 +145,6 @@ def is_wrapper(tensor: Tensor) -> bool:
     Nothing public says so; where the function is gone the answer is False, and reading such a tensor fails by itself.
     """
     return _is_wrapper is not None and bool(_is_wrapper(tensor))
-
-
-def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return the module's own buffers by name; not to be changed.
-
-    `Module.__getattr__`, which finds them in public, takes twenty times as long, for each layer at each step. Where the
-    dict is gone, the public way it is.
-    """
-    buffers: dict[str, Tensor | None] | None = module.__dict__.get("_buffers")
-    return dict(module.named_buffers(recurse=False)) if buffers is None else buffers
-
-
-def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return the module's own parameters by name; not to be changed. `buffers_of` says why."""
-    parameters: dict[str, nn.Parameter | None] | None = module.__dict__.get("_parameters")
-    return dict(module.named_parameters(recurse=False)) if parameters is None else parameters
 
 
 def is_compiled(module: nn.Module) -> bool:

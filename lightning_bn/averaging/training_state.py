@@ -121,6 +121,7 @@ class TrainingState(nn.Module):
             missing_keys.extend(key for key, name in keys.items() if name not in saved and strict)
             self._load(saved, prefix, error_msgs, assign=local_metadata.get("assign_to_params_buffers", False))
         self.__dict__["_of"] = None
+        self._untie()  # so that the next forward tells whose history it is
 
     def _load(self, saved: dict[str, Tensor], prefix: str, error_msgs: list[str], *, assign: bool) -> None:
         for name, value in saved.items():

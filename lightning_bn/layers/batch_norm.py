@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from lightning_bn.averaging import Averaging, Batch, Exponential, check_averaging
 from lightning_bn.averaging.training_state import apply_to_statistics
-from lightning_bn.buffers import affine, next_step, running_mean, running_statistics
+from lightning_bn.buffers import next_step, running_mean, running_statistics
 from lightning_bn.layers.settlement import (
     LISTENERS,
     SCRATCH,
@@ -23,6 +25,7 @@ from lightning_bn.layers.settlement import (
     batch_moments,
     count_like,
     exclusive,
+    is_deferred,
     is_finite,
     is_stopped,
     is_synchronised,
@@ -33,7 +36,15 @@ from lightning_bn.layers.settlement import (
     write,
 )
 from lightning_bn.moments import Moments
-from lightning_bn.torch_internals import in_backward, in_transform, is_exporting
+from lightning_bn.torch_internals import (
+    affine,
+    backward_task,
+    cudnn_enabled,
+    in_backward,
+    in_transform,
+    innermost_transform,
+    is_exporting,
+)
 
 
 class AveragedBatchNorm(_BatchNorm):
@@ -147,13 +158,47 @@ class AveragedBatchNorm(_BatchNorm):
             ValueError: wrong number of dimensions; one value per channel in training; a mask of another shape.
             TypeError: a mask that is not boolean.
         """
+        if mask is None and not is_dynamo_compiling():
+            # The straight way, which costs less than torch's: nothing is new since the last forward, so that the rows
+            # are there and everything has been checked. Whatever this misses is what the rest of the method is for.
+            attributes = self.__dict__
+            scratch: ScratchRows | None = attributes.get(SCRATCH)
+            if (
+                scratch is not None
+                and (updates := scratch.updates).round not in (0, scratch.round)
+                and input.shape == scratch.shape
+                and attributes["training"]
+                and attributes["track_running_stats"]
+                and attributes["momentum"] is scratch.layer_momentum
+                and (scratch.momentum is None or LISTENERS not in attributes)
+                and updates.thread == get_ident()
+                and backward_task() == -1
+                and innermost_transform() is None
+                and not has_torch_function_unary(input)
+            ):
+                (weight, bias), mean, is_running = affine(self), scratch.mean, False
+                try:
+                    updates.frame.clear()
+                except RuntimeError:  # as `OutermostForward.is_running` has it
+                    is_running = True
+                if (
+                    is_running
+                    and (weight is None or weight.dtype is mean.dtype)
+                    and (bias is None or bias.dtype is mean.dtype)
+                ):
+                    momentum = 1.0 if scratch.momentum is None else scratch.momentum
+                    output = torch.batch_norm(
+                        input, weight, bias, mean, scratch.var, True, momentum, self.eps, cudnn_enabled()
+                    )
+                    scratch.round = updates.round
+                    return output
         if not isinstance(self, AveragedBatchNorm):
             # A bound method that somebody took, as accelerate's hooks do, before `to_torch` changed the class.
             return type(self).forward(self, input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if mask is not None:
             _check_mask(input, mask)
-        elif not torch.compiler.is_compiling() and self._tracks():
+        elif not is_compiling() and self._tracks():
             scratch = scratch_of(self)
             if scratch is not None:
                 return self._forward_deferred(input, scratch)
@@ -193,7 +238,7 @@ class AveragedBatchNorm(_BatchNorm):
         if momentum is None and is_exporting():
             # A program that leaves has no place for a history: it averages as torch's layer does.
             momentum = self.momentum
-        if momentum is None or (not torch.compiler.is_compiling() and SCRATCH in self.__dict__ and not in_backward()):
+        if momentum is None or (not is_compiling() and is_deferred(self) and not in_backward()):
             return self._forward_at_once(input)
         with exclusive():
             return self._forward_in_kernel(input, momentum)
@@ -214,7 +259,9 @@ class AveragedBatchNorm(_BatchNorm):
         if momentum is not None and LISTENERS in self.__dict__:
             scratch.batch = batch_moments(self, input, output)
         if synchronised or count or momentum is not None:
-            scratch.ran, scratch.count = True, count
+            scratch.report(count)
+            if not synchronised and count:
+                scratch.shape = input.shape
         return output
 
     def _forward_at_once(self, input: Tensor) -> Tensor:
@@ -284,7 +331,7 @@ class AveragedBatchNorm(_BatchNorm):
         if self.skip_nonfinite:
             valid = valid & is_finite(var)
         batch = Batch(moments.mean, var, moments.count, next_step(self), valid)
-        scratch = None if torch.compiler.is_compiling() else scratch_of(self)
+        scratch = None if is_compiling() else scratch_of(self)
         if scratch is not None:
             scratch.report_moments(batch, running_statistics(self))
         else:

@@ -6,7 +6,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import repeat
+from operator import is_, itemgetter, methodcaller
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
 from torch import nn
@@ -19,21 +22,28 @@ from lightning_bn.layers.group import LayerGroup, WideScratch
 from lightning_bn.layers.settlement import (
     ATTACHED,
     IDLE,
-    LISTENERS,
     MERGED,
     OBSERVED,
     SCRATCH,
     Neighbours,
     ScratchRows,
     advance,
+    is_deferred,
     is_stopped,
     rule_of,
     rule_unless_kernel,
 )
 from lightning_bn.outermost import OutermostForward
-from lightning_bn.torch_internals import buffers_of, in_transform
+from lightning_bn.torch_internals import buffer_of_each, buffers_of, innermost_transform
 
 M = TypeVar("M", bound=nn.Module)
+
+_SCRATCH, _ATTACHED = methodcaller("get", SCRATCH), methodcaller("get", ATTACHED)
+_SWITCHES = itemgetter("training", "track_running_stats", "momentum")
+_SKIPS, _MERGED = methodcaller("get", "skip_nonfinite", True), methodcaller("get", MERGED)
+_MODULES, _AVERAGING = itemgetter("_modules"), methodcaller("get", "averaging")
+_MOMENTUM = methodcaller("get", "momentum")
+_REFERENT: Callable[[ref[Any]], Any] = ref.__call__
 
 _PLANS = 16  # how many choices of layers, of those that train and those that don't, are kept ready
 
@@ -85,10 +95,12 @@ def release(module: nn.Module) -> None:
                 updates.end()
                 updates.abort()
             updates.detach()
+            updates.uninstall()
     for layer in find_batch_norms(module):
         for updates in list(layer.module.__dict__.get(IDLE, [])):
             if module in updates.modules:
                 updates.end_idling()
+                updates.uninstall()
 
 
 def can_defer(layer: nn.Module) -> bool:
@@ -103,7 +115,8 @@ def exchanging(layers: Iterable[_BatchNorm], exchange: Callable[[], None]) -> No
     Raises:
         RuntimeError: another thread is in the middle of one.
     """
-    running = {id(rows.updates): rows.updates for layer in layers if (rows := layer.__dict__.get(SCRATCH)) is not None}
+    rows = [layer.__dict__[SCRATCH] for layer in layers if is_deferred(layer)]
+    running = {id(each.updates): each.updates for each in rows}
     for updates in running.values():
         if not updates.is_running():  # interrupted
             updates.abort()
@@ -140,25 +153,37 @@ class DeferredUpdates(OutermostForward):
         self.rounds: list[list[tuple[LayerGroup, WideScratch]]] = []
         """What is not settled yet: of a layer that is called again in a forward, a round for each call."""
         self._groups: list[LayerGroup] = []
+        self.round = 0
+        """The number of the round that is under way, 0 while there is none."""
+        self._last = 0
+        self._facts: list[Any] = []
+        self._followed: list[ref[Any]] = []
+        self._given: list[WideScratch] = []
+        self._installed: list[ScratchRows | None] = []
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if in_transform():
+        if innermost_transform() is not None:
             return False
-        for layer in self.layers:
-            scratch: ScratchRows | None = layer.__dict__.get(SCRATCH)
-            if scratch is not None:
-                if scratch.updates.is_running():
-                    if not scratch.updates.merges:  # for as long as the ranks meet, and no longer
-                        self.idle()
-                    return False  # a model around this one has begun already
-                scratch.updates.abort()
-        signature = self._signature()
-        if not any(signature):
+        attributes = list(map(vars, self.layers))
+        if list(map(_SCRATCH, attributes)) != self._installed and self._is_inside():
             return False
-        self._groups = self._plan(signature)
-        self.rounds = []
+        self._choose(attributes)
+        if not self._groups:
+            return False
         self._begin_round()
         return True
+
+    def _is_inside(self) -> bool:
+        """Whether a forward of a model around this one has begun already."""
+        for layer in self.layers:
+            if is_deferred(layer):
+                updates = layer.__dict__[SCRATCH].updates
+                if updates.is_running():
+                    if not updates.merges:  # for as long as the ranks meet, and no longer
+                        self.idle()
+                    return True
+                updates.abort()
+        return False
 
     def idle(self) -> None:
         """Take the hooks away until a layer finds that it has no scratch rows: most parts of a model never run but
@@ -183,20 +208,20 @@ class DeferredUpdates(OutermostForward):
             if not idle:
                 layer.__dict__.pop(IDLE, None)
 
-    @torch.no_grad()
     def end(self) -> None:
-        for group, wide in (each for round_ in self.rounds for each in round_):
-            _settle(group, wide)
+        with torch.no_grad():
+            for round_ in self.rounds:
+                for group, wide in round_:
+                    _settle(group, wide)
         self.rounds = []
 
     def close(self) -> None:
         self.rounds = []
-        self._release_rows()
+        self.round = 0
         later, self.later = self.later, []
         for layer, averaging, batch in later:
             advance(layer, averaging, Batch(batch.mean, batch.var, batch.count, next_step(layer), batch.valid))
 
-    @torch.no_grad()
     def next_round(self, layer: _BatchNorm) -> ScratchRows:
         """Begin another round, for a layer that is called again, and return its rows. A forward that fails leaves no
         trace of any, so all are settled when it ends."""
@@ -204,34 +229,79 @@ class DeferredUpdates(OutermostForward):
         scratch: ScratchRows = layer.__dict__[SCRATCH]
         return scratch
 
-    @torch.no_grad()
     def _begin_round(self) -> None:
         self.thread = threading.get_ident()
+        self._last += 1
         earlier = [wide for _, wide in self.rounds[-1]] if self.rounds else [None] * len(self._groups)
-        round_ = [
-            (group, group.scratch(self, len(self.rounds), wide))
-            for group, wide in zip(self._groups, earlier, strict=True)
-        ]
-        for group, wide in round_:
-            for layer, scratch in zip(group.layers, wide.parts, strict=True):
-                layer.__dict__[SCRATCH] = scratch
+        with torch.no_grad():
+            round_ = [
+                (group, group.scratch(self, len(self.rounds), wide))
+                for group, wide in zip(self._groups, earlier, strict=True)
+            ]
+        for _, wide in round_:
+            wide.round = self._last
+        given = [wide for _, wide in round_]
+        if given != self._given or list(map(_SCRATCH, map(vars, self.layers))) != self._installed:
+            self._install(round_)
         self.rounds.append(round_)
+        self.round = self._last  # when all is ready
 
-    @torch.no_grad()
+    def _install(self, round_: list[tuple[LayerGroup, WideScratch]]) -> None:
+        self._given = [wide for _, wide in round_]
+        rows = {layer: part for group, wide in round_ for layer, part in zip(group.layers, wide.parts, strict=True)}
+        self._installed = list(map(rows.get, self.layers))
+        for layer, part in zip(self.layers, self._installed, strict=True):
+            layer.__dict__[SCRATCH] = part
+
+    def uninstall(self) -> None:
+        """Take the rows away from the layers."""
+        for layer in self.layers:
+            scratch = layer.__dict__.get(SCRATCH)
+            if scratch is not None and scratch.updates is self:
+                del layer.__dict__[SCRATCH]
+        self._installed = []
+
+    def _choose(self, attributes: list[dict[str, Any]]) -> None:
+        """Choose the groups; anew only if something has changed that the choice depends on, which is found out without
+        running any Python for a layer."""
+        means = buffer_of_each(self.layers, "running_mean")
+        averagings = list(map(_AVERAGING, map(_MODULES, attributes)))
+        facts = [
+            averagings,
+            list(map(_MOMENTUM, map(getattr, averagings, repeat("__dict__"), repeat({})))),
+            list(map(_SWITCHES, attributes)),
+            list(map(_SKIPS, attributes)),
+            list(map(_MERGED, attributes)),
+            list(map(getattr, means, repeat("shape"), repeat(None))),
+            list(map(getattr, means, repeat("dtype"), repeat(None))),
+            list(map(getattr, means, repeat("device"), repeat(None))),
+        ]
+        if any(map(_ATTACHED, attributes)):
+            for layer in self.layers:
+                if ATTACHED in layer.__dict__ and layer.training:
+                    layer.__dict__[ATTACHED].set_again(layer)
+        if (
+            facts == self._facts
+            and all(map(is_, map(_REFERENT, self._followed), means))
+            and all(group.is_tied() for group in self._groups)
+        ):
+            return
+        signature = self._signature()
+        self._groups = self._plan(signature) if any(signature) else []
+        for group in self._groups:
+            group.take_momenta()
+        self._facts = facts
+        self._followed = [ref(layer if mean is None else mean) for layer, mean in zip(self.layers, means, strict=True)]
+
     def around(self, exchange: Callable[[], None]) -> None:
         """Settle what has run so far in this forward, call `exchange`, which gives the layers other statistics, and go
         on with those."""
         self.end()
-        self._release_rows()
+        self.rounds, self.round = [], 0
         exchange()
-        self._groups, self.rounds = self._plan(self._signature()), []
-        self._begin_round()
-
-    def _release_rows(self) -> None:
-        for group in self._groups:
-            for layer in group.layers:
-                layer.__dict__.pop(SCRATCH, None)
-        self._groups = []
+        self._choose(list(map(vars, self.layers)))
+        if self._groups:
+            self._begin_round()
 
     def _signature(self) -> tuple[Any, ...]:
         """What decides which layers are settled together, for each of them; None for one whose statistics don't
@@ -245,8 +315,6 @@ class DeferredUpdates(OutermostForward):
             if mean is None or not moves or (not merging and MERGED in attributes):
                 found.append(None)
                 continue
-            if ATTACHED in attributes:
-                attributes[ATTACHED].set_again(layer)
             rule = rule_told(layer)
             if rule is not None:
                 rule.follow(mean)
@@ -276,7 +344,11 @@ class DeferredUpdates(OutermostForward):
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"later": [], "_plans": {}, "rounds": [], "_groups": []}
+        return super().__getstate__() | {
+            **{name: [] for name in ("later", "rounds", "_groups", "_facts", "_followed", "_given", "_installed")},
+            "_plans": {},
+            "round": 0,
+        }
 
 
 def _kind(rule: Averaging | None) -> tuple[Any, ...]:
@@ -292,10 +364,10 @@ def _kind(rule: Averaging | None) -> tuple[Any, ...]:
 
 
 def _settle(group: LayerGroup, wide: WideScratch) -> None:
-    if not wide.ran:
+    if not any(wide.ran()):
         return
     batch = None
-    if not group.rules and any(LISTENERS in layer.__dict__ for layer in group.layers):
+    if not group.rules and group.is_listened_to():
         moments = [scratch.batch or (scratch.mean, scratch.var) for scratch in wide.parts]
         batch = torch.cat([mean for mean, _ in moments]), torch.cat([var for _, var in moments])
     group.settle(group.collect(wide), batch)

@@ -8,6 +8,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
+from operator import attrgetter, eq, is_, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -17,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.averaging import Averaging, Batch
 from lightning_bn.buffers import running_mean
 from lightning_bn.layers.settlement import ATTACHED, LISTENERS, OBSERVED, ScratchRows, Settled, kernel_momentum
-from lightning_bn.torch_internals import add_each, buffers_of, copy_each
+from lightning_bn.torch_internals import add_each, buffer_of_each, copy_each
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class WideScratch:
     """The scratch rows of all layers of a group for a forward, cut up into those of each layer.
 
@@ -35,11 +37,16 @@ class WideScratch:
     pieces: Sequence[Tensor]  # the layers' parts: L of the means, L of the variances
     parts: Sequence[ScratchRows]
     is_later: bool  # whether they are those of a further round, before which the first is not settled
+    round: int = 0  # the number of the round in which they were given out last
 
-    @property
-    def ran(self) -> bool:
-        """Whether any layer ran."""
-        return any(scratch.ran for scratch in self.parts)
+    def ran(self) -> list[bool]:
+        """Whether each layer ran."""
+        return list(map(eq, map(_ROUND, self.parts), repeat(self.round)))
+
+
+_ROUND, _COUNT, _SHAPE = attrgetter("round"), attrgetter("count"), attrgetter("shape")
+_TIE = itemgetter("tie")
+_LISTENERS = methodcaller("get", LISTENERS)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ class LayerGroup:
         self._channels = sum(self.sizes)
         like = running_mean(self.layers[0])
         self.dtype, self.device = like.dtype, like.device
+        self._wide_dtype = torch.promote_types(self.dtype, torch.float32)  # of moments
         with torch.inference_mode(False):  # it outlives the forward, which may be in that mode
             self._set_up(private)
 
@@ -137,21 +145,27 @@ class LayerGroup:
             start = self._masked(self._averaged(collected), collected, before)
         if place >= len(self._wide):
             wide = self._new_rows(updates, start)
+            self._take_momenta(wide)
             if self._reuses:
                 self._wide.append(wide)
+            return wide
+        wide = self._wide[place]
+        if wide.before is None:
+            wide.writable.zero_()
         else:
-            wide = self._wide[place]
-            for scratch in wide.parts:
-                scratch.reset()
-            if wide.before is None:
-                wide.writable.zero_()
-            else:
-                torch.cat(self._running() if start is None else [start], out=wide.before)
-                wide.writable.copy_(wide.before)
-        if not self.rules:
-            for layer, scratch in zip(self.layers, wide.parts, strict=False):
-                scratch.momentum = kernel_momentum(layer)
+            torch.cat(self._running() if start is None else [start], out=wide.before)
+            wide.writable.copy_(wide.before)
         return wide
+
+    def take_momenta(self) -> None:
+        """Take note of the momenta that the layers have now."""
+        for wide in self._wide:
+            self._take_momenta(wide)
+
+    def _take_momenta(self, wide: WideScratch) -> None:
+        for layer, scratch in zip(self.layers, wide.parts, strict=True):
+            scratch.momentum = None if self.rules else kernel_momentum(layer)
+            scratch.layer_momentum = layer.__dict__["momentum"]
 
     def _new_rows(self, updates: Any, start: Tensor | None) -> WideScratch:
         with torch.inference_mode(False):
@@ -166,16 +180,23 @@ class LayerGroup:
 
     def collect(self, wide: WideScratch) -> Collected:
         """Put the reports of one forward side by side."""
-        parts = wide.parts
-        own = any(scratch.own_rows for scratch in parts)
+        parts, ran = wide.parts, wide.ran()
+        usual = all(ran) and None not in map(_SHAPE, parts)
+        own = not usual and any(scratch.own_rows for scratch in parts)
         both = (
             torch.cat([*(scratch.mean for scratch in parts), *(scratch.var for scratch in parts)]) if own else wide.rows
         )
         mean, var = self._halves(both)
-        counts, ran = self.numbers([scratch.count for scratch in parts]), [scratch.ran for scratch in parts]
+        if usual:
+            counts, valid = self._constant("number", tuple(map(_COUNT, parts)), self._wide_dtype), None
+        else:
+            counts = self.numbers([scratch.count if yes else 0 for scratch, yes in zip(parts, ran, strict=True)])
+            valid = self._valid(parts, ran)
+        if self.skip_nonfinite:
+            valid = self.finite(var) if valid is None else valid & self.finite(var)
         # A layer that did not run keeps what it holds now.
         before = wide.before if wide.is_later or all(ran) else None
-        return Collected(mean, var, counts, self._valid(parts, ran, var), ran, None if own else wide, before)
+        return Collected(mean, var, counts, valid, ran, None if own else wide, before)
 
     def settle(self, collected: Collected, batch: tuple[Tensor, Tensor] | None = None) -> None:
         """Update the running statistics of all layers.
@@ -230,7 +251,7 @@ class LayerGroup:
             return
         if valid is not None:
             self._ticks.copy_(valid)
-        add_each(self._buffers("num_batches_tracked"), None if valid is None else self._tick_of_each)
+        add_each(buffer_of_each(self.layers, "num_batches_tracked"), None if valid is None else self._tick_of_each)
 
     def finite(self, var: Tensor) -> Tensor:
         """Whether the moments of a layer's batch are finite, told by its variances: (L,) bool."""
@@ -247,7 +268,7 @@ class LayerGroup:
 
     def numbers(self, values: Sequence[int | Tensor]) -> Tensor:
         """Return a number for each layer as a tensor, (L,), in the dtype of moments."""
-        dtype = self._moments_dtype()
+        dtype = self._wide_dtype
         if not any(isinstance(value, Tensor) for value in values):
             return self._constant("number", tuple(values), dtype)
         return torch.stack(
@@ -261,24 +282,24 @@ class LayerGroup:
 
     def next_steps(self) -> Tensor:
         """How many batches each layer has taken in, the one at hand included: (L,)."""
-        return 1 + (torch.stack(self._buffers("num_batches_tracked")) if self._tied is None else self._tied[1])
+        return 1 + (
+            torch.stack(buffer_of_each(self.layers, "num_batches_tracked")) if self._tied is None else self._tied[1]
+        )
 
     def flags(self, values: Sequence[bool]) -> Tensor:
         """Return a truth for each layer as a tensor, (L,) bool."""
         return self._constant("flag", tuple(values), torch.bool)
 
+    def is_listened_to(self) -> bool:
+        """Whether anybody wants to know the batches of any of the layers."""
+        return any(map(_LISTENERS, map(vars, self.layers)))
+
     def is_tied(self) -> bool:
         """Whether the layers' averagings still are what this group took them for."""
-        return self._rule is None or all(rule.__dict__.get("tie") is self for rule in self._own)
-
-    def _moments_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
-
-    def _buffers(self, name: str) -> list[Tensor]:
-        return [buffers_of(layer)[name] for layer in self.layers]  # type: ignore[misc]  # none of them is None
+        return self._rule is None or all(map(is_, map(_TIE, map(vars, self._own)), repeat(self)))
 
     def _running(self) -> list[Tensor]:
-        return [*self._buffers("running_mean"), *self._buffers("running_var")]
+        return [*buffer_of_each(self.layers, "running_mean"), *buffer_of_each(self.layers, "running_var")]
 
     def _statistics(self) -> Tensor:
         """All running means and then all running variances: (2 C,)."""
@@ -286,15 +307,12 @@ class LayerGroup:
 
     def _halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
         """Cut means and variances apart; in the dtype in which they are averaged, where that is not the kernel's."""
-        mean, var = (both.to(self._moments_dtype()) if self.rules else both).split(self._channels)
+        mean, var = (both.to(self._wide_dtype) if self.rules else both).split(self._channels)
         return mean, var
 
-    def _valid(self, parts: Sequence[ScratchRows], ran: Sequence[bool], var: Tensor) -> Tensor | None:
-        """Which layers' batches count: those that ran, and were finite if anything else is to be skipped."""
-        valid = self.finite(var) if self.skip_nonfinite else None
-        if not all(ran):
-            who = self.flags(ran)
-            valid = who if valid is None else valid & who
+    def _valid(self, parts: Sequence[ScratchRows], ran: Sequence[bool]) -> Tensor | None:
+        """Which layers' batches count, whatever is in them."""
+        valid = None if all(ran) else self.flags(ran)
         if any(scratch.valid is not None for scratch in parts):
             yes = self.flags([True])[0]
             own = torch.stack([yes if scratch.valid is None else scratch.valid for scratch in parts])
@@ -312,10 +330,8 @@ class LayerGroup:
         return self._known[key]
 
     def _notify(self, collected: Collected, batch: tuple[Tensor, Tensor] | None, before: tuple[Tensor, Tensor]) -> None:
-        listeners = {
-            id(each): each for layer in self.layers if LISTENERS in layer.__dict__ for each in layer.__dict__[LISTENERS]
-        }
-        if listeners:
+        if self.is_listened_to():
+            listeners = {id(each): each for layer in self.layers for each in layer.__dict__.get(LISTENERS, ())}
             count = collected.count if collected.valid is None else torch.where(collected.valid, collected.count, 0.0)
             # Copies: the rows are written once more.
             mean, var = (collected.mean.clone(), collected.var.clone()) if batch is None else batch
@@ -342,7 +358,7 @@ class LayerGroup:
     @torch.no_grad()
     def _tied_buffers(self) -> tuple[Tensor, Tensor]:
         """Lay the layers' buffers side by side, each layer's own a view: all statistics, (2 C,), and all counts."""
-        both, steps = torch.cat(self._running()), torch.stack(self._buffers("num_batches_tracked"))
+        both, steps = torch.cat(self._running()), torch.stack(buffer_of_each(self.layers, "num_batches_tracked"))
         pieces = both.split(self.sizes * 2)
         for place, layer in enumerate(self.layers):
             layer.running_mean, layer.running_var = pieces[place], pieces[place + len(self.layers)]

@@ -27,7 +27,7 @@ from lightning_bn.torch_internals import in_backward, in_transform, is_replica, 
 
 # Names of attributes that a layer, of whatever class, has for a while.
 SYNCHRONISED = "_moments_of_all_ranks"  # while it normalises with the batch of all ranks: the `Moments` of the last one
-SCRATCH = "_scratch_rows"  # during a forward of its model
+SCRATCH = "_scratch_rows"  # from the first forward of its model on
 ATTACHED = "_lightning_bn_service"  # of a subclass of another package, while it has an averaging
 MERGED = "_merged_over_ranks"  # while its statistics are merged over ranks, to which other updates yield
 OBSERVED = "_lightning_bn_observed"  # of a layer of plain torch, while its updates are deferred
@@ -57,29 +57,38 @@ class Settled:
 
 
 class ScratchRows:
-    """The rows that one layer writes in one forward of its model, and what it reports of its run.
+    """The rows that one layer writes in each forward of its model, and what it reports of its run.
 
     The rows are zeros with momentum 1, in which the kernel leaves the batch's mean and *unbiased* variance, or copies
-    of the running statistics with the layer's own momentum, of which the kernel makes the new running statistics."""
+    of the running statistics with the layer's own momentum, of which the kernel makes the new running statistics.
 
-    __slots__ = ("batch", "count", "mean", "momentum", "own_rows", "ran", "rows", "updates", "valid", "var")
+    They stay with the layer from forward to forward. What may be done with them is told by numbers alone: no round of
+    forwards has the number 0, in which `updates` are while no forward is under way."""
+
+    __slots__ = (
+        *("batch", "count", "layer_momentum", "mean", "momentum", "own_rows", "round", "rows", "shape"),
+        *("updates", "valid", "var"),
+    )
 
     count: int | Tensor  # values per channel
     valid: Tensor | None  # (), bool: whether the batch counts for other reasons than being finite
     batch: tuple[Tensor, Tensor] | None  # mean and unbiased variance of the batch, where the rows are not these
     own_rows: bool  # whether mean and var are other tensors than the parts of the wide rows
+    shape: torch.Size | None  # of the last input; None if there was anything special about it
 
     def __init__(self, updates: Any, mean: Tensor, var: Tensor) -> None:
         self.updates = updates
         self.rows = mean, var
+        self.round = 0  # in which they were written last
         self.momentum: float | None = None  # None: rows of zeros
+        self.layer_momentum: float | None = None  # what the layer's attribute was
         self.reset()
 
     def reset(self) -> None:
         """Forget what was reported, for another forward."""
         self.mean, self.var = self.rows
-        self.ran = self.own_rows = False
-        self.count, self.valid, self.batch = 0, None, None
+        self.own_rows = False
+        self.count, self.valid, self.batch, self.shape = 0, None, None, None
 
     def copy_rows(self) -> None:
         """Exchange the rows for copies, which may be written without changing what autograd has saved of the other
@@ -88,7 +97,7 @@ class ScratchRows:
 
     def report(self, count: int | Tensor) -> None:
         """Report that the kernel has written the rows, of a batch of `count` values per channel."""
-        self.ran, self.count = True, count
+        self.round, self.count = self.updates.round, count
 
     def report_moments(self, batch: Batch, running: tuple[Tensor, Tensor]) -> None:
         """Report a batch whose moments are known and that the kernel has not seen."""
@@ -99,10 +108,11 @@ class ScratchRows:
                 old.to(new.dtype).lerp(new, self.momentum) for old, new in zip(running, (mean, var), strict=True)
             )
         self.mean, self.var, self.own_rows = mean.to(self.mean.dtype), var.to(self.var.dtype), True
-        self.ran, self.count, self.valid = True, batch.count, batch.valid
+        self.report(batch.count)
+        self.valid = batch.valid
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of a layer in the middle of its model's forward has scratch_of nothing."""
+        """A copy of a layer has no rows until a forward of its own model begins."""
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
@@ -121,7 +131,8 @@ def is_stopped(layer: _BatchNorm) -> bool:
 
 def is_deferred(layer: _BatchNorm) -> bool:
     """Whether a forward of the layer's model is under way, at whose end the layer's batch is settled."""
-    return layer.__dict__.get(SCRATCH) is not None
+    scratch: ScratchRows | None = layer.__dict__.get(SCRATCH)
+    return scratch is not None and scratch.updates.round != 0
 
 
 def scratch_of(layer: _BatchNorm) -> ScratchRows | None:
@@ -129,17 +140,19 @@ def scratch_of(layer: _BatchNorm) -> ScratchRows | None:
     scratch: ScratchRows | None = layer.__dict__.get(SCRATCH)
     if in_transform():
         return None
-    if scratch is not None and not scratch.updates.is_running():  # interrupted
+    if scratch is not None and scratch.updates.round and not scratch.updates.is_running():  # interrupted
         scratch.updates.abort()
-        scratch = None
-    if scratch is None:
+    if scratch is None or not scratch.updates.round:
         if IDLE in layer.__dict__ and not in_backward():
             for updates in list(layer.__dict__[IDLE]):
                 updates.resume()
         return None
     if scratch.updates.thread != threading.get_ident() or in_backward():
         return None
-    return scratch.updates.next_round(layer) if scratch.ran else scratch
+    if scratch.round == scratch.updates.round:
+        scratch = scratch.updates.next_round(layer)
+    scratch.reset()
+    return scratch
 
 
 def torch_rule(momentum: float | None) -> Averaging:
@@ -232,9 +245,8 @@ def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
 
     If another thread is in the middle of a forward of the layer's model, that forward's settlement does it, since it
     will write the buffers."""
-    scratch: ScratchRows | None = None if torch.compiler.is_compiling() else layer.__dict__.get(SCRATCH)
-    if scratch is not None and not in_transform():
-        scratch.updates.later.append((layer, averaging, batch))
+    if not torch.compiler.is_compiling() and is_deferred(layer) and not in_transform():
+        layer.__dict__[SCRATCH].updates.later.append((layer, averaging, batch))
         return
     with exclusive():
         _advance(layer, averaging, batch)

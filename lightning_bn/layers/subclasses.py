@@ -19,11 +19,11 @@ from lightning_bn.layers.settlement import (
     ATTACHED,
     LISTENERS,
     OBSERVED,
-    SCRATCH,
     ScratchRows,
     advance,
     batch_moments,
     count_like,
+    is_deferred,
     is_finite,
     is_stopped,
     is_synchronised,
@@ -147,7 +147,7 @@ class _HooksAround:
         scratch = scratch_of(layer) if layer.training and not compiling and not is_stopped(layer) else None
         if scratch is not None and is_synchronised(layer):
             scratch.copy_rows()
-        elsewhere = SCRATCH in layer.__dict__ and not in_backward() and scratch is None
+        elsewhere = scratch is None and not compiling and is_deferred(layer) and not in_backward()
         momentum = kernel_momentum(layer) if scratch is None else scratch.momentum
         stand_ins = StandIns(layer, scratch, zeroed=layer.training and (momentum is None or elsewhere))
         layer.__dict__[_STAND_INS] = stand_ins

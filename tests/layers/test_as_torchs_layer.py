@@ -301,6 +301,27 @@ def test_two_sets_of_buffers_through_one_module(name: str) -> None:
             torch.testing.assert_close(got[key], value, rtol=0, atol=0, msg=f"{key} of {name}")
 
 
+@each_average
+def test_a_set_of_buffers_after_a_load(name: str) -> None:
+    """A history that was loaded is the module's own, and not that of buffers which are passed in next."""
+    averaging = AVERAGES[name][0]
+    model, alone = (convert_batch_norm(network(), averaging) for _ in range(2))
+    for seed in range(4):
+        step(model, seed)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    passed = tensors(convert_batch_norm(network(), averaging))
+    expected = copy.deepcopy(model)
+    for seed in range(4, 8):
+        batch = torch.randn(8, 4) + seed
+        model(batch)
+        functional_call(model, passed, (2 * batch,))
+        expected(batch)
+        alone(2 * batch)
+    for buffers, each in ((dict(model.named_buffers()), expected), (passed[1], alone)):
+        for key, value in each.named_buffers():
+            assert torch.equal(buffers[key], value), key
+
+
 def test_buffers_that_are_replaced_keep_the_history() -> None:
     """A tensor assigned in the place of a buffer that is gone goes on with its average."""
     model, expected = (convert_batch_norm(network(), Window(3)) for _ in range(2))

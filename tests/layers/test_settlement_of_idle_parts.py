@@ -121,3 +121,45 @@ def test_many_forwards_before_one_backward(name: str) -> None:
         gradients.append([*first, *second])
     for ours, expected in zip(*gradients, strict=True):
         assert torch.equal(ours, expected)
+
+
+class Fallback(nn.Module):
+    """Goes on with other data where a layer refuses what it is given."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layer = BatchNorm1d(4, averaging=AVERAGES[name][0])
+        self.last = BatchNorm1d(4, averaging=AVERAGES[name][0])
+
+    def forward(self, batch: Tensor) -> Tensor:
+        try:
+            return self.last(self.layer(batch))
+        except RuntimeError:
+            return self.last(batch.float())
+
+
+@few_averages
+def test_rows_that_a_call_has_not_written(name: str) -> None:
+    """A call that raises in the kernel, where everything else is as in the forward before, has not run."""
+    model = settle_together(Fallback(name))
+    model(torch.randn(8, 4))
+    before = {key: value.clone() for key, value in model.layer.state_dict().items()}
+    model(torch.randint(5, (8, 4)))
+    assert all(torch.equal(value, before[key]) for key, value in model.layer.state_dict().items())
+    assert model.last.num_batches_tracked == 2
+
+
+@few_averages
+def test_another_shape_another_mode_and_a_setting_from_forward_to_forward(name: str) -> None:
+    """Whatever is not as in the forward before is noticed, in any order."""
+    model = net(name)
+    record = Record(model)
+    for step, batch in enumerate(batches(24)):
+        model.use_side = step % 5 != 0
+        model.side[1].train(step % 4 != 0)
+        model.body[1].track_running_stats = step % 7 != 0
+        model.head[1].momentum = 0.1  # another object of the same value
+        if step == 11:
+            model.body[4].running_mean = model.body[4].running_mean.clone()
+        model(batch if step % 3 else batches(1)[0])
+    agree(model, record, AVERAGES[name][1])
