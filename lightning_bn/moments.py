@@ -85,7 +85,7 @@ class Moments:
         """Return the moments of both data taken together; symmetric up to rounding, and empty moments are the
         identity."""
         count = self.count + other.count
-        share = other.count / torch.where(count == 0, 1.0, count)
+        share = other.count / count.clamp(min=torch.finfo(count.dtype).tiny)  # no data has no share
         delta = other.mean - self.mean
         return Moments(
             count,

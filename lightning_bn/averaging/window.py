@@ -77,8 +77,8 @@ class Window(Averaging):
             # Two segments, each with a row that stays zero: the total over no batches. A row is (mean, variance), or
             # (count, mean, m2).
             "rows": torch.zeros(2 * (self._segment + 1), numbers, num_features, dtype=dtype, device=device),
-            # Totals over `newest`, `middle` and `turned`, in the widest dtype: a float32 sum of 1000 rows is off by
-            # 1e-6.
+            # Totals over `newest`, `middle` and `turned` after the last batch, in the widest dtype: a float32 sum of
+            # 1000 rows is off by 1e-6.
             "totals": torch.zeros(3, numbers, num_features, dtype=wide_dtype(device), device=device),
             # Batches seen.
             "cursor": torch.zeros(num_features, dtype=torch.int64, device=device),
@@ -87,27 +87,28 @@ class Window(Averaging):
     def update(self, running_mean: Tensor, running_var: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if self.size == 1:
             return batch.mean, batch.var
-        segment, place = self.cursor // self._segment % 2, self.cursor % self._segment
-        here = segment * (self._segment + 1) + place
-        opposite = (1 - segment) * (self._segment + 1) + (self._segment - 1 - place)
+        segment = self._segment
+        phase = self.cursor % (2 * segment)
+        here = phase + (phase >= segment)  # past the zero row of the first segment
         # With an odd size the window holds one batch more: the one whose row is overwritten below.
         oldest = here + 1 - self.size % 2
-        index = torch.stack((here, opposite, oldest)).unsqueeze(1).expand(-1, self.rows.shape[1], -1)
-        written, turning, oldest_total = self.rows.gather(0, index).unbind()
+        turning = 2 * segment - here  # as far from the end of the other segment as `here` is from the start of this one
+        index = torch.stack((here, oldest, turning)).unsqueeze(1).expand(-1, self.rows.shape[1], -1)
+        kept = self.rows.gather(0, index)
 
-        opens = place == 0
-        newest, turned = torch.where(opens, 0.0, self.totals[::2]).unbind()
-        middle = torch.where(opens, self.totals[0], self.totals[1])
+        none = self.rows[segment]
+        opened = torch.stack((none, self.totals[0], none))  # a segment begins: the newest one has become the middle
+        before = torch.where(phase % segment == 0, opened, self.totals)
         row = self._row(batch)
-        newest, turned = self._merge(newest, row), self._merge(turned, turning)
-        inside = self._merge(self._merge(newest, middle), oldest_total)
+        merged = self._merge(before, torch.cat((row.unsqueeze(0), kept[1:])))
+        newest, turned = merged[0], merged[2]
+        inside = self._merge(newest, merged[1])
 
-        batch.write(self.totals, torch.stack((newest, middle, turned)))
-        new, old = torch.stack((row, turned)).to(self.rows.dtype), torch.stack((written, turning))
-        self.rows.scatter_(0, index[:2], new if batch.valid is None else torch.where(batch.valid, new, old))
-        seen = self.cursor + 1
-        batch.write(self.cursor, seen)
-        return self._statistics(inside, seen, running_mean.dtype)
+        batch.write(self.totals, torch.stack((newest, before[1], turned)))
+        new, old = torch.stack((row, turned)).to(self.rows.dtype), kept[::2]
+        self.rows.scatter_(0, index[::2], new if batch.valid is None else torch.where(batch.valid, new, old))
+        self.cursor.add_(1 if batch.valid is None else batch.valid)
+        return self._statistics(inside, running_mean.dtype)
 
     def newest_weight(self, step: Tensor, batches: Tensor) -> Tensor | None:
         # A window of one is its newest batch, and keeps no rows.
@@ -122,14 +123,14 @@ class Window(Averaging):
     def _merge(self, one: Tensor, other: Tensor) -> Tensor:
         if not self.pooled:
             return one + other
-        merged = Moments(*one.unbind()).merge(Moments(*other.unbind()))
-        return torch.stack((merged.count, merged.mean, merged.m2))
+        merged = Moments(*one.unbind(-2)).merge(Moments(*other.unbind(-2)))
+        return torch.stack((merged.count, merged.mean, merged.m2), -2)
 
-    def _statistics(self, total: Tensor, seen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _statistics(self, total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self.pooled:
             moments = Moments(*total.unbind())
             return moments.mean.to(dtype), moments.variance(unbiased=True).to(dtype)
-        mean, var = (total / seen.clamp(max=self.size)).to(dtype).unbind()
+        mean, var = (total / self.cursor.clamp(1, self.size)).to(dtype).unbind()
         return mean, var
 
     @property

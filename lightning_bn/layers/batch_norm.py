@@ -41,7 +41,6 @@ from lightning_bn.torch_internals import (
     backward_task,
     cudnn_enabled,
     in_backward,
-    in_transform,
     innermost_transform,
     is_exporting,
 )
@@ -270,13 +269,8 @@ class AveragedBatchNorm(_BatchNorm):
 
         They start as zeros, since a NaN in fresh memory would survive being multiplied by 0.
         """
-        mean, var = running_statistics(self)
-        dtype = mean.dtype
-        if in_transform():
-            mean, var = torch.zeros_like(mean), torch.zeros_like(var)  # of a stack of models where the buffers are one
-        else:
-            mean, var = torch.zeros(2, len(mean), dtype=dtype, device=input.device).unbind()
-        output = F.batch_norm(input, mean, var, *self._affine(dtype), True, 1.0, self.eps)
+        mean, var = map(torch.zeros_like, running_statistics(self))
+        output = F.batch_norm(input, mean, var, *self._affine(mean.dtype), True, 1.0, self.eps)
         count = self._values_per_channel(input)
         if (isinstance(count, Tensor) or count > 0) and not in_backward():
             valid = is_finite(var) if self.skip_nonfinite else None

@@ -239,7 +239,6 @@ def exclusive() -> AbstractContextManager[Any]:
     return nullcontext() if torch.compiler.is_compiling() else _at_once
 
 
-@torch.no_grad()
 def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
     """Let `averaging` take `batch` in and write the statistics it gives into the layer's buffers, in place.
 
@@ -248,7 +247,7 @@ def advance(layer: _BatchNorm, averaging: Averaging, batch: Batch) -> None:
     if not torch.compiler.is_compiling() and is_deferred(layer) and not in_transform():
         layer.__dict__[SCRATCH].updates.later.append((layer, averaging, batch))
         return
-    with exclusive():
+    with exclusive(), nullcontext() if torch.compiler.is_compiling() else torch.no_grad():
         _advance(layer, averaging, batch)
 
 
@@ -275,7 +274,7 @@ def count_like(count: int | Tensor, moments: Tensor) -> Tensor:
     """Return the number of values per channel as `Batch` has it, (), in the dtype and on the device of its moments."""
     if isinstance(count, Tensor):
         return count.to(moments.dtype)
-    return torch.full((), count, dtype=moments.dtype, device=moments.device)
+    return moments.new_full((), count)
 
 
 def per_channel(batch: Batch) -> Batch:

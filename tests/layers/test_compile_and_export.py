@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lightning_bn import Averaging, BatchNorm2d, Cumulative, Exponential, Window
+from lightning_bn import Averaging, BatchNorm2d, Cumulative, Exponential, Window, convert_batch_norm
 
 AVERAGES = [
     None,
@@ -96,3 +97,39 @@ def test_onnx(averaging: Averaging | None, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     (output,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
     np.testing.assert_allclose(output, model(batch).detach().numpy(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("averaging", "limit"), [(Window(20), 330), (Window(20, pooled=True), 600)], ids=["window", "pooled window"]
+)
+def test_operations_of_a_compiled_window(averaging: Averaging, limit: int) -> None:
+    """The graph of eight layers between convolutions and ReLUs calls a limited number of functions, where torch's
+    layers call 24."""
+    layers = [nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(8)]
+    found: list[int] = []
+
+    def count(module: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        found.append(sum(node.op == "call_function" for node in module.graph.nodes))
+        return module.forward
+
+    torch.compile(convert_batch_norm(nn.Sequential(*layers), averaging), fullgraph=True, backend=count)(
+        torch.randn(2, 8, 20, 20)
+    )
+    assert len(found) == 1
+    assert found[0] <= limit
+
+
+@each_average
+def test_compiled_statistics_are_eagers_to_the_bit(averaging: Averaging | None) -> None:
+    """Where the graph runs operation by operation, as it was traced: the same sums in the same order."""
+    eager = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    convert_batch_norm(eager, averaging)
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for step in range(9):
+        batch = torch.randn(4, 3, 2, 2) + step
+        if step == 5:
+            batch[0, 0] = float("nan")
+        compiled(batch), eager(batch)
+        for key, value in eager.state_dict().items():
+            assert torch.equal(twin.state_dict()[key].nan_to_num(-7), value.nan_to_num(-7)), key
