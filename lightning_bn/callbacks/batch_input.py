@@ -128,23 +128,47 @@ class BatchInput:
         raise MisconfigurationException(
             f"{self._call} can't put a batch ({_form(batch)}) into {type(module).__name__}: "
             f"{'; '.join(failures) or 'no forward takes it'}. "
-            f"{(_another_style(module, batch) if self._takes_forward else None) or self._advice}"
+            f"{(_another_style(trainer, module, batch) if self._takes_forward else None) or self._advice}"
         ) from last
 
 
-def _another_style(module: LightningModule, batch: Any) -> str | None:
-    """Suggest a call of the parts that hold batch-norm layers: the module itself was tried."""
+def calls_of_parts(module: LightningModule, value: Callable[[str], str] = lambda _: "...") -> str | None:
+    """Return a ``forward=`` that calls the parts which hold batch-norm layers, as a user would write it; None where the
+    module itself holds them.
+
+    Args:
+        module: of which the parts are.
+        value: says what is known to go into a part of that name.
+    """
     parts = dict.fromkeys(layer.name.split(".")[0] for layer in find_batch_norms(module) if "." in layer.name)
-    if not parts:
+    calls = [f"module.{part}({value(part)})" for part in parts]
+    if not calls:
         return None
+    return f"forward=lambda module, batch: {calls[0] if len(calls) == 1 else '(' + ', '.join(calls) + ')'}"
+
+
+def _another_style(trainer: Trainer, module: LightningModule, batch: Any) -> str | None:
+    """Suggest to call the parts: the module itself was tried. Which of them take the batch's first part is tried too:
+    the generator of a GAN takes noise, which only the training step knows."""
+
+    def value(part: str) -> str:
+        run = InputStyle(part, lambda module, batch: getattr(module, part)(batch[first] if is_parts else batch))
+        try:
+            with kept(module=module, batch=batch):
+                module.eval()
+                with trainer.precision_plugin.forward_context():
+                    inside_wrapper(trainer, module, run.run, batch)
+        except Exception:  # a user's forward may raise anything; the message leaves the argument open
+            return "..."
+        return f"batch[{first!r}]" if is_parts else "batch"
+
     first = next(iter(batch.keys()), "inputs") if isinstance(batch, Mapping) else 0
-    value = f"batch[{first!r}]" if isinstance(batch, (Mapping, Sequence)) else "batch"
-    calls = ", ".join(f"module.{part}({value if place == 0 else '...'})" for place, part in enumerate(parts))
-    called = f"({calls}{',' * (len(parts) == 1)})"
-    return (
-        "Call the parts that hold the batch-norm layers, each with what it takes: forward=lambda module, batch: "
-        f"{called}."
-    )
+    is_parts = isinstance(batch, (Mapping, Sequence))
+    calls = calls_of_parts(module, value)
+    if calls is None:
+        return None
+    left = " In place of ... goes what training_step gives that part, as noise for a generator." * ("..." in calls)
+    return f"Call the parts that hold the batch-norm layers, each with what it takes: {calls}.{left}"
 
 
 def _styles_of_forward(module: LightningModule, batch: Any) -> list[InputStyle]:

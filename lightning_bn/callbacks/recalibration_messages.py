@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_bn.callbacks.batch_input import calls_of_parts
 from lightning_bn.callbacks.both_lightnings import (
     CombinedLoader,
     LightningModule,
@@ -46,8 +47,8 @@ def check_fit(trainer: Trainer, module: LightningModule, *, forward: Any, monito
     if forward is None and not module.automatic_optimization and not is_overridden("forward", module):
         raise MisconfigurationException(
             f"BatchNormRecalibration: {type(module).__name__} uses manual optimization, so its training_step can't be "
-            "run, and it has no forward. Say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: "
-            "module.model(batch[0]))."
+            "run, and it has no forward. Say how a batch goes in, with what training_step gives each part in place of "
+            f"...: BatchNormRecalibration({calls_of_parts(module) or 'forward=lambda module, batch: ...'})."
         )
     if monitor is not None and not trainer.enable_validation:
         raise MisconfigurationException(

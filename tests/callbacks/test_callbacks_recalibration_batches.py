@@ -364,21 +364,36 @@ class Adversaries(Manual):
     def __init__(self) -> None:
         super().__init__()
         self.generator = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        self.judge = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
 
     def forward(self, noise: Tensor) -> Tensor:
         return self.generator(noise)
 
 
 def test_the_error_of_a_gan_suggests_a_call_that_was_not_tried_and_that_works() -> None:
-    """What each way raised, and a call of the parts that hold batch norms; filled in, it works."""
+    """What each way raised, and a call of the parts that hold batch norms, with a
+    batch for those that take one; filled in, it works."""
     with pytest.raises(MisconfigurationException) as raised:
         fit(BatchNormRecalibration(), module=Adversaries(), val=None)
     message = str(raised.value)
     assert "forward(batch[0]) raised RuntimeError" in message
     assert "training_step was not tried, since the module uses manual optimization" in message
-    suggested = "forward=lambda module, batch: (module.rest(batch[0]), module.generator(...))"
+    suggested = "forward=lambda module, batch: (module.rest(...), module.generator(...), module.judge(batch[0]))"
     assert suggested in message
+    assert "In place of ... goes what training_step gives that part" in message
     callback = BatchNormRecalibration(forward=lambda module, batch: module.generator(batch[0][:, :3]))
     with pytest.warns(UserWarning, match="did not run"):
         fit(callback, module=Adversaries(), val=None)
     assert [layer.name for layer in callback.report.layers] == ["generator.1"]
+
+
+def test_a_gan_without_a_forward_is_refused_with_the_names_of_its_parts() -> None:
+    """At the start of the fit, before any batch: what goes into them is left open."""
+
+    class Parts(Adversaries):
+        forward = pl.LightningModule.forward
+
+    with pytest.raises(MisconfigurationException) as raised:
+        fit(BatchNormRecalibration(), module=Parts(), val=None)
+    call = "forward=lambda module, batch: (module.rest(...), module.generator(...), module.judge(...))"
+    assert call in str(raised.value)
