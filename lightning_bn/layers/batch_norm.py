@@ -226,8 +226,9 @@ class AveragedBatchNorm(_BatchNorm):
 
     def _normalise_with_running(self, input: Tensor) -> Tensor:
         mean, var = running_statistics(self)
-        if torch.is_grad_enabled():
-            # Backward needs these very values, and a training batch may come before it and write into the buffers.
+        if torch.is_grad_enabled() and not torch.jit.is_tracing():
+            # Backward needs these very values, and a training batch may come before it and write into the buffers. A
+            # trace has no backward, and its check runs without grad and takes a copy for another program.
             mean, var = mean.clone(), var.clone()
         return F.batch_norm(input, mean, var, *self._affine(mean.dtype), False, 0.0, self.eps)
 

@@ -135,7 +135,7 @@ class _HooksAround:
 
     @torch.no_grad()
     def _enter(self, layer: _BatchNorm, args: tuple[Any, ...]) -> None:
-        if not layer.track_running_stats:
+        if not layer.track_running_stats or (not layer.training and torch.jit.is_tracing()):
             return
         self.set_again(layer)
         self._lock.acquire()
