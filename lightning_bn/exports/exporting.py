@@ -23,6 +23,7 @@ def exporting(model: nn.Module) -> Iterator[None]:
     Args:
         model: any module. At exit each submodule has its own mode back, each buffer the same tensor with the same
             values, each parameter its ``requires_grad``, and each averaging its history; also after an exception.
+            Inside, the hooks of this package's callbacks are off: ``torch.jit.script`` takes no module with hooks.
 
     Example:
         >>> import torch
@@ -40,10 +41,17 @@ def exporting(model: nn.Module) -> Iterator[None]:
     held = [value for _, own in buffers for value in own.values() if value is not None]
     held += [value for each in modules if isinstance(each, TrainingState) for value in each.state().values()]
     values = [value.detach().clone() for value in held]
+    hooks = [(own, dict(own)) for each in modules for own in (each._forward_pre_hooks, each._forward_hooks)]
     try:
+        for each in modules:
+            _take_off(each)
         model.eval()
         yield
     finally:
+        for own, before in hooks:
+            added = {key: hook for key, hook in own.items() if key not in before}
+            own.clear()
+            own.update(before | added)
         for module, own_flags in flags:
             for name, flag in own_flags.items():
                 setattr(module, name, flag)
@@ -56,3 +64,13 @@ def exporting(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in zip(held, values, strict=True):
                 tensor.copy_(value)
+
+
+def _take_off(module: nn.Module) -> None:
+    """Remove the hooks of whoever watches a run. Those that a layer holds itself are part of what it computes."""
+    held = [id(value) for value in vars(module).values()]
+    for own in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(own.items()):
+            watches = str(getattr(hook, "__module__", "")).startswith("lightning_bn.")
+            if watches and id(getattr(hook, "__self__", hook)) not in held:
+                del own[key]

@@ -20,6 +20,7 @@ from lightning_bn.rules.copies import Copies
 from lightning_bn.rules.evaluations import RanksApart, StaleCopy
 from lightning_bn.rules.fit_test import FitTest
 from lightning_bn.rules.learning import Learning
+from lightning_bn.rules.modes import ModeChangedInTraining
 from lightning_bn.rules.observer import Modes, Observer
 from lightning_bn.rules.order import BatchOrder, SortedBatches
 from lightning_bn.rules.register import Moment, Register
@@ -119,7 +120,7 @@ class Inspection:
             kept = {places[layer] for index in indices if (layer := old.layers[index].module) in places}
             known.clear()
             known.update(kept)
-        self._judged, self._away, self._counts_before = {}, None, {}
+        self._judged, self._away, self._after, self._counts_before = {}, None, None, {}
         # These know the layers by their places.
         self._copies, self._boundaries = Copies(self.observer), Boundaries(self.observer.layers)
         self._fit.close()
@@ -206,6 +207,7 @@ class Inspection:
         self.observer.end_training_batch()
         self._fit.end_training_batch(self.observer.forwards)
         self.trained = True
+        self._look_for_export(self._after or self.observer.modes, f"before the end of batch {self.index}")
         after = self._after = self.observer.snapshot()
         opened = self.observer.modes or after
         self._copies.compare()
@@ -295,8 +297,19 @@ class Inspection:
         self.stage = "train"
         before, self._away = self._away, None
         if before is not None and len(before) == len(self.observer.modules):
+            if self._look_for_export(before, "since the last training batch"):
+                return
             back = Return(self.observer, self.setting, before, self.observer.snapshot(), self._interrupted)
             self._ask(lambda rule: rule.returned(back))
+
+    def _look_for_export(self, before: Modes | None, when: str) -> bool:
+        """Compare the modes with those `before` an exporter ran the model; returns whether one did and changed any."""
+        exported, self.observer.exported = self.observer.exported, False
+        if not exported or before is None or before == self.observer.snapshot():
+            return False
+        at = Configuration(self.observer, self.setting)
+        self._tell(rule := ModeChangedInTraining(), partial(rule.exported, at, before, when))
+        return True
 
     def anchor(self) -> None:
         """The weights are those that training has left: an exchange is told from them."""

@@ -127,29 +127,40 @@ class SubmoduleInEval(Rule):
                 )
 
 
-class ModeChangedInStep(Rule):
+class ModeChangedInTraining(Rule):
     code = "BN103"
-    title = "a mode was changed inside training_step and stayed changed"
+    title = "a mode was changed in the middle of training and stayed changed"
     why = "every later batch runs in the changed mode, and the place that changed it is far from where it shows."
     mendable = True
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
-        observer, setting, before = batch.observer, batch.setting, batch.before
-        if not batch.training or before == batch.after:
-            return
+        if batch.training:
+            yield from self._changed(batch, batch.before, batch.after, batch.when)
+
+    def exported(self, at: Configuration, before: Modes, when: str) -> Iterator[Seen]:
+        """Look at what an exporter has left: ``Module.train()``, with which most end, thaws frozen parts, and some
+        leave the model in eval mode."""
+        fix = Fix(f"with exporting({at.setting.root}):", "around the export")
+        yield from self._changed(at, before, at.observer.snapshot(), f"{when} an exporter ran the model, and", fix)
+
+    def _changed(
+        self, at: Configuration, before: Modes, after: Modes, when: str, fix: Fix | None = None
+    ) -> Iterator[Seen]:
+        observer, setting = at.observer, at.setting
         for now in (False, True):
             names = [
                 name
-                for name in observer.differing(before, batch.after)
-                if batch.after[observer.names.index(name)] is now
+                for name in observer.differing(before, after)
+                if after[observer.names.index(name)] is now
                 # To put a frozen part in eval mode at the head of the step is a way to freeze it.
                 and (now or (learns(observer.modules[observer.names.index(name)]) and not setting.allows_eval(name)))
             ]
             if names:
                 yield Seen(
                     names,
-                    f"{batch.when} training went from {not now} to {now}.",
-                    fix=Fix(mode_calls(setting.root, observer, names, before), "at the end of the training step"),
+                    f"{when} training went from {not now} to {now}.",
+                    fix=fix
+                    or Fix(mode_calls(setting.root, observer, names, before), "at the end of the training step"),
                     mend=lambda: observer.restore(before),
                 )
 
@@ -358,7 +369,7 @@ MODE_RULES: tuple[Rule, ...] = (
     Unseen(),
     ModuleInEval(),
     SubmoduleInEval(),
-    ModeChangedInStep(),
+    ModeChangedInTraining(),
     StatisticsWrittenInEvaluation(),
     ModesNotPutBack(),
     MovedWithoutGrad(),

@@ -19,7 +19,7 @@ from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
 from lightning_bn.set_in_use import OtherSets
-from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, parameters_of
+from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, is_exporting, parameters_of
 
 Modes = tuple[bool, ...]
 """The ``training`` flags of `Observer.modules`, in their order."""
@@ -54,6 +54,8 @@ class Observer:
         self.modes: Modes | None = None
         """The modes at the first forward of this batch, unless they were set when it began."""
         self.recording = False
+        self.exported = False
+        """Whether an exporter has run a part of the model since somebody reset this."""
         self.call = self.source = 0
         self.at = 0
         """The call of the model that is being run; 0: none."""
@@ -275,8 +277,17 @@ class _CallHooks(_Hooks):
 
     @guarded
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling() and self._observer is not None and self._observer.recording:
-            self._observer.enter(module, self._layers, self._place, args, kwargs)
+        observer = self._observer
+        if observer is None:
+            return
+        if torch.compiler.is_compiling():
+            # Dynamo would take the attribute into what it compiles; `torch.export` without it runs this very code.
+            if not torch.compiler.is_dynamo_compiling() and is_exporting():
+                observer.exported = True
+            return
+        observer.exported = observer.exported or torch.jit.is_tracing()
+        if observer.recording:
+            observer.enter(module, self._layers, self._place, args, kwargs)
 
     @guarded
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

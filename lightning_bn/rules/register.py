@@ -19,6 +19,7 @@ _LEVELS = ("info", "warning", "error")
 
 # What follows from a finding about the same layers is information. A rule that is ignored explains nothing.
 _CAUSES = {
+    "BN201": ("BN103", "BN105"),
     "BN204": ("BN101", "BN102", "BN103", "BN105", "BN301"),
     "BN207": ("BN209",),
     "BN208": ("BN104", "BN106", "BN107", "BN201", "BN202", "BN207", "BN209", "BN301", "BN307"),

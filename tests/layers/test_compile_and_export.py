@@ -133,3 +133,23 @@ def test_compiled_statistics_are_eagers_to_the_bit(averaging: Averaging | None) 
         compiled(batch), eager(batch)
         for key, value in eager.state_dict().items():
             assert torch.equal(twin.state_dict()[key].nan_to_num(-7), value.nan_to_num(-7)), key
+
+
+class Fused(nn.BatchNorm2d):
+    """Another package's layer, which keeps its own forward."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).relu()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, Fused])
+@each_average
+def test_trace(averaging: Averaging | None, norm: type[nn.BatchNorm2d]) -> None:
+    """torch.jit.trace, with its own check of a second trace; the program reads the layer's buffers."""
+    model = convert_batch_norm(nn.Sequential(nn.Conv2d(2, 3, 1), norm(3)), averaging)
+    model(torch.randn(4, 2, 5, 5) * 3)
+    batch = torch.randn(2, 2, 5, 5)
+    traced = torch.jit.trace(model.eval(), batch)
+    assert torch.equal(traced(batch), model(batch))
+    model[1].running_mean.add_(1)
+    assert torch.equal(traced(batch), model(batch))

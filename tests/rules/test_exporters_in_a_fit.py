@@ -1,0 +1,121 @@
+"""An exporter in the middle of a fit: what it does to modes is named as its doing, and the printed fix mends it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from found import findings, only, serious
+from small_models import Module
+from torch import Tensor
+
+from lightning_bn import Finding, exporting
+
+pytestmark = pytest.mark.usefixtures("in_a_folder")
+
+
+@pytest.fixture
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
+def to_onnx(module: Module, images: Tensor) -> None:
+    module.to_onnx("model.onnx", images)
+
+
+def to_onnx_older(module: Module, images: Tensor) -> None:
+    module.to_onnx("model.onnx", images, dynamo=False)
+
+
+def to_torchscript(module: Module, images: Tensor) -> None:
+    module.to_torchscript(method="trace", example_inputs=images)
+
+
+def leaves_eval(module: Module, images: Tensor) -> None:
+    """As OpenVINO's ``convert_model`` does."""
+    torch.jit.trace(module.eval(), images, check_trace=False)
+
+
+class Exports(Module):
+    """Exports once, in a fit with a frozen backbone."""
+
+    def __init__(self, export: Callable[[Module, Tensor], object], place: str, fix: str = "") -> None:
+        super().__init__()
+        self.model.backbone.requires_grad_(False).eval()
+        self.export, self.place, self.fix = export, place, fix
+
+    def at(self, place: str) -> None:
+        if place == self.place:
+            self.place = ""
+            with warnings.catch_warnings(), self.mended():
+                warnings.simplefilter("ignore")
+                self.export(self, torch.randn(8, 1, 6, 6))
+
+    def mended(self) -> AbstractContextManager[None]:
+        """What the printed line makes."""
+        line = self.fix.removeprefix("with ").removesuffix(":")
+        return eval(line, {"exporting": exporting, "self": self}) if line else nullcontext()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if batch_idx == 2:
+            self.at("training_step")
+        return self.loss(batch)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.at("on_train_batch_end")
+
+    def on_train_epoch_end(self) -> None:
+        self.at("on_train_epoch_end")
+
+
+def found(*program: Any) -> list[Finding]:
+    return findings(Exports(*program), max_epochs=2)
+
+
+@pytest.mark.parametrize("place", ["training_step", "on_train_batch_end", "on_train_epoch_end"])
+@pytest.mark.parametrize("export", [to_onnx, to_onnx_older, to_torchscript, leaves_eval])
+def test_an_exporter_that_thaws_or_freezes_is_the_cause(export: Callable[[Module, Tensor], object], place: str) -> None:
+    """BN103 names it with what it changed, nothing else is warned of, and with the printed line nothing is found."""
+    said = found(export, place)
+    finding = only("BN103", said)
+    assert serious(said) == ["BN103"]
+    assert "an exporter ran the model" in finding.seen
+    freezes = export is leaves_eval
+    assert f"training went from {freezes} to {not freezes}" in finding.seen
+    assert finding.layers == (("",) if freezes else ("model.backbone",))
+    assert serious(found(export, place, finding.fix.code)) == []
+
+
+def test_an_exporter_that_changes_nothing_is_not_named() -> None:
+    """``torch.export`` leaves modes as they are; a mode that somebody else changes later is not its doing."""
+
+    def export_alone(module: Module, images: Tensor) -> None:
+        torch.export.export(module.model, (images,))
+
+    assert serious(found(export_alone, "on_train_batch_end")) == []
+
+    class WakesLater(Exports):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if self.current_epoch == 1:
+                self.model.train()
+            return super().training_step(batch, batch_idx)
+
+    finding = only("BN103", findings(WakesLater(export_alone, "on_train_batch_end"), max_epochs=2))
+    assert "exporter" not in finding.seen
+
+
+@pytest.mark.parametrize("place", ["training_step", "on_train_batch_end"])
+def test_a_watched_module_is_scripted_inside_of_exporting(place: str) -> None:
+    """TorchScript compiles a module's hooks, and those of a callback are none of its language."""
+
+    def script(module: Module, images: Tensor) -> None:
+        torch.jit.script(module.model)
+
+    assert serious(found(script, place, "with exporting(self):")) == []
