@@ -130,6 +130,11 @@ def is_exporting() -> bool:
     return torch.compiler.is_compiling() and _is_exporting is not None and bool(_is_exporting())
 
 
+def is_tracing() -> bool:
+    """Tell whether ``torch.jit.trace`` records this code, or what stands on it: the older ONNX exporter, OpenVINO."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def is_replica(module: nn.Module) -> bool:
     """Tell whether `DataParallel` has made `module` for one forward: a copy around the original's hooks and state.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,17 +42,17 @@ def exporting(model: nn.Module) -> Iterator[None]:
     held = [value for _, own in buffers for value in own.values() if value is not None]
     held += [value for each in modules if isinstance(each, TrainingState) for value in each.state().values()]
     values = [value.detach().clone() for value in held]
-    hooks = [(own, dict(own)) for each in modules for own in (each._forward_pre_hooks, each._forward_hooks)]
+    hooks = [(own, dict(own)) for each in modules for own in _hooks_of(each)]
     try:
         for each in modules:
             _take_off(each)
         model.eval()
         yield
     finally:
-        for own, before in hooks:
-            added = {key: hook for key, hook in own.items() if key not in before}
-            own.clear()
-            own.update(before | added)
+        for members, before in hooks:
+            added = {key: hook for key, hook in members.items() if key not in before}
+            members.clear()
+            members.update(before | added)
         for module, own_flags in flags:
             for name, flag in own_flags.items():
                 setattr(module, name, flag)
@@ -69,8 +70,12 @@ def exporting(model: nn.Module) -> Iterator[None]:
 def _take_off(module: nn.Module) -> None:
     """Remove the hooks of whoever watches a run. Those that a layer holds itself are part of what it computes."""
     held = [id(value) for value in vars(module).values()]
-    for own in (module._forward_pre_hooks, module._forward_hooks):
+    for own in _hooks_of(module):
         for key, hook in list(own.items()):
             watches = str(getattr(hook, "__module__", "")).startswith("lightning_bn.")
             if watches and id(getattr(hook, "__self__", hook)) not in held:
                 del own[key]
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...]:
+    return module._forward_pre_hooks, module._forward_hooks

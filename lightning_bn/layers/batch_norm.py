@@ -43,6 +43,7 @@ from lightning_bn.torch_internals import (
     in_backward,
     innermost_transform,
     is_exporting,
+    is_tracing,
 )
 
 
@@ -226,7 +227,7 @@ class AveragedBatchNorm(_BatchNorm):
 
     def _normalise_with_running(self, input: Tensor) -> Tensor:
         mean, var = running_statistics(self)
-        if torch.is_grad_enabled() and not torch.jit.is_tracing():
+        if torch.is_grad_enabled() and not is_tracing():
             # Backward needs these very values, and a training batch may come before it and write into the buffers. A
             # trace has no backward, and its check runs without grad and takes a copy for another program.
             mean, var = mean.clone(), var.clone()

@@ -35,7 +35,7 @@ from lightning_bn.layers.settlement import (
     write,
 )
 from lightning_bn.outermost import is_set, warn_of_cleared_hooks
-from lightning_bn.torch_internals import in_backward
+from lightning_bn.torch_internals import in_backward, is_tracing
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _STAND_INS = "_lightning_bn_stand_ins"
@@ -135,7 +135,7 @@ class _HooksAround:
 
     @torch.no_grad()
     def _enter(self, layer: _BatchNorm, args: tuple[Any, ...]) -> None:
-        if not layer.track_running_stats or (not layer.training and torch.jit.is_tracing()):
+        if not layer.track_running_stats or (not layer.training and is_tracing()):
             return
         self.set_again(layer)
         self._lock.acquire()

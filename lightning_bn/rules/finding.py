@@ -18,6 +18,7 @@ Place = Literal[
     "at the end of the training step",
     "at the start of the evaluation step",
     "around that forward",
+    "around the export",
     "after the teacher's weights are averaged",
     "instead of the override of on_validation_model_train",
     "in the Trainer",

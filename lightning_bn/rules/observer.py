@@ -19,7 +19,7 @@ from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
 from lightning_bn.set_in_use import OtherSets
-from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, is_exporting, parameters_of
+from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, is_exporting, is_tracing, parameters_of
 
 Modes = tuple[bool, ...]
 """The ``training`` flags of `Observer.modules`, in their order."""
@@ -285,7 +285,7 @@ class _CallHooks(_Hooks):
             if not torch.compiler.is_dynamo_compiling() and is_exporting():
                 observer.exported = True
             return
-        observer.exported = observer.exported or torch.jit.is_tracing()
+        observer.exported = observer.exported or is_tracing()
         if observer.recording:
             observer.enter(module, self._layers, self._place, args, kwargs)
 
