@@ -109,9 +109,9 @@ def fit(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, **options: Any) -> float:
     """Return the percentage of `images` that `model` gets right in eval mode."""
-    return (model.eval()(images).argmax(1) == labels).float().mean().item() * 100
+    return (model.eval()(images, **options).argmax(1) == labels).float().mean().item() * 100
 
 
 def arguments(description: str | None, *, epochs: int) -> argparse.Namespace:

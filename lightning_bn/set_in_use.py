@@ -49,6 +49,12 @@ def has_sets(layer: nn.Module) -> bool:
     return layer.__dict__.get(_MEMBERSHIP) is not None
 
 
+def sets_of(layer: nn.Module) -> Sets | None:
+    """Return the sets of the layer; None if it has but one."""
+    membership: _Membership | None = layer.__dict__.get(_MEMBERSHIP)
+    return None if membership is None else membership.sets
+
+
 def set_in_use(layer: nn.Module) -> str | None:
     """Return the name of the set that the layer has in place; None where it is the first, or the layer has no others:
     the statistics that it has outside of every ``use``."""

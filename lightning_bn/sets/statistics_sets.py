@@ -16,6 +16,7 @@ from lightning_bn.discovery import find_batch_norms, unserved
 from lightning_bn.layers.deferred import exchanging
 from lightning_bn.set_in_use import has_sets, join_sets
 from lightning_bn.sets.part import SetPart
+from lightning_bn.sets.recomputation import Ran, watch
 from lightning_bn.torch_internals import in_backward
 
 
@@ -85,8 +86,10 @@ class StatisticsSets(nn.Module):
         self._lock = threading.RLock()
         self._register(names[0])
         self._averagings = self._averagings_now()
+        self.ran = Ran()
         for layer in chosen.values():
             join_sets(layer, self)
+            watch(layer)
         for name in names[1:]:
             self.add(name)
 
@@ -280,6 +283,7 @@ class _Use:
             raise
         self._before.append(before)
         self._locks = locks
+        sets.ran.uses_in_backward += not locks
         return sets
 
     def __exit__(
@@ -290,6 +294,8 @@ class _Use:
         finally:
             if self._locks:
                 self._sets._lock.release()
+            else:
+                self._sets.ran.uses_in_backward -= 1
 
 
 def _check_free(call: str, layers: Mapping[str, _BatchNorm], *, affine: bool) -> None:

@@ -15,7 +15,14 @@ def numbers(line: str) -> list[float]:
 @pytest.mark.filterwarnings("ignore:.*has no `val_dataloader`|You defined a `validation_step`")
 @pytest.mark.parametrize(
     ("name", "rows", "columns"),
-    [("which_average", 10, 4), ("weight_averaging", 4, 4), ("domain_shift", 3, 5), ("pruning", 4, 4)],
+    [
+        ("which_average", 10, 4),
+        ("weight_averaging", 4, 4),
+        ("domain_shift", 3, 5),
+        ("pruning", 4, 4),
+        ("slimmable", 4, 6),
+        ("two_domains", 6, 3),
+    ],
 )
 def test_an_example_prints_its_table(
     name: str, rows: int, columns: int, run_example: Callable[..., tuple[str, str]]

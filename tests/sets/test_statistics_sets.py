@@ -260,6 +260,27 @@ def test_checkpointing_with_the_set_inside(affine: bool) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_with_the_set_outside_is_refused(reentrant: bool) -> None:
+    """Backward would run the layers again with another set: with other weights, and moving other statistics. Where one
+    set alone was used since the last backward there is no doubt."""
+    whole, (first, second) = Whole(affine=True), batches()
+    first.requires_grad_()
+    second.requires_grad_()
+
+    def run(batch: Tensor) -> Tensor:
+        return loss(checkpoint(whole.net, batch, use_reentrant=reentrant))
+
+    run(first).backward()
+    with whole.sets.use(""):
+        run(second).backward()
+    with whole.sets.use(""):
+        total = run(second)
+    with pytest.raises(RuntimeError, match="inside of the function that is checkpointed"):
+        (total + run(first)).backward()
+    run(first).backward()
+
+
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("saved_in", ["clean", ""])
