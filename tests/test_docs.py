@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 # docs/rules/ has wrong programs on purpose, which its own test runs; of recipes.md each section runs by itself.
 OTHERS = ("recipes.md",)
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in OTHERS)]
+PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in OTHERS)
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PRELUDE, *RECIPES = (ROOT / "docs" / "recipes.md").read_text().split("\n## ")
 NEEDED = {
@@ -44,6 +46,49 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """A page's programs run as they stand."""
     monkeypatch.chdir(tmp_path)
     run_blocks(page.read_text(), page.name, {"__name__": "__main__"})
+
+
+def printed(program: str, folder: Path) -> list[str]:
+    """Run a program as a newcomer does, and return the lines it prints, without what depends on the processor."""
+    (folder / "first.py").write_text(program)
+    done = subprocess.run([sys.executable, "first.py"], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [without_numbers(line) for line in (done.stdout + done.stderr).splitlines()]
+
+
+def without_numbers(line: str) -> str:
+    # Lightning puts the place of the call before a warning.
+    return re.sub(r"\d+(\.\d+)?(e-\d+)?", "0", re.sub(r"^/\S+\.py:\d+: ", "", line)).strip()
+
+
+def test_the_first_program_of_the_readme_prints_what_stands_below(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an empty folder, each line of the first output; the README's other programs run too."""
+    text = (ROOT / "README.md").read_text()
+    shown = re.search(r"```text\n(.*?)```", text, re.DOTALL).group(1)
+    program, *others = BLOCK.findall(text)
+    lines = printed(program, tmp_path)
+    assert [line for line in shown.splitlines() if without_numbers(line) not in lines] == []
+    monkeypatch.chdir(tmp_path)
+    for other in others:
+        exec(compile(other, "README.md", "exec"), {"__name__": "__main__"})
+
+
+def test_a_healthy_run_prints_what_the_docs_say(tmp_path: Path) -> None:
+    """The programs of the first page, in one file, print its lines and no other of this package's."""
+    text = (ROOT / "docs" / "getting-started.md").read_text()
+    shown = re.search(r"```text\n(.*?)```", text, re.DOTALL).group(1)
+    lines = printed("\n".join(BLOCK.findall(text)), tmp_path)
+    assert [line for line in shown.splitlines() if without_numbers(line) not in lines] == []
+    assert not [line for line in lines if re.match(r"BN\d", line)]
+
+
+def test_every_rule_has_a_symptom() -> None:
+    """The page of symptoms leads to each rule, and to no page that is not there."""
+    text = (ROOT / "docs" / "symptoms.md").read_text()
+    named = {int(code) for code in re.findall(r"rules/bn(\d+)\.md", text)} | {402, 403, 404}  # "BN401 to BN405"
+    assert named == {int(page.stem[2:]) for page in (ROOT / "docs" / "rules").glob("bn*.md")}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.partition("\n")[0])
