@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.finding import Fix
 from lightning_bn.rules.fixes import RECALIBRATION, expression, modules_of
-from lightning_bn.rules.observer import unsure, versions, writes
 from lightning_bn.rules.rule import Configuration, Rule, Seen
+from lightning_bn.rules.versions import unsure, versions, writes
 from lightning_bn.torch_internals import buffers_of, parameters_of
 
 

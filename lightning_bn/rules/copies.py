@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.fixes import modules_of
 from lightning_bn.rules.learning import Learning
-from lightning_bn.rules.observer import Observer, versions
+from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.snapshots import StatisticsSnapshot
+from lightning_bn.rules.versions import versions
 from lightning_bn.sharding import local_value
 from lightning_bn.torch_internals import parameters_of
 

@@ -4,7 +4,7 @@ Trainer."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from operator import attrgetter, sub
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, 
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
+from lightning_bn.rules.versions import unsure, version, versions, writes
 from lightning_bn.set_in_use import OtherSets
 from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, is_exporting, is_tracing, parameters_of
 
@@ -336,7 +337,7 @@ class _LayerHooks(_Hooks):
             moved = now != self._before or (training and tracking and not recomputed and self._found_moving(layer))
         else:
             moved = now != self._before and layer.momentum != 0
-        weights = _version(parameters_of(layer).get("weight")) or 0
+        weights = version(parameters_of(layer).get("weight")) or 0
         other_set = observer.sets.of(layer)
         reweighted = observer.first_weights.setdefault((index, other_set), weights) != weights
         call = observer.at or -observer.call
@@ -352,7 +353,7 @@ class _LayerHooks(_Hooks):
     def _state(self, layer: _BatchNorm) -> int | None:
         if self._unsure:
             return sum(writes([layer], {0}))
-        return _version(buffers_of(layer).get("num_batches_tracked"))
+        return version(buffers_of(layer).get("num_batches_tracked"))
 
     def _found_moving(self, layer: _BatchNorm) -> bool:
         """Whether training forwards move the statistics: compared once, by their values, which waits for the device."""
@@ -361,51 +362,6 @@ class _LayerHooks(_Hooks):
             now = running_mean(layer), running_var(layer)
             self._moves = not all(torch.equal(one, two) for one, two in zip(before, now, strict=True))
         return bool(self._moves)
-
-
-def unsure(layers: Iterable[BatchNormLayer]) -> set[int]:
-    """Return the indices of the layers with a forward of their own, which may move their statistics and count
-    nothing."""
-    known = ("torch.", "lightning_bn.")
-    return {
-        index
-        for index, layer in enumerate(layers)
-        # A layer that `BatchNormSync` synchronises has a forward that runs its class's.
-        if not getattr(vars(layer.module).get("forward"), "follows_class", "forward" not in vars(layer.module))
-        or not type(layer.module).forward.__module__.startswith(known)
-    }
-
-
-def writes(modules: Sequence[nn.Module], unsure: Collection[int]) -> list[int]:
-    """Return how often a forward counted its batch in each of `modules`; for those in `unsure`, how often any of their
-    statistics were written. On the host."""
-    # The dicts are asked for anew: of a layer whose statistics are on their way from other ranks it is another one.
-    all_buffers = [buffers_of(module) for module in modules]
-    counts = versions(all_buffers, "num_batches_tracked")
-    for index in unsure:
-        for name in ("running_mean", "running_var"):
-            counts[index] += _version(all_buffers[index].get(name)) or 0
-    return counts
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    """How often the tensor was written; None where that is not kept: there is no tensor, or it was made in inference
-    mode."""
-    try:
-        return None if tensor is None else tensor._version
-    except (
-        RuntimeError
-    ):  # asked for only where it fails: `is_inference` of every layer would cost more than the version
-        return None
-
-
-def versions(named: Iterable[Mapping[str, Tensor | None]], name: str) -> list[int]:
-    """Return how often the tensors called `name` were written, by the fastest way there is: it is asked for all layers
-    at each step. 0 where there is no tensor, or it keeps no count."""
-    try:
-        return [0 if (tensor := each.get(name)) is None else tensor._version for each in named]
-    except RuntimeError:  # some were made in inference mode
-        return [_version(each.get(name)) or 0 for each in named]
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
