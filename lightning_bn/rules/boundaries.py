@@ -31,6 +31,7 @@ class MovedBetweenBatches(Rule):
                 f"{when} the model ran in training mode, as a recalibration of the statistics does.",
                 "info",
                 RECALIBRATION,
+                "with training batches this is right; the callback does it by pooled moments, and puts all else back.",
             )
             return
         modules = modules_of(layers, [layer.name for layer in at.observer.layers])

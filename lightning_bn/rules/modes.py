@@ -182,6 +182,7 @@ class StatisticsWrittenInEvaluation(Rule):
                 "recalibration of the statistics does.",
                 "info",
                 RECALIBRATION,
+                "with training batches this is right; the callback does it by pooled moments, and puts all else back.",
             )
         elif moved:
             yield self._seen(

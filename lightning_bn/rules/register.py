@@ -116,7 +116,7 @@ def _finding(rule: Rule, seen: Seen, moment: Moment, mended: bool, cause: str | 
         stage=moment.stage,
         step=moment.step,
         seen=seen.event if isinstance(seen.event, str) else seen.event(seen.layers),
-        why=rule.why,
+        why=seen.why or rule.why,
         fix=seen.fix or rule.fix,
         link=LINK.format(code=rule.code),
         quiet=f'{moment.caller}(ignore=["{rule.code}"])',

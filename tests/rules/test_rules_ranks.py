@@ -115,9 +115,10 @@ def test_ranks_with_statistics_of_their_own(ranks: list[dict[str, Any]]) -> None
 def test_exchanged_weights(ranks: list[dict[str, Any]], place: str) -> None:
     """Weights without their statistics, put in before a validation, inside of its step or after training: both ranks
     run a training batch again, and hear the same of it, as one process does."""
-    serious = [[entry for entry in rank["exchanged"][place] if entry[0] != "info"] for rank in ranks]
-    ((level, code, seen),), ((other, *_),) = serious
-    assert (level, code) == (other, "BN207")
+    # Before the exchange at the end the statistics may lag behind the weights, which is another finding.
+    told = [[entry for entry in rank["exchanged"][place] if entry[1] == "BN207"] for rank in ranks]
+    ((level, _, seen),), ((other, *_),) = told
+    assert level == other != "info"
     assert "even the training images" in seen
 
 
