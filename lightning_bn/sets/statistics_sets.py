@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
-from urllib.parse import unquote
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -322,13 +321,3 @@ def _check_free(call: str, layers: Mapping[str, _BatchNorm], *, affine: bool) ->
 def _key(name: str) -> str:
     """Return the name of a set as that of a module, which has no dots and is no attribute of one."""
     return "set=" + name.replace("%", "%25").replace(".", "%2E")
-
-
-def name_of(key: str) -> str | None:
-    """Return the name of the set that a part of a key in a ``state_dict`` stands for; None if it is none.
-
-    Example:
-        >>> name_of("set=width=0%2E5"), name_of("layer1")
-        ('width=0.5', None)
-    """
-    return unquote(key.removeprefix("set=")) if key.startswith("set=") else None

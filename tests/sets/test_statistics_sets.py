@@ -6,6 +6,7 @@ import copy
 import io
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import oracles
 import pytest
@@ -25,6 +26,7 @@ from lightning_bn import (
     settle_together,
     to_torch,
 )
+from lightning_bn.checkpoints.health import inspect_checkpoint
 
 NAMES = ["clean", "width=0.5", ""]
 LAYERS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -353,6 +355,17 @@ def test_safetensors_takes_the_state() -> None:
     """No two entries of a state share memory."""
     whole = Whole(affine=True)
     assert len(safetensors.torch.save(whole.state_dict())) > 0
+
+
+def test_inspect_shows_sets_apart(tmp_path: Path) -> None:
+    """A layer of a file is listed for each set, with what that set holds."""
+    whole = Whole(affine=True)
+    with whole.sets.use("width=0.5"):
+        whole.net(batches(1)[0])
+    torch.save(whole.state_dict(), tmp_path / "sets.pt")
+    layers = {layer.name: layer.batches_tracked for layer in inspect_checkpoint(tmp_path / "sets.pt").layers}
+    assert layers["net.1"] == layers["sets.set=clean.1"] == layers["sets.set=.1"] == 0
+    assert layers["sets.set=width=0%2E5.1"] == 1
 
 
 @pytest.mark.parametrize("cast", ["half", "double", "bfloat16"])
