@@ -120,6 +120,11 @@ class Episodes:
             if at is not None and told[at] and not np.isnan(values[at]):
                 self._past.append(replace(self._open.pop(key), recovered=True))
 
+    @property
+    def recovered(self) -> int:
+        """How many of them have recovered."""
+        return len(self._past)
+
     def state_dict(self) -> dict[str, Any]:
         """Return all there have been, as plain numbers and strings, for a run that goes on in another process."""
         found = [asdict(each) for each in (*self._past, *self._open.values())]

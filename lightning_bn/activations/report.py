@@ -15,9 +15,10 @@ from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.sample_to_table import LayerTable, worst_layers
 from lightning_bn.tables import markdown_table
 
-# Pictures are drawn again when the run is so many times as long: TensorBoard shows the last ten, and each takes a tenth
-# of a second.
+# Pictures are drawn at the end, and where the verdict has changed and the run is so many times as long as at the last
+# drawing: TensorBoard shows the last ten, and each takes a tenth of a second.
 _GROWTH = 2
+_SOON = 4  # samples before which there is nothing to tell
 
 _LISTED = 30
 
@@ -55,32 +56,30 @@ class Report:
         self.sinks = list(sinks)
         self.prefix = prefix
         self.heatmaps = heatmaps
-        self._next_drawing = 4
-        self._drawn = 0
-        self._told = self._told_at = 0  # episodes, and the samples at that time
+        self._drawn = 0  # samples at that time
+        self._told: object = None  # which episodes there were, and which of them had recovered
+        self._told_at = 0
 
     def update(self, table: LayerTable, sample: Sample, step: int) -> None:
-        """Take note of a training sample, the newest in `table`; draw when the run is twice as long as at the last
-        drawing."""
+        """Take note of a training sample, the newest in `table`; tell, and draw, where the verdict is another one."""
         for layer, counts in sample.histograms.items():
             for sink in self.sinks:
                 sink.histogram(f"{self.prefix}_histogram/{layer}", counts, step)
-        due = table.samples("train") >= self._next_drawing
+        samples = table.samples("train")
         # Where something new is sick at every sample, not at every sample.
-        is_new = table.episodes_begun > self._told and table.samples("train") >= 1.1 * self._told_at
-        if due or is_new:
+        if samples >= _SOON and table.changes != self._told and samples >= 1.1 * self._told_at:
             self._tell(table, sample, step)
-        if due:
-            self.draw(table, sample, step)
+            if samples >= _GROWTH * self._drawn:
+                self.draw(table, sample, step)
 
     def finish(self, table: LayerTable, sample: Sample, step: int) -> None:
-        """Draw and verdict_markdown what has come since the last time: the run is over."""
-        if self.sinks and table.episodes_begun > self._told:
+        """Tell and draw what has come since the last time: the run is over."""
+        if self.sinks and table.changes != self._told:
             self._tell(table, sample, step)
         self.draw(table, sample, step)
 
     def _tell(self, table: LayerTable, sample: Sample, step: int) -> None:
-        self._told, self._told_at = table.episodes_begun, table.samples("train")
+        self._told, self._told_at = table.changes, table.samples("train")
         for sink in self.sinks:
             sink.text(f"{self.prefix}/layers", verdict_markdown(table, sample), step)
 
@@ -89,7 +88,7 @@ class Report:
         samples = table.samples("train")
         if samples == self._drawn or not self.heatmaps or not self.sinks:
             return
-        self._drawn, self._next_drawing = samples, samples * _GROWTH
+        self._drawn = samples
         for name, statistic in STATISTICS.items():
             if statistic.mapped and (grid := table.grid("train", name)).layers:
                 self._add(name, draw_grid(grid, statistic), step)

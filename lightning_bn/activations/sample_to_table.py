@@ -121,9 +121,10 @@ class LayerTable:
         return Grid(kept, steps, steps, values, nans, states == WARM_UP, len(samples))
 
     @property
-    def episodes_begun(self) -> int:
-        """How many episodes there have been."""
-        return self._episodes.begun
+    def changes(self) -> tuple[int, int]:
+        """How many episodes there have been, and how many of them have recovered: where that changes the verdict does,
+        but for how long they last."""
+        return self._episodes.begun, self._episodes.recovered
 
     def episodes(self, stage: str | None = None) -> list[Episode]:
         """Return what was sick, the earliest and most upstream first."""

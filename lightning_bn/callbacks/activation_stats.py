@@ -10,11 +10,9 @@ from torch import nn
 
 from lightning_bn.activations.call_sites import interval_at
 from lightning_bn.activations.collector import LayerCollector
-from lightning_bn.activations.description import describe_episodes, describe_statistics
 from lightning_bn.activations.report import Report
 from lightning_bn.activations.sample import Sample
-from lightning_bn.activations.sample_to_table import LayerTable, cut_csv, scalars
-from lightning_bn.activations.tensor_to_moments import histogram_edges
+from lightning_bn.activations.sample_to_table import LayerTable, scalars
 from lightning_bn.activations.watched_layers import is_watched, select_layers
 from lightning_bn.callbacks.blindness import Blindness
 from lightning_bn.callbacks.both_lightnings import (
@@ -23,19 +21,16 @@ from lightning_bn.callbacks.both_lightnings import (
     logging_interval,
 )
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
-from lightning_bn.callbacks.loggers import directories, sinks
-from lightning_bn.callbacks.monitored_run import MonitoredRun
+from lightning_bn.callbacks.loggers import needs_pictures, sinks
+from lightning_bn.callbacks.monitored_run import FILE, MonitoredRun
 from lightning_bn.callbacks.observing import boundary_of, meeting, observing
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
-from lightning_bn.callbacks.terminal import say
 from lightning_bn.choices import Choices, check_choices
 from lightning_bn.layers.deferred import settle_together
 from lightning_bn.ranks.collective import Ranks
 
 MAX_HISTOGRAMS = 32
-
-FILE = "activation_stats.csv"
 
 
 @observing
@@ -43,11 +38,11 @@ class ActivationStatsMonitor(MonitoredRun):
     """Name the layer that is sick, since when, and what to do, from the activations of every layer, the model's input,
     and how far batch-norm statistics lag behind.
 
-    Training is looked at on some optimizer steps (all batches of such a step together), validation and test over the
-    whole epoch. For each call site of a layer it measures mean, standard deviation (*unbiased, pooled* over batches,
-    channels and ranks), range, share of zeros, dead channels, saturation, NaN and infinite values. For each batch norm
-    also drift, the distance between the batch and the running statistics before it, and the range of its affine
-    parameters. Formulas: `ActivationStats`, `lightning_bn.activations.drift`.
+    Training is looked at on some optimizer steps (all batches of such a step together), validation and test on some
+    batches, together. For each call site of a layer it measures mean, standard deviation (*unbiased, pooled* over
+    batches, channels and ranks), range, share of zeros, dead channels, saturation, NaN and infinite values. For each
+    batch norm also drift, the distance between the batch and the running statistics before it, and the range of its
+    affine parameters. Formulas: `ActivationStats`, `lightning_bn.activations.drift`.
 
     A value beyond its limits is an illness, and the time it lasts an `Episode`. The verdict at the end names the cause
     of each: the earliest and most upstream one. What the start of training explains is not an illness: running
@@ -67,14 +62,15 @@ class ActivationStatsMonitor(MonitoredRun):
     Args:
         layers: None: norms (batch, layer, group, RMS) and activation functions, modules or not. Else a name or pattern
             (``"layer4.*"``), a class, a function of name and module, or several of these.
-        every_n_steps: how often training is looked at, in optimizer steps. None: at every step at first, and half as
-            often after every 16 samples, until it is the Trainer's ``log_every_n_steps``.
+        every_n_steps: how often training is looked at, in optimizer steps; evaluations are then looked at in all of
+            their batches. None: at every step at first, and half as often after every 16 samples, until it is the
+            Trainer's ``log_every_n_steps``; evaluations likewise, after every 4 batches.
         scalars: ``"worst"``, a few numbers over all layers. ``"all"``, or patterns as for `layers`: those layers' own
             too.
         histograms: whether TensorBoard gets histograms of the activations of training, or of which layers; of at most
             32.
-        heatmaps: whether to draw the heat maps (with matplotlib; they are redrawn each time the run has doubled, and at
-            its end).
+        heatmaps: whether to draw the heat maps (with matplotlib), at the end of a run and where something new is sick.
+            None: not where TensorBoard has the page, which shows the same (extra ``dashboard``).
         gradients: whether to look at the gradients at the layers' outputs too, as backward has them: with a loss
             scaler, scaled.
         activations: False for drift and affine parameters only, which need no hook and no look at an activation.
@@ -104,7 +100,7 @@ class ActivationStatsMonitor(MonitoredRun):
         every_n_steps: int | None = None,
         scalars: Literal["worst", "all"] | Choices = "worst",
         histograms: bool | Choices = False,
-        heatmaps: bool = True,
+        heatmaps: bool | None = None,
         gradients: bool = False,
         activations: bool = True,
         channel_dim: int | None = None,
@@ -143,9 +139,6 @@ class ActivationStatsMonitor(MonitoredRun):
         self._sampled_step: int | None = None
         self._ranks: Ranks | None = None
         self._blindness = Blindness()
-        self._is_described = False  # in the journal, what the statistics mean
-        self._is_fresh = True  # whether the table is that of a new run
-        self._first_step: int | None = None  # at which the fit began, or goes on from a checkpoint
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._ranks = None
@@ -164,7 +157,8 @@ class ActivationStatsMonitor(MonitoredRun):
         settle_together(pl_module)
         self._collector(trainer, pl_module, "train")
         where = sinks(trainer.loggers, self.prefix) if trainer.is_global_zero else []
-        self._report = Report(where, prefix=self.prefix, heatmaps=self.heatmaps)
+        drawn = needs_pictures(trainer.loggers) if self.heatmaps is None else self.heatmaps
+        self._report = Report(where, prefix=self.prefix, heatmaps=drawn)
         journal_of(trainer).begin(trainer, pl_module)
         self._describe(trainer)
 
@@ -218,12 +212,16 @@ class ActivationStatsMonitor(MonitoredRun):
             self._meet(trainer, self._end_evaluation, "val")
             self._boundary.attempt("", lambda: journal_of(trainer).validation(trainer))
 
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
         if not trainer.sanity_checking:
-            self._collectors["val"].begin_batch()
+            self._begin_evaluation_batch(trainer, "val", batch_idx)
 
-    def on_test_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self._collectors["test"].begin_batch()
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        self._begin_evaluation_batch(trainer, "test", batch_idx)
 
     def on_before_zero_grad(self, *_: Any) -> None:
         # The forward of a closure is over; an optimizer may call the closure again within the batch.
@@ -244,15 +242,10 @@ class ActivationStatsMonitor(MonitoredRun):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw()
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._speak(trainer)
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
         self._draw()
         journal_of(trainer).end(trainer, type(exception).__name__)
-        if "train" in self._collectors:
-            self._speak(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
@@ -330,12 +323,17 @@ class ActivationStatsMonitor(MonitoredRun):
         collector.forget_channels()
         collector.attach()
 
+    def _begin_evaluation_batch(self, trainer: Trainer, stage: str, batch_idx: int) -> None:
+        interval = 1 if self.every_n_steps is not None else interval_at(batch_idx, logging_interval(trainer) or 1, 4)
+        if batch_idx % interval == 0:
+            self._collectors[stage].attach()
+        else:
+            self._collectors[stage].detach()
+
     def _end_evaluation(self, trainer: Trainer, stage: str) -> None:
         self._collectors[stage].detach()
         self._take(trainer, stage, logging_step(trainer))
         self._tell_blindness(trainer, stage)
-        if "train" not in self._collectors:
-            self._speak(trainer)
 
     def _take(self, trainer: Trainer, stage: str, step: int) -> None:
         collector = self._collectors[stage]
@@ -357,30 +355,6 @@ class ActivationStatsMonitor(MonitoredRun):
             self._boundary.attempt("pictures and texts", self._report.update, self._table, sample, step)
         self._write_journal(trainer, stage, step, sample)
 
-    def _write(self, trainer: Trainer, stage: str) -> None:
-        for directory in directories(trainer):
-            directory.mkdir(parents=True, exist_ok=True)
-            if self._is_fresh and self._first_step is not None:
-                cut_csv(directory / FILE, self._first_step)
-            self._table.append_csv(directory / FILE)
-        self._is_fresh = False
-
-    def _describe(self, trainer: Trainer) -> None:
-        if self._is_described:
-            return
-        self._is_described = True
-        edges = histogram_edges().tolist() if self.histograms else []
-        journal_of(trainer).journal.write_once("statistics", statistics=describe_statistics(), histogram_edges=edges)
-
-    def _write_journal(self, trainer: Trainer, stage: str, step: int, sample: Sample) -> None:
-        run = journal_of(trainer)
-        if run.journal.path is None:
-            return
-        self._describe(trainer)
-        run.sample(trainer, stage, step, sample)
-        run.channels(stage, step, self._table.samples(stage), sample.channels, sample.channel_drift, sample.histograms)
-        run.episodes(trainer, describe_episodes(self._table.episodes()))
-
     def _has_own_scalars(self, collector: LayerCollector) -> Any:
         if self.scalars == "worst":
             return None
@@ -399,10 +373,6 @@ class ActivationStatsMonitor(MonitoredRun):
         norms = {} if self.layers is not None else self._blindness.of_norms(trainer.lightning_module)
         found = norms | self._blindness.of_layers(collector, stage, is_sampled=bool(self._table.samples(stage)))
         journal_of(trainer).unseen(trainer, stage, found)
-
-    def _speak(self, trainer: Trainer) -> None:
-        if self.verbose and trainer.is_global_zero and self._table.last_step() is not None:
-            self._boundary.attempt("the verdict", lambda: say(self.verdict()))
 
     def _draw(self) -> None:
         step = self._table.last_step("train")

@@ -12,6 +12,7 @@ from lightning_bn.activations.heatmap import Pixels
 from lightning_bn.activations.report import Sink
 from lightning_bn.activations.tensorboard import TensorBoardSink, add_markdown
 from lightning_bn.callbacks.both_lightnings import Logger, TensorBoardLogger, Trainer
+from lightning_bn.dashboard.assets import plotly_file
 
 
 def directories(trainer: Trainer) -> list[Path]:
@@ -62,6 +63,11 @@ def sinks(loggers: Iterable[Logger], prefix: str) -> list[Sink]:
             # By name, since Lightning imports a logger's own package when the logger is made, and Neptune has its own.
             found += [make(logger) for name, make in _PICTURES.items() if name in names]
     return found
+
+
+def needs_pictures(loggers: Iterable[Logger]) -> bool:
+    """Tell whether pictures show what nothing else does: in TensorBoard the page does, where it can be shown."""
+    return plotly_file() is None or not all(isinstance(each, TensorBoardLogger) for each in loggers)
 
 
 class _Pictures:

@@ -26,6 +26,7 @@ from lightning_bn.callbacks.loggers import log_markdown
 from lightning_bn.callbacks.observing import boundary_of, meeting, observing
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
+from lightning_bn.callbacks.terminal import LastWords
 from lightning_bn.callbacks.training_pass import on_training_device
 from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
 from lightning_bn.discovery import find_batch_norms, parts_called_by
@@ -34,7 +35,7 @@ from lightning_bn.modes import is_held_in_eval
 from lightning_bn.ranks.collective import Ranks
 from lightning_bn.rules import RULES, Finding, ModeCheckError
 from lightning_bn.rules.arguments import Setting, check_action, check_codes
-from lightning_bn.rules.finding import Action, findings_markdown
+from lightning_bn.rules.finding import Action, findings_markdown, open_mistakes, what_is_open
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import Modes
 
@@ -252,6 +253,11 @@ class ModeCheck(Callback):
             self._inspection.interrupt()
             self._report(trainer, may_raise=False)
         journal_of(trainer).end(trainer, type(exception).__name__)
+
+    def _last_words(self, trainer: Trainer) -> LastWords:
+        """The mistakes that nothing has mended, and how many notes there are that were not printed."""
+        is_mistake = len(open_mistakes(self.findings)) > 0
+        return LastWords(1, what_is_open(self.findings), is_mistake=is_mistake, is_aside=self.action == "log")
 
     def _close(self) -> None:
         if self._inspection is not None:

@@ -1,15 +1,24 @@
-"""What is read of a monitored run afterwards."""
+"""The table of a monitored run: where it is written, and what is read of it afterwards."""
 
 from __future__ import annotations
 
 import html
 from typing import Any
 
+from lightning_bn.activations.description import describe_episodes, describe_statistics
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_grid
 from lightning_bn.activations.registry import STATISTICS
-from lightning_bn.activations.sample_to_table import LayerTable
-from lightning_bn.callbacks.both_lightnings import Callback
+from lightning_bn.activations.sample import Sample
+from lightning_bn.activations.sample_to_table import LayerTable, cut_csv
+from lightning_bn.activations.tensor_to_moments import histogram_edges
+from lightning_bn.callbacks.both_lightnings import Callback, Trainer
+from lightning_bn.callbacks.loggers import directories
+from lightning_bn.callbacks.run_journal import journal_of
+from lightning_bn.callbacks.terminal import LastWords
+from lightning_bn.choices import Choices
+
+FILE = "activation_stats.csv"
 
 
 class MonitoredRun(Callback):
@@ -17,7 +26,12 @@ class MonitoredRun(Callback):
 
     def __init__(self) -> None:
         super().__init__()
+        self.histograms: bool | Choices = False
+        self.verbose = True
         self._table = LayerTable()
+        self._is_described = False  # in the journal, what the statistics mean
+        self._is_fresh = True  # whether the table is that of a new run
+        self._first_step: int | None = None  # at which the fit began, or goes on from a checkpoint
 
     def table(self) -> list[dict[str, Any]]:
         """Return the table of the last run: a dict for each layer, stage and step.
@@ -63,3 +77,30 @@ class MonitoredRun(Callback):
                 f"{', '.join(known) or 'none'}."
             )
         return draw_grid(grid, STATISTICS[statistic])
+
+    def _write(self, trainer: Trainer, stage: str) -> None:
+        for directory in directories(trainer):
+            directory.mkdir(parents=True, exist_ok=True)
+            if self._is_fresh and self._first_step is not None:
+                cut_csv(directory / FILE, self._first_step)
+            self._table.append_csv(directory / FILE)
+        self._is_fresh = False
+
+    def _describe(self, trainer: Trainer) -> None:
+        if self._is_described:
+            return
+        self._is_described = True
+        edges = histogram_edges().tolist() if self.histograms else []
+        journal_of(trainer).journal.write_once("statistics", statistics=describe_statistics(), histogram_edges=edges)
+
+    def _write_journal(self, trainer: Trainer, stage: str, step: int, sample: Sample) -> None:
+        run = journal_of(trainer)
+        if run.journal.path is None:
+            return
+        self._describe(trainer)
+        run.sample(trainer, stage, step, sample)
+        run.channels(stage, step, self._table.samples(stage), sample.channels, sample.channel_drift, sample.histograms)
+        run.episodes(trainer, describe_episodes(self._table.episodes()))
+
+    def _last_words(self, trainer: Trainer) -> LastWords | None:
+        return LastWords(0, self.verdict()) if self.verbose and self._table.last_step() is not None else None

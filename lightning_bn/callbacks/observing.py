@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from functools import wraps
 from typing import Any, TypeVar, cast
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 from lightning_bn.callbacks.both_lightnings import Callback, MisconfigurationException, Trainer
 from lightning_bn.callbacks.run_journal import journal_of
+from lightning_bn.callbacks.terminal import ClosingBlock
 from lightning_bn.error_boundary import ErrorBoundary, Keep, guarded
 from lightning_bn.ranks.collective import LostRankError
 
@@ -16,6 +17,7 @@ C = TypeVar("C", bound=type[Callback])
 F = TypeVar("F", bound=Callable[..., Any])
 
 _MEETING = "_lightning_bn_meeting"
+_BLOCKS: WeakKeyDictionary[Any, ClosingBlock] = WeakKeyDictionary()
 
 _HOOKS = [name for name in dir(Callback) if name.startswith("on_")] + [
     "setup",
@@ -27,12 +29,14 @@ _HOOKS = [name for name in dir(Callback) if name.startswith("on_")] + [
 
 def observing(callback: C) -> C:
     """Decorate a class of callbacks: what its hooks raise is caught by the object's ``_boundary``, which is reopened
-    in each ``setup``."""
+    in each ``setup``. What they have to say at the end of a run is said in one block."""
     for name in _HOOKS:
         own = vars(callback).get(name)
         if (own is not None and not hasattr(own, _MEETING)) or name == "setup":
             method = guarded(getattr(callback, name))
             setattr(callback, name, _reopening(method) if name == "setup" else method)
+    for name in ("teardown", "on_exception"):
+        setattr(callback, name, _leaving(getattr(callback, name)))
     return callback
 
 
@@ -76,9 +80,22 @@ def _reopening(setup: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(setup)
     def reopened(self: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._boundary.reopen(_journal_keeper(trainer))
+        _BLOCKS.setdefault(trainer, ClosingBlock()).join(self)
         setup(self, trainer, *args, **kwargs)
 
     return reopened
+
+
+def _leaving(end: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(end)
+    def left(self: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        try:
+            end(self, trainer, *args, **kwargs)
+        finally:
+            if trainer in _BLOCKS:
+                _BLOCKS[trainer].leave(self, trainer)
+
+    return left
 
 
 def _journal_keeper(trainer: Trainer) -> Keep:

@@ -40,7 +40,7 @@ from lightning_bn.callbacks.recalibration_messages import (
 from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
-from lightning_bn.callbacks.terminal import say
+from lightning_bn.callbacks.terminal import LastWords
 from lightning_bn.callbacks.training_pass import (
     on_training_device,
     quiet,
@@ -278,15 +278,15 @@ class BatchNormRecalibration(Callback):
         if stage == "fit":
             with on_training_device(trainer, pl_module):
                 self._act_on_others(trainer, pl_module)  # of the module's own on_fit_end
-            self._tell(trainer)
         journal_of(trainer).end(trainer)
 
-    def _tell(self, trainer: Trainer) -> None:
-        """Say at the end of the fit what was repaired, and which files don't have it: nothing else does."""
-        if self.report is not None and self.kept and self._moment is not None and trainer.is_global_zero:
-            before = files_from_before(trainer, self._moment) if self.when == "fit_end" else []
-            stale = self.when == "fit_end" and self._saved is not None and self._saved <= self._moment
-            say([what_was_repaired(self.report, before, others=stale)])
+    def _last_words(self, trainer: Trainer) -> LastWords | None:
+        """What was repaired, and which files don't have it: nothing else says so."""
+        if self.report is None or not self.kept or self._moment is None:
+            return None
+        before = files_from_before(trainer, self._moment) if self.when == "fit_end" else []
+        stale = self.when == "fit_end" and self._saved is not None and self._saved <= self._moment
+        return LastWords(2, [what_was_repaired(self.report, before, others=stale)])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved = time.time()

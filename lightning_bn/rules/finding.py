@@ -13,6 +13,8 @@ Level = Literal["error", "warning", "info"]
 Action = Literal["warn", "raise", "log"]
 """What to do with a finding above information."""
 
+_LISTED = 4  # mistakes at the end of a run
+
 Place = Literal[
     "before fit",
     "at the end of the training step",
@@ -120,6 +122,29 @@ class ModeCheckError(RuntimeError):
     def __init__(self, findings: Sequence[Finding]) -> None:
         self.findings = list(findings)
         super().__init__("\n".join(str(finding) for finding in findings))
+
+
+def open_mistakes(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the errors and then the warnings that nothing has mended."""
+    found = [each for each in findings if each.level != "info" and not each.mended]
+    return sorted(found, key=lambda each: each.level)
+
+
+def what_is_open(findings: Sequence[Finding]) -> list[str]:
+    """Return lines for the end of a run: the mistakes that are still there, and where the notes are."""
+    mistakes = open_mistakes(findings)
+    lines = [f"Open {each.level}: {each.code} {each.title}: {each.where}." for each in mistakes[:_LISTED]]
+    if len(mistakes) > _LISTED:
+        lines.append(f"And {len(mistakes) - _LISTED} more.")
+    if mistakes:
+        lines.append(f"  To do: see the warnings above, or lightning-bn rules {mistakes[0].code}.")
+    notes = [each.code for each in findings if each.level == "info"]
+    if notes:
+        lines.append(
+            f"{len(notes)} note{'s' * (len(notes) > 1)} of ModeCheck ({', '.join(dict.fromkeys(notes))}), likely or "
+            "harmless: the page and ModeCheck.findings have them."
+        )
+    return lines
 
 
 def findings_markdown(findings: Iterable[Finding]) -> str:

@@ -34,6 +34,9 @@ from lightning_bn.activations.tensorboard import TensorBoardSink
 matplotlib = pytest.importorskip("matplotlib")
 
 
+TEXT = "activations/layers/text_summary"
+
+
 def read(directory: Path | str) -> EventAccumulator:
     events = EventAccumulator(str(directory), size_guidance={"images": 0, "tensors": 0, "scalars": 0, "histograms": 0})
     return events.Reload()
@@ -42,7 +45,7 @@ def read(directory: Path | str) -> EventAccumulator:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[ActivationStatsMonitor, Path, EventAccumulator]:
     """One real fit, its directory and its event file."""
-    monitor = ActivationStatsMonitor(every_n_steps=2, histograms="rest.0", scalars="bn*")
+    monitor = ActivationStatsMonitor(every_n_steps=2, histograms="rest.0", scalars="bn*", heatmaps=True)
     logger = TensorBoardLogger(tmp_path_factory.mktemp("runs"))
     fit(monitor, max_epochs=2, logger=logger)
     return monitor, Path(logger.log_dir), read(logger.log_dir)
@@ -129,11 +132,11 @@ def test_each_chart_shows_the_stage_that_its_panel_names(run: Any) -> None:
                 assert len(points) == (6 if category["title"].endswith("training") else 2)
 
 
-def test_images_grow_with_the_run_and_are_complete_at_its_end(run: Any) -> None:
-    """Heat maps are drawn as the run grows, and once more at its end; each is a readable picture."""
+def test_images_are_complete_at_the_end(run: Any) -> None:
+    """Heat maps are drawn at the end of a run; each is a readable picture."""
     _, _, events = run
     drawn = events.Images(f"activations_map/{image_names()['std']}")
-    assert [event.step for event in drawn] == [6, 10]
+    assert [event.step for event in drawn][-1] == 10
     picture = Image.open(io.BytesIO(drawn[-1].encoded_image_string))
     assert (picture.mode, picture.size) == ("RGB", (drawn[-1].width, drawn[-1].height))
 
@@ -364,6 +367,38 @@ def test_heat_maps_can_be_left_out(tmp_path: Path) -> None:
     assert read(logger.log_dir).Tags()["images"] == []
 
 
+def test_the_page_stands_for_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default TensorBoard gets heat maps where its tab can't be shown, for want of plotly, and only there."""
+    for folder, is_there in (("page", True), ("no_page", False)):
+        monkeypatch.setattr("lightning_bn.callbacks.loggers.plotly_file", lambda found=is_there: found or None)
+        logger = TensorBoardLogger(tmp_path / folder)
+        fit(ActivationStatsMonitor(every_n_steps=2), max_epochs=1, logger=logger)
+        assert (read(logger.log_dir).Tags()["images"] == []) is is_there
+
+
+class Recovers(Small):
+    """Its first norm gives its ReLU nothing but negative values for three steps."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            self.bn1.bias.fill_(-100.0 if 4 <= self.global_step < 7 else 0.0)
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_text_is_never_stale(tmp_path: Path) -> None:
+    """The last text of a run is its verdict at the end, also where all that has changed is that a layer recovered; and
+    a run in which nothing changes gets one text, however long it is."""
+    logger = TensorBoardLogger(tmp_path)
+    monitor = ActivationStatsMonitor(every_n_steps=1, verbose=False)
+    fit(monitor, module=Recovers(lr=0.0), max_epochs=3, logger=logger, val=None)
+    assert monitor.verdict()[0].startswith("Was sick")
+    texts = [event.tensor_proto.string_val[0].decode() for event in read(logger.log_dir).Tensors(TEXT)]
+    assert f"- {monitor.verdict()[0]}" in texts[-1]
+    logger = TensorBoardLogger(tmp_path / "healthy")
+    fit(ActivationStatsMonitor(every_n_steps=1), module=Small(lr=0.0), max_epochs=6, logger=logger, val=None)
+    assert len(read(logger.log_dir).Tensors(TEXT)) == 1
+
+
 def test_what_was_seen_is_drawn_when_a_run_breaks(tmp_path: Path) -> None:
     """After an exception the heat maps show all samples up to it."""
 
@@ -374,5 +409,5 @@ def test_what_was_seen_is_drawn_when_a_run_breaks(tmp_path: Path) -> None:
 
     logger = TensorBoardLogger(tmp_path)
     with pytest.raises(RuntimeError, match="stop"):
-        fit(ActivationStatsMonitor(every_n_steps=1), Breaks(), logger=logger, val=None)
+        fit(ActivationStatsMonitor(every_n_steps=1, heatmaps=True), Breaks(), logger=logger, val=None)
     assert [event.step for event in read(logger.log_dir).Images(f"activations_map/{image_names()['std']}")][-1] == 5
