@@ -14,8 +14,12 @@ from lightning_bn.layers.settlement import is_synchronised
 from lightning_bn.layers.subclasses import has_attached_averaging
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.finding import Fix, Level
-from lightning_bn.rules.fixes import expression, group_norms, listing
+from lightning_bn.rules.fixes import each_of, expression, group_norms, listing
 from lightning_bn.rules.rule import BatchRecord, Configuration, Rule, Seen
+
+OF_KERAS = 0.9
+"""BN301: momentum from which on it only makes sense as the weight of the old value, as in Keras (0.99) and TensorFlow
+(0.9, 0.997)."""
 
 SMALL_BATCH = 32
 """BN301: samples in a batch below which momentum 1, the last batch alone, makes poor statistics."""
@@ -54,7 +58,9 @@ class ExtremeMomentum(Rule):
             momentum = next(iter(large.values()))
             other = round(1 - momentum, 6)
             event = f"momentum is {momentum:g}. In Keras it is the weight of the old value: did you mean {other:g}?"
-            yield Seen(list(large), event, "info", _with_momentum(at, list(large), other))
+            # No momentum of torch's is that large; one between could be meant.
+            level: Level = "warning" if momentum >= OF_KERAS else "info"
+            yield Seen(list(large), event, level, _with_momentum(at, list(large), other))
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if not batch.training:
@@ -182,10 +188,10 @@ def _ranks(layer: BatchNormLayer, setting: Setting) -> int:
 
 def _with_momentum(at: Configuration | BatchRecord, names: Sequence[str], momentum: float, note: str = "") -> Fix:
     """The code that gives the layers `names` a momentum."""
-    expressions = [expression(at.setting.root, name, at.model) for name in names]
-    if len(expressions) == 1:
-        return Fix(f"{expressions[0]}.momentum = {momentum:g}", note=note)
-    return Fix(f"for layer in ({', '.join(expressions)}): layer.momentum = {momentum:g}", note=note)
+    root = at.setting.root
+    if len(names) == 1:
+        return Fix(f"{expression(root, names[0], at.model)}.momentum = {momentum:g}", note=note)
+    return Fix(f"for layer in {each_of(root, names, at.model)}: layer.momentum = {momentum:g}", note=note)
 
 
 class Replaced(Rule):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.discovery import ancestors
 from lightning_bn.rules.finding import Fix
@@ -15,6 +16,9 @@ from lightning_bn.rules.observer import Modes
 if TYPE_CHECKING:
     from lightning_bn.discovery import BatchNormLayer
     from lightning_bn.rules.observer import Observer
+
+MANY, FEW_HOLDERS = 6, 3
+"""Layers that a line of code still names one by one; modules that hold them, which it names instead."""
 
 RECALIBRATION = Fix('callbacks=[..., BatchNormRecalibration(when="validation")]', "in the Trainer")
 
@@ -95,10 +99,28 @@ def call(root: str, names: Sequence[str], method: str, model: nn.Module) -> str:
         >>> call("self", ["a", "b"], "eval", model)
         'for module in (self.a, self.b): module.eval()'
     """
-    expressions = [expression(root, name, model) for name in names]
-    if len(expressions) == 1:
-        return f"{expressions[0]}.{method}()"
-    return f"for module in ({', '.join(expressions)}): module.{method}()"
+    if len(names) == 1:
+        return f"{expression(root, names[0], model)}.{method}()"
+    return f"for module in {each_of(root, names, model)}: module.{method}()"
+
+
+def each_of(root: str, names: Sequence[str], model: nn.Module) -> str:
+    """Return an expression of several modules: a tuple, and of many batch norms a list of all in the modules that hold
+    them.
+
+    Example:
+        >>> model = nn.ModuleDict({"a": nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(9))), "b": nn.BatchNorm1d(2)})
+        >>> each_of("model", [f"a.{index}" for index in range(9)], model)
+        '[each for each in model.a.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]'
+    """
+    norms = {name: each for name, each in model.named_modules() if isinstance(each, _BatchNorm)}
+    if len(names) > MANY and set(names) <= set(norms):
+        holders = [""] if set(names) == set(norms) else modules_of(names, norms)
+        if len(holders) <= FEW_HOLDERS:
+            parts = [f"{expression(root, holder, model)}.modules()" for holder in holders]
+            every = parts[0] if len(parts) == 1 else f"({', '.join(f'*{part}' for part in parts)})"
+            return f"[each for each in {every} if isinstance(each, nn.modules.batchnorm._BatchNorm)]"
+    return f"({', '.join(expression(root, name, model) for name in names)})"
 
 
 def mode_calls(root: str, observer: Observer, tops: Sequence[str], wanted: Modes) -> str:

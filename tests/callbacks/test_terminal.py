@@ -39,7 +39,7 @@ def test_one_block_from_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert all(places), lines
     assert [each[0] for each in places] == sorted(each[0] for each in places), lines
     assert len(places[0]) == len(places[2]) == len(places[3]) == 1
-    assert any(line.startswith("Open ") and "BN101" in line and "bn1" in line for line in lines), "\n".join(lines)
+    assert any(line.startswith("Open ") and "BN204" in line and "bn1" in line for line in lines), "\n".join(lines)
     assert not any("Healthy" in line for line in lines)
     folder = lines[-1].partition("lightning-bn report ")[2].split("  ")[0].strip('"')
     assert (Path(folder) / "lightning_bn.jsonl").is_file()

@@ -15,7 +15,7 @@ from small_models import Block, Module
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_bn import ModeCheck
+from lightning_bn import ModeCheck, check
 
 SEEDS = range(2)
 
@@ -130,3 +130,30 @@ def test_fields_make_the_message() -> None:
     ):
         assert part in str(finding)
     assert finding.fix.code == "self.model.backbone.eval()"
+
+
+@pytest.mark.parametrize("part", ["all", "backbone", "scattered"])
+def test_the_fix_of_many_layers_is_a_loop(part: str) -> None:
+    """Of 52 layers the code names the modules that hold them, runs, and reaches these layers alone; where no module
+    holds them alone they are named."""
+
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
+
+    model = nn.ModuleDict({"backbone": nn.Sequential(*(block() for _ in range(52))), "head": block()})
+    norms = {name: each for name, each in model.named_modules() if isinstance(each, nn.BatchNorm2d)}
+    chosen = {
+        name
+        for place, name in enumerate(norms)
+        if part == "all" or (name.startswith("backbone") and (part == "backbone" or place % 2))
+    }
+    for name in chosen:
+        norms[name].momentum = 0.997
+    (finding,) = of("BN301", check(model))
+    assert set(finding.layers) == chosen
+    if part == "scattered":
+        assert finding.fix.code.count("model.") == len(chosen)
+    else:
+        assert len(finding.fix.code) < 140
+    exec(finding.fix.code, {"model": model, "nn": nn})
+    assert {name for name, each in norms.items() if each.momentum == 0.003} == chosen
