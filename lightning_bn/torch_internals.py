@@ -92,12 +92,8 @@ def module_in_forward() -> nn.Module | None:
 
 
 def unseen_by_modes() -> AbstractContextManager[object]:
-    """Return a context in which no `TorchFunctionMode` sees what is called: one that watches a forward would see each
-    kernel and attribute that a hook of this package reads, at several microseconds each.
-
-    The public class turns the functions of tensor subclasses off, and no mode. Without the private one the context does
-    nothing, and hooks are slower.
-    """
+    """Return a context in which no `TorchFunctionMode`, nor any tensor subclass, sees what a hook reads: a mode takes
+    microseconds for each attribute. Nothing public turns modes off; without the class, hooks are slower."""
     found: AbstractContextManager[object] = _DisableTorchFunction()
     return found
 

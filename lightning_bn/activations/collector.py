@@ -4,7 +4,7 @@ together."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -28,6 +28,8 @@ from lightning_bn.ranks.collective import Ranks
 from lightning_bn.set_in_use import OtherSets
 from lightning_bn.sharding import full_value
 from lightning_bn.torch_internals import in_backward, unseen_by_modes
+
+_PLAIN = {Tensor, nn.Parameter}
 
 _FUSED = (
     "in eval mode torch may run it as one kernel, which watching it, or functions that are not modules, would prevent"
@@ -289,7 +291,9 @@ class LayerCollector:
     def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         if not self._is_looking:
             return
-        with unseen_by_modes():
+        # A subclass may have its own idea of what its values are.
+        is_plain = not kwargs and all(type(each) in _PLAIN for each in (output, *args))
+        with unseen_by_modes() if is_plain else nullcontext():
             self._see_output(name, args, kwargs, output)
 
     def _see_output(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:

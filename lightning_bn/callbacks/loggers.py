@@ -1,8 +1,9 @@
-"""The one place that talks to loggers: where their files lie, and how each of them takes a picture or a text."""
+"""The one place that talks to loggers: where their files lie, and how each takes a picture, a text or a file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import html
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,11 @@ def _places(trainer: Trainer, loggers: Iterable[Logger]) -> list[str]:
 
 
 def _directory(logger: Any) -> str | None:
-    if getattr(logger, "log_dir", None):
-        return str(logger.log_dir)
+    log_dir, save_dir = (getattr(logger, name, None) for name in ("log_dir", "save_dir"))
+    # A log_dir that is the save_dir does not tell runs apart.
+    if log_dir and str(log_dir) != str(save_dir):
+        return str(log_dir)
     # Where Lightning puts the checkpoints of such a logger.
-    save_dir = getattr(logger, "save_dir", None)
     return str(Path(save_dir) / str(logger.name or "") / str(logger.version or "")) if save_dir else None
 
 
@@ -50,18 +52,32 @@ def log_markdown(loggers: Iterable[Logger], tag: str, text: str, step: int) -> N
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             add_markdown(logger.experiment, tag, text, step)
+        else:
+            for sink in _other_sinks(logger):
+                sink.text(tag, text, step)
+
+
+def log_files(loggers: Iterable[Logger], files: Iterable[Path]) -> None:
+    """Give files to the loggers that keep some with a run and show them."""
+    files = list(files)
+    for logger in loggers:
+        for sink in _other_sinks(logger):
+            sink.files(files)
+
+
+def keeps_files(loggers: Iterable[Logger]) -> bool:
+    """Tell whether a logger keeps files with a run."""
+    return any(type(sink).files is not _Sink.files for logger in loggers for sink in _other_sinks(logger))
 
 
 def sinks(loggers: Iterable[Logger], prefix: str) -> list[Sink]:
-    """Return where each logger takes pictures, for those that can."""
+    """Return where each logger takes pictures and texts, for those that can."""
     found: list[Sink] = []
     for logger in loggers:
-        names = {each.__name__ for each in type(logger).__mro__}
         if isinstance(logger, TensorBoardLogger):
             found.append(TensorBoardSink(logger.experiment, prefix))
         else:
-            # By name, since Lightning imports a logger's own package when the logger is made, and Neptune has its own.
-            found += [make(logger) for name, make in _PICTURES.items() if name in names]
+            found += _other_sinks(logger)
     return found
 
 
@@ -70,42 +86,75 @@ def needs_pictures(loggers: Iterable[Logger]) -> bool:
     return plotly_file() is None or not all(isinstance(each, TensorBoardLogger) for each in loggers)
 
 
-class _Pictures:
-    """A logger that takes pictures alone."""
+def _other_sinks(logger: Any) -> list[_Sink]:
+    # By name, since Lightning imports a logger's own package when the logger is made, and SwanLab has its own.
+    names = {each.__name__ for each in type(logger).__mro__}
+    return [make(logger) for name, make in _SINKS.items() if name in names]
+
+
+class _Sink:
+    """A logger; what it has no place for the journal has."""
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
 
     def image(self, tag: str, pixels: Pixels, step: int) -> None:
-        raise NotImplementedError
-
-    def text(self, tag: str, markdown: str, step: int) -> None:
-        """Nothing to do: the journal has it."""
-
-    def histogram(self, tag: str, counts: Tensor, step: int) -> None:
-        """Nothing to do: the journal has it."""
-
-
-class _Wandb(_Pictures):
-    def image(self, tag: str, pixels: Pixels, step: int) -> None:
         self.logger.log_image(key=tag, images=[pixels], step=step)
 
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        raise NotImplementedError
 
-class _MLFlow(_Pictures):
+    def histogram(self, tag: str, counts: Tensor, step: int) -> None:
+        """Nothing to do."""
+
+    def files(self, files: Sequence[Path]) -> None:
+        """Nothing to do, where a logger keeps none."""
+
+
+class _Wandb(_Sink):
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        import wandb
+
+        # As Lightning's logger does, which gives no step: W&B drops what comes at an earlier one.
+        shown = wandb.Html(f"<pre>{html.escape(markdown)}</pre>")
+        self.logger.experiment.log({tag: shown, "trainer/global_step": step})
+
+    def files(self, files: Sequence[Path]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"lightning_bn-{self.logger.experiment.id}", type="batch-norm-report")
+        for file in files:
+            artifact.add_file(str(file), name=file.name)
+        self.logger.experiment.log_artifact(artifact)
+
+
+class _MLFlow(_Sink):
     def image(self, tag: str, pixels: Pixels, step: int) -> None:
         self.logger.experiment.log_image(self.logger.run_id, pixels, key=tag, step=step)
 
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        self.logger.experiment.log_text(self.logger.run_id, markdown, f"{tag}.md")
 
-class _Comet(_Pictures):
+    def files(self, files: Sequence[Path]) -> None:
+        for file in files:
+            self.logger.experiment.log_artifact(self.logger.run_id, str(file), "lightning_bn")
+
+
+class _Comet(_Sink):
     def image(self, tag: str, pixels: Pixels, step: int) -> None:
         self.logger.experiment.log_image(pixels, name=tag, step=step)
 
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        self.logger.experiment.log_text(markdown, step=step, metadata={"tag": tag})
 
-class _Neptune(_Pictures):
-    def image(self, tag: str, pixels: Pixels, step: int) -> None:
-        from neptune.types import File
-
-        self.logger.experiment[tag].append(File.as_image(pixels / 255.0), step=step)
+    def files(self, files: Sequence[Path]) -> None:
+        for file in files:
+            self.logger.experiment.log_asset(str(file), file_name=f"lightning_bn/{file.name}")
 
 
-_PICTURES = {"WandbLogger": _Wandb, "MLFlowLogger": _MLFlow, "CometLogger": _Comet, "NeptuneLogger": _Neptune}
+class _SwanLab(_Sink):
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        self.logger.log_text(tag, [markdown], step=step)
+
+
+_SINKS = {"WandbLogger": _Wandb, "MLFlowLogger": _MLFlow, "CometLogger": _Comet, "SwanLabLogger": _SwanLab}

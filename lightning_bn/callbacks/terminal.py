@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning_bn.callbacks.both_lightnings import Trainer
+from lightning_bn.callbacks.loggers import keeps_files, log_files
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.dashboard.assets import INSTALL, plotly_file
+from lightning_bn.dashboard.report import report_html, run_name
 from lightning_bn.error_boundary import ErrorBoundary, guarded
 
 _HEALTHY = "Healthy: "
@@ -62,6 +65,7 @@ class ClosingBlock:
             ]
             if trainer.is_global_zero:
                 say(_block([each for each in words if each is not None], trainer))
+                self._boundary.attempt("the report in the loggers", _log_report, trainer)
 
 
 def _block(words: Sequence[LastWords], trainer: Trainer) -> list[str]:
@@ -75,6 +79,18 @@ def _block(words: Sequence[LastWords], trainer: Trainer) -> list[str]:
     if path is not None and path.exists():
         lines.append(f"The whole run, as a page: lightning-bn report {_short(path.parent)}{_missing()}")
     return lines
+
+
+def _log_report(trainer: Trainer) -> None:
+    """Give the page and the table of the run to the loggers that keep files: nobody looks for them on a disk there."""
+    path = journal_of(trainer).journal.path
+    if path is None or not path.exists() or plotly_file() is None or not keeps_files(trainer.loggers):
+        return
+    with TemporaryDirectory() as folder:
+        page = Path(folder) / "batch_norm_report.html"
+        page.write_text(report_html({run_name(path): path}), encoding="utf-8")
+        table = path.parent / "activation_stats.csv"
+        log_files(trainer.loggers, [page, *([table] if table.exists() else [])])
 
 
 def _short(folder: Path) -> str:

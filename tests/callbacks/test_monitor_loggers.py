@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fitting import fit
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from lightning_bn import ActivationStatsMonitor
 from lightning_bn.activations.report import image_names
-from lightning_bn.callbacks.loggers import sinks
+from lightning_bn.callbacks.loggers import log_files, sinks
 
 MAPS = {"std", "zero_fraction", "nonfinite", "drift_mean", "drift_var", "channel_std", "channel_mean"}
 
@@ -25,71 +27,106 @@ def watched(logger: Any, path: Path) -> ActivationStatsMonitor:
 
 @pytest.mark.filterwarnings("ignore")
 def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each heat map is a picture in the run's media folder, and the table lies where Lightning puts its checkpoints."""
+    """Each heat map is a picture in the run's media folder, the verdict a text, page and table are an artifact; the
+    table lies where Lightning puts its checkpoints."""
     pytest.importorskip("wandb")
     from lightning.pytorch.loggers import WandbLogger
 
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(project="watched", save_dir=tmp_path, offline=True)
-    watched(logger, tmp_path / "root")
+    monitor = watched(logger, tmp_path / "root")
     logger.experiment.finish()
     pictures = {path.name for path in (tmp_path / "wandb").rglob("media/images/**/*.png")}
     for name in MAPS:
         (drawn,) = [each for each in pictures if each.startswith(image_names()[name])]
         assert Image.open(next((tmp_path / "wandb").rglob(drawn))).size[0] > 300
     assert (tmp_path / "watched" / logger.version / "activation_stats.csv").exists()
+    (told, *_) = [path.read_text() for path in (tmp_path / "wandb").rglob("media/html/**/layers*.html")]
+    assert monitor.verdict()[0] in html.unescape(told)
+    manifests = b"".join(path.read_bytes() for path in (tmp_path / "wandb").rglob("*.wandb"))
+    assert b"batch_norm_report.html" in manifests
+    assert b"activation_stats.csv" in manifests
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow_on_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each heat map is an image of the run, with its step, and the table lies in the run's folder."""
+    """Each heat map is an image of the run, with its step, and the table lies in the run's folder; the verdict is a
+    text of the run, and page and table are its artifacts."""
     pytest.importorskip("mlflow")
     from lightning.pytorch.loggers import MLFlowLogger
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger(experiment_name="watched", save_dir=str(tmp_path / "mlruns"))
-    watched(logger, tmp_path / "root")
+    monitor = watched(logger, tmp_path / "root")
     client = logger.experiment
     found = {Path(each.path).name for each in client.list_artifacts(logger.run_id, "images")}
     for name in MAPS:
         assert any(image_names()[name] in each and each.endswith(".png") for each in found), name
     assert "activations/std/median" in client.get_run(logger.run_id).data.metrics
-    assert len(list((tmp_path / "mlruns").rglob("activation_stats.csv"))) == 1
+    (told,) = (tmp_path / "mlruns").rglob("artifacts/activations/layers.md")
+    assert f"- {monitor.verdict()[0]}" in told.read_text()
+    kept = {Path(each.path).name for each in client.list_artifacts(logger.run_id, "lightning_bn")}
+    assert kept == {"batch_norm_report.html", "activation_stats.csv"}
 
 
-@pytest.mark.parametrize("kind", ["CometLogger", "NeptuneLogger"])
-def test_loggers_of_services(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Comet and Neptune, which need an account, are called as their documentation says."""
+def test_comet() -> None:
+    """Comet, which needs an account, is called as its documentation says."""
     calls: list[Any] = []
 
-    class Series:
-        def append(self, image: Any, step: int) -> None:
-            calls.append((image, step))
-
     class Experiment:
-        def log_image(self, image: Any, *, name: str, step: int) -> None:
-            calls.append((name, image, step))
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: calls.append((name, args, kwargs))
 
-        def __getitem__(self, tag: str) -> Series:
-            calls.append(tag)
-            return Series()
-
-    logger = type(kind, (), {"experiment": Experiment()})()
+    logger: Any = type("CometLogger", (), {"experiment": Experiment()})()
     (sink,) = sinks([logger], "activations")
     pixels = np.full((2, 3, 3), 255, dtype=np.uint8)
-    if kind == "CometLogger":
-        sink.image("activations_map/01_std", pixels, 7)
-        assert calls == [("activations_map/01_std", pixels, 7)]
-    else:
-        import sys
-        import types
+    sink.image("activations_map/01_std", pixels, 7)
+    sink.text("activations/layers", "Healthy", 7)
+    log_files([logger], [Path("report.html")])
+    assert calls == [
+        ("log_image", (pixels,), {"name": "activations_map/01_std", "step": 7}),
+        ("log_text", ("Healthy",), {"step": 7, "metadata": {"tag": "activations/layers"}}),
+        ("log_asset", ("report.html",), {"file_name": "lightning_bn/report.html"}),
+    ]
 
-        module: Any = types.ModuleType("neptune.types")
-        module.File = type("File", (), {"as_image": staticmethod(lambda data: ("image", float(data.max())))})
-        monkeypatch.setitem(sys.modules, "neptune", types.ModuleType("neptune"))
-        monkeypatch.setitem(sys.modules, "neptune.types", module)
-        sink.image("activations_map/01_std", pixels, 7)
-        assert calls == ["activations_map/01_std", (("image", 1.0), 7)]
+
+@pytest.mark.filterwarnings("ignore")
+def test_swanlab_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SwanLab gets numbers, pictures and the verdict; its ``log_dir`` is that of all runs, so each run's table and
+    journal lie in a folder of its own."""
+    pytest.importorskip("swanlab")
+    from swanlab.integration.pytorch_lightning import SwanLabLogger
+
+    monkeypatch.chdir(tmp_path)
+    folders = set()
+    for _ in range(2):
+        logger = SwanLabLogger(project="watched", mode="offline", log_dir=str(tmp_path / "logs"), save_dir=tmp_path)
+        shown: list[str] = []
+        monkeypatch.setattr(logger, "log_text", lambda key, texts, step=None, to=shown: to.extend(texts))
+        monitor = watched(logger, tmp_path / "root")
+        assert any(monitor.verdict()[0] in text for text in shown)
+        folders |= {path.parent for path in tmp_path.rglob("lightning_bn.jsonl")}
+        import swanlab
+
+        swanlab.finish()
+    assert len(folders) == 2
+    assert all((folder / "activation_stats.csv").exists() for folder in folders)
+
+
+class OneFolder(CSVLogger):
+    """A logger whose `log_dir` is that of all its runs."""
+
+    @property
+    def log_dir(self) -> str:
+        return self.save_dir
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+def test_runs_in_one_folder_are_kept_apart(tmp_path: Path) -> None:
+    """Where a logger's ``log_dir`` is its ``save_dir``, two runs have a journal each."""
+    for version in ("a", "b"):
+        watched(OneFolder(tmp_path, name="net", version=version), tmp_path / "root")
+    assert sorted(path.parent.name for path in tmp_path.rglob("lightning_bn.jsonl")) == ["a", "b"]
 
 
 def test_pictures_sort_in_reading_order() -> None:
