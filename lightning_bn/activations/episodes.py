@@ -99,8 +99,9 @@ class Episodes:
         self.begun = 0
         """How many there have been."""
 
-    def take(self, stage: str, step: int, sample: Sample) -> None:
-        """Take the newest sample of a stage in."""
+    def take(self, stage: str, step: int, sample: Sample) -> list[Episode]:
+        """Take the newest sample of a stage in, and return the episodes that begin in it."""
+        known = set(self._open)
         sick = sample.sick()
         statistics = list(STATISTICS.values())
         now: set[tuple[str, str, str]] = set()
@@ -119,6 +120,7 @@ class Episodes:
             at = rows.get(key[1])
             if at is not None and told[at] and not np.isnan(values[at]):
                 self._past.append(replace(self._open.pop(key), recovered=True))
+        return [each for key, each in self._open.items() if key not in known]
 
     @property
     def recovered(self) -> int:
@@ -156,8 +158,13 @@ class Episodes:
         Args:
             order: by layer, its place in the forward.
         """
-        found = [replace(each, order=order.get(each.layer, len(order))) for each in (*self._past, *self._open.values())]
-        return sorted(found, key=_urgency)
+        return in_order((*self._past, *self._open.values()), order)
+
+
+def in_order(episodes: Iterable[Episode], order: Mapping[str, int]) -> list[Episode]:
+    """Return episodes with the places of their layers, the earliest first, and of those that began together the most
+    upstream."""
+    return sorted((replace(each, order=order.get(each.layer, len(order))) for each in episodes), key=_urgency)
 
 
 def _urgency(episode: Episode) -> tuple[int, int, bool, int, int, int]:

@@ -23,19 +23,20 @@ PALE = 0.6  # how far what is in warm-up is on its way to white
 
 
 def draw_grid(grid: Grid, statistic: Statistic) -> Pixels:
-    """Draw a statistic: layers downwards in forward order, steps to the right. Names in red are beyond the limits at
-    the last step; what is in warm-up is pale, and its name is not red.
+    """Return what `plot_grid` draws: (height, width, 3) uint8."""
+    return _pixels(plot_grid(grid, statistic))
 
-    Returns:
-        (height, width, 3) uint8.
-    """
+
+def plot_grid(grid: Grid, statistic: Statistic) -> Axes:
+    """Draw a statistic: layers downwards in forward order, steps to the right. Names in red are beyond the limits at
+    the last step; what is in warm-up is pale, and its name is not red."""
     shown = grid.thinned(MAX_COLUMNS, statistic)
     sick = statistic.sick(grid.values[:, -1]) & ~grid.warming[:, -1]
     axes, bar = _figure(shown.layers, statistic.label[0].upper() + statistic.label[1:])
     _paint(axes, bar, shown.values, statistic.scale, shown.warming)
     _name_layers(axes, shown.layers, sick)
     _name_steps(axes, shown.first.tolist())
-    return _pixels(axes)
+    return axes
 
 
 def draw_channels(layers: Sequence[str], values: Sequence[Array], scale: Scale, title: str) -> Pixels:

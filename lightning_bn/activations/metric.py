@@ -139,6 +139,32 @@ class ActivationStats(Metric):
         state = self.metric_state
         return _summarise({name: value for name, value in state.items() if isinstance(value, Tensor)})
 
+    def plot(self, val: Mapping[str, Tensor] | None = None, ax: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
+        """Draw the mean and the standard deviation of each channel, with the layer's shares as the title.
+
+        Args:
+            val: what `compute` returned; None: its result now.
+            ax: matplotlib's axes to draw into; None: new ones.
+
+        Returns:
+            The figure and the axes, as of torchmetrics' metrics.
+        """
+        if ax is None:
+            from matplotlib.figure import Figure
+
+            ax = Figure().subplots()
+        _draw_channels(self.compute() if val is None else val, ax)
+        return ax.figure, ax
+
+
+def _draw_channels(values: Mapping[str, Tensor], axes: Any) -> None:
+    mean, std = (values[name].reshape(-1).double().cpu().numpy() for name in ("channel_mean", "channel_std"))
+    axes.errorbar(range(len(mean)), mean, yerr=std, fmt="o", markersize=3, linewidth=0.5)
+    axes.set_xlabel("channel")
+    axes.set_ylabel("mean, with the standard deviation")
+    names = ("zero_fraction", "dead_fraction", "saturated_fraction", "nonfinite")
+    axes.set_title(", ".join(f"{name} {values[name].item():.3g}" for name in names if name in values), fontsize=9)
+
 
 def by_channel(activation: Tensor, num_channels: int, channel_dim: int) -> Tensor:
     """Return the activation as (N, C, *spatial), without a copy where that can be.

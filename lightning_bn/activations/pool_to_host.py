@@ -17,6 +17,9 @@ from lightning_bn.activations.moments_to_pool import Pool
 # The largest of many channels of one layer is a few times as large as their median by chance.
 RUNS_AWAY = 10.0
 
+# Of its layer's mean: Sokar et al. (2023) call a unit below that dormant, of the mean absolute value.
+DORMANT = 0.025
+
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
@@ -136,6 +139,13 @@ class Channels:
         known = self.total(~np.isnan(self.channel_rms)).astype(np.int64)
         median = np.where(known > 0, ordered[self.starts + np.maximum(known - 1, 0) // 2], np.nan)
         return self.largest(self.channel_rms) / np.where(median > 0, median, np.nan)
+
+    @cached_property
+    def dormant(self) -> Mask:
+        """Channels of a root mean square below `DORMANT` of their layer's mean one: (S,)."""
+        usual = self.total(np.nan_to_num(self.channel_rms)) / self.widths
+        found: Mask = self.channel_rms <= DORMANT * usual.repeat(self.widths)
+        return found
 
     def explodes_as_a_whole(self, limit: float) -> Mask:
         """Return the rows whose largest channel is beyond a limit, and less than `RUNS_AWAY` times as large as the

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lightning_bn.activations.column import Statistic
-from lightning_bn.activations.episodes import Episode, Episodes, verdict
+from lightning_bn.activations.episodes import Episode, Episodes, in_order, verdict
 from lightning_bn.activations.pool_to_host import Array, Mask, silent_numbers
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
 from lightning_bn.activations.sample import ABSENT, WARM_UP, Sample, States, dicts, is_judged, warm_ups
@@ -77,8 +77,8 @@ class LayerTable:
         self._episodes = Episodes()
         self._warm_up: int | None = None
 
-    def append(self, stage: str, step: int, epoch: int, sample: Sample) -> None:
-        """Add one sample."""
+    def append(self, stage: str, step: int, epoch: int, sample: Sample) -> list[Episode]:
+        """Add one sample, and return the episodes that begin in it, the most upstream first."""
         layers = sample.layers
         if self._samples and self._samples[-1].layers == layers:
             layers = self._samples[-1].layers  # one tuple for all samples
@@ -86,9 +86,9 @@ class LayerTable:
             self._order = _merged(self._order, layers)
         self._samples.append(_Taken(stage, step, epoch, layers, sample.values, sample.states))
         self._counts[stage] += 1
-        self._episodes.take(stage, step, sample)
         if stage == "train" and (sample.states == WARM_UP).any():
             self._warm_up = step
+        return in_order(self._episodes.take(stage, step, sample), self._places())
 
     def rows(self, stage: str | None = None) -> list[dict[str, Any]]:
         """Return the rows in the order they were added: layer, stage, step and epoch, then `COLUMNS`, then the names of
@@ -128,8 +128,10 @@ class LayerTable:
 
     def episodes(self, stage: str | None = None) -> list[Episode]:
         """Return what was sick, the earliest and most upstream first."""
-        order = {layer: place for place, layer in enumerate(self._order)}
-        return [each for each in self._episodes.all(order) if stage in (None, each.stage)]
+        return [each for each in self._episodes.all(self._places()) if stage in (None, each.stage)]
+
+    def _places(self) -> dict[str, int]:
+        return {layer: place for place, layer in enumerate(self._order)}
 
     def verdict(self) -> list[str]:
         """Return what to tell at the end of a run, as lines of text."""

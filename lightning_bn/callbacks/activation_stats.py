@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_bn.activations.call_sites import interval_at
 from lightning_bn.activations.collector import LayerCollector
+from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.report import Report
 from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.sample_to_table import LayerTable, scalars
@@ -27,6 +28,7 @@ from lightning_bn.callbacks.observing import boundary_of, meeting, observing
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.choices import Choices, check_choices
+from lightning_bn.error_boundary import theirs
 from lightning_bn.layers.deferred import settle_together
 from lightning_bn.ranks.collective import Ranks
 
@@ -78,12 +80,13 @@ class ActivationStatsMonitor(MonitoredRun):
             None: as the layers around it tell. A batch norm's is 1.
         prefix: of the tags.
         verbose: whether to print the verdict at the end of a fit, a validation and a test.
+        on_episode: called on rank 0 with each `Episode` as it begins, to send an alert; its errors end the fit.
         process_group: the ranks whose activations are taken together. None: all, or under tensor parallelism those that
             see different data.
 
     Raises:
         ValueError: every_n_steps below 1; scalars neither "worst", "all" nor patterns.
-        TypeError: layers that are none of these.
+        TypeError: layers that are none of these; an on_episode that can't be called.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -106,6 +109,7 @@ class ActivationStatsMonitor(MonitoredRun):
         channel_dim: int | None = None,
         prefix: str = "activations",
         verbose: bool = True,
+        on_episode: Callable[[Episode], object] | None = None,
         process_group: Any = None,
     ) -> None:
         super().__init__()
@@ -121,6 +125,11 @@ class ActivationStatsMonitor(MonitoredRun):
             )
         if layers is not None:
             check_choices(f"ActivationStatsMonitor(layers={layers!r})", layers)
+        if on_episode is not None and not callable(on_episode):
+            raise TypeError(
+                f"ActivationStatsMonitor(on_episode={on_episode!r}): it is a function of an Episode, as in "
+                "on_episode=lambda episode: print(episode, episode.advice)."
+            )
         self.layers = layers
         self.every_n_steps = every_n_steps
         self.scalars = scalars
@@ -131,6 +140,7 @@ class ActivationStatsMonitor(MonitoredRun):
         self.channel_dim = channel_dim
         self.prefix = prefix
         self.verbose = verbose
+        self.on_episode = on_episode
         self.process_group = process_group
         self._boundary = boundary_of("ActivationStatsMonitor", self._close)
         self._collectors: dict[str, LayerCollector] = {}
@@ -340,7 +350,7 @@ class ActivationStatsMonitor(MonitoredRun):
         sample = collector.collect(None if stage == "train" else self._collectors.get("train"))
         if not sample.layers:
             return
-        self._table.append(stage, step, trainer.current_epoch, sample)
+        begun = self._table.append(stage, step, trainer.current_epoch, sample)
         if trainer.loggers:
             tags = self.prefix if stage == "train" else f"{self.prefix}_{stage}"
             found = scalars(sample, self._has_own_scalars(collector))
@@ -354,6 +364,10 @@ class ActivationStatsMonitor(MonitoredRun):
             self._newest = sample
             self._boundary.attempt("pictures and texts", self._report.update, self._table, sample, step)
         self._write_journal(trainer, stage, step, sample)
+        if self.on_episode is not None and trainer.is_global_zero:
+            with theirs():
+                for episode in begun:
+                    self.on_episode(episode)
 
     def _has_own_scalars(self, collector: LayerCollector) -> Any:
         if self.scalars == "worst":

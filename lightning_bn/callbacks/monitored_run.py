@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning_bn.activations.description import describe_episodes, describe_statistics
 from lightning_bn.activations.episodes import Episode
-from lightning_bn.activations.heatmap import Pixels, draw_grid
+from lightning_bn.activations.heatmap import Pixels, draw_grid, plot_grid
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.sample_to_table import LayerTable, cut_csv
@@ -17,6 +17,11 @@ from lightning_bn.callbacks.loggers import directories
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.terminal import LastWords
 from lightning_bn.choices import Choices
+from lightning_bn.grids import Grid
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FILE = "activation_stats.csv"
 
@@ -69,14 +74,27 @@ class MonitoredRun(Callback):
         Raises:
             ValueError: a statistic that is not summed up over layers, or that no layer has.
         """
+        return draw_grid(self._grid("picture", statistic, stage), STATISTICS[statistic])
+
+    def plot(self, statistic: str = "std", stage: str = "train") -> tuple[Figure, Axes]:
+        """Draw the heat map of a statistic over the whole run, layer x step, and return the figure and its axes, as
+        torchmetrics' ``plot`` does.
+
+        Raises:
+            ValueError: a statistic that is not summed up over layers, or that no layer has.
+        """
+        axes = plot_grid(self._grid("plot", statistic, stage), STATISTICS[statistic])
+        return cast("Figure", axes.figure), axes
+
+    def _grid(self, method: str, statistic: str, stage: str) -> Grid:
         grid = self._table.grid(stage, statistic) if statistic in STATISTICS else None
         if grid is None or not grid.layers:
             known = [name for name in STATISTICS if self._table.grid(stage, name).layers]
             raise ValueError(
-                f"picture({statistic!r}, {stage!r}): there is no such row in the table; there are "
+                f"{method}({statistic!r}, {stage!r}): there is no such row in the table; there are "
                 f"{', '.join(known) or 'none'}."
             )
-        return draw_grid(grid, STATISTICS[statistic])
+        return grid
 
     def _write(self, trainer: Trainer, stage: str) -> None:
         for directory in directories(trainer):

@@ -99,6 +99,24 @@ class RecalibrationReport:
         layers = [{key: _finite_or_none(value) for key, value in asdict(layer).items()} for layer in self.layers]
         return {**plain, "not_run": list(self.not_run), "gone": list(self.gone), "layers": layers}
 
+    def plot(self, ax: Any = None) -> tuple[Any, Any]:
+        """Draw how far each layer's statistics were off: rms over channels of the mean's shift, in standard deviations,
+        and of the log ratio of the variances. Returns matplotlib's figure and axes, those of `ax` where it is given.
+        """
+        if ax is None:
+            from matplotlib.figure import Figure
+
+            ax = Figure(figsize=(6.4, 1.5 + 0.25 * len(self.layers)), layout="constrained").subplots()
+        places = range(len(self.layers))
+        ax.barh([each - 0.2 for each in places], [layer.mean_shift_rms for layer in self.layers], 0.4, label="mean")
+        ratios = [layer.log_variance_ratio_rms for layer in self.layers]
+        ax.barh([each + 0.2 for each in places], ratios, 0.4, label="log of the variance")
+        ax.set_yticks(places, [layer.name or "(the model)" for layer in self.layers])
+        ax.invert_yaxis()
+        ax.set_xlabel("change, rms over channels")
+        ax.legend()
+        return ax.figure, ax
+
     def __str__(self) -> str:
         return "\n".join([self._headline(), *text_table(_HEADER, self._rows(), left=2)])
 

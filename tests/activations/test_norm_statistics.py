@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bn import ActivationStatsMonitor, Window, convert_batch_norm
 from lightning_bn.activations.collector import LayerCollector
+from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.watched_layers import select_layers
 
 
@@ -117,3 +118,48 @@ def test_the_ratio_is_that_of_a_plain_loop() -> None:
     collector.detach()
     rms = sorted(np.sqrt((out.detach().double().numpy().reshape(-1, 12) ** 2).mean(0)))
     assert collector.collect().rows["1"]["outlier_ratio"] == pytest.approx(rms[-1] / rms[5], rel=1e-5)
+
+
+def test_dormant_channels_are_those_of_a_plain_loop() -> None:
+    """Channels whose root mean square is at most 0.025 of the layer's mean one, also where none is exactly 0."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.SiLU())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.diag(torch.tensor([1.0, 1.0, 1e-3, 1e-4, 2.0, 1.0, 1e-6, 1.0])))
+    collector = LayerCollector(model, select_layers(model))
+    collector.attach()
+    out = model(torch.randn(64, 8))
+    collector.detach()
+    rms = [float(np.sqrt((out[:, channel].detach().double().numpy() ** 2).mean())) for channel in range(8)]
+    expected = sum(each <= 0.025 * sum(rms) / 8 for each in rms) / 8
+    assert collector.collect().rows["1"]["dormant_fraction"] == expected == 3 / 8
+
+
+def test_a_published_model_whose_norms_begin_near_0() -> None:
+    """transformers' EfficientNet, built from its configuration, draws its batch norms' weights around 0: the first norm
+    is named, from the start, and not the gates that its small activations leave half open; with the mend nothing is."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.EfficientNetConfig(
+        num_channels=1, image_size=32, width_coefficient=0.25, depth_coefficient=0.2, hidden_dim=320, num_labels=2
+    )
+
+    class Published(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = transformers.EfficientNetForImageClassification(config).train()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch).logits, (batch.mean((1, 2, 3)) > 0).long())
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    torch.manual_seed(0)
+    module, data = Published(), torch.randn(64, 1, 32, 32)
+    cause = watched(module, data).episodes()[0]
+    assert (cause.statistic, cause.first) == ("weight_rms", 0)
+    assert cause.layer == next(name for name, each in module.named_modules() if isinstance(each, nn.BatchNorm2d))
+    namespace = {"model": Published().net, "torch": torch}
+    exec(STATISTICS["weight_rms"].code_low, namespace)
+    mended = Published()
+    mended.net = namespace["model"]
+    assert [each for each in watched(mended, data).episodes() if each.statistic.startswith("weight")] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fitting import fit, trainer
@@ -11,7 +12,7 @@ from small_data import training_data
 from small_models import Small
 from torch.utils.data import DataLoader
 
-from lightning_bn import ActivationStatsMonitor
+from lightning_bn import ActivationStats, ActivationStatsMonitor, BatchNormRecalibration, Episode
 
 
 class Dies(Small):
@@ -84,3 +85,55 @@ def test_an_evaluation_by_itself_has_a_verdict(stage: str, capsys: pytest.Captur
     assert out.count("Sick: ") == out.count(str(monitor)) == 1
     name = {"validate": "validation", "test": "test"}[stage]
     assert f"Sick: rest.0: share of activations that are zero 1 (limit 0.95) at step 0 in {name}." in out
+
+
+def test_each_episode_is_handed_out_as_it_begins() -> None:
+    """`on_episode` gets each episode once, in the step in which it begins, with what to do; its errors are the user's,
+    and what is no function is refused at once."""
+    seen: list[tuple[int, Episode]] = []
+    runner: Any = None
+
+    def alert(episode: Episode) -> None:
+        seen.append((runner.global_step, episode))
+
+    monitor = ActivationStatsMonitor(every_n_steps=1, on_episode=alert, verbose=False)
+    runner = trainer(monitor, max_epochs=7, limit_val_batches=0)
+    runner.fit(Dies(lr=0.0), DataLoader(training_data(), 16))
+    assert [(each.layer, each.statistic, each.first) for _, each in seen] == [
+        (each.layer, each.statistic, each.first) for each in monitor.episodes()
+    ]
+    assert [step for step, _ in seen] == [each.first + 1 for _, each in seen]
+    assert seen[0][1].advice
+
+    def fails(episode: Episode) -> None:
+        raise ConnectionError(str(episode))
+
+    with pytest.raises(ConnectionError, match=r"rest\.0"):
+        fit(ActivationStatsMonitor(every_n_steps=1, on_episode=fails, verbose=False), module=Dies(lr=0.0), max_epochs=7)
+    with pytest.raises(TypeError, match=r"ActivationStatsMonitor\(on_episode=3\)"):
+        ActivationStatsMonitor(on_episode=3)  # type: ignore[arg-type]
+
+
+def test_plots() -> None:
+    """`plot` of the monitor, of a report and of a metric gives the figure and the axes, as torchmetrics does; the
+    monitor's shows the table, and refuses what is not in it."""
+    repair = BatchNormRecalibration()
+    monitor = ActivationStatsMonitor(every_n_steps=1, verbose=False)
+    fit(monitor, repair, max_epochs=1)
+    figure, axes = monitor.plot("zero_fraction")
+    assert figure is axes.figure
+    drawn = np.asarray(axes.images[0].get_array(), dtype=float)
+    values = [row["zero_fraction"] for row in monitor.table() if row["layer"] == "rest.0" and row["stage"] == "train"]
+    assert drawn[0].tolist() == pytest.approx(values)
+    with pytest.raises(ValueError, match=r"plot\('grad_std', 'train'\): there is no such row"):
+        monitor.plot("grad_std")
+    assert repair.report is not None
+    figure, axes = repair.report.plot()
+    assert [bar.get_width() for bar in axes.patches[: len(repair.report.layers)]] == [
+        layer.mean_shift_rms for layer in repair.report.layers
+    ]
+    stats = ActivationStats(2)
+    stats.update(torch.tensor([[1.0, 4.0], [3.0, 6.0]]))
+    figure, axes = stats.plot()
+    assert axes.lines[0].get_ydata().tolist() == [2.0, 5.0]
+    assert repair.report.plot(axes) == (figure, axes) == stats.plot(stats.compute(), axes)
