@@ -139,7 +139,7 @@ class ActivationStats(Metric):
         state = self.metric_state
         return _summarise({name: value for name, value in state.items() if isinstance(value, Tensor)})
 
-    def plot(self, val: Mapping[str, Tensor] | None = None, ax: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
+    def plot(self, val: Mapping[str, Tensor] | None = None, ax: Any = None) -> tuple[Any, Any]:
         """Draw the mean and the standard deviation of each channel, with the layer's shares as the title.
 
         Args:

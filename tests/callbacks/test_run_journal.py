@@ -142,7 +142,7 @@ def test_findings_and_modes(tmp_path: Path) -> None:
     assert written
     rules = {line["code"]: line["text"] for line in lines(tmp_path) if line["kind"] == "rule"}
     assert {line["code"] for line in written} <= set(rules)
-    assert all(text.startswith(f"### {code} ") for code, text in rules.items())
+    assert all(text.startswith(f"# {code} ") for code, text in rules.items())
     modes = [(line["step"], line["eval"]) for line in lines(tmp_path) if line["kind"] == "modes"]
     assert modes[0][1] == ["bn1"]
     assert modes[0][0] in (4, 5)
