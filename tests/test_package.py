@@ -138,8 +138,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints": GROUND | {"averaging", "layers", "rules"},
     "exports": GROUND | {"averaging", "checkpoints", "rules"},
 }
-# By adapter, the adapters above it, and the page, which is made for who has no Lightning.
-ADAPTERS = {"callbacks": ("cli", "__main__", "dashboard"), "cli": ("__main__",), "__main__": ()}
+# By adapter, the adapters above it. Callbacks know the page as a file, which they give to loggers.
+ADAPTERS = {"callbacks": ("cli", "__main__"), "cli": ("__main__",), "__main__": ()}
 # What both of Lightning's packages share, or have alike; all else of theirs goes through both_lightnings.py.
 EITHER = {
     "lightning.pytorch.cli",
