@@ -134,7 +134,7 @@ class ModeChangedInTraining(Rule):
     mendable = True
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
-        if batch.training:
+        if batch.training and batch.after:  # of a batch that an error ended, the modes are not known
             yield from self._changed(batch, batch.before, batch.after, batch.when)
 
     def exported(self, at: Configuration, before: Modes, when: str) -> Iterator[Seen]:
