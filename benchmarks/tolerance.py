@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import recalibrate
 
-TOLERANCES = (None, 0.02, 0.05, 0.1, 0.2, 0.5)
+TOLERANCES = (None, 0.002, 0.005, 0.01, 0.1)
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:

@@ -13,12 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Module
 
 from lightning_bn.callbacks.batch_input import BatchInput
-from lightning_bn.callbacks.both_lightnings import (
-    Callback,
-    LightningModule,
-    MisconfigurationException,
-    Trainer,
-)
+from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_bn.callbacks.checkpoint_files import (
     check_kinds,
     files_from_before,
@@ -41,11 +36,7 @@ from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.terminal import LastWords
-from lightning_bn.callbacks.training_pass import (
-    on_training_device,
-    quiet,
-    validate_once_more,
-)
+from lightning_bn.callbacks.training_pass import on_training_device, quiet, validate_once_more
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning
 from lightning_bn.recalibration import recalibrate
@@ -286,7 +277,8 @@ class BatchNormRecalibration(Callback):
             return None
         before = files_from_before(trainer, self._moment) if self.when == "fit_end" else []
         stale = self.when == "fit_end" and self._saved is not None and self._saved <= self._moment
-        return LastWords(2, [what_was_repaired(self.report, before, others=stale)])
+        others = stale and not trainer.checkpoint_callbacks
+        return LastWords(2, [what_was_repaired(self.report, before, others=others)])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved = time.time()

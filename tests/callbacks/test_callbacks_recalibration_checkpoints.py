@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from fitting import fit
@@ -138,3 +139,21 @@ def test_the_end_of_a_fit_says_which_files_are_from_before(tmp_path: Path, capsy
     assert "last.ckpt" in plain.partition("with the old statistics:")[2].partition("A copy")[0]
     assert "old statistics" not in said(BatchNormRecalibration(checkpoints=("best", "last")), "copies")
     assert "old statistics" not in said(BatchNormRecalibration(when="validation"), "validation")
+
+
+@pytest.mark.parametrize("when", ["fit_end", "validation"])
+def test_a_checkpoint_that_somebody_else_saved_before(
+    when: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Ray Train does, at the end of each epoch: with the default the file has the old statistics, and that is said;
+    with those of a validation it has the new ones."""
+
+    class Saves(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "theirs.ckpt")
+
+    fit(Saves(), BatchNormRecalibration(when=when))
+    said = next(line for line in capsys.readouterr().out.splitlines() if "BatchNormRecalibration:" in line)
+    assert ("last checkpoint was saved before that" in said) is (when == "fit_end")
+    state = torch.load(tmp_path / "theirs.ckpt", weights_only=False)["state_dict"]
+    assert matches_weights(state) is (when == "validation")
