@@ -64,7 +64,8 @@ class BatchNormRecalibration(Callback):
             from them.
         every_n_epochs: with ``when="validation"``, only in every n-th epoch.
         num_batches: training batches to look at, at most; None for all.
-        tolerance: stop when the standard error of every layer's mean, in units of its standard deviation, is below it.
+        tolerance: stop when the standard error of every layer's mean, in units of its standard deviation, is below it,
+            after 8 batches at the soonest. These are few images where batches are small, and can cost accuracy.
         exact: the statistics of the network as it runs at inference, in the memory of all batches' activations; see
             `recalibrate`.
         dataloader: where the batches come from; None for the Trainer's training data, with its samplers and
