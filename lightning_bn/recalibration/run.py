@@ -70,8 +70,8 @@ def recalibrate(
         num_batches: read at most that many, on each rank. None: all.
         tolerance: stop as soon as the standard error of every layer's mean, in units of its standard deviation (rms
             over channels), is below it, after 8 batches at the soonest. It is estimated from the spread between
-            batches, since pixels of one image are not independent. It bounds what chance adds to the means, not what that
-            costs: with batches of 4, 0.01 lost up to 1.8 points (docs/recalibration.md, "What a tolerance costs"). On
+            batches, since pixels of one image are not independent. It bounds what chance adds to the means, and not the
+            cost: with batches of 4, 0.01 lost up to 1.8 points (docs/recalibration.md, "What a tolerance costs"). On
             several ranks each goes by its own batches.
         prior: number of samples (images, not pixels) that the present statistics count for. With n samples of data,
             ``mean = prior / (prior + n) * old + n / (prior + n) * data``, and likewise the variance: covariate shift
