@@ -22,7 +22,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
     callbacks_of,
 )
-from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
+from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step, why_no_second_pass
 from lightning_bn.callbacks.observing import boundary_of, check_logged, meeting, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.run_journal import journal_of
@@ -157,11 +157,10 @@ class CompareAverages(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         journal_of(trainer).begin(trainer, pl_module)
-        if self.recalibrated and self.dataloader is None and iterates_itself(trainer):
+        if self.recalibrated and self.dataloader is None and (reason := why_no_second_pass(trainer)):
             raise MisconfigurationException(
-                "CompareAverages: the training loader is its own iterator, so a second pass would take the fit's "
-                "batches. Give that row a loader of its own, CompareAverages(..., dataloader=...), or leave it out: "
-                "recalibrated=False."
+                f"CompareAverages: the training loader {reason}. Give the recalibrated row a loader of its own, "
+                "CompareAverages(..., dataloader=...), or leave it out: recalibrated=False."
             )
         self._layers = find_batch_norms(pl_module)
         self._in_eval = in_eval_mode(self._layers)

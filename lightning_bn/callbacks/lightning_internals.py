@@ -23,6 +23,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
     package_of,
 )
+from lightning_bn.recalibration.kept_objects import keeps_position_in_shared_memory
 from lightning_bn.sharding import is_fsdp1
 from lightning_bn.torch_internals import second_loader
 
@@ -61,10 +62,16 @@ def training_loader(trainer: Trainer) -> CombinedLoader:
     return _anew(live)
 
 
-def iterates_itself(trainer: Trainer) -> bool:
-    """Tell whether the training data are an iterator, of which there is no second, rather than a loader."""
+def why_no_second_pass(trainer: Trainer) -> str | None:
+    """Return what the training loader is or has, where a second pass over it would disturb the running one."""
     live = getattr(trainer.fit_loop, "_combined_loader", None)
-    return live is not None and any(isinstance(loader, Iterator) for loader in live.flattened)
+    for loader in () if live is None else live.flattened:
+        if isinstance(loader, Iterator):
+            return "is its own iterator, so a second pass would take the fit's batches"
+        if keeps_position_in_shared_memory(loader):
+            name = type(loader.dataset).__name__
+            return f"reads a {name}, whose position is in shared memory, so a second pass would move the fit's"
+    return None
 
 
 def afresh(loader: Any) -> Any:

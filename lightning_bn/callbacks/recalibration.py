@@ -22,7 +22,7 @@ from lightning_bn.callbacks.checkpoint_files import (
     write_recalibrated_copy,
 )
 from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
-from lightning_bn.callbacks.lightning_internals import data_parallel_group, iterates_itself, logging_step
+from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step, why_no_second_pass
 from lightning_bn.callbacks.observing import boundary_of, check_logged, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.recalibrated_sets import Sources
@@ -182,10 +182,10 @@ class BatchNormRecalibration(Callback):
             for name in self._sources.names:
                 with self._sources.batches(trainer, pl_module, name) as batches:
                     self._input.learn_from(trainer, pl_module, batches)
-        elif self.when == "validation" and iterates_itself(trainer):
+        elif self.when == "validation" and (reason := why_no_second_pass(trainer)):
             raise MisconfigurationException(
-                "BatchNormRecalibration(when='validation'): the training loader is its own iterator, so a second pass "
-                "would take the fit's batches. Give it a loader of its own: BatchNormRecalibration(dataloader=...)."
+                f"BatchNormRecalibration(when='validation'): the training loader {reason}. Give it a loader of its "
+                "own, of a data set of its own: BatchNormRecalibration(dataloader=...)."
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -14,12 +14,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.shared_memory import SharedMemory
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from lightning_bn.recalibration.kept_tensors import KeptTensors
 from lightning_bn.recalibration.random_states import generator_keeper, is_generator
@@ -189,10 +190,25 @@ class _Objects:
 
 
 class _Sources(_Objects):
-    """The state of what batches come from, without the data."""
+    """The state of what batches come from, without the data.
+
+    Attributes:
+        shared: whether any of it is in memory that processes share.
+    """
+
+    shared = False
+
+    def _later(self, values: Iterable[Any]) -> None:
+        values = list(values)
+        super()._later(values)
+        # Of what a function closes over generators alone: the rest may be the model, whose new statistics stay.
+        cells = [cell for each in values if isinstance(each, types.FunctionType) for cell in each.__closure__ or ()]
+        super()._later(filter(is_generator, map(_content, cells)))
 
     def _visit(self, thing: Any) -> None:
-        if isinstance(thing, Tensor):
+        if isinstance(thing, SharedMemory):
+            self.shared = True
+        elif isinstance(thing, Tensor):
             if thing.numel() <= _DATA:
                 self._undo.append(partial(_restore_tensor, thing, thing.detach().clone()))
         elif isinstance(thing, DataLoader):
@@ -209,7 +225,7 @@ class _Sources(_Objects):
 @contextmanager
 def kept_sources(*sources: object) -> Iterator[None]:
     """Restore at exit the state of loaders, and of the datasets, samplers and transforms behind them: positions,
-    counters, generators, in attributes at any depth.
+    counters, generators, in attributes at any depth, and generators in what functions among them close over.
 
     Data are left alone: tensors, arrays and containers of more than 1,000 members. So is what lives in a worker's
     process, which a second iterator does not share, and whatever `kept` leaves alone.
@@ -219,6 +235,19 @@ def kept_sources(*sources: object) -> Iterator[None]:
         yield
     finally:
         completely(objects.restore)
+
+
+def keeps_position_in_shared_memory(loader: object) -> bool:
+    """Whether `loader` reads an iterable dataset that holds memory which processes share: there is no second pass over
+    it that the running one does not notice."""
+    return isinstance(getattr(loader, "dataset", None), IterableDataset) and _Sources([loader]).shared
+
+
+def _content(cell: types.CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None
 
 
 def _is_left_alone(kind: type) -> bool:

@@ -4,7 +4,9 @@ same batches as without it."""
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -119,6 +121,25 @@ class Collate(Noise):
         return super().__call__(torch.stack(list(rows)))
 
 
+def closing_over_a_generator() -> Callable[[Any], Tensor]:
+    generator = np.random.default_rng(0)
+    return lambda rows: torch.stack(list(rows)) + float(generator.random())
+
+
+class InSharedMemory(IterableDataset[Tensor]):
+    """Its position is in memory that its workers would share."""
+
+    def __init__(self) -> None:
+        self.memory = SharedMemory(create=True, size=1)
+        weakref.finalize(self, self.memory.unlink)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.memory.buf[0] = 0
+        while self.memory.buf[0] < len(X):
+            self.memory.buf[0] += 1
+            yield X[self.memory.buf[0] - 1]
+
+
 class OwnLoader:
     """No DataLoader: counts how often it was iterated, and gives other batches each time."""
 
@@ -139,11 +160,12 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "a sampler that is no Sampler": lambda: DataLoader(X, batch_sampler=NoSampler()),
     "a generator in a dataset's transform": lambda: DataLoader(Transformed(), 5, shuffle=True),
     "a generator in collate_fn": lambda: DataLoader(X, 5, shuffle=True, collate_fn=Collate()),
+    "a generator that collate_fn closes over": lambda: DataLoader(X, 5, collate_fn=closing_over_a_generator()),
     "a loader class of its own": OwnLoader,
 }
-CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
-    "recalibration": lambda: BatchNormRecalibration(when="validation"),
-    "comparison": lambda: CompareAverages({"window": Window(5)}, batch=False),
+CALLBACKS: dict[str, Callable[..., pl.Callback]] = {
+    "recalibration": lambda **how: BatchNormRecalibration(when="validation", **how),
+    "comparison": lambda **how: CompareAverages({"window": Window(5)}, batch=False, **how),
 }
 
 
@@ -191,13 +213,21 @@ def test_a_loader_that_is_its_own_iterator_is_refused(callback: str) -> None:
     """At the start of the fit, with the argument that does without it; which works."""
     with pytest.raises(MisconfigurationException, match=r"its own iterator.*dataloader="):
         seen((batch for batch in X.split(5)), CALLBACKS[callback]())
-    other = CALLBACKS[callback]()
-    other.dataloader = DataLoader(X, 5)
+    other = CALLBACKS[callback](dataloader=DataLoader(X, 5))
     batches = [float(batch.double().sum()) for batch in X.split(5)]
     module = Seeing()
     runner = trainer(other, num_sanity_val_steps=0, val_check_interval=3)
     runner.fit(module, (batch for batch in X.split(5)), DataLoader(X[:8], 4))
     assert module.seen == batches
+
+
+@pytest.mark.parametrize("callback", CALLBACKS)
+def test_a_position_in_shared_memory_is_refused(callback: str) -> None:
+    """At the start of the fit, by the name of the data set; with one of its own the fit sees what it sees without."""
+    with pytest.raises(MisconfigurationException, match=r"InSharedMemory, whose position is in shared.*dataloader="):
+        seen(DataLoader(InSharedMemory(), 5), CALLBACKS[callback]())
+    other = CALLBACKS[callback](dataloader=DataLoader(InSharedMemory(), 5))
+    assert seen(DataLoader(InSharedMemory(), 5), other) == seen(DataLoader(InSharedMemory(), 5))
 
 
 def test_a_pass_iterates_a_loader_once() -> None:
