@@ -230,7 +230,8 @@ def kept_sources(*sources: object) -> Iterator[None]:
     Data are left alone: tensors, arrays and containers of more than 1,000 members. So is what lives in a worker's
     process, which a second iterator does not share, and whatever `kept` leaves alone.
     """
-    objects = _Sources(sources)
+    # One that shares memory is a loader of the pass's own, and its threads go on with the attributes that it has.
+    objects = _Sources(each for each in sources if not keeps_position_in_shared_memory(each))
     try:
         yield
     finally:
