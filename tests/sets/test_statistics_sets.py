@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import (
@@ -115,6 +116,22 @@ def gradient_of(whole: Whole, name: str, key: str) -> Tensor:
         gradient = dict(whole.net.named_parameters())[key].grad
     assert gradient is not None
     return gradient
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_an_exchange_launches_nothing(layers: str) -> None:
+    """There and back, no operation runs: what a set costs is the host's alone."""
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function: object, *_: object) -> object:
+            raise AssertionError(function)
+
+    whole = Whole(affine=True, layers=layers)
+    train(whole)
+    with Seen(), whole.sets.use(""):
+        pass
+    with pytest.raises(AssertionError, match="aten"), Seen():
+        torch.zeros(1)
 
 
 @pytest.mark.parametrize("together", [False, True])
