@@ -69,7 +69,7 @@ def test_the_first_program_of_the_readme_prints_what_stands_below(
     shown = re.search(r"```text\n(.*?)```", text, re.DOTALL).group(1)
     program, *others = BLOCK.findall(text)
     lines = printed(program, tmp_path)
-    assert [line for line in shown.splitlines() if without_numbers(line) not in lines] == []
+    assert [line for line in shown.splitlines() if line and without_numbers(line) not in lines] == []
     monkeypatch.chdir(tmp_path)
     for other in others:
         exec(compile(other, "README.md", "exec"), {"__name__": "__main__"})
@@ -80,7 +80,7 @@ def test_a_healthy_run_prints_what_the_docs_say(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "getting-started.md").read_text()
     shown = re.search(r"```text\n(.*?)```", text, re.DOTALL).group(1)
     lines = printed("\n".join(BLOCK.findall(text)), tmp_path)
-    assert [line for line in shown.splitlines() if without_numbers(line) not in lines] == []
+    assert [line for line in shown.splitlines() if line and without_numbers(line) not in lines] == []
     assert not [line for line in lines if re.match(r"BN\d", line)]
 
 
