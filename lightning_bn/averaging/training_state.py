@@ -60,7 +60,7 @@ class TrainingState(nn.Module):
     def state_of(self) -> Tensor:
         """`state_meaning` as bytes, (length,) uint8; distributed checkpoints look each key of a ``state_dict`` up as an
         attribute."""
-        return torch.tensor(list(self.state_meaning.encode()), dtype=torch.uint8, device="cpu")
+        return torch.frombuffer(bytearray(self.state_meaning.encode()), dtype=torch.uint8)
 
     def _declare(self, state: Mapping[str, Tensor]) -> None:
         """Take `state` as the private state; a tensor declared before under the same name and shape is written in
@@ -88,7 +88,7 @@ class TrainingState(nn.Module):
         for name in self._state_names:
             # A copy: exponential moving averages of a whole state_dict (timm's ModelEma) write into the tensors they
             # find there.
-            destination[prefix + name] = getattr(self, name).detach().clone()
+            destination[prefix + name] = getattr(self, name).clone()
         if self._state_names:
             destination[prefix + STATE_OF] = self.state_of
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
+from torch.overrides import has_torch_function_unary
 
 from lightning_bn.averaging import Averaging, Batch, Exponential, check_averaging
 from lightning_bn.averaging.training_state import apply_to_statistics
 from lightning_bn.buffers import next_step, running_mean, running_statistics
+from lightning_bn.layers.masks import check_mask, masked_batch_norm
 from lightning_bn.layers.settlement import (
     LISTENERS,
     SCRATCH,
@@ -197,7 +198,7 @@ class AveragedBatchNorm(_BatchNorm):
             return type(self).forward(self, input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if mask is not None:
-            _check_mask(input, mask)
+            check_mask(input, mask)
         elif not is_compiling() and self._tracks():
             scratch = scratch_of(self)
             if scratch is not None:
@@ -401,35 +402,3 @@ class BatchNorm3d(AveragedBatchNorm, nn.BatchNorm3d):
     """
 
     __module__ = "lightning_bn"
-
-
-def masked_batch_norm(
-    input: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Moments]:
-    """Normalise `input` with the moments of its valid positions, which are returned too; the others come out as
-    zero."""
-    if has_torch_function((input, mask, weight, bias)):  # a synchronising mode takes the moments of all ranks
-        return handle_torch_function(masked_batch_norm, (input,), input, mask, weight, bias, eps)
-    kept = mask.unsqueeze(1)
-    # What stands in the padding may be NaN, and NaN * 0 is NaN in the gradient of weight.
-    input = torch.where(kept, input, 0.0)
-    moments = Moments.of(input, mask)
-    shape = (1, -1, *[1] * (input.dim() - 2))
-    biased = moments.m2 / moments.count.clamp(min=1)
-    output = (input - moments.mean.reshape(shape)) * torch.rsqrt(biased + eps).reshape(shape)
-    if weight is not None:
-        output = output * weight.reshape(shape)
-    if bias is not None:
-        output = output + bias.reshape(shape)
-    return torch.where(kept, output, 0.0).to(input.dtype), moments
-
-
-def _check_mask(input: Tensor, mask: Tensor) -> None:
-    expected = (input.shape[0], *input.shape[2:])
-    call = f"forward(input of shape {tuple(input.shape)}, mask of shape {tuple(mask.shape)} and dtype {mask.dtype})"
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"{call}: mask is boolean, True where a position is valid; pass mask=mask.bool() if 1 means valid in yours."
-        )
-    if tuple(mask.shape) != expected:
-        raise ValueError(f"{call}: mask has one entry a position and none for channels, here shape {expected}.")

@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from lightning_bn.discovery import find_batch_norms, parts_called_by
-from lightning_bn.layers.batch_norm import masked_batch_norm
 from lightning_bn.layers.deferred import can_defer
+from lightning_bn.layers.masks import masked_batch_norm
 from lightning_bn.layers.settlement import MERGED, SYNCHRONISED
 from lightning_bn.layers.subclasses import observe
 from lightning_bn.moments import Moments
