@@ -25,6 +25,7 @@ REFERENCE: dict[str, dict[str, list[str]]] = {
         "BatchNormRecalibration": [],
         "ConvertBatchNorm": [],
         "FreezeBatchNorm": [],
+        "DriftMonitor": [],
         "CompareAverages": ["recommended"],
         "BatchNormSync": ["apply", "revert"],
     },
@@ -42,6 +43,14 @@ REFERENCE: dict[str, dict[str, list[str]]] = {
         "recalibrated": [],
         "RecalibrationReport": _ALL,
         "LayerReport": _ALL,
+    },
+    "Drift of live data": {
+        "drift": [],
+        "watch_drift": [],
+        "keep_spread": [],
+        "DriftReport": _ALL,
+        "LayerDeviation": _ALL,
+        "DriftWatch": [],
     },
     "Activations": {
         "Episode": ["stage", "value", "limit", "label", "advice"],

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.activation_stats import ActivationStatsMonitor as ActivationStatsMonitor
     from lightning_bn.callbacks.comparison import CompareAverages as CompareAverages
     from lightning_bn.callbacks.conversion import ConvertBatchNorm as ConvertBatchNorm
+    from lightning_bn.callbacks.drift_monitor import DriftMonitor as DriftMonitor
     from lightning_bn.callbacks.freezing import FreezeBatchNorm as FreezeBatchNorm
     from lightning_bn.callbacks.mode_check import ModeCheck as ModeCheck
     from lightning_bn.callbacks.recalibration import BatchNormRecalibration as BatchNormRecalibration
@@ -28,11 +29,17 @@ if TYPE_CHECKING:
     from lightning_bn.layers.conversion import convert_batch_norm as convert_batch_norm
     from lightning_bn.layers.conversion import to_torch as to_torch
     from lightning_bn.layers.deferred import settle_together as settle_together
+    from lightning_bn.live_data.judging import drift as drift
+    from lightning_bn.live_data.report import DriftReport as DriftReport
+    from lightning_bn.live_data.report import LayerDeviation as LayerDeviation
+    from lightning_bn.live_data.watching import DriftWatch as DriftWatch
+    from lightning_bn.live_data.watching import watch_drift as watch_drift
     from lightning_bn.modes import paused_statistics as paused_statistics
     from lightning_bn.recalibration import recalibrate as recalibrate
     from lightning_bn.recalibration import recalibrated as recalibrated
     from lightning_bn.recalibration.report import LayerReport as LayerReport
     from lightning_bn.recalibration.report import RecalibrationReport as RecalibrationReport
+    from lightning_bn.recalibration.spread import keep_spread as keep_spread
     from lightning_bn.rules import Finding as Finding
     from lightning_bn.rules import Fix as Fix
     from lightning_bn.rules import ModeCheckError as ModeCheckError
@@ -55,11 +62,15 @@ __all__ = [
     "CompareAverages",
     "ConvertBatchNorm",
     "Cumulative",
+    "DriftMonitor",
+    "DriftReport",
+    "DriftWatch",
     "Episode",
     "Exponential",
     "Finding",
     "Fix",
     "FreezeBatchNorm",
+    "LayerDeviation",
     "LayerReport",
     "ModeCheck",
     "ModeCheckError",
@@ -69,13 +80,16 @@ __all__ = [
     "check",
     "check_export",
     "convert_batch_norm",
+    "drift",
     "exporting",
+    "keep_spread",
     "paused_statistics",
     "recalibrate",
     "recalibrated",
     "settle_together",
     "to_torch",
     "watch",
+    "watch_drift",
 ]
 
 # Every name, and the module it is in: imported when first asked for. TensorBoard imports this package for its tab's
@@ -93,11 +107,15 @@ _LAZY: dict[str, str] = {
     "CompareAverages": "callbacks.comparison",
     "ConvertBatchNorm": "callbacks.conversion",
     "Cumulative": "averaging",
+    "DriftMonitor": "callbacks.drift_monitor",
+    "DriftReport": "live_data.report",
+    "DriftWatch": "live_data.watching",
     "Episode": "activations.episodes",
     "Exponential": "averaging",
     "Finding": "rules",
     "Fix": "rules",
     "FreezeBatchNorm": "callbacks.freezing",
+    "LayerDeviation": "live_data.report",
     "LayerReport": "recalibration.report",
     "ModeCheck": "callbacks.mode_check",
     "ModeCheckError": "rules",
@@ -107,13 +125,16 @@ _LAZY: dict[str, str] = {
     "check": "rules.watching",
     "check_export": "exports.running",
     "convert_batch_norm": "layers.conversion",
+    "drift": "live_data.judging",
     "exporting": "exports.exporting",
+    "keep_spread": "recalibration.spread",
     "paused_statistics": "modes",
     "recalibrate": "recalibration",
     "recalibrated": "recalibration",
     "settle_together": "layers.deferred",
     "to_torch": "layers.conversion",
     "watch": "rules.watching",
+    "watch_drift": "live_data.watching",
 }
 
 

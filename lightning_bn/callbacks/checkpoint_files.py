@@ -85,14 +85,16 @@ def files_from_before(trainer: Trainer, moment: float) -> list[Path]:
 
 
 def statistics_in(module: LightningModule) -> dict[str, Tensor]:
-    """Return the running statistics of all batch norms, in all their sets, by key of the ``state_dict``."""
+    """Return the running statistics of all batch norms, in all their sets, and the spread of images that they keep, by
+    key of the ``state_dict``."""
     prefixes = tuple(
         f"{path}." if path else ""
         for path, child in module.named_modules(remove_duplicate=False)
         if (isinstance(child, _BatchNorm) and child.running_mean is not None) or isinstance(child, SetPart)
     )
     names = {prefix + name for prefix in prefixes for name in ("running_mean", "running_var")}
-    return {key: value for key, value in module.state_dict().items() if key in names}
+    spreads = tuple(f"{prefix}spread." for prefix in prefixes)
+    return {key: value for key, value in module.state_dict().items() if key in names or key.startswith(spreads)}
 
 
 def write_recalibrated_copy(

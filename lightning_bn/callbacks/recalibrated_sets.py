@@ -21,15 +21,22 @@ class Sources:
     Args:
         dataloader: for the statistics in place, where there are no `sets`.
         sets: by the name of a set.
+        spread: whether the spread of images is to be measured too.
 
     Raises:
         TypeError: no mapping of names; an iterator, which is used up after one pass.
-        ValueError: both are given.
+        ValueError: both are given, or a spread is to be measured of several sets.
     """
 
-    def __init__(self, dataloader: Any, sets: Mapping[str, Any] | None) -> None:
+    def __init__(self, dataloader: Any, sets: Mapping[str, Any] | None, *, spread: bool = False) -> None:
         if sets is not None:
             _check(sets, dataloader)
+            if spread:
+                raise ValueError(
+                    "BatchNormRecalibration(sets=..., spread=True): a layer keeps one spread, of the statistics in "
+                    "place. Measure it with the set that is to be served: with sets.use(name): recalibrate(model, "
+                    "batches, spread=True)."
+                )
         self._loaders: dict[str | None, Any] = {None: dataloader} if sets is None else dict(sets.items())
         self._names = list(sets or ())
 
@@ -87,6 +94,21 @@ class Sources:
                 report.rollback()
             raise
         return _together(reports)
+
+    def measured(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        report: RecalibrationReport,
+        measure: Callable[[RecalibrationReport, LightningModule, Iterator[Any]], RecalibrationReport],
+    ) -> RecalibrationReport:
+        """Let `measure` go over the batches once more, and return its report; roll `report` back if it fails."""
+        try:
+            with self.batches(trainer, module, None) as batches:
+                return measure(report, module, batches)
+        except BaseException:
+            report.rollback()
+            raise
 
     def _sets(self, module: LightningModule) -> StatisticsSets:
         found = [part for part in module.modules() if isinstance(part, StatisticsSets)]

@@ -29,6 +29,7 @@ from lightning_bn.callbacks.recalibrated_sets import Sources
 from lightning_bn.callbacks.recalibration_messages import (
     check_arguments,
     check_fit,
+    what_is_missing,
     what_was_repaired,
     why_none_learns,
 )
@@ -41,6 +42,8 @@ from lightning_bn.comparison.scores import Scores
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning
 from lightning_bn.recalibration import recalibrate
 from lightning_bn.recalibration.report import RecalibrationReport
+from lightning_bn.recalibration.spread import keep_spread
+from lightning_bn.recalibration.spread_pass import with_spread
 
 
 @observing
@@ -55,9 +58,6 @@ class BatchNormRecalibration(Callback):
     other weights in after its turn, it acts on those, before the first batch of the validation or when the fit ends.
     Where it can't (an exchange around each batch, inside a step, in a test or prediction), it says so.
 
-    Each pass works on lazy copies of the tensors of the module, its gradients and its optimizers: what nobody writes
-    takes no memory, see `recalibrate`.
-
     Args:
         when: "fit_end", once, after the last training step. "validation", before the validations of a fit, except the
             sanity check: the precise statistics are then validated and checkpointed, and training continues to average
@@ -68,6 +68,9 @@ class BatchNormRecalibration(Callback):
             after 8 batches at the soonest. These are few images where batches are small, and can cost accuracy.
         exact: the statistics of the network as it runs at inference, in the memory of all batches' activations; see
             `recalibrate`.
+        spread: the layers also keep how much one image's moments differ from another's, for `DriftMonitor` and
+            `lightning_bn.drift`, which takes one more pass. Augmented images, and those that the network was trained
+            on, are other data than live images: give data like those that will come as `dataloader`.
         dataloader: where the batches come from; None for the Trainer's training data, with its samplers and
             ``limit_train_batches``.
         sets: by the name of a set of the module's `StatisticsSets`, the loader of its batches, or None for the
@@ -114,6 +117,7 @@ class BatchNormRecalibration(Callback):
         num_batches: int | None = 200,
         tolerance: float | None = None,
         exact: bool = False,
+        spread: bool = False,
         dataloader: Any = None,
         sets: Mapping[str, Any] | None = None,
         forward: Callable[[LightningModule, Any], Any] | None = None,
@@ -128,9 +132,10 @@ class BatchNormRecalibration(Callback):
         self.num_batches = num_batches
         self.tolerance = tolerance
         self.exact = exact
+        self.spread = spread
         self.dataloader = dataloader
         self.sets = sets
-        self._sources = Sources(dataloader, sets)
+        self._sources = Sources(dataloader, sets, spread=spread)
         self.forward = forward
         self.monitor = monitor
         self.mode = mode
@@ -157,6 +162,8 @@ class BatchNormRecalibration(Callback):
         return self._generate_state_key(when=self.when)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.spread:
+            keep_spread(pl_module)  # a checkpoint to resume from may hold one
         if stage == "fit":
             take_turn_after_weight_averaging(trainer, self)
         elif trainer.ckpt_path or not self._weights.are_known(pl_module):
@@ -342,12 +349,8 @@ class BatchNormRecalibration(Callback):
             raise
         if not self.kept:
             self.report.rollback()
-        if self.report.not_run:
-            rank_zero_warn(
-                f"BatchNormRecalibration: {', '.join(self.report.not_run)} did not run and kept their statistics. If "
-                "training runs them, say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: "
-                "...)."
-            )
+        for missing in what_is_missing(self.report):
+            rank_zero_warn(missing)
         self._weights.remember(module)
         self._moment = time.time()
         self._count, self._last_step = self._count + 1, trainer.global_step
@@ -357,21 +360,26 @@ class BatchNormRecalibration(Callback):
         journal_of(trainer).write(trainer, "recalibration", **facts)
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> RecalibrationReport:
+        given: dict[str, Any] = {
+            "forward": partial(self._input.run, trainer),
+            "num_batches": self.num_batches,
+            "device": module.device,
+            "process_group": self.process_group or data_parallel_group(trainer),
+        }
+
         def run(batches: Iterator[Any], layers: list[str]) -> RecalibrationReport:
             return recalibrate(
                 module,
                 self._input.learn_from(trainer, module, batches),
-                forward=partial(self._input.run, trainer),
-                num_batches=self.num_batches,
                 tolerance=self.tolerance,
                 exact=self.exact,
                 layers=layers,
-                device=module.device,
-                process_group=self.process_group or data_parallel_group(trainer),
                 progress=trainer.progress_bar_callback is not None,
+                **given,
             )
 
-        return self._sources.recalibrated(trainer, module, learning(self._layers, self._in_eval), run)
+        report = self._sources.recalibrated(trainer, module, learning(self._layers, self._in_eval), run)
+        return self._sources.measured(trainer, module, report, partial(with_spread, **given)) if self.spread else report
 
     def __getstate__(self) -> dict[str, Any]:
         # What the fit has found out about its module is of no use elsewhere, and functions can't be pickled.

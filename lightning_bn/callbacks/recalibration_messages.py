@@ -57,6 +57,19 @@ def check_fit(trainer: Trainer, module: LightningModule, *, forward: Any, monito
         )
 
 
+def what_is_missing(report: RecalibrationReport) -> list[str]:
+    """Return what a user is to be warned of after a recalibration."""
+    missing = []
+    if report.not_run:
+        missing.append(
+            f"BatchNormRecalibration: {', '.join(report.not_run)} did not run and kept their statistics. If training "
+            "runs them, say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: ...)."
+        )
+    if report.no_spread:
+        missing.append(f"BatchNormRecalibration(spread=True): no spread is kept of {'; '.join(report.no_spread)}.")
+    return missing
+
+
 def what_was_repaired(report: RecalibrationReport, before: Sequence[Path], *, others: bool = False) -> str:
     """Return one sentence for the end of a fit.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging, check_averaging
+from lightning_bn.averaging.training_state import TrainingState
 from lightning_bn.buffers import running_mean, running_statistics, running_var
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, find_unserved
 from lightning_bn.layers import subclasses
@@ -97,9 +98,9 @@ def to_torch(module: M) -> M:
     """Turn every layer of this package in `module` into plain ``torch.nn``, in place; the inverse of
     `convert_batch_norm`.
 
-    The running statistics, which hold the selected average at all times, stay; the averaging and its history go. Use it
-    before quantization, ``torch.fx``, or to save a ``state_dict`` that a model without this package loads with
-    ``strict=True``. To keep the training model, pass ``copy.deepcopy(model)``.
+    The running statistics, which hold the selected average at all times, stay; the averaging, its history and the
+    spread of images go. Use it before quantization, ``torch.fx``, or to save a ``state_dict`` that a model without this
+    package loads with ``strict=True``. To keep the training model, pass ``copy.deepcopy(model)``.
 
     Returns:
         `module` itself.
@@ -122,6 +123,9 @@ def to_torch(module: M) -> M:
         raise TypeError(f"to_torch(module) can't turn {'; '.join(refused)}. Nothing was changed.")
     for layer in layers:
         _revert(layer.module)
+        for name, child in list(layer.module.named_children()):
+            if isinstance(child, TrainingState):
+                delattr(layer.module, name)
     for each in module.modules():
         release(each)
     return module

@@ -98,7 +98,7 @@ def _show(layer: _BatchNorm, args: Any, output: Any, *, mean: Tensor, var: Tenso
 def _hook(
     place: int, layer: _BatchNorm, on_input: OnInput, sets: OtherSets, *, one_by_one: bool
 ) -> Callable[..., None]:
-    measure = _of_input if _normalises_its_input(layer) else _by_own_forward
+    measure = _of_input if normalises_its_input(layer) else _by_own_forward
     # Written over and over: small tensors that are kept between large ones break the heap up, and the model waits for
     # new pages.
     stand_ins = tuple(torch.empty_like(buffer) for buffer in running_statistics(layer))
@@ -130,7 +130,8 @@ def _hook(
     return hook
 
 
-def _normalises_its_input(layer: _BatchNorm) -> bool:
+def normalises_its_input(layer: _BatchNorm) -> bool:
+    """Whether the layer's forward normalises its input as it comes, channel by channel."""
     if has_known_forward(layer):
         return True
     try:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from lightning_bn.recalibration.transaction import StatisticsChange, completely, undo
+from lightning_bn.recalibration.transaction import Change, completely, undo
 from lightning_bn.tables import html_table, text_table
 
 
@@ -70,7 +70,11 @@ class RecalibrationReport:
     """Names of the layers that learned in the fit and that the model no longer has; a callback knows them."""
     spilled: int = field(default=0, kw_only=True)
     """Bytes of activations that `exact` kept in a temporary file at most, on all ranks."""
-    _changes: tuple[StatisticsChange, ...] = field(repr=False, compare=False)
+    spread_images: int = field(default=0, kw_only=True)
+    """Images from which ``spread=True`` has drawn, 2,000 at most; 0 without it."""
+    no_spread: tuple[str, ...] = field(default=(), kw_only=True)
+    """The layers for which `drift` has no spread, each with the reason."""
+    _changes: tuple[Change, ...] = field(repr=False, compare=False)
 
     def rollback(self) -> None:
         """Write the statistics from before the recalibration back into the layers, in place and bit-identical.
@@ -94,10 +98,17 @@ class RecalibrationReport:
                 "tolerance",
                 "dry_run",
                 "spilled",
+                "spread_images",
             )
         }
         layers = [{key: _finite_or_none(value) for key, value in asdict(layer).items()} for layer in self.layers]
-        return {**plain, "not_run": list(self.not_run), "gone": list(self.gone), "layers": layers}
+        return {
+            **plain,
+            "not_run": list(self.not_run),
+            "gone": list(self.gone),
+            "no_spread": list(self.no_spread),
+            "layers": layers,
+        }
 
     def plot(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw how far each layer's statistics were off: rms over channels of the mean's shift, in standard deviations,
@@ -141,6 +152,10 @@ class RecalibrationReport:
             parts.append(f"No longer in the model: {', '.join(self.gone)}.")
         if self.spilled:
             parts.append(f"Activations in a temporary file: {self.spilled / 2**20:.0f} MB.")
+        if self.spread_images:
+            parts.append(f"Spread of {self.spread_images} images kept.")
+        if self.no_spread:
+            parts.append(f"No spread: {'; '.join(self.no_spread)}.")
         return " ".join(parts)
 
 

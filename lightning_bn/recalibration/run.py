@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,17 +13,14 @@ from torch import Tensor, nn
 
 from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer, unsaved_by_adapter
-from lightning_bn.modes import eager, extra_pass
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.recalibration.collection import OnePass, PassResult, merged
-from lightning_bn.recalibration.feeding import Forward, feed, to_device
-from lightning_bn.recalibration.kept_objects import kept
-from lightning_bn.recalibration.kept_tensors import KeptTensors
+from lightning_bn.recalibration.feeding import Forward, all_else_kept, runner, with_the_weights_as_they_are
 from lightning_bn.recalibration.measuring import measured
 from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_reports
-from lightning_bn.recalibration.random_states import kept_random_states
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.selection import Layers, choose
+from lightning_bn.recalibration.spread_pass import check_whole, with_spread
 from lightning_bn.recalibration.transaction import StatisticsChange, commit
 from lightning_bn.sharding import check_each_sees_its_own, check_not_distributed, is_sharded, unwrapped
 from lightning_bn.torch_internals import second_loader
@@ -48,6 +44,7 @@ def recalibrate(
     memory_budget: float | None = None,
     layers: Layers = None,
     device: torch.device | str | None = None,
+    spread: bool = False,
     dry_run: bool = False,
     progress: bool = True,
     process_group: Group = None,
@@ -92,6 +89,11 @@ def recalibrate(
             without any: of whose module) none has ``requires_grad=True``, and, in a model in training mode, one in eval
             mode. ``"all"``: the frozen too. Or a predicate ``(name, module) -> bool``.
         device: where the batches are moved. None: where the model's first parameter is.
+        spread: True, the layers also keep how much one image's channel moments differ from another's, for `drift` and
+            `watch_drift`; it is saved with the model. The batches are read once more, with the new statistics, so
+            `batches` is a loader or a list, of data like those that will come: a network treats images that it was
+            trained on differently. Up to 2,000 images, taken at random, are in memory: 8 bytes a channel and image.
+            With ``prior=float("inf")`` the statistics stay, and only the spread is measured.
         dry_run: report what would change, and change nothing.
         progress: show a progress bar.
         process_group: the ranks that recalibrate the model together, None for all. Of ranks that see the same data, as
@@ -139,7 +141,7 @@ def recalibrate(
     Reference: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", section 3, for what stale statistics cost and for
         both estimators.
     """
-    options = _Options(num_batches, tolerance, prior, exact, memory_budget, dry_run, progress)
+    options = _Options(num_batches, tolerance, prior, exact, memory_budget, spread, dry_run, progress)
     core = unwrapped(model)
     ranks = Ranks(process_group, task=_CALL, afterwards="The statistics of all ranks are as before.")
     with ranks.told():
@@ -151,7 +153,10 @@ def recalibrate(
             check_each_sees_its_own(core, _CALL)
         sharded = is_sharded(core)
         _check_exact(exact, sharded)
-        run = _runner(core, forward, device)
+        if spread:
+            _check_spread(batches)
+            check_whole(core)
+        run = runner(core, forward, device)
     ranks.agree(_common(core, chosen, options, pooled=pooled, sharded=sharded))
     report, changes = _estimated(
         core,
@@ -172,7 +177,21 @@ def recalibrate(
             f"adapter's file, make it with LoraConfig(..., modules_to_save={names}).",
             stacklevel=2,
         )
-    return report
+    if not spread:
+        return report
+    try:
+        return with_spread(
+            report,
+            model,
+            batches,
+            forward=forward,
+            num_batches=num_batches,
+            device=device,
+            process_group=process_group,
+        )
+    except BaseException:
+        report.rollback()
+        raise
 
 
 @contextmanager
@@ -197,6 +216,9 @@ def recalibrated(model: nn.Module, batches: Iterable[Any], **options: Any) -> It
         tensor([-0.7071,  0.7071])
         >>> model[0].running_mean
         tensor([0.])
+
+    It fails on streams that show one class at a time: see "Where adaptation fails" in the documentation's page on
+    recalibration.
     """
     report = recalibrate(model, batches, **options)
     try:
@@ -219,11 +241,11 @@ def _estimated(
     """Let the data through the model, and return the report, and the changes to make; nothing is changed yet."""
     collection = _pass(model, chosen, ranks, estimator, options, sharded=sharded)
     with (
-        _all_else_kept(model, batches) as tensors,
+        all_else_kept(model, batches) as tensors,
         measured([layer.module for layer in chosen], collection.on_input, one_by_one=not options.exact),
     ):
         try:
-            once = run if options.exact else _with_the_weights_as_they_are(run, tensors)
+            once = run if options.exact else with_the_weights_as_they_are(run, tensors)
             seen = collection.collect(second_loader(batches), once)
         except BaseException as error:
             # Other ranks of a sharded model wait in a forward, for parameters, and would take a word for these.
@@ -236,16 +258,6 @@ def _estimated(
     return _report(chosen, changes, seen, options), made
 
 
-def _with_the_weights_as_they_are(run: Callable[[Any], object], tensors: KeptTensors) -> Callable[[Any], None]:
-    """Return a `run` after which the next batch meets the weights unchanged; in lockstep all batches run at once."""
-
-    def run_one(batch: Any) -> None:
-        run(batch)
-        tensors.restore_parameters()
-
-    return run_one
-
-
 @dataclass(frozen=True)
 class _Options:
     num_batches: int | None
@@ -253,6 +265,7 @@ class _Options:
     prior: float
     exact: bool
     memory_budget: float | None
+    spread: bool
     dry_run: bool
     progress: bool
 
@@ -276,6 +289,11 @@ class _Options:
                 f"recalibrate(exact={self.exact}, memory_budget={self.memory_budget!r}): bytes that the activations of "
                 "all batches may take in memory, 0 or more, with exact=True; without it no batch waits for another."
             )
+        if self.spread and self.dry_run:
+            raise ValueError(
+                "recalibrate(spread=True, dry_run=True): the spread is measured with the new statistics, which a dry "
+                "run does not write. Leave out one of the two."
+            )
         if self.exact and self.tolerance is not None:
             raise ValueError(
                 f"recalibrate(exact=True, tolerance={self.tolerance!r}): exact needs all batches at once and can't "
@@ -289,6 +307,14 @@ def _check_exact(exact: bool, sharded: bool) -> None:
             "recalibrate(exact=True): the model's parameters are spread over the ranks (fully_shard, FSDP, tensor "
             "parallelism or DeepSpeed) and are gathered for one forward at a time, while exact has all batches in "
             "their forwards at once. Leave out exact=True, and take larger batches."
+        )
+
+
+def _check_spread(batches: object) -> None:
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            f"recalibrate(model, batches, spread=True) reads the batches twice, and this {type(batches).__name__} is "
+            "used up when it is read once. Pass a loader or a list."
         )
 
 
@@ -312,28 +338,6 @@ def _check_batches(batches: object) -> None:
             "recalibrate(model, batches): batches is an iterable of batches, such as a DataLoader; this is a "
             f"{type(batches).__name__}. If it is one batch, pass [batch]."
         )
-
-
-def _runner(model: nn.Module, forward: Forward | None, device: torch.device | str | None) -> Callable[[Any], object]:
-    call = feed if forward is None else forward
-    target = next(chain(model.parameters(), model.buffers())).device if device is None else torch.device(device)
-    return lambda batch: call(model, to_device(batch, target))
-
-
-@contextmanager
-def _all_else_kept(model: nn.Module, batches: object) -> Iterator[KeptTensors]:
-    """Prepare the model for a pass over the data, and put back at exit what the preparation or the pass changes."""
-    # Not inference mode, and out of the caller's: what the model caches on the way would be of no use for training.
-    with (
-        extra_pass(),
-        kept_random_states(batches),
-        kept(model=model) as tensors,
-        eager(model),
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):
-        model.eval()
-        yield tensors
 
 
 def _pass(

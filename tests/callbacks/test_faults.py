@@ -31,6 +31,7 @@ from lightning_bn import (
     ActivationStatsMonitor,
     BatchNormRecalibration,
     CompareAverages,
+    DriftMonitor,
     ModeCheck,
     Window,
     convert_batch_norm,
@@ -38,7 +39,7 @@ from lightning_bn import (
 from lightning_bn.error_boundary import RERAISE
 
 PACKAGE = Path(lightning_bn.__file__).parent
-ROOMS = ("activations", "callbacks", "comparison", "journal", "recalibration", "rules")
+ROOMS = ("activations", "callbacks", "comparison", "journal", "live_data", "recalibration", "rules")
 """The rooms that a watching callback is made of."""
 NOT_WATCHING = ("callbacks/conversion.py", "callbacks/synchronisation.py", "callbacks/observing.py")
 """Callbacks that change what a fit computes, and the boundary itself."""
@@ -123,6 +124,7 @@ WATCHERS: dict[str, Callable[[], list[pl.Callback]]] = {
     "ModeCheck": lambda: [ModeCheck()],
     "ActivationStatsMonitor": lambda: [ActivationStatsMonitor(heatmaps=False, gradients=True, histograms=True)],
     "BatchNormRecalibration": lambda: [BatchNormRecalibration()],
+    "DriftMonitor": lambda: [BatchNormRecalibration(when="validation", spread=True), DriftMonitor(alarm=0.1)],
     "CompareAverages": lambda: [CompareAverages({"window": Window(2)})],
 }
 """A function is tried with the first that reaches it."""

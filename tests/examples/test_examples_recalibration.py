@@ -22,6 +22,7 @@ def numbers(line: str) -> list[float]:
         ("pruning", 4, 4),
         ("slimmable", 4, 6),
         ("two_domains", 6, 3),
+        ("live_data", 5, 2),
     ],
 )
 def test_an_example_prints_its_table(

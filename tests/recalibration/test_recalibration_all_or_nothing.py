@@ -68,7 +68,7 @@ def test_an_exception_anywhere_changes_nothing(
         model.ours.register_forward_hook(raise_in_call(number, lambda *_: None))
     elif where == "write":
         number = number % 3
-        monkeypatch.setattr(StatisticsChange, "write", raise_in_call(number, StatisticsChange.write))
+        monkeypatch.setattr(StatisticsChange, "_write", raise_in_call(number, StatisticsChange._write))
     else:
         monkeypatch.setattr(
             "lightning_bn.recalibration.collection.tqdm.update", raise_in_call(number, lambda self, n=1: None)

