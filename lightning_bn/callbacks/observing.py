@@ -80,7 +80,7 @@ def _reopening(setup: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(setup)
     def reopened(self: Any, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._boundary.reopen(_journal_keeper(trainer))
-        _BLOCKS.setdefault(trainer, ClosingBlock()).join(self)
+        self._boundary.attempt("the closing block", lambda: _BLOCKS.setdefault(trainer, ClosingBlock()).join(self))
         setup(self, trainer, *args, **kwargs)
 
     return reopened

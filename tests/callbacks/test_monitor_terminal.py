@@ -98,7 +98,7 @@ def test_each_episode_is_handed_out_as_it_begins() -> None:
 
     monitor = ActivationStatsMonitor(every_n_steps=1, on_episode=alert, verbose=False)
     runner = trainer(monitor, max_epochs=7, limit_val_batches=0)
-    runner.fit(Dies(lr=0.0), DataLoader(training_data(), 16))
+    runner.fit(Dies(lr=0.0), DataLoader(training_data(), 16), DataLoader(training_data(), 16))
     assert [(each.layer, each.statistic, each.first) for _, each in seen] == [
         (each.layer, each.statistic, each.first) for each in monitor.episodes()
     ]
