@@ -122,7 +122,7 @@ def test_a_healthy_network_and_two_runs(enter: Callable[..., Page], logs: Path) 
     assert set(page.texts(".table tbody tr td:first-child")) == {"dead_relu", "healthy", "quickstart/version_0"}
     page.click(".table th button", "steps")
     page.until(lambda: page.texts(".table th[aria-sort=descending]"), "the order")
-    steps = [int(each) for each in page.texts(".table tbody tr td:nth-child(8)")]
+    steps = [int(each) for each in page.texts(".table tbody tr td:nth-child(9)")]
     assert steps == sorted(steps, reverse=True)
     page.click(".table tbody button", "dead_relu")
     page.until(lambda: "sick since step" in page.text(".verdict"), "the other run")
