@@ -39,6 +39,7 @@ from lightning_bn.torch_internals import buffer_of_each, buffers_of, innermost_t
 M = TypeVar("M", bound=nn.Module)
 
 _SCRATCH, _ATTACHED = methodcaller("get", SCRATCH), methodcaller("get", ATTACHED)
+_TRAINING = itemgetter("training")
 _SWITCHES = itemgetter("training", "track_running_stats", "momentum")
 _SKIPS, _MERGED = methodcaller("get", "skip_nonfinite", True), methodcaller("get", MERGED)
 _MODULES, _AVERAGING = itemgetter("_modules"), methodcaller("get", "averaging")
@@ -165,6 +166,8 @@ class DeferredUpdates(OutermostForward):
         if innermost_transform() is not None:
             return False
         attributes = list(map(vars, self.layers))
+        if not any(map(_TRAINING, attributes)):
+            return False  # also in torch.jit.trace, to which a size that is compared becomes a part of the program
         if list(map(_SCRATCH, attributes)) != self._installed and self._is_inside():
             return False
         self._choose(attributes)
