@@ -142,9 +142,9 @@ class Channels:
 
     @cached_property
     def dormant(self) -> Mask:
-        """Channels of a root mean square below `DORMANT` of their layer's mean one: (S,)."""
-        usual = self.total(np.nan_to_num(self.channel_rms)) / self.widths
-        found: Mask = self.channel_rms <= DORMANT * usual.repeat(self.widths)
+        """Channels of a root mean square below `DORMANT` of their layer's mean one, none where all are 0: (S,)."""
+        usual = (self.total(np.nan_to_num(self.channel_rms)) / self.widths).repeat(self.widths)
+        found: Mask = (self.channel_rms <= DORMANT * usual) & (usual > 0)
         return found
 
     def explodes_as_a_whole(self, limit: float) -> Mask:

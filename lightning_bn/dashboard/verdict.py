@@ -28,7 +28,7 @@ def verdict_of(journal: JournalReader, findings: list[dict[str, Any]]) -> dict[s
     if recovered:
         parts.append(f"{_count(len(recovered), 'layer')} recovered" if not sick else f"{len(recovered)} recovered")
     if guard:
-        parts.append(f"{_count(len(guard), 'mistake')} of train and eval mode")
+        parts.append(f"{_count(len(guard), 'mistake')} of modes or statistics")
     if parts:
         level = "error" if sick or any(each["level"] == "error" for each in guard) else "warning" if guard else "past"
         return {"level": level, "text": "; ".join(parts), "nearest": None}

@@ -67,7 +67,7 @@ def test_logdir_spec(runs: Path) -> None:
 def test_a_run_as_the_page_gets_it(runs: Path) -> None:
     """Verdict, findings in order with what follows from them, gap, lanes: as write_run planted them."""
     run = Tab(runs).ask("run", run="sick/version_0")
-    assert run["verdict"]["text"] == "3 layers sick since step 200; 1 recovered; 1 mistake of train and eval mode"
+    assert run["verdict"]["text"] == "3 layers sick since step 200; 1 recovered; 1 mistake of modes or statistics"
     names = [(each["code"], each["first"], each["past"], each["follows"]) for each in run["findings"]]
     assert names == [
         ("BN102", 300, False, None),

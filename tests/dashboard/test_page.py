@@ -34,7 +34,7 @@ def test_what_is_drawn_is_what_the_journal_says(show: Callable[..., Page], runs:
 def test_the_header_and_the_findings(show: Callable[..., Page]) -> None:
     """The verdict and the gap in words; errors stand before warnings, the cause before what follows from it."""
     page = show("sick")
-    assert "3 layers sick since step 200; 1 recovered; 1 mistake of train and eval mode" in page.text(".verdict")
+    assert "3 layers sick since step 200; 1 recovered; 1 mistake of modes or statistics" in page.text(".verdict")
     assert "own 0.3" in page.text(".gap")
     assert "recalibrated 0.1333" in page.text(".gap")
     assert "batch 0.1" in page.text(".gap")
@@ -245,7 +245,7 @@ def test_a_file_of_two_runs_opens_their_comparison(show: Callable[..., Page]) ->
         "return [...document.querySelectorAll('.table tbody tr')].map(row => [...row.children].map(e => e.textContent))"
     )
     assert [row[:5] for row in rows] == [
-        ["sick", "3 layers sick since step 200; 1 recovered; 1 mistake of train and eval mode", "3", "1", "1"],
+        ["sick", "3 layers sick since step 200; 1 recovered; 1 mistake of modes or statistics", "3", "1", "1"],
         ["healthy", "Healthy: no layer was beyond its limits", "0", "0", "0"],
     ]
     resize(page.driver, 1440, 1000)

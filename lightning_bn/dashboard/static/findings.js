@@ -29,7 +29,7 @@ export function findings(page) {
 
 function nothing(run) {
   const { nearest } = run.verdict;
-  return h("p", { class: "muted" }, run.verdict.level === "unknown" ? "Nothing was sampled yet." : "No episode of illness, and no mistake of train and eval mode.", nearest && ` The layer nearest to a limit is ${nearest.layer}.`);
+  return h("p", { class: "muted" }, run.verdict.level === "unknown" ? "Nothing was sampled yet." : "No episode of illness, and no mistake of modes or statistics.", nearest && ` The layer nearest to a limit is ${nearest.layer}.`);
 }
 
 function filters({ run, state }) {
