@@ -19,6 +19,9 @@ from lightning_bn.callbacks.checkpoint_files import KINDS
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, learning
 from lightning_bn.recalibration.report import RecalibrationReport
 
+_NOTHING = 0.01
+"""In standard deviations, and as the log of a ratio of variances: what nobody sees in an answer."""
+
 
 def why_none_learns(layers: list[BatchNormLayer]) -> str:
     """Say why no layer was learning: not every one that is in eval mode was meant to be."""
@@ -81,7 +84,9 @@ def what_was_repaired(report: RecalibrationReport, before: Sequence[Path], *, ot
     ran = [layer for layer in report.layers if layer.batches]
     worst = max(ran, key=lambda layer: layer.shift, default=None)
     moved = ""
-    if worst is not None:
+    if worst is not None and worst.shift < _NOTHING:
+        moved = "; they fitted already"
+    elif worst is not None:
         moved = (
             f"; {worst.name or 'the layer'} was furthest off, its mean by {worst.mean_shift_rms:.2g} standard "
             f"deviations and its variance by a factor of {math.exp(worst.log_variance_ratio_rms):.3g} (rms over "

@@ -141,6 +141,14 @@ def test_the_end_of_a_fit_says_which_files_are_from_before(tmp_path: Path, capsy
     assert "old statistics" not in said(BatchNormRecalibration(when="validation"), "validation")
 
 
+def test_a_second_recalibration_says_that_there_was_nothing_to_repair(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not which layer was furthest off, by 0."""
+    fit(BatchNormRecalibration(when="validation"), BatchNormRecalibration())
+    first, second = [line for line in capsys.readouterr().out.splitlines() if "BatchNormRecalibration:" in line]
+    assert "furthest off" in first
+    assert "2 batch norms were recalibrated; they fitted already." in second
+
+
 @pytest.mark.parametrize("when", ["fit_end", "validation"])
 def test_a_checkpoint_that_somebody_else_saved_before(
     when: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
