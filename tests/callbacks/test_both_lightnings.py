@@ -152,7 +152,7 @@ def _step(module: Any, batch: Any) -> None:
 def test_pictures_are_written(pl: ModuleType, tmp_path: Path) -> None:
     """The monitor finds the package's own TensorBoardLogger: heat maps, the text and the table's file are there."""
     logger = pl.loggers.TensorBoardLogger(str(tmp_path), name="", version="")
-    fit(pl, ActivationStatsMonitor(every_n_steps=2), logger=logger)
+    fit(pl, ActivationStatsMonitor(every_n_steps=2, heatmaps=True), logger=logger)
     logger.finalize("success")
     tags = EventAccumulator(str(tmp_path)).Reload().Tags()
     assert any(tag.startswith("activations") for tag in tags["images"])
