@@ -50,8 +50,8 @@ class ActivationStatsMonitor(MonitoredRun):
     of each: the earliest and most upstream one. What the start of training explains is not an illness: running
     statistics that began with 0/1, and batch norms whose weight began with 0. TensorBoard gets a few scalars over all
     layers, one heat map a statistic (layer x step), the verdict, and a layout for the Custom Scalars tab;
-    `lightning_bn.activations.tensorboard` lists the tags. Other loggers get the scalars, and W&B, MLflow, Comet and
-    Neptune the heat maps. A CSV file of the whole table, ``activation_stats.csv``, is next to each logger's files, or
+    `lightning_bn.activations.tensorboard` lists the tags. Other loggers get the scalars, and W&B, MLflow and
+    Comet the heat maps. A CSV file of the whole table, ``activation_stats.csv``, is next to each logger's files, or
     else in ``default_root_dir``; `table` returns the same rows. Training and evaluation are bit-identical with
     and without this callback; a compiled model runs without `torch.compile` at sampled steps.
 
