@@ -24,19 +24,21 @@ class SlimConv2d(nn.Conv2d):
 
     share = 1.0
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        weight = self.weight[: int(self.out_channels * self.share), : inputs.shape[1]]
-        return F.conv2d(inputs, weight, None, self.stride, self.padding)
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight[: int(self.out_channels * self.share), : input.shape[1]]
+        return F.conv2d(input, weight, None, self.stride, self.padding)
 
 
 class SlimBatchNorm2d(nn.BatchNorm2d):
     """Normalises as many channels as come with the first of its statistics, which are views of its own."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        first = slice(inputs.shape[1])
+    def forward(self, input: Tensor) -> Tensor:
+        first = slice(input.shape[1])
+        assert self.running_mean is not None
+        assert self.running_var is not None
         running = self.running_mean[first], self.running_var[first]
         affine = self.weight[first], self.bias[first]
-        return F.batch_norm(inputs, *running, *affine, self.training, self.momentum, self.eps)
+        return F.batch_norm(input, *running, *affine, self.training, 0.1, self.eps)
 
 
 class Slimmable(pl.LightningModule):

@@ -34,7 +34,7 @@ class TwoDomains(Classifier):
         self.kind = kind
         self.sets = StatisticsSets(self.model, DOMAINS) if kind == "a set for each domain" else None
 
-    def forward(self, images: Tensor, domain: str) -> Tensor:
+    def forward(self, images: Tensor, domain: str = DOMAINS[0]) -> Tensor:
         with nullcontext() if self.sets is None else self.sets.use(domain):
             return self.model(images)
 

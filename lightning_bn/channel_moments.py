@@ -92,7 +92,7 @@ def _row_moments(rows: Tensor) -> tuple[Tensor, Tensor]:
         centred = rows.sub_(centre)
         left = centred.mean(0)  # of the mean, by rounding
         var = torch.addcmul(centred.square_().mean(0), left, left, value=-1)
-        return left.double() + centre + origin, var.clamp_(min=0)
+        return left.double() + centre + origin, var.clamp_(min=0).double()
     groups = positions // _ROWS
     if not groups:
         mean, var = kernel_moments(rows)

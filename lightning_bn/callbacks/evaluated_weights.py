@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.callbacks.both_lightnings import LightningModule, Trainer
 from lightning_bn.discovery import find_batch_norms
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.sharding import is_sharded, local_value
 from lightning_bn.torch_internals import is_compiled
 
@@ -24,7 +25,8 @@ class EvaluatedWeights:
     written in place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, boundary: ErrorBoundary = UNBOUNDED) -> None:
+        self._boundary = boundary  # around the hooks
         self._known: Tensor | None = None
         self._statistics = torch.empty(0)
         self._versions = 0
@@ -63,7 +65,8 @@ class EvaluatedWeights:
         self._seen, self._versions, self._looks = None, _versions(module), True
         # A hook would compile it anew; in a sharded model's forward parameters are whole that are not before it.
         if not is_compiled(module) and not is_sharded(module):
-            self._hooks = [each.module.register_forward_pre_hook(self._see) for each in find_batch_norms(module)]
+            see = self._boundary.guard(self._see)
+            self._hooks = [each.module.register_forward_pre_hook(see) for each in find_batch_norms(module)]
 
     def tell_of_others(self, trainer: Trainer, module: LightningModule) -> None:
         """After a batch that `look` looked at: warn, once, where on any rank it ran with other weights and with the

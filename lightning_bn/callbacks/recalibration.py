@@ -144,7 +144,7 @@ class BatchNormRecalibration(Callback):
         self.report: RecalibrationReport | None = None
         self.kept = True
         self._boundary = boundary_of("BatchNormRecalibration")
-        self._weights = EvaluatedWeights()
+        self._weights = EvaluatedWeights(self._boundary)
         self._moment: float | None = None  # of the last recalibration of this fit
         self._saved: float | None = None  # when the last checkpoint was made, whoever keeps it
         self._scores = Scores(monitor or "monitor", mode)
@@ -172,7 +172,7 @@ class BatchNormRecalibration(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
         self._final, self._layers, self._in_eval, self._gone = False, [], set(), set()
-        self._input, self._weights = self._new_input(), EvaluatedWeights()
+        self._input, self._weights = self._new_input(), EvaluatedWeights(self._boundary)
         self._moment = self._saved = None
         check_fit(trainer, pl_module, forward=self.forward, monitor=self.monitor)
         self._sources.check(pl_module)

@@ -49,6 +49,10 @@ PROPERTIES = ("state_key", "_stable")
 """What Lightning reads of a callback outside of any hook: a string that is made of the class and an argument."""
 HANDING_ON = ("__torch_function__",)
 """Its one line of its own is the user's call; what it notes of the result is tried."""
+MODELS = ("_save_to_state_dict",)
+"""Of a module that is a part of the model: whoever asks for its state has to get it."""
+ANOTHERS = ("DriftMonitor",)
+"""What judges statistics that another callback has recalibrated: a fault in there leaves others, and both say so."""
 RESTORING = ("completely", "rollback", "undo", "__exit__", "_restore_dict", "_restore_set")
 """What gives back what a pass has changed: nothing can stand in for it."""
 TRIED = ("batch_input.py", "lightning_internals.py")
@@ -207,7 +211,8 @@ def test_no_fault_ends_or_changes_a_fit(
     calls = {
         code: count
         for code, count in reached(folder(), watcher).items()
-        if not any(code in each for each in earlier) and code.co_name not in (*PROPERTIES, *RESTORING, *HANDING_ON)
+        if not any(code in each for each in earlier)
+        and code.co_name not in (*PROPERTIES, *RESTORING, *HANDING_ON, *MODELS)
     }
     tried, wrong = 0, []
     for place, (code, count) in enumerate(sorted(calls.items(), key=lambda item: str(item[0]))):
@@ -217,6 +222,8 @@ def test_no_fault_ends_or_changes_a_fit(
             try:
                 outcome = fit(folder(), *WATCHERS[watcher](), meanwhile=fault(code, call))
                 found = _differences(outcome, plain, whole, code)
+                if watcher in ANOTHERS:
+                    found = [each for each in found if each not in ("the metrics", "the statistics", "2 warnings")]
             except InjectedError:
                 found = ["it ended the fit"]
             if found:

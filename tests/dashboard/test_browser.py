@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -43,10 +44,16 @@ walk(document.documentElement);
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Open a tab of TensorBoard on the quickstart's run: ``page("images")`` is the browser that shows it."""
     directory = tmp_path_factory.mktemp("browser")
-    quickstart = Path(__file__).parent.parent.parent / "examples" / "quickstart.py"
-    subprocess.run(
-        [sys.executable, str(quickstart)], cwd=directory, check=True, capture_output=True, timeout=limit(200)
+    examples = Path(__file__).parent.parent.parent / "examples"
+    # By default there are no pictures where there is the page.
+    program = (
+        (examples / "quickstart.py").read_text().replace("StatsMonitor(every", "StatsMonitor(heatmaps=True, every")
     )
+    assert "heatmaps" in program
+    (directory / "quickstart.py").write_text(program)
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join([str(examples), *sys.path])}
+    command = [sys.executable, "quickstart.py"]
+    subprocess.run(command, cwd=directory, env=paths, check=True, capture_output=True, timeout=limit(200))
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [
