@@ -179,7 +179,7 @@ def rows_of_a_sample() -> list[Row]:
     sampled = _sampled(model, step)
     operations, without = count_operations(sampled), count_operations(step)
     further = (operations - without) / LAYERS
-    launched = Row("monitor, a sample's hooks, meta", operations, operations / without, further, "<= 12 a layer")
+    launched = Row("monitor, a sample's hooks, meta", operations, operations / without, further, asked="<= 12 a layer")
     held = {device: f"{_memory(device):.1f} times the largest activation" for device in ("meta", "cpu")}
     return [launched, *(Row(f"a sample's memory, {device}: {much}", asked="<= 2") for device, much in held.items())]
 
