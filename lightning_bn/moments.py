@@ -118,7 +118,7 @@ class Moments:
         return Moments(self.count.to(dtype), self.mean.to(dtype), self.m2.to(dtype))
 
 
-def drift(
+def statistics_shift(
     mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     """Return, per channel, the shift of the mean in running standard deviations and the natural log of the ratio of the

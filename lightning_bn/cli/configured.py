@@ -12,7 +12,7 @@ from lightning_bn.cli.output import OK, RefusedError, UsageError, print_json, pr
 from lightning_bn.cli.session import Session, load_checkpoint
 
 
-def recalibrate(options: Namespace) -> int:
+def recalibrate_checkpoint(options: Namespace) -> int:
     """Write a checkpoint with running statistics that match its weights; all else in it is that of `ckpt_path`."""
     source: Path = options.ckpt_path
     target = options.output or source.with_name(f"{source.stem}-recalibrated{source.suffix}")
@@ -37,7 +37,7 @@ def recalibrate(options: Namespace) -> int:
     return OK
 
 
-def validate(options: Namespace) -> int:
+def validate_checkpoint(options: Namespace) -> int:
     """Validate a checkpoint under its own statistics and, to `compare`, under recalibrated ones and under the
     batches'."""
     checkpoint = load_checkpoint(options.ckpt_path, weights_only=options.weights_only == "true")

@@ -124,7 +124,7 @@ def _configured(command: str, options: argparse.Namespace) -> int:
         raise RefusedError(f"{command} reads a config: pip install 'lightning-bn[cli]'.") from error
     from lightning_bn.cli import configured  # which imports Lightning, and that takes seconds
 
-    run: Callable[[argparse.Namespace], int] = getattr(configured, command)
+    run: Callable[[argparse.Namespace], int] = getattr(configured, f"{command}_checkpoint")
     return run(options)
 
 

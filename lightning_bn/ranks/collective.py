@@ -23,7 +23,7 @@ class LostRankError(RankError):
 
 
 @contextmanager
-def meeting(task: str, when: str, afterwards: str = "") -> Iterator[None]:
+def naming_failures(task: str, when: str, afterwards: str = "") -> Iterator[None]:
     """Let an error of the process group say what was going on: a rank may have died, or never have come.
 
     Raises:
@@ -148,8 +148,8 @@ class Ranks:
         return wait
 
     def named(self, when: str) -> AbstractContextManager[None]:
-        """Let an error of the process group say what was going on, see `meeting`."""
-        return meeting(self.task, when, self.afterwards)
+        """Let an error of the process group say what was going on, see `naming_failures`."""
+        return naming_failures(self.task, when, self.afterwards)
 
     def _gather(self, message: object) -> list[tuple[T, str | None]]:
         answers: list[tuple[T, str | None]] = [None] * self.size  # type: ignore[list-item]

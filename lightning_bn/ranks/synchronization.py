@@ -26,7 +26,7 @@ from lightning_bn.layers.masks import masked_batch_norm
 from lightning_bn.layers.settlement import MERGED, SYNCHRONISED
 from lightning_bn.layers.subclasses import observe
 from lightning_bn.moments import Moments
-from lightning_bn.ranks.collective import Group, Ranks, meeting
+from lightning_bn.ranks.collective import Group, Ranks, naming_failures
 from lightning_bn.ranks.merging import MergedUpdates
 
 
@@ -61,7 +61,9 @@ class _NormaliseOverRanks(torch.autograd.Function):
         eps: float,
         group: Group,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with meeting("BatchNormSync", "in a layer's forward", "Layers that ran before it have taken this batch."):
+        with naming_failures(
+            "BatchNormSync", "in a layer's forward", "Layers that ran before it have taken this batch."
+        ):
             (moments,) = merge_over_ranks([Moments.of(input, mask, wide=True)], group)
         count = moments.count.reshape(())
         invstd = torch.rsqrt(moments.m2 / count.clamp(min=1) + eps)
@@ -83,7 +85,7 @@ class _NormaliseOverRanks(torch.autograd.Function):
         xhat = _scaled(_centred(input, mean, ctx.mask), invstd, None, None, ctx.mask)
         own = torch.stack((gradient.sum(over), (gradient * xhat).sum(over)))
         total = own.clone()
-        with meeting("BatchNormSync", "in backward, while the ranks were adding up their gradients"):
+        with naming_failures("BatchNormSync", "in backward, while the ranks were adding up their gradients"):
             dist.all_reduce(total, group=ctx.group)
         shift, scale = (total / count.clamp(min=1)).to(gradient.dtype)
         factor = (invstd if weight is None else invstd * weight).to(gradient.dtype)

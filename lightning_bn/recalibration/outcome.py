@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_bn.buffers import running_mean, running_var
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.moments import drift
+from lightning_bn.moments import statistics_shift
 from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.collection import PassResult
 from lightning_bn.recalibration.histories import with_one_history
@@ -141,7 +141,7 @@ def _figures(layers: list[BatchNormLayer], changes: list[StatisticsChange], summ
     width = torch.tensor([len(change.old[0]) for change in changes])
     old_mean, old_var = (_rows([change.old[place] for change in changes]) for place in range(2))
     new_mean, new_var = (_rows([change.new[place] for change in changes]) for place in range(2))
-    shift, ratio = drift(new_mean, new_var, old_mean, old_var, eps)
+    shift, ratio = statistics_shift(new_mean, new_var, old_mean, old_var, eps)
     squared = _rows(
         [summary.relative_errors(layer.module.eps) for layer, summary in zip(layers, summaries, strict=True)]
     )

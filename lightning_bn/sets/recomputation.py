@@ -34,7 +34,7 @@ class Ran:
         return not self.uses_in_backward and bool(self._names - {name})
 
 
-def watch(layer: _BatchNorm) -> None:
+def guard_recomputation(layer: _BatchNorm) -> None:
     """Let the layer raise where backward runs it again and it can't be told with which set."""
     layer.register_forward_pre_hook(_before)  # a function: copies of the layer have it too, and no sets
 

@@ -15,7 +15,7 @@ from lightning_bn.discovery import find_batch_norms, unserved
 from lightning_bn.layers.deferred import exchanging
 from lightning_bn.set_in_use import has_sets, join_sets
 from lightning_bn.sets.part import SetPart
-from lightning_bn.sets.recomputation import Ran, watch
+from lightning_bn.sets.recomputation import Ran, guard_recomputation
 from lightning_bn.torch_internals import in_backward
 
 
@@ -88,7 +88,7 @@ class StatisticsSets(nn.Module):
         self.ran = Ran()
         for layer in chosen.values():
             join_sets(layer, self)
-            watch(layer)
+            guard_recomputation(layer)
         for name in names[1:]:
             self.add(name)
 
