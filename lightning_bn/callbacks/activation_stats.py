@@ -24,7 +24,7 @@ from lightning_bn.callbacks.both_lightnings import (
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
 from lightning_bn.callbacks.loggers import needs_pictures, sinks
 from lightning_bn.callbacks.monitored_run import FILE, MonitoredRun
-from lightning_bn.callbacks.observing import boundary_of, meeting, observing
+from lightning_bn.callbacks.observing import boundary_of, meet, meeting, observing
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.choices import Choices, check_choices
@@ -202,7 +202,7 @@ class ActivationStatsMonitor(MonitoredRun):
         self._boundary.attempt("", self._rest, trainer, is_complete)
         if is_complete:
             step, self._sampled_step = self._sampled_step, None
-            self._meet(trainer, self._take, "train", step)
+            meet(self._boundary, self._together(trainer), self._take, trainer, "train", step)
 
     def _rest(self, trainer: Trainer, is_complete: bool) -> None:
         collector = self._collectors["train"]
@@ -219,7 +219,7 @@ class ActivationStatsMonitor(MonitoredRun):
     @meeting
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._meet(trainer, self._end_evaluation, "val")
+            meet(self._boundary, self._together(trainer), self._end_evaluation, trainer, "val")
             self._boundary.attempt("", lambda: journal_of(trainer).validation(trainer))
 
     def on_validation_batch_start(
@@ -243,7 +243,7 @@ class ActivationStatsMonitor(MonitoredRun):
 
     @meeting
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._meet(trainer, self._end_evaluation, "test")
+        meet(self._boundary, self._together(trainer), self._end_evaluation, trainer, "test")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not at the first sample: a part may be used later in the epoch.
@@ -306,13 +306,6 @@ class ActivationStatsMonitor(MonitoredRun):
         if self._ranks is None:
             self._ranks = Ranks(self.process_group or data_parallel_group(trainer), task="ActivationStatsMonitor")
         return self._ranks
-
-    def _meet(self, trainer: Trainer, sample: Callable[..., object], *arguments: Any) -> None:
-        """Call `sample`, in which ranks meet; on a rank where the monitor has failed, tell those that wait."""
-        if self._boundary.closed:
-            self._together(trainer).fail(RuntimeError("it has stopped there"))
-        else:
-            self._boundary.attempt("", sample, trainer, *arguments)
 
     def _histogram_layers(self, layers: dict[str, nn.Module]) -> list[str]:
         if isinstance(self.histograms, bool):

@@ -23,7 +23,7 @@ from lightning_bn.callbacks.both_lightnings import (
     callbacks_of,
 )
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step, why_no_second_pass
-from lightning_bn.callbacks.observing import boundary_of, check_logged, meeting, not_logged, observing
+from lightning_bn.callbacks.observing import boundary_of, check_logged, meet, meeting, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
@@ -187,17 +187,12 @@ class CompareAverages(Callback):
             return
         self._compares = True
         self._boundary.attempt("", self._check_sight)
-        self._meet(lambda: self._validate(trainer, pl_module))
-
-    def _meet(self, function: Callable[[], object]) -> None:
-        """Call `function` if the callback works on every rank: a rank without it would leave the others waiting."""
-        if self._boundary.closed:
-            self._ranks.fail(RuntimeError("it has stopped there"))
-        elif self._boundary.attempt("", self._ranks.share, True):
-            self._boundary.attempt("", function)
+        meet(self._boundary, self._ranks, self._validate, trainer, pl_module)
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate under each average."""
+        """Validate under each average, if the callback works on every rank: one without it would leave the others
+        waiting in a forward."""
+        self._ranks.share(None)
         for name in self.averages:
             with self._following().applied(name):
                 self._pending[name] = validate_once_more(trainer, pl_module)
@@ -214,7 +209,7 @@ class CompareAverages(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._compares:
             self._compares = False
-            self._meet(lambda: self._score(trainer))
+            meet(self._boundary, self._ranks, self._score, trainer)
 
     def _score(self, trainer: Trainer) -> None:
         """Compare what the validations have given, and log it."""

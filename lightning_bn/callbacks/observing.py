@@ -11,7 +11,7 @@ from lightning_bn.callbacks.both_lightnings import Callback, MisconfigurationExc
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.terminal import ClosingBlock
 from lightning_bn.error_boundary import ErrorBoundary, Keep, guarded
-from lightning_bn.ranks.collective import LostRankError
+from lightning_bn.ranks.collective import LostRankError, Ranks
 
 C = TypeVar("C", bound=type[Callback])
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,6 +50,15 @@ def meeting(hook: F) -> F:
 
     setattr(attended, _MEETING, True)
     return cast("F", attended)
+
+
+def meet(boundary: ErrorBoundary, ranks: Ranks, function: Callable[..., object], *arguments: Any) -> None:
+    """Call `function`, in which `ranks` meet, within the boundary; on a rank where the observer has failed, tell those
+    that wait."""
+    if boundary.closed:
+        ranks.fail(RuntimeError("it has stopped there"))
+    else:
+        boundary.attempt("", function, *arguments)
 
 
 def boundary_of(

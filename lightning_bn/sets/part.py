@@ -172,11 +172,9 @@ class SetPart(nn.Module):
         prefix: str,
         local_metadata: dict[str, Any],
         strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        *problems: list[str],
     ) -> None:
-        in_place, problems = self.is_in_place, (missing_keys, unexpected_keys, error_msgs)
+        in_place = self.is_in_place
         with self._held_here():
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *problems)
             averaging = self._modules.get("averaging")
