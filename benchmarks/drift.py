@@ -17,7 +17,7 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,13 +125,13 @@ def batches(inputs: Tensor, size: int, number: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def p_values(net: nn.Module, inputs: Tensor, size: int, number: int) -> list[float]:
-    """Return `drift`'s for shuffled batches. At inference no image depends on others, so the network runs once."""
+def p_values(net: nn.Module, inputs: Tensor, batches: Iterable[Tensor]) -> list[float]:
+    """Return `drift`'s for batches of these rows. At inference no image depends on others, so the network runs once."""
     judge = Judge(net, 0.05, "drift(model, batch)")
     with judge.listening() as all_images:
         net(inputs)
     found = []
-    for rows in batches(torch.arange(len(inputs)), size, number):
+    for rows in batches:
         some = ImageReader(all_images.ran)
         for layer in all_images.ran:
             moments = all_images.at(layer)
@@ -154,7 +154,8 @@ def rates(number: int, seed: int = 0) -> pd.DataFrame:
             known, held_out = parts(rest, 0.5, 0.5)
             measure(net, known.inputs)
             for size in SIZES:
-                ps = p_values(net, held_out.inputs, size, number // SPLITS)
+                rows = batches(torch.arange(len(held_out.inputs)), size, number // SPLITS)
+                ps = p_values(net, held_out.inputs, rows)
                 found[size] += ps
                 by_split[size].append(np.mean(np.array(ps) <= 0.05))
         for size in SIZES:

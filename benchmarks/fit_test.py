@@ -22,9 +22,9 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from sklearn.datasets import load_digits
+from split_digits import HELD_OUT, TRAIN
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_bn import ModeCheck, recalibrate
 from lightning_bn.rules import fit
@@ -33,17 +33,6 @@ from lightning_bn.rules.fit_test import FEW_CHANGE, LEAST_BATCHES, FitTest
 LIMITS = (0.1, 0.15, 0.2, 0.3, 0.5)
 LOSSES = ("under 2", "2 to 5", "5 to 10", "10 or more")  # points
 BOUNDS = (0.02, 0.05, 0.10)
-
-
-def digits() -> tuple[TensorDataset, TensorDataset]:
-    found = load_digits()
-    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
-    images = (torch.tensor(found.images, dtype=torch.float32)[:, None] / 8)[order]
-    labels = torch.tensor(found.target)[order]
-    return TensorDataset(images[:1397], labels[:1397]), TensorDataset(images[1397:], labels[1397:])
-
-
-TRAIN, HELD_OUT = digits()
 
 
 def network(kind: str, momentum: float) -> nn.Sequential:

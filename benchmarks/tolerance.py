@@ -16,24 +16,13 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from split_digits import HELD_OUT, TRAIN
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from lightning_bn import recalibrate
 
 TOLERANCES = (None, 0.002, 0.005, 0.01, 0.1)
-
-
-def digits() -> tuple[TensorDataset, TensorDataset]:
-    found = load_digits()
-    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
-    images = (torch.tensor(found.images, dtype=torch.float32)[:, None] / 8)[order]
-    labels = torch.tensor(found.target)[order]
-    return TensorDataset(images[:1397], labels[:1397]), TensorDataset(images[1397:], labels[1397:])
-
-
-TRAIN, HELD_OUT = digits()
 
 
 def trained() -> nn.Sequential:

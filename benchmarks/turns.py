@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -113,24 +114,27 @@ def trainer_step(model: nn.Module, device: str, images: Tensor, *callbacks: pl.C
     """Yield a step of a real Trainer that fits `model`: from the start of a batch to the start of the next one."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of few workers
-        trainer = pl.Trainer(
-            accelerator="cpu" if device == "cpu" else "auto",
-            devices=1,
-            max_epochs=1,
-            num_sanity_val_steps=0,
-            callbacks=[_Turn(), *callbacks],
-            **quiet,
-        )
-        # A greenlet, which stops within the fit and goes on there: threads would each have modes of torch of their own.
-        fit = greenlet(lambda: trainer.fit(Module(model), Repeated(images), Repeated(images)))
-        fit.switch()
-    if fit.dead:
-        raise RuntimeError("the Trainer ended before its first batch")
-    try:
-        yield fit.switch
-    finally:
+    with TemporaryDirectory() as folder:  # for the monitor's table
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fit.throw()  # GreenletExit: the Trainer tears down
+            warnings.simplefilter("ignore")  # of few workers
+            trainer = pl.Trainer(
+                accelerator="cpu" if device == "cpu" else "auto",
+                devices=1,
+                max_epochs=1,
+                default_root_dir=folder,
+                num_sanity_val_steps=0,
+                callbacks=[_Turn(), *callbacks],
+                **quiet,
+            )
+            # A greenlet, which stops within the fit and goes on there: threads would each have modes of torch of their
+            # own.
+            fit = greenlet(lambda: trainer.fit(Module(model), Repeated(images), Repeated(images)))
+            fit.switch()
+        if fit.dead:
+            raise RuntimeError("the Trainer ended before its first batch")
+        try:
+            yield fit.switch
+        finally:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                fit.throw()  # GreenletExit: the Trainer tears down

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 BATCHES = 6
 
@@ -30,3 +31,19 @@ def data(batch_size: int = 16, batches: int = BATCHES) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size * batches, 1, 6, 6, generator=generator)
     return DataLoader(TensorDataset(images, (images.mean((1, 2, 3)) > 0).long()), batch_size)
+
+
+ROWS = torch.arange(160.0).view(40, 4) / 100
+
+
+class WithPosition(IterableDataset[Tensor]):
+    """Goes on where it stopped."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.place < len(ROWS):
+            self.place += 1
+            yield ROWS[self.place - 1]
+        self.place = 0

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from fitting import trainer
+from small_data import ROWS as X
+from small_data import WithPosition
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from lightning_bn import BatchNormRecalibration, CompareAverages, Window, recalibrate
 from lightning_bn.callbacks.both_lightnings import MisconfigurationException
-
-X = torch.arange(160.0).view(40, 4) / 100
 
 
 class Seeing(pl.LightningModule):
@@ -46,19 +46,6 @@ class Seeing(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05)
-
-
-class WithPosition(IterableDataset[Tensor]):
-    """Goes on where it stopped."""
-
-    def __init__(self) -> None:
-        self.place = 0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while self.place < len(X):
-            self.place += 1
-            yield X[self.place - 1]
-        self.place = 0
 
 
 def shuffled(epoch: int) -> Iterator[list[int]]:

@@ -13,28 +13,19 @@ import numpy as np
 import pytest
 import torch
 from fitting import quiet, trainer
+from small_data import ROWS as X
+from small_data import WithPosition
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_bn import BatchNormRecalibration, CompareAverages, Window
 from lightning_bn.callbacks.both_lightnings import MisconfigurationException
 
-X = torch.arange(160.0).view(40, 4) / 100
-
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages, about themselves
 
 
-class WithState(IterableDataset[Tensor]):
+class WithState(WithPosition):
     """What `StatefulDataLoader` asks a data set for."""
-
-    def __init__(self) -> None:
-        self.place = 0
-
-    def __iter__(self) -> Iterator[Tensor]:
-        while self.place < len(X):
-            self.place += 1
-            yield X[self.place - 1]
-        self.place = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"place": self.place}

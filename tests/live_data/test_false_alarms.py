@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +15,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_bn import drift, recalibrate
-from lightning_bn.live_data.judging import Judge
-from lightning_bn.recalibration.image_moments import ImageMoments, ImageReader
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
+from drift import p_values
 
 CUTS, BATCHES = 20, 100
 
@@ -38,21 +42,9 @@ def trained(images: Tensor, labels: Tensor) -> nn.Sequential:
     return net.eval()
 
 
-@torch.no_grad()
-def p_values(net: nn.Module, images: Tensor, size: int) -> list[float]:
-    """Those of `drift` for batches of independent images; the network runs once, since at inference no image depends on
-    others."""
-    judge = Judge(net, 0.05, "drift(model, batch)")
-    with judge.listening() as every:
-        net(images)
-    found = []
-    for rows in torch.randint(len(images), (BATCHES, size)):
-        batch = ImageReader(every.ran)
-        for layer in every.ran:
-            moments = every.at(layer)
-            batch._calls[layer] = [ImageMoments(moments.mean[rows], moments.var[rows])]
-        found.append(judge.report(batch).p)
-    return found
+def one_by_one(images: Tensor, size: int) -> Iterator[Tensor]:
+    """Batches of independent images, as rows."""
+    return iter(torch.randint(len(images), (BATCHES, size)))
 
 
 def test_the_shortcut_is_drift() -> None:
@@ -62,7 +54,7 @@ def test_the_shortcut_is_drift() -> None:
     net = trained(images[:400], labels[:400])
     recalibrate(net, images[400:1000].split(100), spread=True, progress=False)
     state = torch.get_rng_state()
-    found = p_values(net, images[1000:1100], 1)
+    found = p_values(net, images[1000:1100], one_by_one(images[1000:1100], 1))
     torch.set_rng_state(state)
     assert found == [drift(net, images[[1000 + row]]).p for row in torch.randint(100, (BATCHES, 1))[:, 0].tolist()]
 
@@ -81,7 +73,7 @@ def test_the_alarm_rate_is_what_was_asked_for() -> None:
         known, live = rest[torch.randperm(len(rest))].chunk(2)
         recalibrate(net, known.split(250), spread=True, progress=False)
         for size, values in found.items():
-            values += p_values(net, live, size)
+            values += p_values(net, live, one_by_one(live, size))
 
     for size, values in found.items():
         for alarm in (0.05, 0.01):
