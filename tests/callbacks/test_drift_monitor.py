@@ -142,6 +142,14 @@ def test_a_fit_computes_the_same_with_it() -> None:
     assert list(states[0]) == list(states[1])
 
 
+def test_a_sanity_check_is_not_judged() -> None:
+    """Its batches are validation's first, and would count twice."""
+    monitor, module = DriftMonitor(), recalibrated()
+    heard(module, loader(16, 0), loader(40, 2), call=trainer(monitor, max_epochs=0, num_sanity_val_steps=2).fit)
+    judged = {stage: watch.batches for stage, watch in monitor.watches.items()}
+    assert judged == {}
+
+
 def test_no_probability_is_refused() -> None:
     with pytest.raises(ValueError, match=r"DriftMonitor\(alarm=5\): the probability of a false alarm, as in 0.01"):
         DriftMonitor(alarm=5)

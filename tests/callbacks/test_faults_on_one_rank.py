@@ -18,9 +18,11 @@ from lightning_bn import ActivationStatsMonitor, CompareAverages, Window
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.host_to_sample import SampleBuilder
 from lightning_bn.callbacks.blindness import Blindness
+from lightning_bn.callbacks.observing import boundary_of
 from lightning_bn.comparison.followers import Followers
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.error_boundary import RERAISE
+from lightning_bn.ranks.collective import LostRankError, RankError
 
 PLACES: dict[str, tuple[str, type, str]] = {
     "the monitor begins": ("ActivationStatsMonitor", LayerCollector, "__init__"),
@@ -78,3 +80,17 @@ def test_both_ranks_train_on(ranks: list[dict[str, Any]], name: str) -> None:
         assert said.startswith(f"{PLACES[name][0]} has stopped")
     assert "ZeroDivisionError" in ranks[1][name]["said"][0]
     assert "failed on rank 1" in ranks[0][name]["said"][0]
+
+
+@pytest.mark.parametrize(("error", "ends"), [(LostRankError, True), (RankError, False)])
+def test_only_a_lost_rank_ends_the_fit(error: type[Exception], ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ranks do together from then on would fail too; that the callback failed elsewhere stops it here."""
+    monkeypatch.delenv(RERAISE)
+    boundary = boundary_of("ModeCheck")
+
+    def fail() -> None:
+        raise error("rank 1")
+
+    with pytest.raises(error) if ends else pytest.warns(UserWarning, match="ModeCheck has stopped"):
+        boundary.attempt("", fail)
+    assert boundary.closed is not ends
