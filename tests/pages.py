@@ -145,3 +145,7 @@ def table(folder: Path, statistic: str) -> tuple[list[str], list[list[Any]]]:
     names = next(line["rows"] for line in lines if line["kind"] == "rows")
     samples = [line["values"][statistic] for line in lines if line["kind"] == "sample" and line["stage"] == "train"]
     return names, [list(row) for row in zip(*samples, strict=True)]
+
+
+def run_options(page: Page) -> list[str]:
+    return page.js("return [...document.querySelectorAll('[data-key=run] option')].map(each => each.textContent)")

@@ -84,3 +84,15 @@ def agree(model: nn.Module, record: Record, oracle: Oracle) -> None:
         assert layer.num_batches_tracked == len(seen), name
         for buffer, expected in zip((layer.running_mean, layer.running_var), oracle(seen), strict=True):
             np.testing.assert_allclose(buffer.double().numpy(), expected, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def network(norm: type[nn.BatchNorm1d] = nn.BatchNorm1d) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), norm(4), nn.Linear(4, 4), norm(4))
+
+
+def step(model: nn.Module, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    output: Tensor = model(torch.randn(8, 4) + seed)
+    output.square().sum().backward()
+    return output.detach()
