@@ -1,4 +1,5 @@
-"""The one place where this package touches parts of torch that are not public.
+"""Where this package touches parts of torch that are not public; what it asks of storages, for recalibrations alone, is
+in `lightning_bn.recalibration.storages`.
 
 Each function says why nothing public will do, and what it answers where the private part is gone.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter, itemgetter
 from types import FunctionType
@@ -26,12 +27,7 @@ _foreach_copy = getattr(torch, "_foreach_copy_", None)
 _foreach_add = getattr(torch, "_foreach_add_", None)
 _is_wrapper = getattr(getattr(torch.utils, "_python_dispatch", None), "is_traceable_wrapper_subclass", None)
 _flatten_dense_tensors = getattr(torch._utils, "_flatten_dense_tensors", None)
-_lazy_clone = getattr(torch, "_lazy_clone", None)
-_is_cow_tensor = getattr(torch._C, "_is_cow_tensor", None)
 _DisableTorchFunction = getattr(torch._C, "DisableTorchFunction", nullcontext)
-_data_address = getattr(torch._C, "_data_address", None)
-_DispatchMode = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDispatchMode", None)
-_weak_reference = getattr(torch.UntypedStorage, "_weak_ref", None)
 
 # Called by every layer in every forward, and so without a Python function around them. What they tell, and what the
 # answer is where they are gone: `in_backward`, `in_transform`, and ``torch.backends.cudnn.enabled``.
@@ -259,87 +255,6 @@ def _of_kernel(node: Any) -> bool:
     """Whether a graph node is that of one of batch norm's own kernels (native, cuDNN, MIOpen), and not a Python
     function of that name."""
     return "BatchNorm" in type(node).__name__ and not isinstance(node, torch.autograd.function.BackwardCFunction)
-
-
-def lazy_copy(tensor: Tensor) -> Tensor | None:
-    """Return a tensor like `tensor`, over a copy of its whole storage that torch makes when either is first written.
-
-    Whichever is written first gets new memory, and the other stays. `torch._lazy_clone` is what torch's own
-    ``reshape`` and compiler are to use, and has no public name; without it a copy of everything must be made at once.
-
-    Returns:
-        None where the function is gone, and for memory that is not torch's alone: shared between processes, an array
-        of numpy's, a file.
-    """
-    if _lazy_clone is None or _data_address is None or _weak_reference is None:
-        return None
-    try:
-        copy: Tensor = _lazy_clone(tensor)
-    except (RuntimeError, NotImplementedError):
-        return None
-    return copy
-
-
-def is_lazy(tensor: Tensor) -> bool:
-    """Tell whether `tensor` lies in memory that it may share with a `lazy_copy`."""
-    return _is_cow_tensor is not None and bool(_is_cow_tensor(tensor))
-
-
-def address(tensor: Tensor) -> int:
-    """Return where the values of `tensor` begin.
-
-    The public ``data_ptr()`` counts as a write, and has a lazy copy made.
-    """
-    return int(tensor.data_ptr() if _data_address is None else _data_address(tensor))
-
-
-class StorageReference:
-    """A reference to a storage that does not keep it alive.
-
-    Python's own weak references are to the Python object, which comes and goes.
-    """
-
-    __slots__ = ("_pointer",)
-
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self._pointer = storage._weak_ref()
-
-    def storage(self) -> torch.UntypedStorage | None:
-        """Return the storage; None where nobody holds it any more."""
-        return torch.UntypedStorage._new_with_weak_ptr(self._pointer)
-
-    def __del__(self) -> None:
-        torch.UntypedStorage._free_weak_ref(self._pointer)
-
-
-def watched(before: Callable[[Tensor], None], after: Callable[[Tensor], None]) -> AbstractContextManager[Any] | None:
-    """Return a context in which `before` is called with each tensor that an operation gets and `after` with each that
-    it returns, below autograd and autocast.
-
-    `TorchDispatchMode` is described by torch's developers and lies in a private module; None where it is gone.
-    """
-    if _DispatchMode is None:
-        return None
-
-    class Watching(_DispatchMode):  # type: ignore[misc, valid-type]
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            for tensor in _tensors_in((args, tuple((kwargs or {}).values()))):
-                before(tensor)
-            result = function(*args, **(kwargs or {}))
-            for tensor in _tensors_in((result,)):
-                after(tensor)
-            return result
-
-    return Watching()
-
-
-def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            if value.layout is torch.strided:
-                yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors_in(value)
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:

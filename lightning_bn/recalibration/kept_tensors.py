@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bn.modes import out_of_inference_mode
-from lightning_bn.torch_internals import StorageReference, address, is_lazy, lazy_copy
+from lightning_bn.recalibration.storages import StorageReference, address, is_lazy, lazy_copy
 
 # Memory that a storage has left; an array of numpy's may still look at it.
 _left: list[Tensor] = []

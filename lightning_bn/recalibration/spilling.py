@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.torch_internals import StorageReference, watched
+from lightning_bn.recalibration.storages import StorageReference, watched
 
 # Smaller storages stay in memory.
 _SMALL = 2**14
