@@ -19,13 +19,14 @@ from lightning_bn.rules.boundaries import Boundaries, MovedBetweenBatches
 from lightning_bn.rules.copies import Copies
 from lightning_bn.rules.evaluations import RanksApart, StaleCopy
 from lightning_bn.rules.fit_test import FitTest
+from lightning_bn.rules.layers_that_ran import LayersThatRan
 from lightning_bn.rules.learning import Learning
 from lightning_bn.rules.modes import ModeChangedInTraining
 from lightning_bn.rules.observer import Modes, Observer
 from lightning_bn.rules.order import BatchOrder, SortedBatches
 from lightning_bn.rules.register import Moment, Register
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Return, Seen
-from lightning_bn.rules.snapshots import StatisticsSnapshot, Values, ranks_apart
+from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart
 
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
 _LIKE_ONE_OF = 8
@@ -70,10 +71,7 @@ class Inspection:
         self.modes_from: Literal["start", "forward", "end"] = "start"
         self._after: Modes | None = None
         self._judged: dict[str, deque[Any]] = {}
-        self._moving: set[int] = set()
-        self._evaluated: set[int] = set()
-        self._steady: set[int] = set()
-        self._elsewhere: dict[str, set[int]] = {}  # by set of statistics that is not in place at rest, what ran with it
+        self._ran = LayersThatRan()
         self._away: Modes | None = None
         self._interrupted = False
         self._evaluating = False  # whether the first batch of an evaluation has begun
@@ -83,7 +81,6 @@ class Inspection:
         self._copies = Copies(self.observer)
         self._boundaries = Boundaries(self.observer.layers)
         self._order = BatchOrder()
-        self._largest = 0
         self._last: BatchRecord | None = None
         self._counts_before: dict[int, int] = {}
         self._adjacency: Adjacency | None = None
@@ -110,16 +107,10 @@ class Inspection:
             return False
         old.close()
         self.observer = Observer(self.model, self._boundary)
-        places = {layer.module: index for index, layer in enumerate(self.observer.layers)}
-        for known, indices in (
-            (self._moving,) * 2,
-            (self._evaluated,) * 2,
-            (self._steady,) * 2,
-            (self.observer.seen, old.seen),
-        ):
-            kept = {places[layer] for index in indices if (layer := old.layers[index].module) in places}
-            known.clear()
-            known.update(kept)
+        now = {layer.module: index for index, layer in enumerate(self.observer.layers)}
+        places = {index: now[layer.module] for index, layer in enumerate(old.layers) if layer.module in now}
+        self._ran.follow(places)
+        self.observer.seen = {places[index] for index in old.seen if index in places}
         self._judged, self._away, self._after, self._counts_before = {}, None, None, {}
         # These know the layers by their places.
         self._copies, self._boundaries = Copies(self.observer), Boundaries(self.observer.layers)
@@ -233,7 +224,8 @@ class Inspection:
         self._compare_boundary(f"before {stage}", before_evaluation=True)
         self.stage, self.step, self.index = stage, step, -1
         self._away, self._interrupted = modes, False
-        self._evaluated, self._elsewhere, self._evaluating = set(), {}, False
+        self._ran.begin_evaluation()
+        self._evaluating = False
         self._fit.share = self.setting.share
         self._fit.begin_evaluation()
         if self.setting.own_statistics:
@@ -253,14 +245,18 @@ class Inspection:
         now = reading.counts() if self._counts_before else {}
         counted = [index for index in self._unseen() if now.get(index, 0) > self._counts_before.get(index, 0)]
         sanity = self.stage == "sanity_check"
-        values = reading.values() if self._evaluated and not sanity else None
-        evaluation = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, values, counted)
-        evaluation.trained, evaluation.fitting, evaluation.moving = self.trained, self._away is not None, self._moving
-        evaluation.held = self._copies.held
-        evaluation.other_sets = {} if sanity else self._values_of_other_sets()
-        evaluation.copies = (
-            self._copies.stale(self._evaluated - self._moving - self._steady) if self.trained and not sanity else ()
+        values = reading.values() if self._ran.evaluated and not sanity else None
+        evaluation = Evaluation(
+            self.observer, self.setting, self.stage, self._ran.evaluated, self._ran.steady, values, counted
         )
+        evaluation.trained, evaluation.fitting, evaluation.moving = (
+            self.trained,
+            self._away is not None,
+            self._ran.moving,
+        )
+        evaluation.held = self._copies.held
+        evaluation.other_sets = {} if sanity else self._ran.values_of_other_sets(self.observer)
+        evaluation.copies = self._copies.stale(self._ran.only_evaluated) if self.trained and not sanity else ()
         if not sanity:
             self._fit.settle()
             evaluation.fit = self._fit.result
@@ -327,12 +323,14 @@ class Inspection:
         """Look at what a fit leaves, when nobody will exchange weights any more; waits for the device."""
         self._fit.frozen = self._fixed()
         self._fit.share = self.setting.share
-        at = Evaluation(self.observer, self.setting, self.stage, self._evaluated, self._steady, held=self._copies.held)
+        at = Evaluation(
+            self.observer, self.setting, self.stage, self._ran.evaluated, self._ran.steady, held=self._copies.held
+        )
         at.fit = self._fit.after_training()
         self._tell_fit(at)
         if self.trained:
             at.values = StatisticsSnapshot(self.observer.layers).values()
-            at.copies = self._copies.stale(self._evaluated - self._moving - self._steady)
+            at.copies = self._copies.stale(self._ran.only_evaluated)
             self._ask(lambda rule: rule.ended(at))
 
     def examine(self) -> None:
@@ -358,7 +356,7 @@ class Inspection:
     def _fixed(self) -> set[int]:
         """The layers whose statistics training does not move: they ran in eval mode in it, or are meant to."""
         layers = enumerate(self.observer.layers)
-        return self._steady | {index for index, layer in layers if self.setting.allows_eval(layer.name)}
+        return self._ran.steady | {index for index, layer in layers if self.setting.allows_eval(layer.name)}
 
     def _tell_fit(self, evaluation: Evaluation) -> None:
         told = {name for code in ("BN204", "BN209") for name in self._register.reported(code)}
@@ -368,7 +366,7 @@ class Inspection:
     def _decide(self) -> None:
         """By now an averaged copy would have been written: what is frozen and was not is frozen."""
         last, self._last = self._last, None
-        stale = self._copies.stale(self._evaluated - self._moving - self._steady) if self.stage == "train" else []
+        stale = self._copies.stale(self._ran.only_evaluated) if self.stage == "train" else []
         self._copies.look()
         if stale:
             names = [self.observer.layers[index].name for index in stale]
@@ -404,7 +402,7 @@ class Inspection:
         if signature in (list(known)[-1:] if self._register.mends else known):
             return
         known.append(signature)
-        self._remember()
+        self._ran.remember(self.observer, training=self.stage == "train")
         batch = self._batch(before, opened, after)
         if batch.undecided:
             self._last = batch
@@ -430,28 +428,8 @@ class Inspection:
             learning = batch.learning = Learning(self.observer, self.setting)
             self._copies.hold(index for index, layer in enumerate(self.observer.layers) if learning.frozen(layer))
             batch.averaged, batch.undecided = self._averaged(), self._copies.undecided(learning)
-        batch.largest, batch.uses = self._largest, self._uses
+        batch.largest, batch.uses = self._ran.largest, self._uses
         return batch
-
-    def _remember(self) -> None:
-        for forward in self.observer.forwards:
-            if self.stage == "train":
-                self.observer.trained.add(forward.layer)
-                self._largest = max(self._largest, forward.samples)
-                if forward.moved:
-                    self._moving.add(forward.layer)
-            if not forward.training and forward.other_set is not None:
-                self._elsewhere.setdefault(forward.other_set, set()).add(forward.layer)
-            elif not forward.training:
-                (self._steady if forward.grad and self.stage == "train" else self._evaluated).add(forward.layer)
-
-    def _values_of_other_sets(self) -> dict[str, Values]:
-        found = {}
-        for name, ran in self._elsewhere.items():
-            with self.observer.sets.using(name):
-                values = StatisticsSnapshot(self.observer.layers).values()
-            found[name] = {index: each for index, each in values.items() if index in ran}
-        return found
 
     def _unseen(self) -> set[int]:
         return {
