@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -57,17 +58,15 @@ class StorageReference:
     Python's own weak references are to the Python object, which comes and goes.
     """
 
-    __slots__ = ("_pointer",)
+    __slots__ = ("__weakref__", "_pointer")
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._pointer = storage._weak_ref()
+        finalize(self, torch.UntypedStorage._free_weak_ref, self._pointer).atexit = False
 
     def storage(self) -> torch.UntypedStorage | None:
         """Return the storage; None where nobody holds it any more."""
         return torch.UntypedStorage._new_with_weak_ptr(self._pointer)
-
-    def __del__(self) -> None:
-        torch.UntypedStorage._free_weak_ref(self._pointer)
 
 
 def watched(before: Callable[[Tensor], None], after: Callable[[Tensor], None]) -> AbstractContextManager[Any] | None:
