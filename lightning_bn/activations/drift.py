@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter, itemgetter, methodcaller
 
 import numpy as np
 import torch
@@ -14,16 +15,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.pool_to_host import Array, Mask, joined, silent_numbers, to_host
 from lightning_bn.averaging import Averaging, Cumulative, Exponential
-from lightning_bn.buffers import running_mean
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.deferred import can_defer
 from lightning_bn.layers.settlement import Settled, listening, rule_of
 from lightning_bn.set_in_use import OtherSets
-from lightning_bn.torch_internals import buffers_of
+from lightning_bn.torch_internals import buffer_of_each
 
 # Five times the memory of torch's own average, in which weights move fastest.
 YOUNG = 50
 DEFAULT_MEMORY = 0.9
+
+_MODULES, _AVERAGING, _MOMENTUM = itemgetter("_modules"), methodcaller("get", "averaging"), attrgetter("momentum")
 
 
 def distance(mean: Array, var: Array, running_mean: Array, running_var: Array, eps: Array) -> tuple[Array, Array]:
@@ -38,18 +40,17 @@ def summarise_drift(shift: Array, log_ratio: Array, widths: NDArray[np.int64]) -
     `registry.DRIFT_STATISTICS`.
 
     Args:
-        shift: (S,), the channels of L layers one behind the other.
-        log_ratio: (S,), likewise.
+        shift: (..., S), the channels of L layers one behind the other.
+        log_ratio: (..., S), likewise.
         widths: (L,), channels of each layer.
+
+    Several drifts of the same layers, in further dimensions, cost hardly more than one: (..., L, 4).
     """
     starts = np.cumsum(widths) - widths
-    columns = []
-    for values in (shift, log_ratio):
-        columns += [
-            np.sqrt(np.add.reduceat(np.square(values), starts) / widths),
-            np.maximum.reduceat(np.abs(values), starts),
-        ]
-    return np.stack(columns, axis=1)
+    values = np.stack((shift, log_ratio), axis=-2)
+    rms = np.sqrt(np.add.reduceat(np.square(values), starts, axis=-1) / widths)
+    greatest = np.maximum.reduceat(np.abs(values), starts, axis=-1)
+    return np.stack((rms, greatest), axis=-1).swapaxes(-3, -2).reshape(*rms.shape[:-2], len(widths), 4)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class DriftMeter:
         self._rules: list[tuple[Averaging, list[int]]] = []  # of `start` or `statistics`, and their layers
         self._tells: dict[object, bool] = {}  # by rule, whether the statistics tell what the newest batch was like
         self._widths = np.array([layer.num_features for layer in self.layers], dtype=np.int64)
+        self._starts = np.cumsum(self._widths) - self._widths
         self._eps = np.repeat([layer.eps for layer in self.layers], self._widths) if self.layers else np.zeros(0)
         self._from_zero_one = np.ones(len(self.layers), dtype=bool)
 
@@ -123,6 +125,9 @@ class DriftMeter:
 
     def _by_rule(self) -> list[tuple[Averaging, list[int]]]:
         """Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer."""
+        averagings = map(_AVERAGING, map(_MODULES, map(vars, self.layers)))
+        if not any(averagings) and len(set(map(_MOMENTUM, self.layers))) == 1:
+            return [(rule_of(self.layers[0]), list(range(len(self.layers))))]  # torch's layers, as they mostly are
         found: dict[object, tuple[Averaging, list[int]]] = {}
         newest: Averaging | None = None
         for index, layer in enumerate(self.layers):
@@ -135,15 +140,15 @@ class DriftMeter:
     def _silent(self, rules: list[tuple[Averaging, list[int]]]) -> list[int]:
         """The layers whose buffers don't tell, as their average is a window, pooled or a user's own, or is kept in 16
         bits."""
-        found = []
+        found = [index for index, mean in enumerate(buffer_of_each(self.layers, "running_mean")) if mean.itemsize < 4]
         for rule, indices in rules:
             key = _key(rule)
             if key not in self._tells:
                 one = torch.ones((), dtype=torch.int64, device="cpu")
                 self._tells[key] = rule.newest_weight(one, one) is not None
-            tells = self._tells[key]
-            found += [index for index in indices if not tells or running_mean(self.layers[index]).itemsize < 4]
-        return sorted(found)
+            if not self._tells[key]:
+                found += indices
+        return sorted(set(found))
 
     @torch.no_grad()
     def start(self) -> None:
@@ -223,16 +228,13 @@ class DriftMeter:
         before, after = _moments(host[0]), _moments(host[2])
         tracked, now = host[1], host[3]
         batches = now - tracked
-        weight = np.repeat(self._newest_weight(now, batches), self._widths)
-        batch = tuple(old + (new - old) / weight for old, new in zip(before, after, strict=True))
-        batch = self._with_handed(batch, host[4:])
+        weight, whole = self._newest_weight(torch.stack((now, tracked)), torch.stack((batches, tracked)))
+        weight = np.repeat(weight, self._widths)
+        batch = self._with_handed(before + (after - before) / weight, host[4:])
         ran = (batches > 0).numpy()
-        share = self._share_of_start(before, tracked)
-        channels = self._distance(batch, before)
-        values, settled = (
-            np.where(ran[:, None], summarise_drift(*each, self._widths), np.nan)
-            for each in (channels, self._distance(batch, self._less_start(before, share)))
-        )
+        share = self._share_of_start(before, tracked, whole)
+        values, settled, channels = self._against_both(batch, before, share)
+        values[~ran] = settled[~ran] = np.nan
         settled[self._is_young(tracked, share) & ran] = 0
         # What follows from the buffers is known to their rounding, no better.
         known = (before[1] * 2.0**-20 < weight * self._eps) | np.isnan(weight)
@@ -260,16 +262,14 @@ class DriftMeter:
             return _NONE
         running, counts = _moments(host[0]), host[1]
         nothing = [np.full(width, np.nan) for width in self._widths]
-        batch = tuple(
-            np.concatenate([inputs[index][part] if index in inputs else none for index, none in enumerate(nothing)])
-            for part in (0, 1)
+        batch = np.stack(
+            [
+                np.concatenate([inputs[index][part] if index in inputs else none for index, none in enumerate(nothing)])
+                for part in (0, 1)
+            ]
         )
-        share = self._share_of_start(running, counts)
-        channels = self._distance(batch, running)
-        values, settled = (
-            summarise_drift(*each, self._widths)
-            for each in (channels, self._distance(batch, self._less_start(running, share)))
-        )
+        share = self._share_of_start(running, counts, self._newest_weight(counts, counts))
+        values, settled, channels = self._against_both(batch, running, share)
         steps = counts.numpy()
         young = self._is_young(counts, share) & ((steps > 0) | (steps == 0).all())
         settled = np.where(young[:, None], 0.0, np.where(_is_quick(counts, share)[:, None], settled, values))
@@ -277,9 +277,16 @@ class DriftMeter:
         below_eps = np.where(ran, self._below_eps(batch[1], np.True_), np.nan)
         return Drift(values, settled, ran, self._nonfinite(running), below_eps, (counts < YOUNG).numpy(), *channels)
 
+    def _against_both(self, batch: Array, running: Array, share: Array) -> tuple[Array, Array, tuple[Array, Array]]:
+        """The drift of a batch, (2, S), against the running statistics and against these less their start, (L, 4) each;
+        and by channel that against the running statistics."""
+        both = np.stack((running, self._less_start(running, share)), axis=1)  # (2, 2, S)
+        shift, log_ratio = distance(*batch, *both, self._eps)
+        values, settled = summarise_drift(shift, log_ratio, self._widths)
+        return values, settled, (shift[0], log_ratio[0])
+
     def _below_eps(self, var: Array, known: Mask | np.bool_) -> Array:
-        starts = np.cumsum(self._widths) - self._widths
-        share: Array = np.add.reduceat((var < self._eps) & known, starts, dtype=np.float64) / self._widths
+        share: Array = np.add.reduceat((var < self._eps) & known, self._starts, dtype=np.float64) / self._widths
         return share
 
     def _is_young(self, counts: Tensor, share: Array) -> Mask:
@@ -288,72 +295,72 @@ class DriftMeter:
         young: Mask = self._from_zero_one & (counts.numpy() < YOUNG) & _is_quick(counts, share)
         return young
 
-    def _distance(self, batch: tuple[Array, ...], running: tuple[Array, ...]) -> tuple[Array, Array]:
-        return distance(batch[0], batch[1], running[0], running[1], self._eps)
-
-    def _nonfinite(self, running: tuple[Array, ...]) -> Array:
-        bad = ~(np.isfinite(running[0]) & np.isfinite(running[1]))
-        found: Array = np.add.reduceat(bad, np.cumsum(self._widths) - self._widths, dtype=np.float64)
+    def _nonfinite(self, running: Array) -> Array:
+        found: Array = np.add.reduceat(~np.isfinite(running).all(axis=0), self._starts, dtype=np.float64)
         return found
 
     def _buffers(self) -> list[Tensor]:
         """Running means and then variances of all layers in one flat vector, (2 S,), and the numbers of batches they
         took in, (L,)."""
-        each = [buffers_of(layer) for layer in self.layers]
         mean, var, counts = (
-            [tensor for buffers in each if (tensor := buffers[name]) is not None]
-            for name in ("running_mean", "running_var", "num_batches_tracked")
+            buffer_of_each(self.layers, name) for name in ("running_mean", "running_var", "num_batches_tracked")
         )
         return [joined(mean + var), joined(counts)]
 
-    def _share_of_start(self, running: tuple[Array, Array], counts: Tensor) -> Array:
-        """How much of the running statistics is still the 0/1 that they began with: (L,)."""
+    def _share_of_start(self, running: Array, counts: Tensor, whole: Array) -> Array:
+        """How much of the running statistics is still the 0/1 that they began with: (L,).
+
+        Args:
+            running: (2, S).
+            counts: (L,), batches in them.
+            whole: (L,), how much these weigh, NaN where that is not known.
+        """
         self._look_at_start(running, counts)
-        weight = 1 - self._newest_weight(counts, counts)
+        weight = 1 - whole
         # What does not tell its weights has no start in it, once it has a batch.
         weight = np.where((counts == 0).numpy(), 1.0, np.nan_to_num(weight, nan=0.0))
         return np.where(self._from_zero_one, weight, 0.0)
 
-    def _less_start(self, running: tuple[Array, Array], shares: Array) -> tuple[Array, Array]:
-        """The running statistics as they would be without the share of 0 and 1 that they began with."""
+    def _less_start(self, running: Array, shares: Array) -> Array:
+        """The running statistics as they would be without the share of 0 and 1 that they began with: (2, S)."""
         share = np.repeat(shares, self._widths)
         rest = np.where(share < 1, 1 - share, np.nan)
-        return running[0] / rest, np.maximum((running[1] - share) / rest, 0.0)
+        return np.stack((running[0] / rest, np.maximum((running[1] - share) / rest, 0.0)))
 
-    def _look_at_start(self, running: tuple[Array, Array], counts: Tensor) -> None:
+    def _look_at_start(self, running: Array, counts: Tensor) -> None:
         """Take note of layers that have taken no batch in and hold other statistics than 0/1, as pretrained ones
         may."""
         begins: Mask = (counts == 0).numpy()
         if begins.any():
             other = ((running[0] != 0) | (running[1] != 1)).astype(np.int64)
-            is_other = np.add.reduceat(other, np.cumsum(self._widths) - self._widths) > 0
+            is_other = np.add.reduceat(other, self._starts) > 0
             self._from_zero_one = np.where(begins, ~is_other, self._from_zero_one)
 
     def _newest_weight(self, step: Tensor, batches: Tensor) -> Array:
-        """Weight of the newest batches in each layer's statistics: (L,), NaN where the layer's rule can't tell."""
+        """Weight of the newest batches in each layer's statistics: (..., L), NaN where the layer's rule can't tell."""
         if len(self._rules) == 1:  # as in most models: nothing to pick out
             weight = self._rules[0][0].newest_weight(step, batches)
-            return np.full(len(step), np.nan) if weight is None else weight.double().numpy()
+            return np.full(step.shape, np.nan) if weight is None else weight.double().numpy()
         weights = torch.full(step.shape, torch.nan, dtype=torch.float64)
         for rule, indices in self._rules:
-            weight = rule.newest_weight(step[indices], batches[indices])
+            weight = rule.newest_weight(step[..., indices], batches[..., indices])
             if weight is not None:
-                weights[indices] = weight.double()
+                weights[..., indices] = weight.double()
         return weights.numpy()
 
-    def _with_handed(self, batch: tuple[Array, ...], host: Sequence[Tensor]) -> tuple[Array, ...]:
+    def _with_handed(self, batch: Array, host: Sequence[Tensor]) -> Array:
         """The same with what was handed in, in the places of those layers; a batch that was not finite is left out."""
         if not self._handed:
             return batch
-        ends = np.cumsum(self._widths)
-        known = np.full((len(self._handed), 2, len(batch[0])), np.nan)
+        ends = self._starts + self._widths
+        known = np.full((len(self._handed), *batch.shape), np.nan)
         for number, each in enumerate(self._handed):
             places = np.concatenate([np.arange(ends[index] - self._widths[index], ends[index]) for index in each])
             for part in (0, 1):
                 known[number, part, places] = host[2 * number + part].double().numpy()
         finite = np.isfinite(known[:, 1:])
         mean = np.where(finite, known, 0.0).sum(0) / finite.sum(0)
-        return tuple(np.where(np.isnan(new), old, new) for old, new in zip(batch, mean, strict=True))
+        return np.where(np.isnan(mean), batch, mean)
 
 
 def _is_quick(counts: Tensor, share: Array) -> Mask:
@@ -362,9 +369,9 @@ def _is_quick(counts: Tensor, share: Array) -> Mask:
     return quick
 
 
-def _moments(flat: Tensor) -> tuple[Array, Array]:
-    mean, var = flat.double().numpy().reshape(2, -1)
-    return mean, var
+def _moments(flat: Tensor) -> Array:
+    both: Array = flat.double().numpy().reshape(2, -1)
+    return both
 
 
 def _key(rule: Averaging) -> object:

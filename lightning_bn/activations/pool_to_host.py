@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ RUNS_AWAY = 10.0
 
 # Of its layer's mean: Sokar et al. (2023) call a unit below that dormant, of the mean absolute value.
 DORMANT = 0.025
+
+_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -201,13 +204,10 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     the widest of their dtypes."""
     if not tensors:
         return torch.empty(0)
-    first = tensors[0]
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1:
+    first, dtypes = tensors[0], set(map(_DTYPE, tensors))
+    if len(dtypes) > 1 or len(set(map(_DEVICE, tensors))) > 1:
         dtype = max(dtypes, key=lambda each: each.itemsize)
         tensors = [tensor.detach().to(first.device, dtype) for tensor in tensors]
-    elif any(tensor.device != first.device for tensor in tensors):
-        tensors = [tensor.detach().to(first.device) for tensor in tensors]
     return torch.stack(list(tensors)) if first.dim() == 0 else torch.cat(list(tensors))
 
 
