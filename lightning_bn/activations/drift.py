@@ -25,7 +25,8 @@ from lightning_bn.torch_internals import buffer_of_each
 YOUNG = 50
 DEFAULT_MEMORY = 0.9
 
-_MODULES, _AVERAGING, _MOMENTUM = itemgetter("_modules"), methodcaller("get", "averaging"), attrgetter("momentum")
+_MODULES, _AVERAGING = itemgetter("_modules"), methodcaller("get", "averaging")
+_MOMENTUM, _WIDTH = attrgetter("momentum"), attrgetter("num_features")
 
 
 def distance(mean: Array, var: Array, running_mean: Array, running_var: Array, eps: Array) -> tuple[Array, Array]:
@@ -121,7 +122,7 @@ class DriftMeter:
 
     def is_outgrown(self) -> bool:
         """Whether a layer has another number of channels by now, as after structured pruning."""
-        return any(layer.num_features != width for layer, width in zip(self.layers, self._widths, strict=True))
+        return list(map(_WIDTH, self.layers)) != self._widths.tolist()
 
     def _by_rule(self) -> list[tuple[Averaging, list[int]]]:
         """Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer."""
