@@ -20,6 +20,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
 )
 from lightning_bn.checkpoints.atomic_file import write_atomically
+from lightning_bn.ranks.collective import Ranks
 from lightning_bn.sets.part import SetPart
 
 KINDS = ("best", "last")
@@ -106,17 +107,21 @@ def write_recalibrated_copy(
     Every rank takes part; the first reads and writes.
     """
     checkpoint: dict[str, Any] = {}
-    if trainer.is_global_zero:
-        # The file is this very run's.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    ranks = Ranks(task=f"the recalibrated copy of {path}")
+    with ranks.told():
+        if trainer.is_global_zero:
+            # The file is this very run's.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    ranks.share(None)
     state: dict[str, Tensor] = trainer.strategy.broadcast(checkpoint.get("state_dict", {}))
     with _holding(module, state):
         recalibrate()
         statistics = {key: value.detach().cpu().clone() for key, value in statistics_in(module).items()}
-    if trainer.is_global_zero:
-        checkpoint["state_dict"].update(statistics)
-        write_atomically(checkpoint, _copy_of(path))
-    trainer.strategy.barrier()
+    with ranks.told():
+        if trainer.is_global_zero:
+            checkpoint["state_dict"].update(statistics)
+            write_atomically(checkpoint, _copy_of(path))
+    ranks.share(None)
 
 
 @contextmanager

@@ -23,7 +23,15 @@ from lightning_bn.callbacks.both_lightnings import (
     callbacks_of,
 )
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step, why_no_second_pass
-from lightning_bn.callbacks.observing import boundary_of, check_logged, meet, meeting, not_logged, observing
+from lightning_bn.callbacks.observing import (
+    begin_together,
+    boundary_of,
+    check_logged,
+    meet,
+    meeting,
+    not_logged,
+    observing,
+)
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
@@ -187,12 +195,11 @@ class CompareAverages(Callback):
             return
         self._compares = True
         self._boundary.attempt("", self._check_sight)
-        meet(self._boundary, self._ranks, self._validate, trainer, pl_module)
+        # A rank on which the callback has failed would leave the others waiting in a forward.
+        begin_together(self._boundary, self._ranks, partial(self._validate, trainer, pl_module))
 
     def _validate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate under each average, if the callback works on every rank: one without it would leave the others
-        waiting in a forward."""
-        self._ranks.share(None)
+        """Validate under each average."""
         for name in self.averages:
             with self._following().applied(name):
                 self._pending[name] = validate_once_more(trainer, pl_module)

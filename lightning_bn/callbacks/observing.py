@@ -61,6 +61,17 @@ def meet(boundary: ErrorBoundary, ranks: Ranks, function: Callable[..., object],
         boundary.attempt("", function, *arguments)
 
 
+def begin_together(boundary: ErrorBoundary, ranks: Ranks, function: Callable[[], object]) -> None:
+    """Call `function` within the boundary once all `ranks` have come here; on none, where the observer has failed on
+    one."""
+
+    def begin() -> None:
+        ranks.share(None)
+        function()
+
+    meet(boundary, ranks, begin)
+
+
 def boundary_of(
     observer: str, close: Callable[[], object] | None = None, *, intended: tuple[type[Exception], ...] = ()
 ) -> ErrorBoundary:

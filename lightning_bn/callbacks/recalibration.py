@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.nn import Module
 
 from lightning_bn.callbacks.batch_input import BatchInput
 from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
@@ -22,8 +21,9 @@ from lightning_bn.callbacks.checkpoint_files import (
     write_recalibrated_copy,
 )
 from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
+from lightning_bn.callbacks.learning_layers import LearningLayers
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step, why_no_second_pass
-from lightning_bn.callbacks.observing import boundary_of, check_logged, not_logged, observing
+from lightning_bn.callbacks.observing import begin_together, boundary_of, check_logged, meeting, not_logged, observing
 from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.recalibrated_sets import Sources
 from lightning_bn.callbacks.recalibration_messages import (
@@ -39,7 +39,7 @@ from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.terminal import LastWords
 from lightning_bn.callbacks.training_pass import on_training_device, quiet, validate_once_more
 from lightning_bn.comparison.scores import Scores
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning
+from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration import recalibrate
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.spread import keep_spread
@@ -151,10 +151,9 @@ class BatchNormRecalibration(Callback):
         self._count = 0
         self._last_step: int | None = None
         self._input = self._new_input()
-        self._layers: list[BatchNormLayer] = []
-        self._in_eval: set[Module] = set()
-        self._gone: set[str] = set()
+        self._layers = LearningLayers()
         self._final = False
+        self._ranks: Ranks | None = None
 
     @property
     def state_key(self) -> str:
@@ -162,6 +161,7 @@ class BatchNormRecalibration(Callback):
         return self._generate_state_key(when=self.when)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._ranks = None
         if self.spread:
             keep_spread(pl_module)  # a checkpoint to resume from may hold one
         if stage == "fit":
@@ -171,7 +171,7 @@ class BatchNormRecalibration(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
-        self._final, self._layers, self._in_eval, self._gone = False, [], set(), set()
+        self._final, self._layers = False, LearningLayers()
         self._input, self._weights = self._new_input(), EvaluatedWeights(self._boundary)
         self._moment = self._saved = None
         check_fit(trainer, pl_module, forward=self.forward, monitor=self.monitor)
@@ -184,7 +184,7 @@ class BatchNormRecalibration(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         journal_of(trainer).begin(trainer, pl_module)
-        self._look_again(pl_module)
+        self._layers.look(pl_module)
         if self._sources.are_given:
             for name in self._sources.names:
                 with self._sources.batches(trainer, pl_module, name) as batches:
@@ -203,12 +203,12 @@ class BatchNormRecalibration(Callback):
                 self._input.learn_from(trainer, pl_module, iter([batch]))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._look_again(pl_module)
+        self._layers.look(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._in_eval = in_eval_mode(self._layers)
+        self._layers.note_modes()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._weights.are_known(pl_module):
@@ -220,54 +220,54 @@ class BatchNormRecalibration(Callback):
 
     on_test_start = on_predict_start = on_validation_start
 
+    @meeting
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if self.when == "validation" and due and trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            if self._weights.come_late:
-                self._weights.expect()
-            else:
-                self._act(trainer, pl_module)
+            act = self._weights.expect if self._weights.come_late else partial(self._act, trainer, pl_module)
+            begin_together(self._boundary, self._together(trainer), act)
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *where: Any) -> None:
-        self._begin_batch(trainer, pl_module, *where)
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == dataloader_idx == 0 and self._weights.are_known(pl_module):
+            if trainer.state.fn == TrainerFn.FITTING:
+                # Callbacks that come later, and the module's own hook, may have exchanged the weights since.
+                self._act_on_others(trainer, pl_module)
+            self._weights.look(pl_module)
 
-    def on_test_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *where: Any) -> None:
-        self._begin_batch(trainer, pl_module, *where)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
-    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, *where: Any) -> None:
-        self._begin_batch(trainer, pl_module, *where)
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         self._weights.tell_of_others(trainer, pl_module)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._weights.tell_of_others(trainer, pl_module)
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._weights.tell_of_others(trainer, pl_module)
-
+    @meeting
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.when == "fit_end":
-            self._act(trainer, pl_module)
-            self._final = self.kept
+            begin_together(self._boundary, self._together(trainer), partial(self._act, trainer, pl_module))
 
+    @meeting
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._layers:  # nothing was trained in a fit that was resumed at its end
-            self._layers = find_batch_norms(pl_module)
-            self._in_eval = in_eval_mode(self._layers)
-        with on_training_device(trainer, pl_module):
+        begin_together(self._boundary, self._together(trainer), partial(self._end_fit, trainer, pl_module))
+
+    def _end_fit(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self._layers.found:  # nothing was trained in a fit that was resumed at its end
+            self._layers.look(module)
+        with on_training_device(trainer, module):
             # A fit resumed from a checkpoint with no step left to train ends without on_train_end.
             if self.when == "fit_end" and 0 < trainer.global_step != self._last_step:
-                self._act(trainer, pl_module)
-            self._act_on_others(trainer, pl_module)  # which the module's own on_train_end, that came later, may put in
-            for path in files_of(trainer, self.checkpoints if self._learning else ()):
+                self._act(trainer, module)
+            self._act_on_others(trainer, module)  # which the module's own on_train_end, that came later, may put in
+            for path in files_of(trainer, self.checkpoints if self._layers.names else ()):
                 self._boundary.attempt(
                     f"the recalibrated copy of {path}",
                     write_recalibrated_copy,
                     trainer,
-                    pl_module,
+                    module,
                     path,
-                    lambda: self._recalibrate(trainer, pl_module),
+                    lambda: self._recalibrate(trainer, module),
                 )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -300,29 +300,6 @@ class BatchNormRecalibration(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._count, self._last_step = state_dict["count"], state_dict["last_step"]
 
-    def _look_again(self, module: LightningModule) -> None:
-        """Find the layers as they are now; how they train is read off when a batch has been trained."""
-        self._take_in_new_layers(module)
-        self._in_eval = in_eval_mode(self._layers)
-
-    def _take_in_new_layers(self, module: LightningModule) -> None:
-        """Let layers that came since the layers were last looked at be recalibrated too, unless they are frozen."""
-        now = find_batch_norms(module)
-        self._gone |= self._learning - {layer.name for layer in now}
-        self._layers = now
-
-    @property
-    def _learning(self) -> set[str]:
-        """The names of the layers to recalibrate."""
-        return {layer.name for layer in learning(self._layers, self._in_eval)}
-
-    def _begin_batch(self, trainer: Trainer, module: LightningModule, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if batch_idx == dataloader_idx == 0 and self._weights.are_known(module):
-            if trainer.state.fn == TrainerFn.FITTING:
-                # Callbacks that come later, and the module's own hook, may have exchanged the weights since.
-                self._act_on_others(trainer, module)
-            self._weights.look(module)
-
     def _act_on_others(self, trainer: Trainer, module: LightningModule) -> None:
         """Act again where the weights are others than those that were acted on."""
         if self._weights.are_others(trainer, module):
@@ -330,17 +307,19 @@ class BatchNormRecalibration(Callback):
             self._weights.come_late = True
 
     def _act(self, trainer: Trainer, module: LightningModule) -> None:
-        self._take_in_new_layers(module)
-        if not self._learning:
+        with self._together(trainer).told():
+            self._layers.take_in(module)
+        if not self._layers.names:
             rank_zero_warn(
-                f"BatchNormRecalibration: {why_none_learns(self._layers)}, so their statistics were left as they are."
+                f"BatchNormRecalibration: {why_none_learns(self._layers.found)}, so their statistics were left as they "
+                "are."
             )
             return
         before = self._validate(trainer, module)
         if self._boundary.closed:
             return
         report = self._recalibrate(trainer, module)
-        self.report = replace(report, gone=tuple(sorted(self._gone)))
+        self.report = replace(report, gone=tuple(sorted(self._layers.gone)))
         try:
             after = self._validate(trainer, module)
             self.kept = before is None or after is None or self._scores.better(after, before)
@@ -353,6 +332,7 @@ class BatchNormRecalibration(Callback):
             rank_zero_warn(missing)
         self._weights.remember(module)
         self._moment = time.time()
+        self._final = self.kept and self.when == "fit_end"
         self._count, self._last_step = self._count + 1, trainer.global_step
         outcome = {"metric": self.monitor, "before": before, "after": after, "kept": self.kept}
         self._boundary.attempt("its entries in the loggers", log_report, trainer, self.report, outcome)
@@ -364,7 +344,7 @@ class BatchNormRecalibration(Callback):
             "forward": partial(self._input.run, trainer),
             "num_batches": self.num_batches,
             "device": module.device,
-            "process_group": self.process_group or data_parallel_group(trainer),
+            "process_group": self._together(trainer).group,
         }
 
         def run(batches: Iterator[Any], layers: list[str]) -> RecalibrationReport:
@@ -378,12 +358,20 @@ class BatchNormRecalibration(Callback):
                 **given,
             )
 
-        report = self._sources.recalibrated(trainer, module, learning(self._layers, self._in_eval), run)
-        return self._sources.measured(trainer, module, report, partial(with_spread, **given)) if self.spread else report
+        with self._together(trainer).told():
+            report = self._sources.recalibrated(trainer, module, self._layers.learning, run)
+            if self.spread:
+                report = self._sources.measured(trainer, module, report, partial(with_spread, **given))
+        return report
+
+    def _together(self, trainer: Trainer) -> Ranks:
+        if self._ranks is None:
+            self._ranks = Ranks(self.process_group or data_parallel_group(trainer), task="BatchNormRecalibration")
+        return self._ranks
 
     def __getstate__(self) -> dict[str, Any]:
         # What the fit has found out about its module is of no use elsewhere, and functions can't be pickled.
-        return {**vars(self), "_input": None, "_layers": [], "_in_eval": set()}
+        return {**vars(self), "_input": None, "_layers": LearningLayers(), "_ranks": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_TOLD = "_lightning_bn_told"
+"""On an error that ranks have told each other, in a task within another: in the outer one nobody waits to hear it."""
+
 Group = Any  # torch's ProcessGroup, which a torch built without distributed does not have; None is the default group
 
 
@@ -114,9 +117,11 @@ class Ranks:
     def fail(self, error: BaseException) -> None:
         """Take this rank's turn in the next `share`, so that the others learn of the failure and do not wait; nothing
         if they know already."""
-        if self.are_several and not self.parted and not isinstance(error, RankError):
+        if self.are_several and not self.parted:
             self.parted = True
-            self._gather((None, f"{type(error).__name__}: {error}"))
+            if not isinstance(error, RankError) and not hasattr(error, _TOLD):
+                self._gather((None, f"{type(error).__name__}: {error}"))
+                setattr(error, _TOLD, True)
 
     @contextmanager
     def told(self) -> Iterator[None]:
