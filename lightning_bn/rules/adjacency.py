@@ -99,10 +99,14 @@ class Adjacency:
         model: whose parameters and dropouts are named.
         layers: its batch-norm layers.
         boundary: stands around every hook.
+
+    Attributes:
+        tracing: whether the batch is still to come.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer], boundary: ErrorBoundary = UNBOUNDED) -> None:
         self._boundary = boundary
+        self.tracing = True
         self._parameters: dict[Tensor, str] = {
             parameter: user_name(name) for name, parameter in model.named_parameters()
         }
@@ -123,6 +127,7 @@ class Adjacency:
 
     def close(self) -> None:
         """Remove the hooks, and let go of the graph."""
+        self.tracing = False
         for handle in self._handles:
             handle.remove()
         self._handles, self._candidates, self._dropped = [], {}, []

@@ -27,6 +27,7 @@ from lightning_bn.rules.order import BatchOrder, SortedBatches
 from lightning_bn.rules.register import Moment, Register
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Return, Seen
 from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart
+from lightning_bn.rules.unseen_layers import UnseenLayers
 
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
 _LIKE_ONE_OF = 8
@@ -75,25 +76,29 @@ class Inspection:
         self._away: Modes | None = None
         self._interrupted = False
         self._evaluating = False  # whether the first batch of an evaluation has begun
-        self._counted: tuple[int, StatisticsSnapshot] = (0, StatisticsSnapshot(()))
         self._last_check = "nothing was known of them before"
         self._fit = FitTest(self.observer, boundary)
+        self._unseen = UnseenLayers(self.observer)
         self._copies = Copies(self.observer)
         self._boundaries = Boundaries(self.observer.layers)
         self._order = BatchOrder()
         self._last: BatchRecord | None = None
-        self._counts_before: dict[int, int] = {}
         self._adjacency: Adjacency | None = None
         self._uses: Mapping[str, int] = {}
-        self.tracing = False
-        """Whether `trace` is still to be told what the first training batch computed."""
 
     def attach(self, entries: Iterable[nn.Module]) -> None:
         """Set the hooks; `entries` are the modules that a training step calls."""
-        self.observer.attach(entries)
-        self._counted = (self._fit.batches, StatisticsSnapshot(self.observer.layers))
+        self._watch(entries)
         self._adjacency = Adjacency(self.model, self.observer.layers, self._boundary)
-        self.tracing = True
+
+    def _watch(self, entries: Iterable[nn.Module]) -> None:
+        self.observer.attach(entries)
+        self._unseen.begin(self._fit.batches)
+
+    @property
+    def tracing(self) -> bool:
+        """Whether `trace` is still to be told what the first training batch computed."""
+        return self._adjacency is not None and self._adjacency.tracing
 
     def renew(self, entries: Callable[[], Iterable[nn.Module]]) -> bool:
         """Observe the modules that the model has now; returns whether any came, went or was replaced since they were
@@ -111,25 +116,23 @@ class Inspection:
         places = {index: now[layer.module] for index, layer in enumerate(old.layers) if layer.module in now}
         self._ran.follow(places)
         self.observer.seen = {places[index] for index in old.seen if index in places}
-        self._judged, self._away, self._after, self._counts_before = {}, None, None, {}
+        self._judged, self._away, self._after = {}, None, None
         # These know the layers by their places.
         self._copies, self._boundaries = Copies(self.observer), Boundaries(self.observer.layers)
         self._fit.close()
         self._fit, self._last = FitTest(self.observer, self._boundary), None
-        tracing, probe = self.tracing, self._adjacency
-        if probe is not None:
-            probe.close()
-        self.attach(entries())
-        if not tracing:
-            self._stop_tracing()
-            self._adjacency = probe
+        self._unseen = UnseenLayers(self.observer)
+        if self._adjacency is not None and self._adjacency.tracing:
+            self._adjacency.close()
+            self.attach(entries())
+        else:
+            self._watch(entries())
         self.configuration()
         return True
 
     def close(self) -> None:
         """Remove every hook."""
         self.observer.close()
-        self.tracing = False
         self._boundaries.forget()
         self._fit.close()
         if self._adjacency is not None:
@@ -204,8 +207,10 @@ class Inspection:
         self._copies.compare()
         self._judge(after if self.modes_from == "end" else opened, opened, after)
         self._boundaries.leave()
-        if self.tracing and any(forward.training for forward in self.observer.forwards):
-            self._end_tracing()
+        if self._adjacency is not None and self.tracing and any(each.training for each in self.observer.forwards):
+            biases = self._adjacency.dead_biases()
+            self._adjacency.close()  # what was measured of dropouts stays on the device until the next check
+            self._tell(rule := BiasBeforeBatchNorm(), partial(rule.seen, biases))
 
     @property
     def modes(self) -> Modes:
@@ -215,7 +220,7 @@ class Inspection:
     def trace(self, outputs: Any, *, loss: bool = False) -> None:
         """Look through the autograd graph behind `outputs`, a `loss` or what the model returned; only of the first
         training batch."""
-        if self.tracing and self._adjacency is not None:
+        if self._adjacency is not None and self.tracing:
             self._adjacency.trace(outputs, loss=loss)
             self._uses = self._adjacency.uses
 
@@ -232,7 +237,7 @@ class Inspection:
             self._compare_ranks()
         self._judged.pop(stage, None)
         # Its hooks say nothing: what it wrote shows in a comparison alone.
-        self._counts_before = StatisticsSnapshot(self.observer.layers).counts() if self._unseen() else {}
+        self._unseen.begin_evaluation()
         self.observer.watch_closely()
         self.observer.begin()
 
@@ -242,8 +247,7 @@ class Inspection:
         self.index = -1
         self._judge()
         reading = StatisticsSnapshot(self.observer.layers)
-        now = reading.counts() if self._counts_before else {}
-        counted = [index for index in self._unseen() if now.get(index, 0) > self._counts_before.get(index, 0)]
+        counted = self._unseen.counted_in_evaluation(reading)
         sanity = self.stage == "sanity_check"
         values = reading.values() if self._ran.evaluated and not sanity else None
         evaluation = Evaluation(
@@ -431,34 +435,12 @@ class Inspection:
         batch.largest, batch.uses = self._ran.largest, self._uses
         return batch
 
-    def _unseen(self) -> set[int]:
-        return {
-            index
-            for index, layer in enumerate(self.observer.layers)
-            if layer.tracks and index not in self.observer.seen
-        }
-
     def _count(self, reading: StatisticsSnapshot) -> None:
         """Ask the rules about layers whose count of batches rose and whose forwards were never seen."""
-        unseen = self._unseen()
-        if self.trained and unseen:
-            (batches, earlier), batch = self._counted, self._batch()
-            self._counted = (self._fit.batches, reading)
-            before, now = earlier.counts(), reading.counts()
-            moved = {index: rise for index in unseen if index in before and (rise := now[index] - before[index]) > 0}
-            self._ask(lambda rule: rule.counts(batch, moved, self._fit.batches - batches))
-
-    def _end_tracing(self) -> None:
-        if self._adjacency is not None:
-            biases = self._adjacency.dead_biases()
-            self._tell(rule := BiasBeforeBatchNorm(), partial(rule.seen, biases))
-        self._stop_tracing()
-
-    def _stop_tracing(self) -> None:
-        # What was measured of dropouts stays on the device until the next check.
-        if self._adjacency is not None:
-            self._adjacency.close()
-        self.tracing = False
+        if self.trained and self._unseen.places:
+            batch = self._batch()
+            moved, batches = self._unseen.counted(reading, self._fit.batches)
+            self._ask(lambda rule: rule.counts(batch, moved, batches))
 
     def _ask(self, question: Callable[[Rule], Iterable[Seen]]) -> None:
         for rule in RULES.values():
