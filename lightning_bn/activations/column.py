@@ -37,6 +37,15 @@ class Scale:
         return np.log10(np.where(values == 0, floor, values))
 
 
+# Pale is healthy and dark is sick; where both sides are sick, pale lies in the middle.
+FRACTION = Scale(0, 1, "OrRd", "share, 0 to 1")
+# One is half way up from none, so that a single NaN is seen.
+COUNT = Scale(-6, 6, "OrRd", "NaN and infinite values", log=True, count=True)
+CHANNELS = Scale(-3, 3, "OrRd", "channels", log=True, count=True)
+
+LOWER_RATE = "Lower the learning rate, warm it up, or clip gradients"
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of the table: what it is measured of, how, and for which rows."""
