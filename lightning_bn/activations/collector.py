@@ -3,10 +3,10 @@ together."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import ref
 
 import torch
@@ -18,9 +18,10 @@ from lightning_bn.activations.drift import Drift, DriftMeter
 from lightning_bn.activations.host_to_sample import AFFINE, HostMeasurements, SampleBuilder, affine_of
 from lightning_bn.activations.moments_to_pool import Key, Pool, merge
 from lightning_bn.activations.pool_to_host import Array, joined, silent_numbers, to_host
-from lightning_bn.activations.readings import Readings
+from lightning_bn.activations.readings import Readings, float_tensors
 from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.watched_layers import fusible_layers
+from lightning_bn.activations.weight_updates import WeightUpdates
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.modes import eager, is_extra_pass
@@ -30,6 +31,7 @@ from lightning_bn.sharding import full_value
 from lightning_bn.torch_internals import in_backward, unseen_by_modes
 
 _PLAIN = {Tensor, nn.Parameter}
+_Summand: TypeAlias = tuple[str, Key]
 
 _FUSED = (
     "in eval mode torch may run it as one kernel, which watching it, or functions that are not modules, would prevent"
@@ -52,8 +54,9 @@ class LayerCollector:
         training: whether drift is that of training batches, from the buffers, or that of the inputs that an evaluation
             sees.
         activations: whether to place hooks at all. False: drift and affine parameters only.
-        gradients: whether to look at the gradients at the layers' outputs too.
+        gradients: whether to look at the gradients at the layers' outputs too, and at those of their parameters.
         histograms: names of the layers to count into buckets.
+        ranked: names of the layers whose effective rank is measured; None: all rows.
         channel_dim: which dimension holds the channels, but a batch norm's, whose channels are in dimension 1; None: as
             the layers around it tell.
         functions: whether to look at functions that are not modules too, and at residual sums.
@@ -71,6 +74,7 @@ class LayerCollector:
         activations: bool = True,
         gradients: bool = False,
         histograms: Collection[str] = (),
+        ranked: Collection[str] | None = (),
         channel_dim: int | None = None,
         functions: bool = False,
         step_is_forward: bool = False,
@@ -84,7 +88,8 @@ class LayerCollector:
         self._training = training
         self._activations = activations
         self._gradients = gradients
-        self._readings = Readings(model, self.layers, histograms, channel_dim)
+        self._readings = Readings(model, self.layers, histograms, ranked, channel_dim)
+        self._updates = WeightUpdates(model, None if functions else self.layers)
         self._functions = functions
         self._fusible = fusible_layers(model)
         self._spared: set[nn.Module] = set()  # of these, what has no hooks now
@@ -173,6 +178,13 @@ class LayerCollector:
         self._sets.rest()
         self._is_given = False
 
+    def before_step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take the gradients of parameters in, which an optimizer is about to move; before they are clipped."""
+        if self._gradients and self._is_attached:
+            self._updates.before_step(parameters)
+            if self._updates.is_spread:
+                self._readings.left_out.setdefault("gradients of parameters", "spread over ranks")
+
     def detach(self) -> None:
         """Remove the hooks."""
         self.pause()
@@ -211,9 +223,10 @@ class LayerCollector:
             measured = self.measure()
             host = to_host(measured)
             pool = None if self._readings.pool is None else self._readings.pool.on(*host[:2])
-            counts = self._readings.counts
-            histograms, start = dict(zip(counts, host[2:], strict=False)), 2 + len(counts)
-            weights, biases, statistics = host[start], host[start + 1], host[start + 2 :]
+            names = self._readings.sums
+            sums, start = dict(zip(names, host[2:], strict=False)), 2 + len(names)
+            weights, biases, norms, statistics = *host[start : start + 3], host[start + 3 :]
+            updates = self._updates.of_layers(norms)
             own = (
                 self._meter.evaluate(statistics)
                 if self._meter is not None and self._training and self._is_open
@@ -221,12 +234,12 @@ class LayerCollector:
             )
         # As objects, since a layer may have run on one rank alone.
         ranks = self._ranks.share(
-            (pool, histograms, dict(self._order), self._outputs, self._images, (weights, biases, own, statistics))
+            (pool, sums, dict(self._order), self._outputs, self._images, (weights, biases, updates, own, statistics))
         )
         pools = [each for each, *_ in ranks if each is not None]
         merged = merge(pools) if pools else None
         # Each rank's layers see their own batches; the buffers of the first are the ones that are broadcast and saved.
-        weights, biases, drift, statistics = ranks[0][-1]
+        weights, biases, updates, drift, statistics = ranks[0][-1]
         found = HostMeasurements(
             merged,
             {place: name for _, _, order, *_ in ranks for place, name in order.items()},
@@ -236,6 +249,7 @@ class LayerCollector:
             biases,
             drift if self._training else self._drift_of_evaluation(merged, statistics),
             _summed(found for _, found, *_ in ranks),
+            updates,
         )
         sample = self._builder.build(found, None if reference is None else reference._builder)
         self._readings.clear()
@@ -261,7 +275,7 @@ class LayerCollector:
             statistics = self._meter.readout() if self._training else self._meter.statistics()
         pool = self._readings.pool
         pooled = [torch.empty(4, 0), torch.empty(3, 0)] if pool is None else [pool.channels, pool.layers]
-        return [*pooled, *self._readings.counts.values(), *affine, *statistics]
+        return [*pooled, *self._readings.sums.values(), *affine, self._updates.measure(), *statistics]
 
     def _hand_in(self) -> None:
         """Tell the drift meter what the layers were given whose buffers don't tell."""
@@ -297,7 +311,7 @@ class LayerCollector:
             self._see_output(name, args, kwargs, output)
 
     def _see_output(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        tensor = next(_tensors(output), None)
+        tensor = next(float_tensors(output), None)
         if tensor is None:
             self._leave_out_if_unreadable(name, output)
             return
@@ -310,7 +324,11 @@ class LayerCollector:
             return
         self._called.add(name)
         self._see_activation(name, place, tensor)
-        if name in self._observed and other_set is None and (given := next(_tensors((args, kwargs)), None)) is not None:
+        if (
+            name in self._observed
+            and other_set is None
+            and (given := next(float_tensors((args, kwargs)), None)) is not None
+        ):
             self._readings.take("input", name, CallSite(name, 1), given)
 
     def _see_activation(self, name: str, place: CallSite, tensor: Tensor) -> None:
@@ -337,7 +355,7 @@ class LayerCollector:
         """Take in what the model is given, the first tensor of a batch."""
         if self._is_given or not self._is_looking:
             return
-        given = next(_tensors((args, kwargs), with_bytes=True), None)
+        given = next(float_tensors((args, kwargs), with_bytes=True), None)
         if given is None:
             return
         self._is_given = True
@@ -352,7 +370,7 @@ class LayerCollector:
     def _see_result(self, result: Any) -> None:
         """Take note of whether the activation that came last is what the model returns."""
         for place, activation in self._newest:
-            if any(tensor is activation() for tensor in _tensors(result)):
+            if any(tensor is activation() for tensor in float_tensors(result)):
                 self._outputs |= {place}
 
     def _leave_out_if_unreadable(self, name: str, output: Any) -> None:
@@ -363,24 +381,12 @@ class LayerCollector:
             self._readings.left_out.setdefault(name, str(output.dtype).removeprefix("torch."))
 
 
-def _summed(counts: Iterable[dict[Key, Tensor]]) -> dict[Key, Tensor]:
-    together: dict[Key, Tensor] = {}
+def _summed(counts: Iterable[dict[_Summand, Tensor]]) -> dict[_Summand, Tensor]:
+    together: dict[_Summand, Tensor] = {}
     for found in counts:
         for key, values in found.items():
             together[key] = together[key] + values if key in together else values
     return together
-
-
-def _tensors(output: Any, *, with_bytes: bool = False) -> Iterator[Tensor]:
-    """The floating-point tensors in a module's arguments or output, in order; with bytes, as images have them, too."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point() or (with_bytes and output.dtype == torch.uint8):
-            yield output
-    elif isinstance(output, (tuple, list)):
-        for part in output:
-            yield from _tensors(part, with_bytes=with_bytes)
-    elif isinstance(output, Mapping):
-        yield from _tensors(tuple(output.values()), with_bytes=with_bytes)
 
 
 def _whole(parameter: Tensor, width: int) -> Tensor:

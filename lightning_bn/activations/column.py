@@ -11,7 +11,7 @@ import numpy as np
 from lightning_bn.activations.pool_to_host import Array, Mask
 from lightning_bn.grids import Limits
 
-Source = Literal["activation", "gradient", "norm", "given"]
+Source = Literal["activation", "gradient", "norm", "weight", "given"]
 Family = Literal["numbers", "scale", "silence", "channel", "saturation", "drift", "affine", "gradient", "input"]
 
 
@@ -53,8 +53,8 @@ class Column:
     name: str
     of: Source
     value: Callable[[Any], Array]
-    """Of `Channels`, `Norms` or, for what the model is given, `Channels.compared`: a value a row, NaN where there is
-    none."""
+    """Of `Channels`, `Norms` or, for what the model is given and for weights, an array: a value a row, NaN where there
+    is none."""
     applies: Callable[[Any], Mask] | None = None
     """Likewise, which rows have the statistic; None: all."""
 

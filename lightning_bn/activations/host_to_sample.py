@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.activations.call_sites import CallSite
 from lightning_bn.activations.column import Statistic
 from lightning_bn.activations.drift import Drift, distance, summarise_drift
+from lightning_bn.activations.effective_rank import effective_rank
 from lightning_bn.activations.moments_to_pool import Key, Pool
 from lightning_bn.activations.pool_to_host import (
     Array,
@@ -59,7 +60,8 @@ class HostMeasurements:
     weights: Tensor  # of all batch norms that have one, one after the other
     biases: Tensor
     drift: Drift | None  # of the batch norms that keep running statistics
-    histograms: Mapping[Key, Tensor]
+    sums: Mapping[tuple[str, Key], Tensor]  # histograms, and products of channels
+    updates: Mapping[str, Array]  # by layer, norm of the gradient and ratio of the step's norm to the weights'
 
 
 class SampleBuilder:
@@ -93,7 +95,7 @@ class SampleBuilder:
             reference: whose inputs, those of training, an evaluation's are compared with.
         """
         keys = () if found.pool is None else found.pool.keys
-        if not keys and not self._norms:
+        if not keys and not self._norms and not found.updates:
             return Sample()
         layout = self._layout(found, keys)
         values = np.full((len(layout.labels), len(COLUMNS)), np.nan)
@@ -103,7 +105,7 @@ class SampleBuilder:
         if norms is not None:
             _fill(values, states, "norm", norms, layout.norms)
         if (pool := _part(found.pool, "activation", "given")) is not None:
-            activations = Channels.of(pool, layout.flags, self.history.update)
+            activations = Channels.of(pool, layout.flags, self.history.update, _ranks(found, pool))
             _fill(values, states, "activation", activations, layout.activations)
             labels = [layout.labels[row] for row in layout.activations]
             channels = _by_row(labels, activations.widths, activations.channel_mean, activations.channel_std)
@@ -112,20 +114,30 @@ class SampleBuilder:
             nothing = np.zeros(len(pool.keys), dtype=bool)
             flags = Flags(*[nothing] * 6)
             _fill(values, states, "gradient", Channels.of(pool, flags), layout.gradients)
+        if found.updates:
+            _fill(values, states, "weight", np.stack(list(found.updates.values())), layout.weights)
         if norms is not None:
             self._mark_warm_up(values, states, norms, layout)
         if found.pool is not None and self._training:
             self._mark_beginning(values, states, found.pool, layout)
         rows = dict(zip(layout.keys, layout.labels, strict=True))
-        histograms = {rows[key]: counts for key, counts in found.histograms.items()}
+        histograms = {rows[key]: counts for (kind, key), counts in found.sums.items() if kind == "histogram"}
         drift = self._drift_by_row(found.drift, layout)
         return Sample(layout.labels, layout.modules, values, states, channels, drift, histograms)
 
     def _layout(self, found: HostMeasurements, keys: tuple[Key, ...]) -> RowLayout:
         # Hardly ever another from sample to sample.
-        what = (keys, tuple(found.order), found.outputs, found.images)
+        what = (keys, tuple(found.order), found.outputs, found.images, tuple(found.updates))
         if what not in self._layouts:
-            layout = lay_out(self._names, found.order, keys, self._layers, outputs=found.outputs, images=found.images)
+            layout = lay_out(
+                self._names,
+                found.order,
+                keys,
+                self._layers,
+                outputs=found.outputs,
+                images=found.images,
+                weighted=list(found.updates),
+            )
             self._layouts = {what: layout}
         return self._layouts[what]
 
@@ -223,6 +235,12 @@ def _fill(values: Array, states: States, source: str, found: object, rows: Indic
             judged = entry.judged(found) if isinstance(entry, Statistic) and entry.judged is not None else True
             values[rows, column] = np.where(applies, numbers, np.nan)
             states[rows, column] = np.where(applies, np.where(judged, KNOWN, SHOWN), ABSENT)
+
+
+def _ranks(found: HostMeasurements, pool: Pool) -> Array | None:
+    """The effective rank of each row of a pool, None where it was measured of none."""
+    grams = {key: products for (kind, key), products in found.sums.items() if kind == "gram"}
+    return np.array([effective_rank(grams[k]) if k in grams else np.nan for k in pool.keys]) if grams else None
 
 
 def _part(pool: Pool | None, *kinds: str) -> Pool | None:

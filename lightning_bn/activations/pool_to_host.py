@@ -66,9 +66,16 @@ class Channels:
     flags: Flags
     dead: Mask  # (S,): has been zero for so long that it won't fire again
     lone: Mask  # (S,): dead, which chance does not explain for a channel by itself
+    rank: Array  # (K,), effective rank, NaN where it was not measured
 
     @classmethod
-    def of(cls, pool: Pool, flags: Flags, dead_of: Callable[[Pool, Mask], tuple[Mask, Mask]] | None = None) -> Channels:
+    def of(
+        cls,
+        pool: Pool,
+        flags: Flags,
+        dead_of: Callable[[Pool, Mask], tuple[Mask, Mask]] | None = None,
+        rank: Array | None = None,
+    ) -> Channels:
         """Return what a pool on the host holds.
 
         Args:
@@ -76,6 +83,7 @@ class Channels:
             flags: of its rows.
             dead_of: tells, given which channels are silent in this sample, which are dead, and which of these count by
                 themselves; None: the silent ones, and none.
+            rank: effective rank of each row, None where none was measured.
         """
         widths = np.array([key.width for key in pool.keys], dtype=np.int64)
         positions = np.array(pool.seen, dtype=np.float64)
@@ -83,7 +91,8 @@ class Channels:
         low, high, saturated = pool.layers.double().numpy()
         silent = zeros == positions.repeat(widths)
         dead, lone = (silent, np.zeros_like(silent)) if dead_of is None else dead_of(pool, silent)
-        return cls(widths, positions, count, mean, m2, zeros, low, high, saturated, flags, dead, lone)
+        rank = np.full(len(widths), np.nan) if rank is None else rank
+        return cls(widths, positions, count, mean, m2, zeros, low, high, saturated, flags, dead, lone, rank)
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
@@ -142,6 +151,15 @@ class Channels:
         known = self.total(~np.isnan(self.channel_rms)).astype(np.int64)
         median = np.where(known > 0, ordered[self.starts + np.maximum(known - 1, 0) // 2], np.nan)
         return self.largest(self.channel_rms) / np.where(median > 0, median, np.nan)
+
+    @cached_property
+    def kurtosis(self) -> Array:
+        """Of the channels' root mean squares s, ``mean(s**4) / mean(s**2)**2``: 1 where all are alike, the number of
+        channels where one alone is not 0 (He et al. 2024): (K,)."""
+        squares = np.square(self.channel_rms)
+        known = self.total(~np.isnan(squares))
+        squares = np.nan_to_num(squares)
+        return known * self.total(np.square(squares)) / np.square(self.total(squares))
 
     @cached_property
     def dormant(self) -> Mask:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_bn.activations.call_sites import CallSite
 from lightning_bn.activations.channel_axis import ChannelAxis
+from lightning_bn.activations.effective_rank import gram
 from lightning_bn.activations.metric import by_channel
 from lightning_bn.activations.moments_to_pool import Key, Pool, flatten, merge
 from lightning_bn.activations.sample_rows import bounds_of_row, is_function
@@ -31,14 +33,21 @@ class Readings:
         model: which holds the layers.
         layers: by name.
         histograms: names of the layers to count into buckets.
+        ranked: names of those whose effective rank is measured; None: all rows.
         channel_dim: which dimension holds the channels, None: as the layers around tell.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], histograms: Collection[str], channel_dim: int | None
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        histograms: Collection[str],
+        ranked: Collection[str] | None,
+        channel_dim: int | None,
     ) -> None:
         self._layers = layers
         self._histograms = frozenset(histograms)
+        self._ranked = None if ranked is None else frozenset(ranked)
         self._axis = ChannelAxis(model, channel_dim)
         # A model that is wholly on the meta device is measured there, to count what that launches.
         held = [*model.parameters(), *model.buffers()]
@@ -54,7 +63,7 @@ class Readings:
         self._readings: list[tuple[Key, TensorMoments]] = []
         self._waiting = 0  # channels in them
         self.pool: Pool | None = None  # of the readings before these
-        self.counts: dict[Key, Tensor] = {}  # in the buckets of a histogram
+        self.sums: dict[tuple[str, Key], Tensor] = {}  # "histogram": in buckets; "gram": products of channels
 
     def put_together(self) -> None:
         """Make one pool of all that was read since the last time."""
@@ -99,9 +108,14 @@ class Readings:
         self._readings.append((key, read(data, zeros=zeros, bounds=bounds)))
         self._waiting += key.width
         if is_activation and name in self._histograms:
-            counts = bucket_counts(data)
-            self.counts[key] = self.counts[key] + counts if key in self.counts else counts
+            self._add("histogram", key, bucket_counts(data))
+        if is_activation and (self._ranked is None or name in self._ranked):
+            self._add("gram", key, gram(data))
         return True
+
+    def _add(self, kind: str, key: Key, values: Tensor) -> None:
+        known = self.sums.get((kind, key))
+        self.sums[kind, key] = values if known is None else known + values
 
     def _unreadable(self, tensor: Tensor) -> str | None:
         """Why no kernel can read a tensor; None: it can."""
@@ -127,3 +141,15 @@ class Readings:
                 stacklevel=2,
             )
         return len(widths) >= MAX_WIDTHS
+
+
+def float_tensors(output: Any, *, with_bytes: bool = False) -> Iterator[Tensor]:
+    """The floating-point tensors in a module's arguments or output, in order; with bytes, as images have them, too."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() or (with_bytes and output.dtype == torch.uint8):
+            yield output
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from float_tensors(part, with_bytes=with_bytes)
+    elif isinstance(output, Mapping):
+        yield from float_tensors(tuple(output.values()), with_bytes=with_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -133,4 +134,6 @@ def _cells(each: Episode) -> tuple[str, ...]:
 
 
 def _limits(statistic: Statistic) -> str:
+    if not math.isfinite(statistic.high):
+        return "none"
     return f"{statistic.low:g} to {statistic.high:g}" if statistic.low else f"up to {statistic.high:g}"

@@ -28,6 +28,7 @@ class RowLayout:
     activations: Indices  # of each activation, and of what the model is given
     gradients: Indices  # of each gradient
     norms: Indices  # of each batch norm, its first row
+    weights: Indices  # of each layer whose weights took a step, likewise
     follows: Indices  # of each batch norm, the row after it or of its own activation, or its own where it is the last
     flags: Flags  # of the activations
     keys: tuple[Key, ...]  # of the rows; of a batch norm that did not run, one of width 0
@@ -56,6 +57,7 @@ def lay_out(
     *,
     outputs: Collection[CallSite],
     images: Collection[Key],
+    weighted: Sequence[str] = (),
 ) -> RowLayout:
     """Return the layout of what was measured.
 
@@ -66,6 +68,7 @@ def lay_out(
         layers: by name.
         outputs: places whose activation is what the model returns.
         images: inputs of which each channel has several values a sample.
+        weighted: layers whose weights took a step, in registration order.
     """
     by_place: dict[CallSite, list[Key]] = {place: [] for place in order}
     for key in keys:
@@ -76,6 +79,7 @@ def lay_out(
     for name in norms:
         if name not in modules:
             by_place[CallSite(name, 1)] = []
+    by_place = _with_weighted(by_place, order, weighted)
     calls: dict[str, int] = {}
     for place in by_place:
         calls[place.name] = max(calls.get(place.name, 0), place.call)
@@ -95,6 +99,7 @@ def lay_out(
         np.array([row_of[key] for key in measured], dtype=np.int64),
         np.array([row_of[key._replace(what="activation")] for key in keys if key.what == "gradient"], dtype=np.int64),
         own_rows,
+        np.array([first_row[name] for name in weighted], dtype=np.int64),
         np.array(
             [_row_after(name, row, module_of) for name, row in zip(norms, own_rows.tolist(), strict=True)],
             dtype=np.int64,
@@ -102,6 +107,27 @@ def lay_out(
         _flags(rows, [row_of[key] for key in measured], module_of, layers, outputs, images),
         tuple(rows),
     )
+
+
+def _with_weighted(
+    by_place: dict[CallSite, list[Key]], order: Mapping[CallSite, str], weighted: Sequence[str]
+) -> dict[CallSite, list[Key]]:
+    """Put each layer that has weights and no row before the next one that has both."""
+    modules = {order.get(place, place.path) for place in by_place}
+    before: dict[str, list[str]] = {}  # by name of the next layer, "" where none follows
+    anchor = ""
+    for name in reversed(weighted):
+        if name in modules:
+            anchor = name
+        else:
+            before.setdefault(anchor, []).insert(0, name)
+    if not before:
+        return by_place
+    found: dict[CallSite, list[Key]] = {}
+    for place, keys in by_place.items():
+        found |= {CallSite(name, 1): [] for name in before.pop(order.get(place, place.path), [])}
+        found[place] = keys
+    return found | {CallSite(name, 1): [] for name in before.get("", [])}
 
 
 def _row_after(name: str, row: int, modules: Sequence[str]) -> int:
@@ -121,10 +147,11 @@ def _flags(
     images: Collection[Key],
 ) -> Flags:
     def each(values: Sequence[bool]) -> NDArray[np.bool_]:
-        return np.array([values[row] for row in places], dtype=bool)
+        return np.array(values, dtype=bool)
 
+    rows = [rows[place] for place in places]
     is_input = [key.what == "given" for key in rows]
-    named = list(zip(module_of, is_input, strict=True))
+    named = list(zip([module_of[place] for place in places], is_input, strict=True))
     return Flags(
         is_function=each([not given and is_function(name, layers) for name, given in named]),
         is_bounded=each([not given and bounds_of_row(name, layers) is not None for name, given in named]),

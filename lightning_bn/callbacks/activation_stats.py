@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_bn.activations.call_sites import interval_at
 from lightning_bn.activations.collector import LayerCollector
@@ -15,6 +16,7 @@ from lightning_bn.activations.report import Report
 from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.sample_to_table import LayerTable, scalars
 from lightning_bn.activations.watched_layers import is_watched, select_layers
+from lightning_bn.callbacks.arguments import stable_text
 from lightning_bn.callbacks.blindness import Blindness
 from lightning_bn.callbacks.both_lightnings import (
     LightningModule,
@@ -48,12 +50,10 @@ class ActivationStatsMonitor(MonitoredRun):
 
     A value beyond its limits is an illness, and the time it lasts an `Episode`. The verdict at the end names the cause
     of each: the earliest and most upstream one. What the start of training explains is not an illness: running
-    statistics that began with 0/1, and batch norms whose weight began with 0. TensorBoard gets a few scalars over all
-    layers, one heat map a statistic (layer x step), the verdict, and a layout for the Custom Scalars tab;
-    `lightning_bn.activations.tensorboard` lists the tags. Other loggers get the scalars, and W&B, MLflow and
-    Comet the heat maps. A CSV file of the whole table, ``activation_stats.csv``, is next to each logger's files, or
-    else in ``default_root_dir``; `table` returns the same rows. Training and evaluation are bit-identical with
-    and without this callback; a compiled model runs without `torch.compile` at sampled steps.
+    statistics that began with 0/1, and batch norms whose weight began with 0. Loggers get a few scalars over all
+    layers, and what else they can show. A CSV file of the whole table, ``activation_stats.csv``, is next to each
+    logger's files, or else in ``default_root_dir``; `table` returns the same rows. Training and evaluation are
+    bit-identical with and without this callback; a compiled model runs without `torch.compile` at sampled steps.
 
     Functional activations (``F.relu(x)``, ``x.tanh()``) and residual sums are rows too, named by the module that calls
     them: ``layer1.0:relu[1]``, ``layer1.0:add[1]``. Attention and encoder layers of torch's that are in eval mode as a
@@ -73,8 +73,9 @@ class ActivationStatsMonitor(MonitoredRun):
             32.
         heatmaps: whether to draw the heat maps (with matplotlib), at the end of a run and where something new is sick.
             None: not where TensorBoard has the page, which shows the same (extra ``dashboard``).
-        gradients: whether to look at the gradients at the layers' outputs too, as backward has them: with a loss
-            scaler, scaled.
+        gradients: whether to look at the gradients at the layers' outputs too, as backward has them (with a loss
+            scaler, scaled), and at how far a step moves each layer with parameters; this copies the weights.
+        effective_rank: whether to measure it, or of which layers: a C x C matrix a layer, in float64.
         activations: False for drift and affine parameters only, which need no hook and no look at an activation.
         channel_dim: which dimension of an activation holds its channels: 1 as in (N, C, H, W), -1 as in (N, L, C).
             None: as the layers around it tell. A batch norm's is 1.
@@ -105,6 +106,7 @@ class ActivationStatsMonitor(MonitoredRun):
         histograms: bool | Choices = False,
         heatmaps: bool | None = None,
         gradients: bool = False,
+        effective_rank: bool | Choices = False,
         activations: bool = True,
         channel_dim: int | None = None,
         prefix: str = "activations",
@@ -136,6 +138,7 @@ class ActivationStatsMonitor(MonitoredRun):
         self.histograms = histograms
         self.heatmaps = heatmaps
         self.gradients = gradients
+        self.effective_rank = effective_rank
         self.activations = activations
         self.channel_dim = channel_dim
         self.prefix = prefix
@@ -233,6 +236,10 @@ class ActivationStatsMonitor(MonitoredRun):
     ) -> None:
         self._begin_evaluation_batch(trainer, "test", batch_idx)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self.gradients and self._sampled_step is not None:
+            self._collectors["train"].before_step(each for group in optimizer.param_groups for each in group["params"])
+
     def on_before_zero_grad(self, *_: Any) -> None:
         # The forward of a closure is over; an optimizer may call the closure again within the batch.
         if self._sampled_step is not None:
@@ -271,7 +278,7 @@ class ActivationStatsMonitor(MonitoredRun):
     @property
     def state_key(self) -> str:
         """Two monitors of one Trainer have a state each."""
-        return self._generate_state_key(prefix=self.prefix, layers=_stable(self.layers))
+        return self._generate_state_key(prefix=self.prefix, layers=stable_text(self.layers))
 
     def state_dict(self) -> dict[str, Any]:
         return self._table.state_dict()
@@ -294,6 +301,7 @@ class ActivationStatsMonitor(MonitoredRun):
                 activations=self.activations,
                 gradients=self.gradients and stage == "train",
                 histograms=self._histogram_layers(layers) if stage == "train" else (),
+                ranked=None if self.effective_rank is True else self._chosen(self.effective_rank, layers),
                 channel_dim=self.channel_dim,
                 functions=self.layers is None,
                 step_is_forward=trainer.strategy.model is not pl_module,
@@ -308,16 +316,19 @@ class ActivationStatsMonitor(MonitoredRun):
         return self._ranks
 
     def _histogram_layers(self, layers: dict[str, nn.Module]) -> list[str]:
-        if isinstance(self.histograms, bool):
-            chosen = list(layers) if self.histograms else []
-        else:
-            chosen = [name for name, module in layers.items() if is_watched(self.histograms, name, module)]
+        chosen = list(layers) if self.histograms is True else self._chosen(self.histograms, layers)
         if len(chosen) > MAX_HISTOGRAMS:
             rank_zero_info(
                 f"ActivationStatsMonitor: histograms of the first {MAX_HISTOGRAMS} of {len(chosen)} layers; pick "
                 "others with histograms='layer4.*'."
             )
         return chosen[:MAX_HISTOGRAMS]
+
+    @staticmethod
+    def _chosen(choices: bool | Choices, layers: dict[str, nn.Module]) -> list[str]:
+        if isinstance(choices, bool):
+            return []
+        return [name for name, module in layers.items() if is_watched(choices, name, module)]
 
     def _begin_evaluation(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if "train" in self._collectors:
@@ -385,9 +396,3 @@ class ActivationStatsMonitor(MonitoredRun):
         step = self._table.last_step("train")
         if step is not None:
             self._boundary.attempt("pictures and texts", self._report.finish, self._table, self._newest, step)
-
-
-def _stable(choices: object) -> str:
-    """The choices as text that is the same in another process, where a function lies at another address."""
-    each = choices if isinstance(choices, (list, tuple)) else [choices]
-    return ", ".join(getattr(one, "__qualname__", None) or str(one) for one in each)

@@ -28,3 +28,9 @@ class ShowsArguments:
             # Identity first: what an argument's own == returns need not be a bool.
             if value is not parameter.default and repr(value) != repr(parameter.default):
                 yield f"{name}={value!r}"
+
+
+def stable_text(choices: object) -> str:
+    """Return choices as text that is the same in another process, where a function lies at another address."""
+    each = choices if isinstance(choices, (list, tuple)) else [choices]
+    return ", ".join(getattr(one, "__qualname__", None) or str(one) for one in each)
