@@ -3,11 +3,11 @@ chance."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging.training_state import TrainingState
@@ -24,8 +24,6 @@ DRAWS = 2000
 _LEAST_SCALE = 0.01
 # A size is drawn where there are as many times as many images: fewer, and the draws are too much alike.
 _TIMES = 4
-# Of the images in two, for the draws of each size.
-_SPLITS = 20
 LEAST_IMAGES = 8
 """Fewer tell of no spread."""
 # Of the expected deviation; keeps the logarithm finite where a layer's input is constant.
@@ -176,40 +174,30 @@ def keep_spread(model: nn.Module) -> nn.Module:
 def _drawn(moments: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Return the deviations of `size` images in each draw, (DRAWS,).
 
-    The images of a draw are from one part of all, whose center and scale are those of the other parts: with their own
-    in them, what is drawn would be nearer than what comes later, by the more the fewer images there are.
+    The images of a draw are judged by the center and the scale of all others: with their own in them, what is drawn
+    would be nearer than what comes later, by the more the fewer images there are.
 
     Args:
         moments: of all images, (N, 2 C), centred.
         size: images in a draw.
         generator: on the CPU; equal ones draw the same images in every layer.
     """
-    images = len(moments)
-    parts = max(2, min(images // (2 * size), _SPLITS))
-    rounds = -(-_SPLITS // parts)
-    ends = [DRAWS * place // (parts * rounds) for place in range(parts * rounds + 1)]
-    total, total_of_squares = moments.sum(0), moments.square().sum(0)
-    found: list[Tensor] = []
-    for _ in range(rounds):
-        for rows in torch.randperm(images, generator=generator).tensor_split(parts):
-            part = moments[rows.to(moments.device)]
-            others = images - len(part)
-            mean = (total - part.sum(0)) / others
-            var = (total_of_squares - part.square().sum(0) - others * mean.square()) / (others - 1)
-            number = ends[len(found) + 1] - ends[len(found)]
-            drawn = _permutations(len(part), size, number, generator).to(moments.device)
-            means = nn.functional.embedding_bag(drawn, part, mode="mean")
-            squares = (means - mean).square() / var.clamp(min=_LEAST_SCALE**2)
-            found.append(logarithm(squares.mean(1) / (1 / size + 1 / others)))
-    return torch.cat(found)
+    others = len(moments) - size
+    drawn = _drawn_images(len(moments), size, generator).to(moments.device)
+    sums = functional.embedding_bag(drawn, moments, mode="sum")
+    # As all images are centred, those that were not drawn have the opposite sum.
+    squares_of_others = moments.square().sum(0) - functional.embedding_bag(drawn, moments.square(), mode="sum")
+    var_of_others = (squares_of_others - sums.square() / others) / (others - 1)
+    distance = sums / size + sums / others
+    squares = distance.square() / var_of_others.clamp(min=_LEAST_SCALE**2)
+    return logarithm(squares.mean(1) / (1 / size + 1 / others))
 
 
-def _permutations(images: int, size: int, number: int, generator: torch.Generator) -> Tensor:
-    """Return the images of each draw, (number, size): permutations of all one after the other, so that each image is
-    drawn about as often as any other."""
-    rounds = math.ceil(number * size / images)
-    drawn = torch.cat([torch.randperm(images, generator=generator) for _ in range(rounds)])
-    return drawn[: number * size].view(number, size)
+def _drawn_images(images: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return the images of each draw, (DRAWS, size), none twice in a draw, and each about as often as any other."""
+    draws = images // size
+    permutations = [torch.randperm(images, generator=generator) for _ in range(-(-DRAWS // draws))]
+    return torch.cat([order[: draws * size].view(draws, size) for order in permutations])[:DRAWS]
 
 
 def logarithm(deviation: Tensor) -> Tensor:
