@@ -25,6 +25,10 @@ class Sets(Protocol):
     def use(self, name: str) -> AbstractContextManager[Any]:
         """Return a context in which the set is in place."""
 
+    def waiting(self, layer: nn.Module) -> dict[str, nn.Module]:
+        """Return, by the name of each set that is not in place, what holds the layer's tensors in it, under the names
+        that they have in the layer."""
+
 
 class _Membership:
     """What a layer knows of its sets. A copy of the layer by itself has none: it has what was in place."""

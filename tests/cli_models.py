@@ -10,7 +10,7 @@ from small_data import training_data
 from small_models import Small
 from torch.utils.data import DataLoader
 
-from lightning_bn import Averaging, BatchNorm1d
+from lightning_bn import Averaging, BatchNorm1d, StatisticsSets
 
 
 class Data(pl.LightningDataModule):
@@ -40,6 +40,14 @@ class Averaged(Small):
     def __init__(self, averaging: Averaging, lr: float = 0.3) -> None:
         super().__init__(lr)
         self.bn1 = BatchNorm1d(5, averaging=averaging)
+
+
+class InSets(Averaged):
+    """A model with two sets of statistics."""
+
+    def __init__(self, averaging: Averaging, lr: float = 0.3) -> None:
+        super().__init__(averaging, lr)
+        self.sets = StatisticsSets(self, ["day", "night"])
 
 
 class OwnCLI(LightningCLI):

@@ -10,6 +10,7 @@ from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, Mi
 from lightning_bn.choices import Choices, check_choices, is_chosen
 from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, user_name
 from lightning_bn.modes import held_in_eval
+from lightning_bn.set_in_use import sets_of
 
 
 class FreezeBatchNorm(Callback):
@@ -24,7 +25,7 @@ class FreezeBatchNorm(Callback):
     Args:
         modules: which: batch norms, or modules with all batch norms below them. A name, a pattern of names
             (``"backbone.*"``), a class, a function of name and module, or several of these.
-        affine: whether their affine weight and bias are frozen too, by ``requires_grad_(False)``.
+        affine: whether their affine weight and bias, of all their sets, are frozen too, by ``requires_grad_(False)``.
         until_epoch: the first epoch, counted from 0, in which the layers train; None: they are given back when the fit
             ends, in the mode that they had before it.
 
@@ -110,7 +111,9 @@ class FreezeBatchNorm(Callback):
 
     def _freeze_affine(self, layers: list[BatchNormLayer]) -> None:
         for layer in layers:
-            for parameter in layer.module.parameters(recurse=False):
+            sets = sets_of(layer.module)
+            holders = [layer.module, *(() if sets is None else sets.waiting(layer.module).values())]
+            for parameter in (each for holder in holders for each in holder.parameters(recurse=False)):
                 if parameter.requires_grad:
                     parameter.requires_grad_(False)
                     self._held.callback(parameter.requires_grad_, True)

@@ -22,13 +22,21 @@ class Sources:
         dataloader: for the statistics in place, where there are no `sets`.
         sets: by the name of a set.
         spread: whether the spread of images is to be measured too.
+        call: the user's, as an error is to show it.
 
     Raises:
         TypeError: no mapping of names; an iterator, which is used up after one pass.
         ValueError: both are given, or a spread is to be measured of several sets.
     """
 
-    def __init__(self, dataloader: Any, sets: Mapping[str, Any] | None, *, spread: bool = False) -> None:
+    def __init__(
+        self,
+        dataloader: Any,
+        sets: Mapping[str, Any] | None,
+        *,
+        spread: bool = False,
+        call: str = "BatchNormRecalibration(sets=...)",
+    ) -> None:
         if sets is not None:
             _check(sets, dataloader)
             if spread:
@@ -39,6 +47,7 @@ class Sources:
                 )
         self._loaders: dict[str | None, Any] = {None: dataloader} if sets is None else dict(sets.items())
         self._names = list(sets or ())
+        self._call = call
 
     @property
     def names(self) -> list[str | None]:
@@ -117,8 +126,8 @@ class Sources:
                 return sets
         there = "; ".join(str(list(sets.names)) for sets in found) or "none"
         raise MisconfigurationException(
-            f"BatchNormRecalibration(sets=...): {type(module).__name__} has no StatisticsSets with all of "
-            f"{self._names}; it has {there}. Make them in its __init__: self.sets = StatisticsSets(self.net, "
+            f"{self._call}: {type(module).__name__} has no StatisticsSets with all of {self._names}; it has {there}. "
+            f"Make them in its __init__: self.sets = StatisticsSets(self.net, "
             f"{self._names})."
         )
 

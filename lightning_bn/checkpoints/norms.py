@@ -49,7 +49,9 @@ class Unjudged:
 def norms_in(content: Any) -> tuple[list[StoredNorm], list[Unjudged]]:
     """Return the layers in a file's content, in its order, and what there is and can't be judged.
 
-    A layer's name is its key, behind those of the mappings around it; ``state_dict`` at the top is left out.
+    A layer's name is its key, behind those of the mappings around it; ``state_dict`` at the top is left out. Of a model
+    with several sets of statistics, each set is in the file, and the one in place once more as the layers' own, under
+    which name it is returned.
 
     Args:
         content: mappings, sequences, `Described` objects and tensors.
@@ -65,7 +67,7 @@ def norms_in(content: Any) -> tuple[list[StoredNorm], list[Unjudged]]:
             norm = _norm(full, name, state, unjudged)
             if norm is not None:
                 norms[full] = norm
-    return list(norms.values()), unjudged
+    return _without_set_in_place(list(norms.values())), unjudged
 
 
 def tensors_in(content: Any) -> dict[str, Tensor | StoredTensor]:
@@ -91,6 +93,8 @@ def printable(text: object) -> str:
     )
 
 
+# As `StatisticsSets` names the module of a set.
+_SET = re.compile(r"(?<![^.])set=[^.]*(\.|\Z)")
 _STATISTIC = re.compile(r"(?<![^.])(running_mean|running_var|num_batches_tracked)\Z")
 
 
@@ -100,6 +104,43 @@ def _is_statistic(key: Any) -> bool:
 
 def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
+
+
+def _without_set_in_place(norms: list[StoredNorm]) -> list[StoredNorm]:
+    own: dict[str, StoredNorm] = {}
+    sets: dict[str, dict[str, dict[str, StoredNorm]]] = {}  # by their module and the name of a set: its layers
+    for norm in norms:
+        place = _SET.search(norm.name)
+        if place is None:
+            own[norm.name] = norm
+        else:
+            layers = sets.setdefault(norm.name[: place.start()], {}).setdefault(place[0], {})
+            layers[norm.name[place.end() :]] = norm
+    copies: set[str] = set()
+    for parts in sets.values():
+        in_place = next((each for each in parts.values() if _is_in_place(each, own)), {})
+        copies.update(norm.name for norm in in_place.values())
+    return [norm for norm in norms if norm.name not in copies]
+
+
+def _is_in_place(layers: dict[str, StoredNorm], own: dict[str, StoredNorm]) -> bool:
+    """Whether some model in the file has, as its own layers, all these tensors."""
+    path = next(iter(layers))
+    models = [name.removesuffix(path) for name in own if f".{name}".endswith(f".{path}" if path else "")]
+    return any(all(_is_copy(part, own.get(model + path)) for path, part in layers.items()) for model in models)
+
+
+def _is_copy(part: StoredNorm, layer: StoredNorm | None) -> bool:
+    return (
+        layer is not None
+        and part.batches_tracked == layer.batches_tracked
+        and part.entries.keys() <= layer.entries.keys()
+        and all(_equal(value, layer.entries[name]) for name, value in part.entries.items())
+    )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other.to(one.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def _states(content: Any, unjudged: list[Unjudged], *, every: bool = False) -> Iterator[tuple[str, Mapping[Any, Any]]]:

@@ -207,6 +207,7 @@ def _add_recalibration(parser: argparse.ArgumentParser) -> None:
         help="statistics of the network as it runs at inference; holds all batches in memory",
     )
     add("--dataloader", choices=["train", "val"], default="train", help="which of the data to look at")
+    add("--set", metavar="NAME", help="the set of statistics to recalibrate; default: the one outside of sets.use(...)")
     add(
         "--layers",
         nargs="+",

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from importlib import import_module
@@ -34,13 +34,14 @@ from lightning_bn.callbacks.checkpoint_files import statistics_in
 from lightning_bn.callbacks.conversion import ConvertBatchNorm
 from lightning_bn.callbacks.isolation import in_stage
 from lightning_bn.callbacks.lightning_internals import validation_loader
-from lightning_bn.callbacks.training_pass import training_pass
+from lightning_bn.callbacks.recalibrated_sets import Sources
 from lightning_bn.checkpoints.reading import CheckpointRefusedError, read_checkpoint
 from lightning_bn.cli.output import RefusedError, UsageError
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.recalibration import recalibrate
 from lightning_bn.recalibration.measuring import normalising_with_batches
 from lightning_bn.recalibration.report import RecalibrationReport
+from lightning_bn.recalibration.selection import choose
 
 # What a run of training would do beside what is asked for here; its callbacks are left out below. `fit` stops before
 # its first batch.
@@ -108,7 +109,7 @@ class Session:
         how = {name: getattr(options, name) for name in ("num_batches", "tolerance", "exact")}
         # A bar of many lines in a log file tells nobody anything.
         how |= {"progress": sys.stderr.isatty(), "dry_run": dry_run}
-        run = _Recalibration(options.dataloader, options.layers, how)
+        run = _Recalibration(options.dataloader, options.layers, options.set, how)
         self._run(self.trainer.fit, {}, run)
         if run.report is None:
             raise RefusedError("the config has no training data, without which Lightning does not fit.")
@@ -164,9 +165,12 @@ class _Weights(Callback):
 class _Recalibration(Callback):
     """Recalibrates where training would begin, and ends the fit there."""
 
-    def __init__(self, dataloader: str, layers: Sequence[str] | None, options: dict[str, Any]) -> None:
+    def __init__(
+        self, dataloader: str, layers: Sequence[str] | None, set_name: str | None, options: dict[str, Any]
+    ) -> None:
         self._dataloader = dataloader
         self._layers = layers
+        self._set = set_name
         self._options = options
         self._input = BatchInput(
             None, call="lightning-bn", advice="Give the model a forward that takes it, or use lightning_bn.recalibrate."
@@ -180,20 +184,27 @@ class _Recalibration(Callback):
         if self._dataloader == "val":
             with in_stage(trainer, RunningStage.VALIDATING):
                 loader = validation_loader(trainer)
-        with training_pass(trainer, pl_module, loader) as batches:
-            try:
-                self.report = recalibrate(
-                    pl_module,
-                    self._input.learn_from(trainer, pl_module, batches),
-                    forward=partial(self._input.run, trainer),
-                    layers=self._layers or None,
-                    device=pl_module.device,
-                    **self._options,
-                )
-            except (TypeError, ValueError) as error:
-                if not str(error).startswith("recalibrate("):
-                    raise
-                raise RefusedError(str(error)) from error
+        if self._set is None:
+            sources = Sources(loader, None)
+        else:
+            sources = Sources(None, {self._set: loader}, call=f"lightning-bn --set {self._set}")
+
+        def run(batches: Iterator[Any], layers: list[str]) -> RecalibrationReport:
+            return recalibrate(
+                pl_module,
+                self._input.learn_from(trainer, pl_module, batches),
+                forward=partial(self._input.run, trainer),
+                layers=layers,
+                device=pl_module.device,
+                **self._options,
+            )
+
+        try:
+            self.report = sources.recalibrated(trainer, pl_module, choose(pl_module, self._layers or None), run)
+        except (TypeError, ValueError) as error:
+            if not str(error).startswith("recalibrate("):
+                raise
+            raise RefusedError(str(error)) from error
         self.statistics = {key: value.detach().cpu().clone() for key, value in statistics_in(pl_module).items()}
 
 

@@ -26,7 +26,7 @@ from lightning_bn.rules.observer import Modes, Observer
 from lightning_bn.rules.order import BatchOrder, SortedBatches
 from lightning_bn.rules.register import Moment, Register
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Return, Seen
-from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart
+from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart, waiting_sets
 from lightning_bn.rules.unseen_layers import UnseenLayers
 
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
@@ -345,9 +345,14 @@ class Inspection:
         if self._adjacency is not None and not self.tracing:
             shifts, self._adjacency = self._adjacency.dropout_shifts(), None
             self._tell(rule := DropoutBeforeBatchNorm(), partial(rule.seen, shifts, self.setting.root))
+        self._examine(reading, last)
+        for name, layers in waiting_sets(self.observer.layers).items():
+            self._examine(StatisticsSnapshot(layers), last, name)
+
+    def _examine(self, reading: StatisticsSnapshot, last: str, in_set: str | None = None) -> None:
         if not reading.sound():
             values = reading.values()
-            self._ask(lambda rule: rule.values(values, last, self.setting.root))
+            self._ask(lambda rule: rule.values(values, last, self.setting.root, in_set))
 
     def end_epoch(self) -> None:
         """Compare the running statistics with the latest batches'; waits for the device."""

@@ -183,9 +183,9 @@ class Rule:
         """Look at the modes when training goes on after an evaluation."""
         return ()
 
-    def values(self, values: Values, last: str, root: str) -> Iterable[Seen]:
-        """Look at the running statistics; `last` says when they were looked at before, `root` how the model is
-        called."""
+    def values(self, values: Values, last: str, root: str, in_set: str | None) -> Iterable[Seen]:
+        """Look at the running statistics; `last` says when they were looked at before, `root` how the model is called,
+        `in_set` which set they are of, None for the one in place."""
         return ()
 
     def counts(self, batch: BatchRecord, moved: dict[int, int], batches: int) -> Iterable[Seen]:

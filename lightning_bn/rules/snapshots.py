@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.set_in_use import sets_of
 from lightning_bn.sharding import local_value
 from lightning_bn.torch_internals import side_by_side
 
@@ -91,6 +93,18 @@ class StatisticsSnapshot:
     def counts(self) -> dict[int, int]:
         """Return the batches tracked by each layer; waits for the device."""
         return dict(zip(self.layers, self._tracked.tolist(), strict=True)) if self.layers else {}
+
+
+def waiting_sets(layers: Sequence[BatchNormLayer]) -> dict[str, list[BatchNormLayer]]:
+    """Return, by the name of each set of statistics that is not in place, the layers as they would be in it, as far as
+    a `StatisticsSnapshot` reads them; named as the monitor names them: ``bn1@night``."""
+    found: dict[str, list[BatchNormLayer]] = {}
+    for layer in layers:
+        sets = sets_of(layer.module)
+        for name, holder in {} if sets is None else sets.waiting(layer.module).items():
+            part = BatchNormLayer((f"{layer.name}@{name}",), cast(_BatchNorm, holder), layer.around)
+            found.setdefault(name, []).append(part)
+    return found
 
 
 def ranks_apart(of_ranks: Sequence[dict[int, tuple[Tensor, Tensor]]], eps: float = 1e-5) -> dict[int, float]:

@@ -140,7 +140,7 @@ class NotFinite(Rule):
         "looks fine."
     )
 
-    def values(self, values: Values, last: str, root: str) -> Iterator[Seen]:
+    def values(self, values: Values, last: str, root: str, in_set: str | None) -> Iterator[Seen]:
         bad = {each.layer.name: each.unsound for each in values.values() if each.unsound}
         if bad:
 
@@ -149,13 +149,13 @@ class NotFinite(Rule):
                 return f"{names[0]} in channel{'s' * (len(channels) > 1)} {_numbers(channels)}; {last}."
 
             # What is there is mended by recalibrate(); a layer of this package skips such batches from then on.
-            layers = [each.layer for each in values.values()]
-            fix = Fix(
-                f"convert_batch_norm({root}); "
-                + recalibration(root, [layer for layer in layers if layer.name in bad], layers),
-                "before fit",
-                "the first skips such batches",
-            )
+            if in_set is None:
+                layers = [each.layer for each in values.values()]
+                mend = recalibration(root, [layer for layer in layers if layer.name in bad], layers)
+                fix = Fix(f"convert_batch_norm({root}); {mend}", "before fit", "the first skips such batches")
+            else:
+                mend = f"recalibrate({root}, batches) inside of sets.use({in_set!r})"
+                fix = Fix(f"convert_batch_norm({root}), which skips such batches, and {mend}", "advice")
             yield Seen(list(bad), event, fix=fix, worst_first=True)
 
 

@@ -180,6 +180,12 @@ class StatisticsSets(nn.Module):
         own = tuple(f"{options.get('prefix', '')}{path}." for path, module in model.named_modules() if module is self)
         return {key: value for key, value in state.items() if not own or not key.startswith(own)}
 
+    def waiting(self, layer: nn.Module) -> dict[str, nn.Module]:
+        """Return, by the name of each set that is not in place, what holds the layer's tensors in it, under the names
+        that they have in the layer: running statistics, and weight and bias with ``affine=True``."""
+        parts = ((name, part) for name, parts in self._parts.items() for part in parts)
+        return {name: part for name, part in parts if part.layer is layer and not part.is_in_place}
+
     def extra_repr(self) -> str:
         return f"{', '.join(map(repr, self.names))}" + ", affine=True" * self.affine
 

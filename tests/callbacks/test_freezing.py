@@ -14,7 +14,7 @@ from small_data import data
 from small_models import Module
 from torch import nn
 
-from lightning_bn import FreezeBatchNorm, ModeCheck, Window, convert_batch_norm
+from lightning_bn import FreezeBatchNorm, ModeCheck, StatisticsSets, Window, convert_batch_norm
 from lightning_bn.callbacks.both_lightnings import MisconfigurationException
 from lightning_bn.discovery import find_batch_norms
 
@@ -100,6 +100,27 @@ def test_affine_parameters_stay_and_are_given_back() -> None:
     after = [parameter for layer in layers for parameter in layer.module.parameters(recurse=False)]
     assert all(map(torch.equal, before, after))
     assert all(parameter.requires_grad for parameter in after)
+
+
+def test_affine_parameters_of_every_set_stay() -> None:
+    """Those of a set that is used in the steps are bit-identical after the fit too, and require grad again."""
+
+    class InTurn(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sets = StatisticsSets(self.model, ["a", "b"], affine=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            with self.sets.use("b"):
+                other = super().training_step(batch, batch_idx)
+            return super().training_step(batch, batch_idx) + other
+
+    net = InTurn()
+    before = {name: [each.clone() for each in net.sets.parameters_of(name)] for name in net.sets.names}
+    trainer(FreezeBatchNorm("model", affine=True)).fit(net, data(), data(batches=1))
+    for name, parameters in before.items():
+        assert all(map(torch.equal, parameters, net.sets.parameters_of(name)))
+        assert all(parameter.requires_grad for parameter in net.sets.parameters_of(name))
 
 
 def test_layers_of_configure_model_are_frozen_too() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from cli_models import Averaged, Data
+from cli_models import Averaged, Data, InSets
 from commands import call, terminal
 from lightning.pytorch.cli import LightningCLI
 from small_models import Small
@@ -316,6 +316,30 @@ def test_statistics_without_a_place_in_the_checkpoint_are_refused(run: Run, caps
     assert code == 1
     assert "its bn1.running_mean is not in the checkpoint" in err
     assert list(run.ckpt.parent.iterdir()) == [run.ckpt]
+
+
+def test_one_set_of_several_is_recalibrated(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """--set writes that set, with the checkpoint's weights, and no other; without it the first is written, also where
+    the file has it among the sets. A name that is no set's is refused."""
+    checkpoint = run.load()
+    module = convert_batch_norm(InSets(Window(4)), Window(4))
+    checkpoint["state_dict"] = module.state_dict()
+    torch.save(checkpoint, run.ckpt)
+    config = json.dumps({**CONFIG["model"], "class_path": "cli_models.InSets"})
+    for option, written in ((["--set", "night"], "night"), ([], "day")):
+        code, out, err = call(
+            "recalibrate", *run.options, *option, "--overwrite", "--", f"--model={config}", capsys=capsys
+        )
+        assert code == 0, err
+        assert ("bn1@night" in out) == (written == "night")
+        module.load_state_dict(run.load(run.ckpt.with_name("best-recalibrated.ckpt"))["state_dict"])
+        for name in ("day", "night"):
+            assert matches_weights(module.sets.state_dict(name)) == (name == written)
+    code, _, err = call(
+        "recalibrate", *run.options, "--set", "dusk", "--overwrite", "--", f"--model={config}", capsys=capsys
+    )
+    assert code == 1
+    assert "lightning-bn --set dusk: InSets has no StatisticsSets with all of ['dusk']; it has ['day', 'night']" in err
 
 
 def test_batch_of_one_is_normalised_as_ever_in_eval(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

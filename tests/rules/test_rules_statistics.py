@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_bn import (
     Exponential,
     ModeCheck,
+    StatisticsSets,
     check,
     convert_batch_norm,
     paused_statistics,
@@ -201,6 +202,24 @@ class TestBN203:
         assert (finding.level, finding.layers, finding.step) == ("error", ("model.head.2",), 3)
         assert "channels 5, 6" in finding.message
         assert "sound at step 2" in finding.message
+
+    def test_a_set_that_is_not_in_place(self) -> None:
+        """A set of statistics that is used in the steps is looked at between them too, and named."""
+
+        class Sets(Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.sets = StatisticsSets(self.model, ["day", "night"])
+
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                if batch_idx == 3:
+                    with torch.no_grad(), self.sets.use("night"):
+                        self.model.head[2](torch.full((4, 8), float("nan")))
+                return self.loss(batch)
+
+        finding = only("BN203", findings(Sets(), check=ModeCheck(action="log", every_n_steps=1)))
+        assert (finding.level, finding.layers, finding.step) == ("error", ("model.head.2@night",), 3)
+        assert "inside of sets.use('night')" in finding.message
 
     def test_negative_variance(self) -> None:
         """A negative variance, as averaging of weights with a negative coefficient leaves, is found at rest."""

@@ -81,15 +81,30 @@ def test_safetensors_takes_the_state() -> None:
     assert len(safetensors.torch.save(whole.state_dict())) > 0
 
 
-def test_inspect_shows_sets_apart(tmp_path: Path) -> None:
-    """A layer of a file is listed for each set, with what that set holds."""
-    whole = Whole(affine=True)
-    with whole.sets.use("width=0.5"):
-        whole.net(batches(1)[0])
-    torch.save(whole.state_dict(), tmp_path / "sets.pt")
+@pytest.mark.parametrize("in_place", NAMES)
+@pytest.mark.parametrize("affine", [False, True])
+def test_inspect_lists_each_set_once(tmp_path: Path, affine: bool, in_place: str) -> None:
+    """A layer of a file is listed for each set, with what that set holds, NaN too; the set in place as the model's own
+    layer. Whatever differs from it is no copy."""
+    whole = Whole(affine=affine)
+    keys = dict(zip(NAMES, ["set=clean", "set=width=0%2E5", "set="], strict=True))
+    for number, name in enumerate(NAMES):
+        with whole.sets.use(name):
+            for batch in batches(number):
+                whole.net(batch)
+            if not number:
+                whole.net[1].running_mean[0] = torch.nan
+    with whole.sets.use(in_place):
+        state = whole.state_dict()
+    torch.save(state, tmp_path / "sets.pt")
+    expected = {f"sets.{key}.{path}": NAMES.index(name) for name, key in keys.items() for path in ("1", "3.1")}
+    for path in ("1", "3.1"):
+        expected[f"net.{path}"] = expected.pop(f"sets.{keys[in_place]}.{path}")
     layers = {layer.name: layer.batches_tracked for layer in inspect_checkpoint(tmp_path / "sets.pt").layers}
-    assert layers["net.1"] == layers["sets.set=clean.1"] == layers["sets.set=.1"] == 0
-    assert layers["sets.set=width=0%2E5.1"] == 1
+    assert layers == expected
+    state["net.1.running_var"] = state["net.1.running_var"] + 1
+    torch.save(state, tmp_path / "sets.pt")
+    assert len(inspect_checkpoint(tmp_path / "sets.pt").layers) == 8
 
 
 @pytest.mark.parametrize("cast", ["half", "double", "bfloat16"])
