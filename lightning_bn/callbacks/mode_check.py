@@ -193,32 +193,28 @@ class ModeCheck(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module)
+    on_predict_start = on_test_start
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._begin_evaluation_batch(trainer, batch_idx)
+        stage = _stage(trainer)
+        batches = {
+            "validate": trainer.num_val_batches,
+            "sanity_check": trainer.num_sanity_val_batches,
+            "test": trainer.num_test_batches,
+            "predict": trainer.num_predict_batches,
+        }.get(stage, [])
+        # Measured are those of the first loader.
+        self._look().begin_batch(stage, trainer.global_step, batch_idx, next(iter(batches), None))
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._begin_evaluation_batch(trainer, batch_idx)
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        self._begin_evaluation_batch(trainer, batch_idx)
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        self._look().end_batch()
+        self._report(trainer)
 
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._end_evaluation_batch(trainer)
-
-    def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._end_evaluation_batch(trainer)
-
-    def on_predict_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._end_evaluation_batch(trainer)
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     @meeting
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,9 +225,7 @@ class ModeCheck(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._meet(trainer, lambda: self._look().end_evaluation())
 
-    @meeting
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._meet(trainer, lambda: self._look().end_evaluation())
+    on_predict_end = on_test_end
 
     @meeting
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -303,21 +297,6 @@ class ModeCheck(Callback):
         elif self._look().renew(lambda: parts_called_by(module)):
             before = None
         self._look().begin_evaluation(_stage(trainer), trainer.global_step, before)
-
-    def _begin_evaluation_batch(self, trainer: Trainer, batch_idx: int) -> None:
-        stage = _stage(trainer)
-        batches = {
-            "validate": trainer.num_val_batches,
-            "sanity_check": trainer.num_sanity_val_batches,
-            "test": trainer.num_test_batches,
-            "predict": trainer.num_predict_batches,
-        }.get(stage, [])
-        # Measured are those of the first loader.
-        self._look().begin_batch(stage, trainer.global_step, batch_idx, next(iter(batches), None))
-
-    def _end_evaluation_batch(self, trainer: Trainer) -> None:
-        self._look().end_batch()
-        self._report(trainer)
 
     def _meet(self, trainer: Trainer, end: Callable[[], object]) -> None:
         """Call `end`, in which ranks may `_share`, and report. Every rank shares at least once, whatever fails here."""
