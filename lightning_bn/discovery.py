@@ -150,10 +150,14 @@ def find_unserved(model: nn.Module) -> list[UnservedNorm]:
     return found
 
 
-def unserved(model: nn.Module) -> str:
-    """Return `find_unserved` as a sentence that follows another, the norms whose statistics never move left out; empty
-    if there are none."""
-    found = [str(norm) for norm in find_unserved(model) if not norm.is_constant]
+def unserved(model: nn.Module, *, constant: bool = False) -> str:
+    """Return `find_unserved` as a sentence that follows another; empty if there are none.
+
+    Args:
+        model: whose norms are meant.
+        constant: whether to name those too whose statistics never move, as where it is said that there is no other.
+    """
+    found = [str(norm) for norm in find_unserved(model) if constant or not norm.is_constant]
     more = f"; and {len(found) - 3} more" * (len(found) > 3)
     return f" Not supported: {'; '.join(found[:3])}{more}." if found else ""
 
@@ -172,9 +176,11 @@ def _why_unserved(module: nn.Module) -> str | None:
 
 
 def _why_not_per_channel(layer: _BatchNorm) -> str | None:
-    mean, weight = layer.running_mean, getattr(layer, "weight", None)
-    if mean is None or isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+    mean, var, weight = layer.running_mean, layer.running_var, getattr(layer, "weight", None)
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         return None
+    if mean is None or var is None:
+        return None if mean is var else f"it keeps a running_{'var' if mean is None else 'mean'} alone"
     # Who removes channels may leave num_features as it was.
     channels = {layer.num_features, *([weight.numel()] if isinstance(weight, Tensor) else [])}
     if mean.dim() == 1 and len(mean) in channels:

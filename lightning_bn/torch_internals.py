@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter, itemgetter
 from types import FunctionType
@@ -255,6 +255,19 @@ def _of_kernel(node: Any) -> bool:
     """Whether a graph node is that of one of batch norm's own kernels (native, cuDNN, MIOpen), and not a Python
     function of that name."""
     return "BatchNorm" in type(node).__name__ and not isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def divided(tensor: Tensor) -> tuple[Tensor, Hashable] | None:
+    """Return the tensor that `tensor` holds some samples of, as ``chunk`` and ``split`` give them, and which values of
+    each; None if it is no such part.
+
+    What a view is one of has no public name; without ``_base`` each part of a batch is a batch."""
+    whole: Tensor | None = getattr(tensor, "_base", None)
+    if whole is None or not (tensor.dim() and whole.dim() and tensor.stride(0)):
+        return None
+    if len(tensor) >= len(whole) or tensor.stride(0) != whole.stride(0):
+        return None
+    return whole, (tensor.storage_offset() % tensor.stride(0), tensor.shape[1:], tensor.stride())
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from lightning_bn import BatchNorm1d, Window
+from lightning_bn import BatchNorm1d, Window, convert_batch_norm, recalibrate
 from lightning_bn.discovery import (
     find_batch_norms,
     find_unserved,
@@ -152,6 +153,34 @@ def test_what_is_not_served_is_found() -> None:
     assert [layer.name for layer in find_batch_norms(model)] == ["plain.0", "plain.1", "plain.2"]
     assert unserved(model).endswith("renorm (ByHand): it is no subclass of torch's batch norm; and 1 more.")
     assert unserved(nn.Sequential(nn.BatchNorm1d(2), ByHand(8, constant=True))) == ""
+
+
+class VarianceAlone(nn.BatchNorm2d):
+    """An equivariant norm: no mean is subtracted, so none is kept."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.running_mean = None
+
+
+def test_one_statistic_alone_is_not_served() -> None:
+    """A subclass that keeps only a variance, or only a mean, is named, and not denied."""
+    layers = nn.Sequential(VarianceAlone(2), nn.BatchNorm1d(2))
+    layers[1].running_var = None
+    assert find_batch_norms(layers) == []
+    assert [norm.reason for norm in find_unserved(layers)] == [
+        "it keeps a running_var alone",
+        "it keeps a running_mean alone",
+    ]
+
+
+def test_frozen_norms_are_named_where_there_is_no_other() -> None:
+    """Who says that a model has none says so of no model whose norms keep statistics."""
+    model = nn.Sequential(ByHand(8, constant=True))
+    with pytest.raises(ValueError, match=r"Not supported: 0 \(ByHand\)"):
+        recalibrate(model, [])
+    with pytest.warns(UserWarning, match=r"Not supported: 0 \(ByHand\)"):
+        convert_batch_norm(model)
 
 
 def test_channels_that_were_removed_are_no_other_layout() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from lightning_bn.activations.functional_calls import FunctionalCalls
 from lightning_bn.averaging import Averaging
 from lightning_bn.discovery import parts_called_by, user_name
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
-from lightning_bn.torch_internals import in_backward, module_in_forward
+from lightning_bn.torch_internals import divided, in_backward, module_in_forward
 
 # A layer that is called more often in one forward stands in a loop; the last place holds all further calls.
 MAX_CALLS = 16
@@ -56,6 +57,16 @@ class _Track:
 
     running: list[tuple[str, Counter[str]]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    parts: dict[str, tuple[ref[Tensor], Hashable]] = field(default_factory=dict)
+    """Of what the newest call of a path was given a part."""
+
+    def goes_on(self, path: str, given: Tensor) -> bool:
+        """Whether `given` is another part of what the call of `path` before was given a part of."""
+        former, part = self.parts.pop(path, None), divided(given)
+        if part is None:
+            return False
+        self.parts[path] = ref(part[0]), part[1]
+        return former is not None and former[0]() is part[0] and former[1] == part[1]
 
 
 class CallSites:
@@ -129,12 +140,13 @@ class CallSites:
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
 
-    def of(self, name: str, other_set: str | None = None) -> CallSite:
-        """Return the place of the call of layer `name` that has just run, with another set of statistics if it is
-        named."""
+    def of(self, name: str, given: Tensor | None = None, other_set: str | None = None) -> CallSite:
+        """Return the place of the call of layer `name` that has just run on `given`, with another set of statistics if
+        it is named. Parts of one batch, as a ghost batch norm cuts it up, are one place."""
         track = self._again if in_backward() else self._forward
         place = CallSite(self._path(name, track) if name in self._aliases else name, 1, other_set)
-        track.calls[place.name] += 1
+        goes_on = given is not None and track.goes_on(place.name, given)
+        track.calls[place.name] += not (goes_on and track.calls[place.name])
         return place._replace(call=min(track.calls[place.name], MAX_CALLS))
 
     @guarded

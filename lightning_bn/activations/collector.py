@@ -316,7 +316,8 @@ class LayerCollector:
             self._leave_out_if_unreadable(name, output)
             return
         other_set = self._sets.of(self.layers[name])
-        place = self._sites.of(name, other_set)
+        given = next(float_tensors((args, kwargs)), None)
+        place = self._sites.of(name, given, other_set)
         if self._gradients and tensor.requires_grad:
             # Also in a recomputation: with reentrant checkpointing its graph is the one that backward goes through.
             tensor.register_hook(partial(self._see_gradient, name, place))
@@ -324,11 +325,7 @@ class LayerCollector:
             return
         self._called.add(name)
         self._see_activation(name, place, tensor)
-        if (
-            name in self._observed
-            and other_set is None
-            and (given := next(float_tensors((args, kwargs)), None)) is not None
-        ):
+        if name in self._observed and other_set is None and given is not None:
             self._readings.take("input", name, CallSite(name, 1), given)
 
     def _see_activation(self, name: str, place: CallSite, tensor: Tensor) -> None:

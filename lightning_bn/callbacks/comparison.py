@@ -147,7 +147,7 @@ class CompareAverages(Callback):
         if not any(layer.tracks for layer in find_batch_norms(pl_module)):
             raise MisconfigurationException(
                 f"CompareAverages: {type(pl_module).__name__} has no batch-norm layer that keeps running statistics. "
-                f"Leave it out.{unserved(pl_module)}"
+                f"Leave it out.{unserved(pl_module, constant=True)}"
             )
         if others := unserved(pl_module):
             rank_zero_warn(f"CompareAverages compares no averages of some layers.{others}")

@@ -135,5 +135,5 @@ def _settings(averaging: Averaging) -> dict[str, Any]:
 def _nothing_to_convert(module: LightningModule) -> str:
     return (
         f"ConvertBatchNorm: {type(module).__name__} has no batch-norm layer. Leave the callback out of "
-        f"Trainer(callbacks=...).{unserved(module)}"
+        f"Trainer(callbacks=...).{unserved(module, constant=True)}"
     )

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_bn.choices import Choices, check_choices, is_chosen
-from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, user_name
+from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, unserved, user_name
 from lightning_bn.modes import held_in_eval
 from lightning_bn.set_in_use import sets_of
 
@@ -69,7 +69,7 @@ class FreezeBatchNorm(Callback):
             raise MisconfigurationException(
                 f"FreezeBatchNorm({self.modules!r}): no batch norm of {type(pl_module).__name__} is meant; it has "
                 f"{', '.join(names[:6]) or 'none'}{', ...' * (len(names) > 6)}. Give names or patterns of them, or of "
-                "modules above them."
+                f"modules above them.{unserved(pl_module)}"
             )
         if self.affine and self.until_epoch is not None and trainer.world_size > 1:
             raise MisconfigurationException(

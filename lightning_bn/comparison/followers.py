@@ -85,7 +85,7 @@ class Followers:
         if not self._layers:
             raise ValueError(
                 "Followers(model, ...): the model has no batch-norm layer that keeps running statistics."
-                + unserved(model)
+                + unserved(model, constant=True)
             )
         # A shadow is a layer that is never called: it holds what `advance` writes into, and saves and loads it.
         self._shadows = {

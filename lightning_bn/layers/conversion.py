@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.averaging import Averaging, check_averaging
 from lightning_bn.averaging.training_state import TrainingState
 from lightning_bn.buffers import running_mean, running_statistics, running_var
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms, find_unserved
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, find_unserved, unserved
 from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from lightning_bn.layers.deferred import release, settle_together
@@ -85,7 +85,7 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
         warnings.warn(
             f"convert_batch_norm({type(module).__name__}(...), {averaging!r}) finds no batch-norm layer, and converts "
             "nothing. Call it after the model is built; other normalisations, such as LayerNorm, have no running "
-            "statistics.",
+            f"statistics.{unserved(module, constant=True)}",
             stacklevel=2,
         )
     for layer in layers:

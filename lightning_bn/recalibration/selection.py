@@ -26,7 +26,7 @@ def choose(model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
     if not tracking:
         raise ValueError(
             f"recalibrate(model, batches): {type(model).__name__} has no batch-norm layer that keeps running "
-            f"statistics.{unserved(model)}"
+            f"statistics.{unserved(model, constant=True)}"
         )
     _refuse_lazy(tracking)
     chosen = _wanted(tracking, model, layers)

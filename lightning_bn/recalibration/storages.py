@@ -13,6 +13,8 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
+_PLACEHOLDER = 8  # bytes
+
 _lazy_clone = getattr(torch, "_lazy_clone", None)
 _is_cow_tensor = getattr(torch._C, "_is_cow_tensor", None)
 _data_address = getattr(torch._C, "_data_address", None)
@@ -27,10 +29,13 @@ def lazy_copy(tensor: Tensor) -> Tensor | None:
     ``reshape`` and compiler are to use, and has no public name; without it a copy of everything must be made at once.
 
     Returns:
-        None where the function is gone, and for memory that is not torch's alone: shared between processes, an array
-        of numpy's, a file.
+        None where the function is gone, for memory that is not torch's alone (shared between processes, an array of
+        numpy's, a file), and for storages of one number or none. These may be placeholders that a first batch resizes,
+        as observers of a quantisation have; torch fails where a lazy copy is resized and then written.
     """
     if _lazy_clone is None or _data_address is None or _weak_reference is None:
+        return None
+    if tensor.untyped_storage().nbytes() <= _PLACEHOLDER:
         return None
     try:
         copy: Tensor = _lazy_clone(tensor)

@@ -49,6 +49,8 @@ class ForwardRecord(NamedTuple):
     """Of the layer's input."""
     other_set: str | None = None
     """The set of statistics that was in use, if it was not the one that the layer has between batches."""
+    part_of: Hashable = None
+    """Of what the layer's input was a part, as where a ghost batch norm cuts a batch up; None: it was no part."""
 
     @property
     def samples(self) -> int:

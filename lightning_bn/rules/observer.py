@@ -20,7 +20,15 @@ from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
 from lightning_bn.rules.versions import unsure, version, versions, writes
 from lightning_bn.set_in_use import OtherSets
-from lightning_bn.torch_internals import buffers_of, in_backward, is_compiled, is_exporting, is_tracing, parameters_of
+from lightning_bn.torch_internals import (
+    buffers_of,
+    divided,
+    in_backward,
+    is_compiled,
+    is_exporting,
+    is_tracing,
+    parameters_of,
+)
 
 Modes = tuple[bool, ...]
 """The ``training`` flags of `Observer.modules`, in their order."""
@@ -81,6 +89,8 @@ class Observer:
         self.unsure = unsure(self.layers)
         """Indices of the layers whose count of batches may not tell whether their statistics moved."""
         self._sources: list[weakref.ref[Tensor]] = []
+        self.wholes: list[weakref.ref[Tensor]] = []
+        """The tensors that layers were given parts of in this batch."""
         self._depth = 0
         self._broken = False
         self._compiled = is_compiled(model)
@@ -132,7 +142,7 @@ class Observer:
         self.entered_backward = set()
         self.modes = modes
         self.call = self.source = self.at = self._depth = 0
-        self._sources, self._calls, self._is_called = [], [], False
+        self._sources, self.wholes, self._calls, self._is_called = [], [], [], False
         self.sets.rest()
         # Of a layer that is not watched now, the first forward of the batch will have been missed.
         first = enumerate(versions(self._parameters, "weight")) if self.idle else ()
@@ -234,13 +244,7 @@ class Observer:
         if self.modes is None:
             self.modes = self.snapshot()
         self.call += 1
-        for number, source in enumerate(self._sources):
-            if input is not None and source() is input:
-                self.source = number
-                return
-        self.source = len(self._sources)
-        if input is not None:
-            self._sources.append(weakref.ref(input))
+        self.source = len(self._sources) if input is None else _number(input, self._sources)
 
 
 class _Hooks:
@@ -343,8 +347,12 @@ class _LayerHooks(_Hooks):
         call = observer.at or -observer.call
         failed = output is None
         shape = () if input is None else tuple(input.shape)
+        part = None if input is None else divided(input)
+        part_of = None if part is None else (_number(part[0], observer.wholes), part[1])
         seen = (training, moved and not failed, tracking, torch.is_grad_enabled(), recomputed, failed)
-        observer.forwards.append(ForwardRecord(index, *seen, call, observer.source, reweighted, shape, other_set))
+        observer.forwards.append(
+            ForwardRecord(index, *seen, call, observer.source, reweighted, shape, other_set, part_of)
+        )
         observer.seen.add(index)
         if reweighted and isinstance(output, Tensor) and output.requires_grad:
             entered = observer.entered_backward
@@ -362,6 +370,15 @@ class _LayerHooks(_Hooks):
             now = running_mean(layer), running_var(layer)
             self._moves = not all(torch.equal(one, two) for one, two in zip(before, now, strict=True))
         return bool(self._moves)
+
+
+def _number(tensor: Tensor, known: list[weakref.ref[Tensor]]) -> int:
+    """Return the place of `tensor` in `known`, at whose end it is put if it is new."""
+    for number, each in enumerate(known):
+        if each() is tensor:
+            return number
+    known.append(weakref.ref(tensor))
+    return len(known) - 1
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

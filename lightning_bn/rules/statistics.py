@@ -109,6 +109,11 @@ class MovedTwice(Rule):
                 note="this package's layers tell a recomputation from a batch",
             )
             return "activation checkpointing ran the forward a second time, inside backward", "warning", fix
+        if not layer.shared and moved[0].part_of is not None and len({(f.call, f.part_of) for f in moved}) == 1:
+            fix = Fix(
+                "if steps are meant, a window so many times as long, or a momentum so many times smaller", "advice"
+            )
+            return f"a layer was given its batch in {len(moved)} parts, as in a ghost batch norm", "info", fix
         within_one_call = len({f.call for f in moved}) < len(moved)
         if layer.shared or within_one_call:
             where = f", registered as {' and '.join(layer.names)}" if layer.shared else ""

@@ -74,7 +74,7 @@ class StatisticsSets(nn.Module):
         if not chosen:
             raise ValueError(
                 f"{call}: {type(model).__name__} has no such batch-norm layer that keeps running statistics."
-                + unserved(model)
+                + unserved(model, constant=True)
             )
         _check_free(call, chosen, affine=affine)
         self.affine = affine

@@ -50,6 +50,30 @@ def test_reused_layers_widths_and_tuples() -> None:
     assert found["lstm"]["mean"] == pytest.approx(module.seen[2].mean().item())
 
 
+class Ghost(Small):
+    """One norm for the parts that a batch is cut into, as in a ghost batch norm; its output is one tensor again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.cat([self.bn1(part) for part in self.first(inputs).chunk(4)])
+        self.seen.append(hidden.detach())
+        return self.rest(hidden)
+
+
+def test_parts_of_one_batch_are_one_row() -> None:
+    """With the numbers of them all: they are one place, however many there are."""
+    monitor = ActivationStatsMonitor(layers="bn1", every_n_steps=100)
+    module = Ghost()
+    fit(monitor, module=module, val=None, max_epochs=1)
+    found = rows(monitor, "train", 0)
+    assert list(found) == ["input", "bn1"]
+    assert found["bn1"]["mean"] == pytest.approx(module.seen[0].mean().item(), abs=1e-6)
+    assert found["bn1"]["std"] == pytest.approx(module.seen[0].std().item(), rel=1e-4)
+
+
 class Makes(nn.Module):
     """A layer that gives another kind of tensor than it is given; `back` makes of that what the next layer takes."""
 

@@ -159,6 +159,15 @@ def test_every_kind_of_tensor_written_in_every_way(kind: str, write: Callable[[T
     assert tensor.data_ptr() == before[1], "nor does the next write move it"
 
 
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_placeholder_that_is_resized(size: int) -> None:
+    """As observers of a quantisation do in their first batch."""
+    tensor = torch.full((size,), 2.0)
+    with kept(box=[tensor]):
+        tensor.resize_(8).fill_(3.0)
+    assert tensor.tolist() == [2.0] * size
+
+
 def test_tensors_over_one_storage_are_over_one_while_they_are_kept() -> None:
     """A parameter and its views are written together, and restored together; their gradients likewise."""
     flat = nn.Parameter(torch.arange(6.0))

@@ -100,6 +100,20 @@ class Reused(Shared):
         return self.head(self.norm(self.second(features)).relu().flatten(1))
 
 
+class Ghost(Net):
+    """One norm for the parts that its batch is cut into: along the samples, or along the channels, which are two
+    places."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim, self.norm = dim, nn.BatchNorm2d(4 if dim == 0 else 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.backbone(images)
+        parts = features.chunk(4 if self.dim == 0 else 2, self.dim)
+        return self.head(torch.cat([self.norm(part) for part in parts], self.dim))
+
+
 class ForwardsAgain(Module):
     """A metric of the training batch, by a second forward with the graph that nobody needs."""
 
@@ -148,6 +162,18 @@ class TestBN202:
     def test_called_twice(self) -> None:
         """A layer that one forward of the model calls twice is told as shared too."""
         assert "shared layer was called 2 times" in only("BN202", findings(Module(Reused()))).message
+
+    def test_a_batch_cut_up(self) -> None:
+        """A ghost batch norm is one place by design: information, with no layer for each part."""
+        finding = only("BN202", findings(Module(Ghost(0))))
+        assert (finding.level, finding.layers) == ("info", ("model.norm",))
+        assert "given its batch in 4 parts" in finding.seen
+
+    def test_channels_cut_up(self) -> None:
+        """Two halves of the channels are two places for one layer."""
+        finding = only("BN202", findings(Module(Ghost(1))))
+        assert finding.level == "warning"
+        assert "shared layer was called 2 times" in finding.seen
 
     def test_a_layer_for_each_place(self) -> None:
         """Two layers in two places are fine."""
