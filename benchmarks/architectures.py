@@ -1,0 +1,317 @@
+"""Whether architectures that no test uses are converted, trained and recalibrated as they should be, and whether the
+guard stays silent about them: the table of docs/compatibility.md.
+
+    pip install --no-deps timm==1.0.31 torchvision==0.28.0
+    python benchmarks/architectures.py [--processes 2] [NAME ...]
+
+Each runs in a process of its own, from random weights, on one thread, with batches of 8:
+
+- *identical*: after 3 steps of SGD losses and weights are bit-identical to those with torch's layers, converted without
+  an averaging, with `Exponential` of the layers' own momentum (these two with all buffers) and with `Window(20)`.
+- *recalibrated*: the largest difference from an oracle's mean (in standard deviations) and variance (relative), over
+  all channels of all layers, of the model in float64: in float32 rounding grows through the layers of some networks
+  to 3e-3. The oracle keeps what every layer is given, and takes moments of it at the end.
+- *said*: what `ModeCheck` says of a healthy fit of two epochs, and `check` after it, with torch's layers and with
+  `Window(20)`. Codes of information are in parentheses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+import logging
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bn import Averaging, Exponential, Finding, ModeCheck, Window, check, convert_batch_norm, recalibrate
+
+BATCH, CLASSES, STEPS, BATCHES = 8, 4, 3, 12  # BATCHES in an epoch
+PATIENCE = 900  # seconds for one architecture
+
+TIMM = {  # by the side of the images, the smallest that is tried and works
+    64: """
+        gcresnext26ts botnet26t_256 test_byobnet cs3darknet_focus_s cspnext_tiny densenet121 dla46x_c dpn48b
+        test_efficientnet efficientvit_b0 fasternet_t0 ghostnet_050 hardcorenas_b hgnetv2_b0 iformer_t
+        inception_next_atto lcnetv2_small lowformer_b0 mobilenetv3_small_050 mobilevit_xxs nextvit_small regnetx_002
+        repghostnet_050 repvit_m1 res2next50 resnest14d test_resnet resnetv2_18 rexnet_100 legacy_seresnet18 shvit_s1
+        skresnet18 starnet_s050 ese_vovnet19b_slim_dw xception41p fastvit_t8 cpubone_nano efficientvim_m1
+        visformer_tiny xcit_nano_12_p8_224 mobileone_s0 selecsls42
+    """,
+    128: "inception_v3",
+    160: "test_coatnet",
+    224: "efficientformer_l1 efficientvit_m0 levit_128s swiftformer_xs",
+}
+SIDES = {name: side for side, names in TIMM.items() for name in names.split()}
+
+IMAGES, SERIES = (3, 64, 64), (32, 2)
+HUGGING_FACE: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {  # class, shape of an input, config
+    "MobileNetV1": ("ForImageClassification", IMAGES, {"depth_multiplier": 0.25}),
+    "MobileViT": ("ForImageClassification", IMAGES, {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8] * 7}),
+    "MobileViTV2": ("ForImageClassification", IMAGES, {"width_multiplier": 0.5}),
+    "Levit": ("ForImageClassification", (3, 128, 128), {"image_size": 128}),
+    "SwiftFormer": ("ForImageClassification", IMAGES, {"depths": [1, 1, 2, 1]}),
+    "HGNetV2": ("ForImageClassification", IMAGES, {"stage_numb_of_layers": [2] * 4}),
+    "TextNet": (
+        "ForImageClassification",
+        IMAGES,
+        {
+            "conv_layer_kernel_sizes": [[[3, 3]], [[3, 1], [1, 3]], [[3, 3]], [[3, 3]]],
+            "conv_layer_strides": [[2], [2, 1], [2], [1]],
+        },
+    ),
+    "Cvt": ("ForImageClassification", IMAGES, {"depth": [1, 1, 3]}),
+    "PPLCNet": ("ForImageClassification", IMAGES, {"scale": 0.5}),
+    "Segformer": ("ForSemanticSegmentation", IMAGES, {}),
+    "Beit": (
+        "ForSemanticSegmentation",
+        IMAGES,
+        {"image_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+        | {"intermediate_size": 64, "out_indices": [1, 2, 3, 4]},
+    ),
+    "PatchTST": ("ForPrediction", SERIES, {"num_input_channels": 2, "d_model": 16, "ffn_dim": 32, "dropout": 0.1}),
+    "PatchTSMixer": ("ForPrediction", SERIES, {"num_input_channels": 2, "norm_mlp": "BatchNorm"}),
+    "Wav2Vec2Conformer": (
+        "Model",
+        (4000,),
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        | {"conv_dim": [32] * 7, "num_conv_pos_embeddings": 16, "layerdrop": 0.0, "mask_time_prob": 0.0},
+    ),
+    "ParakeetEncoder": (
+        "",
+        (64, 80),
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        | {"subsampling_conv_channels": 8, "layerdrop": 0.0},
+    ),
+}
+
+
+def build(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    """Return the architecture with random weights, and the shape of an input of it."""
+    torch.manual_seed(0)
+    if name in HUGGING_FACE:
+        import transformers
+
+        kind, shape, settings = HUGGING_FACE[name]
+        labels = {"num_labels": CLASSES} if kind.startswith(("ForImage", "ForSemantic")) else {}
+        config = getattr(transformers, f"{name}Config")(**settings, **labels)
+        return getattr(transformers, name + kind)(config), shape
+    with contextlib.suppress(RuntimeError):  # torchvision without its compiled part, which timm has no need of
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import timm
+
+    side = SIDES[name]
+    try:
+        model = timm.create_model(name, num_classes=CLASSES, img_size=side)
+    except TypeError:  # it takes any size
+        model = timm.create_model(name, num_classes=CLASSES)
+    return model, (3, side, side)
+
+
+def data(shape: tuple[int, ...], batches: int, seed: int) -> TensorDataset:
+    """Return inputs of `CLASSES` classes, each a pattern of its own in noise, and their classes."""
+    patterns = torch.randn(CLASSES, *shape, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    classes = torch.randint(CLASSES, (batches * BATCH,), generator=generator)
+    return TensorDataset(patterns[classes] + torch.randn(len(classes), *shape, generator=generator), classes)
+
+
+def answers(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the scores of the classes: the first numbers of the first tensor that the model returns."""
+    output = model(inputs) if not hasattr(model, "main_input_name") else model(**{model.main_input_name: inputs})
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    return output.flatten(1)[:, :CLASSES]
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {name: each for name, each in model.named_modules() if isinstance(each, _BatchNorm)}
+
+
+def is_identical(model: nn.Module, shape: tuple[int, ...], averaging: Averaging | None, *, buffers: bool) -> bool:
+    """Train the model as it is and converted, from the same state and the same random numbers, and compare."""
+    left, right = copy.deepcopy(model), convert_batch_norm(copy.deepcopy(model), averaging)
+    losses = [train(each, shape) for each in (left, right)]
+    pairs = [(value, right.get_parameter(name)) for name, value in left.named_parameters()]
+    if buffers:
+        pairs += [(value, right.get_buffer(name)) for name, value in left.named_buffers()]
+    return losses[0] == losses[1] and all(torch.equal(one, other) for one, other in pairs)
+
+
+def train(model: nn.Module, shape: tuple[int, ...]) -> list[float]:
+    """Return the losses of a few steps of SGD."""
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.01, momentum=0.9)
+    losses = []
+    for inputs, classes in DataLoader(data(shape, STEPS, seed=1), BATCH):
+        loss = F.cross_entropy(answers(model, inputs), classes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def recalibration_error(model: nn.Module, shape: tuple[int, ...]) -> float:
+    """Return the largest difference between recalibrated statistics and the oracle's."""
+    model = copy.deepcopy(model).double().eval()
+    batches = [inputs.double() for inputs, _ in DataLoader(data(shape, 4, seed=2), BATCH)]
+    expected = oracle(copy.deepcopy(model), batches)
+    recalibrate(model, batches, forward=answers, progress=False)
+    worst = 0.0
+    for name, layer in batch_norms(model).items():
+        if name in expected:
+            mean, var = expected[name]
+            scale = var + layer.eps
+            shift, ratio = (layer.running_mean - mean) / scale.sqrt(), (layer.running_var - var) / scale
+            worst = max(worst, shift.abs().max().item(), ratio.abs().max().item())
+    return worst
+
+
+def oracle(model: nn.Module, batches: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return mean and unbiased variance of what each batch norm that runs is given, by its name, while they all
+    normalise with the batch."""
+    seen: dict[str, list[Tensor]] = {}
+    for name, layer in batch_norms(model).items():
+        layer.train()
+        layer.register_forward_pre_hook(
+            lambda _, given, name=name: seen.setdefault(name, []).append(given[0].transpose(0, 1).flatten(1))
+        )
+        for part in list(layer.modules())[1:]:  # such as a dropout of timm's layers
+            part.eval()
+    with torch.no_grad():
+        for inputs in batches:
+            answers(model, inputs)
+    joined = {name: torch.cat(parts, 1) for name, parts in seen.items()}
+    return {name: (values.mean(1), values.var(1, unbiased=True)) for name, values in joined.items()}
+
+
+class Fit(pl.LightningModule):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(answers(self.model, batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=3e-4)  # SGD diverges in some of them
+
+
+def findings(model: nn.Module, shape: tuple[int, ...]) -> list[Finding]:
+    """Return what is said of a fit without a mistake, and of the model after it."""
+    guard, fit = ModeCheck(action="log"), Fit(model.train())
+    torch.manual_seed(3)
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=2, callbacks=[guard], **off)
+    loader = DataLoader(data(shape, BATCHES, seed=4), BATCH, shuffle=True)
+    trainer.fit(fit, loader, DataLoader(data(shape, 4, seed=5), BATCH))
+    return [*guard.findings, *check(fit)]
+
+
+def attempt(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except Exception as error:  # whatever goes wrong is a cell of the table
+        return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Return the row of an architecture."""
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    model, shape = build(name)
+    layers = batch_norms(model).values()
+    row: dict[str, Any] = {"layers": len(layers), "classes": sorted({type(each).__name__ for each in layers})}
+    momenta = {each.momentum for each in layers}
+    one = momenta.pop() if len(momenta) == 1 else None
+    averagings = {"none": (None, True), "Window(20)": (Window(20), False)}
+    averagings["Exponential"] = (Exponential(0.1 if one is None else one), one is not None)
+    for kind, (averaging, buffers) in averagings.items():
+        row[kind] = attempt(lambda given=averaging, buffers=buffers: is_identical(model, shape, given, buffers=buffers))
+    row["recalibrated"] = attempt(lambda: recalibration_error(model, shape))
+    for kind, convert in (("torch's", copy.deepcopy), ("windowed", windowed)):
+        found = attempt(lambda convert=convert: findings(convert(model), shape))
+        row[kind] = found if isinstance(found, str) else [(each.level, each.code, str(each)) for each in found]
+    return row | {"seconds": time.perf_counter() - start}
+
+
+def windowed(model: nn.Module) -> nn.Module:
+    return convert_batch_norm(copy.deepcopy(model), Window(20))
+
+
+def in_process(name: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--row", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def said(found: Any) -> str:
+    if isinstance(found, str):
+        return found
+    codes = dict.fromkeys(code if level != "info" else f"({code})" for level, code, _ in found)
+    return " ".join(codes) or "-"
+
+
+def as_line(name: str, row: dict[str, Any]) -> str:
+    if "failed" in row:
+        return f"| {name} | {row['failed']} |"
+    kept = [row[kind] for kind in ("none", "Exponential", "Window(20)")]
+    identical = "yes" if kept == [True] * 3 else "; ".join(map(str, kept))
+    off = row["recalibrated"]
+    cells = (
+        *(name, f"{row['layers']} {', '.join(row['classes'])}", identical),
+        *(off if isinstance(off, str) else f"{off:.0e}", said(row["torch's"]), said(row["windowed"])),
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="architectures; all without any")
+    parser.add_argument("--processes", type=int, default=2, help="that run at the same time")
+    parser.add_argument("--messages", action="store_true", help="print the findings in full too")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
+        with contextlib.redirect_stdout(io.StringIO()):
+            row = measure(options.row)
+        print(json.dumps(row))
+        return
+    names = options.names or [*SIDES, *HUGGING_FACE]
+    print("| architecture | batch norms | identical | recalibrated | said, torch's layers | said, `Window(20)` |")
+    print("|---|---|---|---:|---|---|")
+    with ThreadPoolExecutor(options.processes) as pool:
+        for name, row in zip(names, pool.map(in_process, names), strict=True):
+            print(as_line(name, row), flush=True)
+            if options.messages:
+                messages = {text for kind in ("torch's", "windowed") for *_, text in row.get(kind, [])}
+                print(*sorted(messages), sep="\n", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
