@@ -100,6 +100,18 @@ def logging_interval(trainer: Any) -> int:
     return int(trainer.log_every_n_steps or 0)
 
 
+def evaluated_batches(trainer: Trainer) -> list[int | float]:
+    """Return how many batches each loader of the evaluation that is under way has; infinity where nobody knows."""
+    stage = trainer.state.stage
+    numbers = {
+        "validate": trainer.num_val_batches,
+        "sanity_check": trainer.num_sanity_val_batches,
+        "test": trainer.num_test_batches,
+        "predict": trainer.num_predict_batches,
+    }
+    return list(numbers.get("" if stage is None else str(stage.value), []))
+
+
 def is_overridden(name: str, module: LightningModule) -> bool:
     """Tell whether the module has a method of that name of its own."""
     return bool(_is_overridden(name, module, package_of(module).LightningModule))

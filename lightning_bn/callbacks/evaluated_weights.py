@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,6 +16,9 @@ from lightning_bn.discovery import find_batch_norms
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.sharding import is_sharded, local_value
 from lightning_bn.torch_internals import is_compiled
+
+_ROUNDING = 1e-12
+"""Of a sum in float64, as a share of the sum of absolute values."""
 
 
 class EvaluatedWeights:
@@ -33,15 +36,21 @@ class EvaluatedWeights:
         self._module: nn.Module | None = None
         self._seen: tuple[Tensor, Tensor] | None = None  # parameters and statistics, in the first forward of a batch
         self._hooks: list[RemovableHandle] = []
-        self._looks = False
-        self._is_told = False
+        self._load: RemovableHandle | None = None
+        self._looks: Literal["first", "last"] | None = None
+        self._is_told = self._is_told_of_another = False
         self.come_late = False
         """Whether they were exchanged after the callback's own turn."""
 
-    def remember(self, module: LightningModule) -> None:
+    def remember(self, module: nn.Module, *_: Any) -> None:
         """These are the weights whose statistics the layers hold now."""
         self._module, self._known, self._versions = module, _sums(module.parameters()), _versions(module)
         self._statistics = _sums(_statistics(module))
+
+    def remember_when_loaded(self, module: LightningModule) -> None:
+        """Weights will be read from a file, with their statistics: remember those."""
+        self.forget()
+        self._load = module.register_load_state_dict_post_hook(self._boundary.guard(self.remember))
 
     def expect(self) -> None:
         """The weights are still to come; any are others than these."""
@@ -60,46 +69,69 @@ class EvaluatedWeights:
         device."""
         return self._known is not None and _on_any_rank(trainer, not _same(_sums(module.parameters()), self._known))
 
-    def look(self, module: LightningModule) -> None:
-        """Look at the weights that the next forward runs with, wherever in a step they are put in."""
-        self._seen, self._versions, self._looks = None, _versions(module), True
+    def look(self, module: LightningModule, batch: Literal["first", "last"]) -> None:
+        """Look at the weights that the next forward runs with, wherever in a step they are put in.
+
+        Args:
+            module: the one that is evaluated.
+            batch: which batch of the evaluation begins.
+        """
+        if self._load is not None:
+            self._load.remove()
+        self._module, self._versions = module, _versions(module)
+        self._seen, self._looks, self._load = None, batch, None
         # A hook would compile it anew; in a sharded model's forward parameters are whole that are not before it.
         if not is_compiled(module) and not is_sharded(module):
             see = self._boundary.guard(self._see)
             self._hooks = [each.module.register_forward_pre_hook(see) for each in find_batch_norms(module)]
 
-    def tell_of_others(self, trainer: Trainer, module: LightningModule) -> None:
-        """After a batch that `look` looked at: warn, once, where on any rank it ran with other weights and with the
-        statistics of those that are remembered. Waits for the device."""
-        if not self._looks or self._known is None:
+    def tell_of_others(self, trainer: Trainer, module: LightningModule, *, repairs: bool = False) -> None:
+        """After a batch that `look` looked at: warn, once, where it ran with other weights and with the statistics of
+        those that are remembered. Waits for the device.
+
+        Args:
+            trainer: whose ranks meet behind the first batch; they may have different last ones.
+            module: the one that is evaluated.
+            repairs: whether the statistics were recalibrated for this evaluation, which another network may have.
+        """
+        batch, self._looks = self._looks, None
+        if batch is None or self._known is None:
             return
-        self._looks = False
         for hook in self._hooks:
             hook.remove()
-        seen, self._seen, self._hooks = self._seen, None, []
+        seen, watched, self._seen, self._hooks = self._seen, bool(self._hooks), None, []
         if seen is None:
             others = _versions(module) != self._versions
         else:
             others = not _same(seen[0], self._known) and _same(seen[1], self._statistics)
-        if _on_any_rank(trainer, others) and not self._is_told:
+        if (_on_any_rank(trainer, others) if batch == "first" else others) and not self._is_told:
             self._is_told = True
             rank_zero_warn(_of_others(trainer))
+        if seen is None and watched and repairs and not self._is_told_of_another:
+            self._is_told_of_another = True
+            rank_zero_warn(
+                f"BatchNormRecalibration: no batch-norm layer of {type(module).__name__} ran in the {batch} batch of "
+                "validation. If another network is evaluated, as an averaged copy that the module or a callback holds "
+                "and that is no submodule, recalibrate that one before the validation: "
+                'recalibrate(copy, batches, layers="all").'
+            )
 
     def _see(self, *_: Any) -> None:
         if self._seen is None and self._module is not None:
             self._seen = _sums(self._module.parameters()), _sums(_statistics(self._module))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_module": None, "_seen": None, "_hooks": []}
+        return {**vars(self), "_module": None, "_seen": None, "_hooks": [], "_load": None}
 
 
 def _of_others(trainer: Trainer) -> str:
     if trainer.state.fn == TrainerFn.FITTING:
         return (
             "BatchNormRecalibration: the weights that validation evaluates are exchanged in "
-            "on_validation_batch_start or inside of validation_step, after the statistics were recalibrated for "
-            "other weights. Exchange them once, before the first batch: in on_validation_epoch_start of the module "
-            "or of a callback; or write with recalibrated(self, batches): around that forward."
+            "on_validation_batch_start or inside of validation_step, or between two batches, after the statistics "
+            "were recalibrated for other weights. Exchange them once, before the first batch: in "
+            "on_validation_epoch_start of the module or of a callback; or write with recalibrated(self, batches): "
+            "around that forward."
         )
     stage = "" if trainer.state.fn is None else trainer.state.fn.value
     return (
@@ -115,7 +147,8 @@ def _on_any_rank(trainer: Trainer, here: bool) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other.to(one.device))
+    # Another device, or another number of threads, adds in another order.
+    return one.shape == other.shape and bool(((one - other.to(one.device)).abs() <= _ROUNDING * one[1]).all())
 
 
 def _statistics(module: nn.Module) -> list[Tensor]:

@@ -17,6 +17,7 @@ from lightning_bn.callbacks.both_lightnings import (
     LightningModule,
     Trainer,
     callbacks_of,
+    evaluated_batches,
     is_overridden,
     logging_interval,
     set_callbacks,
@@ -198,15 +199,9 @@ class ModeCheck(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        stage = _stage(trainer)
-        batches = {
-            "validate": trainer.num_val_batches,
-            "sanity_check": trainer.num_sanity_val_batches,
-            "test": trainer.num_test_batches,
-            "predict": trainer.num_predict_batches,
-        }.get(stage, [])
         # Measured are those of the first loader.
-        self._look().begin_batch(stage, trainer.global_step, batch_idx, next(iter(batches), None))
+        batches = next(iter(evaluated_batches(trainer)), None)
+        self._look().begin_batch(_stage(trainer), trainer.global_step, batch_idx, batches)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 

@@ -12,7 +12,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_bn.callbacks.batch_input import BatchInput
-from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, MisconfigurationException, Trainer
+from lightning_bn.callbacks.both_lightnings import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    evaluated_batches,
+)
 from lightning_bn.callbacks.checkpoint_files import (
     check_kinds,
     files_from_before,
@@ -166,8 +172,10 @@ class BatchNormRecalibration(Callback):
             keep_spread(pl_module)  # a checkpoint to resume from may hold one
         if stage == "fit":
             take_turn_after_weight_averaging(trainer, self)
-        elif trainer.ckpt_path or not self._weights.are_known(pl_module):
-            self._weights.forget()  # what the layers hold comes from a file, or from elsewhere
+        elif trainer.ckpt_path:
+            self._weights.remember_when_loaded(pl_module)
+        elif not self._weights.are_known(pl_module):
+            self._weights.remember(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
@@ -214,12 +222,6 @@ class BatchNormRecalibration(Callback):
         if not self._weights.are_known(pl_module):
             self._weights.remember(pl_module)  # the statistics are training's own
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != TrainerFn.FITTING and not self._weights.are_known(pl_module):
-            self._weights.remember(pl_module)
-
-    on_test_start = on_predict_start = on_validation_start
-
     @meeting
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -230,16 +232,20 @@ class BatchNormRecalibration(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx == dataloader_idx == 0 and self._weights.are_known(pl_module):
-            if trainer.state.fn == TrainerFn.FITTING:
-                # Callbacks that come later, and the module's own hook, may have exchanged the weights since.
-                self._act_on_others(trainer, pl_module)
-            self._weights.look(pl_module)
+        first, batches = batch_idx == dataloader_idx == 0, evaluated_batches(trainer)
+        last = dataloader_idx == len(batches) - 1 and batch_idx == batches[-1] - 1
+        if not self._weights.are_known(pl_module) or not (first or last):
+            return
+        if first and trainer.state.fn == TrainerFn.FITTING:
+            # Callbacks that come later, and the module's own hook, may have exchanged the weights since.
+            self._act_on_others(trainer, pl_module)
+        self._weights.look(pl_module, "first" if first else "last")
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        self._weights.tell_of_others(trainer, pl_module)
+        repairs = self.when == "validation" and trainer.state.fn == TrainerFn.FITTING
+        self._weights.tell_of_others(trainer, pl_module, repairs=repairs)
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.modes import kept_attribute
 from lightning_bn.rules.batch_pattern import ForwardRecord
+from lightning_bn.rules.beside import CopiesBeside
 from lightning_bn.rules.evaluated_layers import EvaluatedLayers, affine_weight
 from lightning_bn.rules.fit import Effect
 from lightning_bn.rules.observer import Observer
@@ -54,6 +55,8 @@ class Misfit:
     """False: the weights that were put in have not moved since training began."""
     where: Where = "before"
     """Where weights were exchanged: before the evaluation; inside of its step; after the last training step."""
+    copies: tuple[tuple[str, Misfit], ...] = ()
+    """Of copies that the evaluation ran and that are no part of the model: the class, and what the test tells of it."""
 
 
 class FitTest:
@@ -80,6 +83,7 @@ class FitTest:
         self._first: WeightSamples | None = None
         self._anchor: WeightSamples | None = None
         self.layers: EvaluatedLayers | None = None
+        self._beside: CopiesBeside | None = None
         self._weights: dict[int, Tensor] = {}
         self._judged_at = -1
         self._last = 0
@@ -87,6 +91,9 @@ class FitTest:
         """Indices of the layers that ran in eval mode in training: for them nothing is told."""
         self.share: Share | None = None
         """How the ranks meet, once in `settle` and once in `after_training`; None where there are no others."""
+        self.alone = True
+        """Whether, without `share`, a training batch may be run: where there are other ranks they would be waited
+        for."""
         self._pending: tuple[dict[int, Effect], list[int], Kept] | None = None
         self.result = Misfit()
         """Of the latest evaluation."""
@@ -129,6 +136,8 @@ class FitTest:
         if index == 0 and self.layers is None and not is_compiled(self._model):  # a hook would compile it anew
             self.layers = EvaluatedLayers(self._observer.layers, self._boundary)
             self._last = int(min(batches or EVALUATED, EVALUATED)) - 1
+            if self.batches >= LEAST_BATCHES and not any(map(is_compiled, self._observer.modules)):
+                self._beside = CopiesBeside(self._observer, self._boundary)
         if self.layers is not None and index == self._last:
             modules = enumerate(self._observer.layers)
             self._weights = {
@@ -141,6 +150,10 @@ class FitTest:
         self._observer.on_leave = None
         if self.layers is not None and index == self._last and self._judged_at != index:
             self._judge("before")
+        if self._beside is not None:
+            self._beside.found_all()
+            if index == self._last:
+                self._judge_copies(self._beside)
 
     def end_evaluation(self) -> None:
         """The evaluation has ended."""
@@ -150,8 +163,10 @@ class FitTest:
     def close(self) -> None:
         """Remove the hooks."""
         self._observer.on_leave = None
-        if self.layers is not None:
-            self.layers.close()
+        for each in (self.layers, self._beside):
+            if each is not None:
+                each.close()
+        self._beside = None
 
     def _left(self) -> None:
         """A call of the model has ended; the weights may be back before the step ends."""
@@ -173,7 +188,7 @@ class FitTest:
             return
         self.layers.close()
         exchanged, began = self._weights_now()
-        if self.batches < LEAST_BATCHES and self._first is not None:
+        if 0 < self.batches < LEAST_BATCHES:
             self.result = Misfit(exchanged=exchanged, began=began, where=where)
             return
         found = self.layers.effects(self._images, self.frozen)
@@ -182,8 +197,10 @@ class FitTest:
         self.result = Misfit(fitting=fitting, exchanged=exchanged, began=began, where=where)
         if noticed and self.share is not None:
             self._pending = (noticed, list(found), Kept(self._observer))
-        elif noticed:
+        elif noticed and self.alone:
             self._take(noticed, self._replay().alone(noticed, list(found)))
+        elif noticed:
+            self._take(noticed, Replayed(left_out="the other ranks were not asked"))
 
     def settle(self) -> None:
         """The evaluation is over on all ranks: what its first batches left open is decided by all of them."""
@@ -195,16 +212,12 @@ class FitTest:
                 self._take(noticed, replayed)
 
     def _take(self, noticed: Mapping[int, Effect], replayed: Replayed) -> None:
-        misfits = {index: replayed.effects[index] for index in noticed if index in _misfits(replayed)}
-        only_here = {index: each for index, each in noticed.items() if each.beyond and index not in misfits}
-        self.result = replace(
-            self.result,
-            layers=self._named(misfits),
-            only_here=self._named(only_here),
-            fitting=self.result.fitting | (noticed.keys() - misfits.keys() - only_here.keys()),
-            changed=replayed.changed,
-            left_out=replayed.left_out,
-        )
+        self.result = _decided(self.result, self._observer, noticed, replayed)
+
+    def _judge_copies(self, beside: CopiesBeside) -> None:
+        found = beside.judge(self._call, max(self._images.values(), default=1), alone=self.alone and self.share is None)
+        copies = [(name, _decided(Misfit(), *judged)) for name, *judged in found]
+        self.result = replace(self.result, copies=tuple(copies))
 
     def after_training(self) -> Misfit:
         """Judge weights that were put in after the last training batch, by that batch; waits for the device."""
@@ -219,7 +232,7 @@ class FitTest:
             self._model.eval()
             replayed = self._replay().together(every, every, self.share or (lambda value: [value]))
         misfits = {index for index in _misfits(replayed) if self._may_judge(index)}
-        found = self._named({index: each for index, each in replayed.effects.items() if index in misfits})
+        found = _named(self._observer, {i: each for i, each in replayed.effects.items() if i in misfits})
         fitting = frozenset(replayed.effects) - misfits
         return Misfit(found, {}, fitting, replayed.changed, replayed.left_out, exchanged, began, "after")
 
@@ -240,8 +253,23 @@ class FitTest:
         never = exchanged and self._first is not None and not self._first.differ(now)
         return exchanged, not never
 
-    def _named(self, effects: Mapping[int, Effect]) -> dict[str, Effect]:
-        return {self._observer.layers[index].name: each for index, each in effects.items()}
+
+def _decided(result: Misfit, observer: Observer, noticed: Mapping[int, Effect], replayed: Replayed) -> Misfit:
+    """Return `result` with what a training batch tells of the layers that were off in the evaluation."""
+    misfits = {index: replayed.effects[index] for index in noticed if index in _misfits(replayed)}
+    only_here = {index: each for index, each in noticed.items() if each.beyond and index not in misfits}
+    return replace(
+        result,
+        layers=_named(observer, misfits),
+        only_here=_named(observer, only_here),
+        fitting=result.fitting | (noticed.keys() - misfits.keys() - only_here.keys()),
+        changed=replayed.changed,
+        left_out=replayed.left_out,
+    )
+
+
+def _named(observer: Observer, effects: Mapping[int, Effect]) -> dict[str, Effect]:
+    return {observer.layers[index].name: each for index, each in effects.items()}
 
 
 def _misfits(replayed: Replayed) -> frozenset[int]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
-from lightning_bn.ranks.collective import share
+from lightning_bn.ranks.collective import Ranks, share
 from lightning_bn.rules import RULES, Finding, Rule
 from lightning_bn.rules.adjacency import Adjacency, BiasBeforeBatchNorm, DropoutBeforeBatchNorm
 from lightning_bn.rules.arguments import Setting, check_codes, check_patterns
@@ -185,7 +185,8 @@ class Inspection:
             self.observer.on_input = self._order.begin_batch()
         else:
             self._evaluating = True
-            self._fit.begin_batch(index, batches)
+            if stage != "sanity_check":
+                self._fit.begin_batch(index, batches)
         self.observer.begin(self.observer.snapshot() if training and self.modes_from == "start" else None)
 
     def end_batch(self) -> None:
@@ -271,6 +272,24 @@ class Inspection:
         self._ask(lambda rule: rule.evaluation(evaluation))
         self._fit.end_evaluation()
         self._boundaries.leave()
+
+    def begin_evaluating_call(self) -> None:
+        """A call begins, in a loop of which stages are not known, that is the first of an evaluation."""
+        self._fit.alone = not Ranks(task=self.setting.caller).are_several
+        self._fit.frozen = self._fixed()
+        self._fit.begin_evaluation()
+        self._fit.begin_batch(0, 1)
+
+    def end_evaluating_call(self) -> None:
+        """Judge by it whether the statistics fit; waits for the device."""
+        self._fit.end_batch(0)
+        stage, self.stage = self.stage, "evaluation"
+        at = Evaluation(self.observer, self.setting, self.stage, self._ran.evaluated, self._ran.steady)
+        at.fit = self._fit.result
+        self._tell_fit(at)
+        self.stage = stage
+        self._fit.end_evaluation()
+        self._fit.begin_evaluation()
 
     def finish(self) -> None:
         """End a loop of which stages and batches are not known: judge the forwards since the last step, and the

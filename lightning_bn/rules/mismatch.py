@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
+from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fit_test import FEW_CHANGE, Misfit
 from lightning_bn.rules.fixes import RECALIBRATION
@@ -75,8 +76,11 @@ class TrainEvalGap(Rule):
                 lagging,
                 lambda names: _measured(misfit, names[0], evaluation),
                 level_of(misfit.changed),
+                self._fix_in_a_loop(evaluation.setting),
                 worst_first=True,
             )
+        for copy, found in misfit.copies:
+            yield from self._copy(copy, found, evaluation)
         elsewhere = [name for name in misfit.only_here if name not in told and name not in misfit.layers]
         if elsewhere and misfit.began:
             yield Seen(
@@ -88,8 +92,35 @@ class TrainEvalGap(Rule):
                     + (f"; no training batch was run, as {misfit.left_out}." if misfit.left_out else ".")
                 ),
                 "info",
+                self._fix_in_a_loop(evaluation.setting),
                 worst_first=True,
             )
+
+    def _copy(self, copy: str, found: Misfit, evaluation: Evaluation) -> Iterator[Seen]:
+        """A copy that the model does not hold: nothing else sees it."""
+        off = found.layers or found.only_here
+        if not off:
+            return
+        first = next(iter(off))
+        measured = (
+            _measured(found, first, evaluation)
+            if found.layers
+            else f"its first such layer, {first}, is {off[first].size:.1f} deviations off there."
+        )
+        yield Seen(
+            [f"{copy}:{name}" for name in off],
+            f"{evaluation.stage} runs {copy}, which is like the model and no part of it, as an averaged copy: "
+            f"{measured}",
+            level_of(found.changed) if found.layers else "info",
+            Fix('recalibrate(copy, batches, layers="all")', "before the evaluation", f"where copy is that {copy}"),
+            worst_first=True,
+        )
+
+    def _fix_in_a_loop(self, setting: Setting) -> Fix | None:
+        """A loop without a Trainer has no callbacks."""
+        if setting.caller != "watch":
+            return None
+        return Fix(f"recalibrate({setting.root}, batches)", "before the evaluation", "with training batches")
 
 
 def _measured(misfit: Misfit, name: str, evaluation: Evaluation) -> str:

@@ -73,11 +73,11 @@ class Observer:
         self.first_weights: dict[tuple[int, str | None], int] = {}
         """The version of each layer's affine weight at its first forward of this batch, by its index and set."""
         self.first_call: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
-        """The first outermost call of the latest batch without another set of statistics in use: what was called, and
-        with what; None where that was computed by parameters."""
+        """The first outermost call of the latest batch without another set of statistics in use, of those with grad if
+        there are any: what was called, and with what; None where that was computed by parameters."""
         self.first_samples = 0
         """Samples in it."""
-        self._is_called = False
+        self._is_called: bool | None = None  # whether `first_call` had grad
         self.on_leave: Callable[[], None] | None = None
         """Called when an outermost call ends."""
         self.on_input: Callable[[Tensor], None] | None = None
@@ -142,7 +142,7 @@ class Observer:
         self.entered_backward = set()
         self.modes = modes
         self.call = self.source = self.at = self._depth = 0
-        self._sources, self.wholes, self._calls, self._is_called = [], [], [], False
+        self._sources, self.wholes, self._calls, self._is_called = [], [], [], None
         self.sets.rest()
         # Of a layer that is not watched now, the first forward of the batch will have been missed.
         first = enumerate(versions(self._parameters, "weight")) if self.idle else ()
@@ -208,8 +208,10 @@ class Observer:
         if self._depth > 1:
             return
         input = next(nested_tensors((args, kwargs)), None)
-        if not self._is_called and not self.sets.are_in_use():
-            self._is_called = True
+        if (self._is_called is None or (not self._is_called and torch.is_grad_enabled())) and not (
+            self.sets.are_in_use()
+        ):
+            self._is_called = torch.is_grad_enabled()
             self.first_call = None if input is None or input.requires_grad else (module, args, kwargs)
             self.first_samples = len(input) if input is not None and input.dim() else 0
         if self.on_input is not None and input is not None and not self._calls:

@@ -177,15 +177,14 @@ class Replay:
     def _candidates(self, wanted: Collection[int]) -> Iterator[nn.Module]:
         """Yield the modules that may take what the model was given in training: what the evaluation called, what
         training called, the model as a whole."""
-        theirs = type(self._model).forward.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
         evaluated = self._observer.first_call
         parts = [each[0] for each in (evaluated, self._call) if each is not None]
         names = [self._observer.layers[index].name for index in wanted]
         parts.append(self._observer.modules[self._observer.names.index(_common(names))])
-        whole = [] if theirs else [self._model]
+        parts.insert(0 if self._observer.calls > 1 else len(parts), self._model)
         wanted_modules = {self._observer.layers[index].module for index in wanted}
-        for part in dict.fromkeys([*whole, *parts] if self._observer.calls > 1 else [*parts, *whole]):
-            if wanted_modules & set(part.modules()) and (part is not self._model or not theirs):
+        for part in dict.fromkeys(_unwrapped(each) for each in parts):
+            if wanted_modules & set(part.modules()) and not _is_wrapper(part):
                 yield part
 
 
@@ -226,6 +225,18 @@ def _answers(output: Any) -> Tensor | None:
     if tensor is None:
         return None
     return tensor.argmax(1) if tensor.dim() > 1 and tensor.shape[1] > 1 else tensor > 0
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether the module's forward is that of Lightning, or of a wrapper of torch's in which ranks meet."""
+    theirs = ("torch.nn.parallel.", "torch.distributed.", "lightning.", "pytorch_lightning.")
+    return type(module).forward.__module__.startswith(theirs)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return what a wrapper calls with its own arguments."""
+    children = list(module.children())
+    return _unwrapped(children[0]) if _is_wrapper(module) and len(children) == 1 else module
 
 
 def _share(answers: Tensor | None, others: Tensor | None) -> float | None:

@@ -54,8 +54,10 @@ def watch(
     """Observe the forwards of `model` in your own training loop, and report at exit.
 
     A step of any optimizer of torch's that holds one of the model's parameters ends a training batch, and so does a
-    backward that another input follows, or, as long as no such step was seen, any input. What only a Trainer knows
-    (stages, batches, who changed a mode) is not checked. No hook is left, also after an exception.
+    backward that another input follows, or, as long as no such step was seen, any input. A call of the model in eval
+    mode without grad, behind training batches, begins an evaluation, by the first batch of which the running statistics
+    are judged (BN208). What only a Trainer knows (stages, batches, who changed a mode or exchanged weights) is not
+    checked. No hook is left, also after an exception.
 
     Args:
         model: the module that the loop calls; for Fabric, the one that ``fabric.setup`` returned.
@@ -83,14 +85,20 @@ def watch(
     own = {id(parameter) for parameter in model.parameters()}
     batches = _Batches(inspection)
 
+    def is_seen(module: nn.Module) -> bool:
+        # A copy of the model has these hooks too; nothing is recorded while a training batch is run again.
+        return not torch.compiler.is_compiling() and module is model and inspection.observer.recording
+
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if is_seen(module):
             batches.forward(args, kwargs)
+            batches.begin_evaluation(module)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if is_seen(module):
             inspection.trace(output)
             batches.watch_backward(output)
+            batches.end_evaluation()
 
     def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
@@ -125,6 +133,8 @@ class _Batches:
         self._batches = self._steps = 0
         self._backward = False
         self._stepped = False
+        self._evaluated_at = -2  # a model that is evaluated before it is trained is judged too
+        self._evaluates = False
 
     def forward(self, args: Any, kwargs: Any) -> None:
         """The model is called."""
@@ -132,6 +142,22 @@ class _Batches:
         if self._backward and not known:
             self._next()
         self._backward = False
+
+    def begin_evaluation(self, model: nn.Module) -> None:
+        """Have the statistics judged by this call, if it is the first of an evaluation, and not of a training step, as
+        that of a teacher or for pseudo-labels."""
+        if model.training or torch.is_grad_enabled():
+            return
+        since, self._evaluated_at = self._batches - self._evaluated_at, self._batches
+        if since > 1:
+            self._evaluates = True
+            self._inspection.begin_evaluating_call()
+
+    def end_evaluation(self) -> None:
+        """The call has ended."""
+        if self._evaluates:
+            self._evaluates = False
+            self._inspection.end_evaluating_call()
 
     def watch_backward(self, output: Any) -> None:
         """Remember when gradients flow through what the model returned."""

@@ -201,7 +201,7 @@ def test_every_rank_is_asked_whatever_it_found_itself(moved_here: bool) -> None:
     if moved_here:
         with torch.no_grad():
             module.first.weight.add_(1)
-    weights.look(module)
+    weights.look(module, "first")
     module.eval()(torch.randn(4, 4))
     weights.tell_of_others(runner, module)
     assert asked == [moved_here]

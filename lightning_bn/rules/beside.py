@@ -1,0 +1,99 @@
+"""Copies of the model that an evaluation runs and that are no part of it: held in a list, by a callback, by a library's
+object."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms
+from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
+from lightning_bn.rules.evaluated_layers import EvaluatedLayers
+from lightning_bn.rules.fit import Effect
+from lightning_bn.rules.observer import Observer
+from lightning_bn.rules.replay import Call, Replay, Replayed
+
+
+class Judged(NamedTuple):
+    """A copy with statistics that do not fit what the evaluation gave it."""
+
+    name: str
+    """Of its class."""
+    observer: Observer
+    noticed: dict[int, Effect]
+    """How far its layers are off, by their indices."""
+    replayed: Replayed
+    """What the last training batch shows."""
+
+
+class CopiesBeside:
+    """Looks, in the first batch of an evaluation, for modules whose batch norms are like some of the model's, and
+    measures what these get until `judge`. Nothing waits for the device before.
+
+    Args:
+        observer: knows what belongs to the model.
+        boundary: stands around every hook.
+    """
+
+    def __init__(self, observer: Observer, boundary: ErrorBoundary = UNBOUNDED) -> None:
+        self._boundary = boundary
+        self._own = frozenset(observer.modules)
+        self._seen = set(self._own)
+        self._like = _shapes(observer.layers)
+        self._found: list[tuple[nn.Module, EvaluatedLayers]] = []
+        # The only hook that sees what nobody has told of; all modules have it, for the length of one batch.
+        self._everywhere: RemovableHandle | None = register_module_forward_pre_hook(boundary.guard(self._see))
+
+    def found_all(self) -> None:
+        """The first batch has ended."""
+        if self._everywhere is not None:
+            self._everywhere.remove()
+            self._everywhere = None
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self.found_all()
+        for _, layers in self._found:
+            layers.close()
+
+    def judge(self, call: Call | None, images: int, *, alone: bool) -> list[Judged]:
+        """Return each copy with statistics that do not fit the evaluation; waits for the device.
+
+        Args:
+            call: what the model was called with in the last training batch, which is run through the copy.
+            images: in a training batch.
+            alone: whether this process may run it: where there are other ranks they would be waited for.
+        """
+        self.close()
+        found = []
+        for copy, layers in self._found:
+            observer = Observer(copy)
+            sizes = dict.fromkeys(range(len(observer.layers)), images)
+            effects = layers.effects(sizes, ())
+            noticed = {index: each for index, each in effects.items() if each.noticed}
+            if noticed:
+                waiting = Replayed(left_out="the other ranks were not asked")
+                replayed = Replay(observer, call, sizes, ()).alone(noticed, list(effects)) if alone else waiting
+                found.append(Judged(type(copy).__name__, observer, noticed, replayed))
+        return found
+
+    def _see(self, module: nn.Module, args: Any) -> None:
+        if module in self._seen or torch.compiler.is_compiling():
+            return
+        parts = set(module.modules())
+        if parts & self._own:
+            return  # it wraps the model
+        self._seen |= parts  # what a copy calls is a part of it
+        layers = find_batch_norms(module)
+        if layers and _shapes(layers) <= self._like:
+            self._found.append((module, EvaluatedLayers(layers, self._boundary)))
+
+
+def _shapes(layers: Iterable[BatchNormLayer]) -> Counter[tuple[type, int]]:
+    return Counter((type(layer.module), layer.module.num_features) for layer in layers)
