@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, Trainer
-from lightning_bn.callbacks.lightning_internals import logging_step
-from lightning_bn.callbacks.observing import boundary_of, observing
+from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
+from lightning_bn.callbacks.observing import boundary_of, meet, meeting, observing
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.live_data.judging import Judge
 from lightning_bn.live_data.watching import DriftWatch, warn_of
+from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.image_moments import ImageReader
 from lightning_bn.recalibration.measuring import normalises_its_input
 from lightning_bn.recalibration.spread import keep_spread
@@ -26,17 +27,18 @@ class DriftMonitor(Callback):
     or while the statistics lag behind the training, it says once that it does not judge. It changes no result.
 
     A batch is judged as a whole, over all that the module does with it: a step that runs the network more often than
-    the pass by which the spread was measured can't be judged. Each rank judges and counts its own batches.
+    the pass by which the spread was measured can't be judged. Each rank judges its own batches, and warns of its own
+    first alarm.
 
     At the end of each stage the loggers get ``batch_norm/drift/<stage>/alarm_rate``, of which `alarm` is to be
-    expected, and ``.../z``, the largest.
+    expected, and ``.../z``, the largest, both over the batches of all ranks.
 
     Args:
         alarm: probability of a false alarm in a batch.
 
     Attributes:
-        watches: by stage ("validate", "test", "predict") a `DriftWatch` with the counts since ``setup``, the report of
-            the first alarm and that of the last batch.
+        watches: by stage ("validate", "test", "predict") a `DriftWatch` of this rank, with the counts since ``setup``,
+            the report of the first alarm and that of the last batch.
 
     Raises:
         ValueError: `alarm` is no probability.
@@ -84,22 +86,25 @@ class DriftMonitor(Callback):
         self._listen()
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        self._look("validate", pl_module)
+        self._look("validate", trainer, pl_module)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        self._look("test", pl_module)
+        self._look("test", trainer, pl_module)
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        self._look("predict", pl_module)
+        self._look("predict", trainer, pl_module)
 
+    @meeting
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end("validate", trainer)
+        self._meet("validate", trainer)
 
+    @meeting
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end("test", trainer)
+        self._meet("test", trainer)
 
+    @meeting
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end("predict", trainer)
+        self._meet("predict", trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
@@ -119,7 +124,7 @@ class DriftMonitor(Callback):
             self._images.forget()
             self._images.listening = True
 
-    def _look(self, stage: str, module: LightningModule) -> None:
+    def _look(self, stage: str, trainer: Trainer, module: LightningModule) -> None:
         images = self._images
         if images is None:
             return
@@ -133,16 +138,24 @@ class DriftMonitor(Callback):
             return
         watch = self.watches.setdefault(stage, DriftWatch(self.alarm))
         if watch.add(report):
-            warn_of(report, f"DriftMonitor, {stage}: ")
+            where = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
+            warn_of(report, f"DriftMonitor, {stage}{where}: ")
 
-    def _end(self, stage: str, trainer: Trainer) -> None:
-        if self._images is not None and stage in self.watches:
-            watch = self.watches[stage]
-            values = {"alarm_rate": watch.alarms / watch.batches, "z": watch.largest_z}
+    def _meet(self, stage: str, trainer: Trainer) -> None:
+        ranks = Ranks(data_parallel_group(trainer), task="DriftMonitor")
+        meet(self._boundary, ranks, self._end, stage, trainer, ranks)
+
+    def _end(self, stage: str, trainer: Trainer, ranks: Ranks) -> None:
+        watch = None if self._images is None else self.watches.get(stage)
+        self._close()
+        own = None if watch is None else (watch.alarms, watch.batches, watch.largest_z)
+        judged = [each for each in ranks.share(own) if each is not None]
+        if judged:
+            alarms, batches, z = zip(*judged, strict=True)
+            values = {"alarm_rate": sum(alarms) / sum(batches), "z": max(z)}
             scalars = {f"batch_norm/drift/{stage}/{name}": value for name, value in values.items()}
             for logger in trainer.loggers:
                 logger.log_metrics(scalars, step=logging_step(trainer))
-        self._close()
 
     def _tell_once(self, text: str) -> None:
         if text not in self._told:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,23 +70,15 @@ class SetPart(nn.Module):
     def put_in(self, present: SetPart) -> None:
         """Exchange the layer's tensors, which are those of `present`, for these. Neither is written or copied."""
         layer = self.layer
-        running_mean(layer)  # waits for what is on its way from other ranks
-        momentum = layer.momentum
-        exchanges: list[tuple[tuple[str, ...], Any, Any, Any]] = [
-            (_BUFFERS, layer._buffers, present._buffers, self._buffers)
-        ]
+        _exchange(_BUFFERS, layer._buffers, present._buffers, self._buffers)
         if self._affine:
-            exchanges.append((_AFFINE, layer._parameters, present._parameters, self._parameters))
+            _exchange(_AFFINE, layer._parameters, present._parameters, self._parameters)
         if "averaging" in layer._modules:
-            exchanges.append((("averaging",), layer._modules, present._modules, self._modules))
-        for names, held, theirs, own in exchanges:
-            for name in names:
-                theirs[name] = held[name]
-                held[name] = own[name]
-                own[name] = None
-        # A momentum is a setting of the layer, not of the set: someone may have set it meanwhile.
-        if layer.momentum != momentum:
-            layer.momentum = momentum
+            momentum = layer.momentum
+            _exchange(("averaging",), layer._modules, present._modules, self._modules)
+            # It is a setting of the layer, not of the set: someone may have set it meanwhile.
+            if layer.momentum != momentum:
+                layer.momentum = momentum
 
     def check(self) -> None:
         """Move to the layer's device, and raise where the layer's tensors can't be exchanged for these.
@@ -94,9 +86,10 @@ class SetPart(nn.Module):
         Raises:
             RuntimeError: as the layer has another number of channels by now, or a weight that is not a parameter of it.
         """
-        mean, own = running_mean(self.layer), self._buffers["running_mean"]
+        own = self._buffers["running_mean"]
         if own is None:
             return
+        mean = running_mean(self.layer)  # waits for what other ranks have yet to send
         if mean.shape != own.shape:
             raise RuntimeError(
                 f"A layer has {len(mean)} channels by now, and another set of its statistics {len(own)}. Change the "
@@ -190,6 +183,13 @@ class SetPart(nn.Module):
             if buffer is not None:  # what a layer with an averaging does too
                 self._buffers[name] = apply_to_statistics(fn, buffer)
         return self
+
+
+def _exchange(names: Iterable[str], held: dict[str, Any], theirs: dict[str, Any], own: dict[str, Any]) -> None:
+    for name in names:
+        theirs[name] = held[name]
+        held[name] = own[name]
+        own[name] = None
 
 
 def _cloned(parameter: nn.Parameter) -> nn.Parameter:

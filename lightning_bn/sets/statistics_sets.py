@@ -236,9 +236,12 @@ class StatisticsSets(nn.Module):
         exchanging(self._layers.values(), lambda: self._exchange(name))
 
     def _exchange(self, name: str) -> None:
-        for own, *others in zip(self._parts[name], *(self._parts.values()), strict=True):
-            if not own.is_in_place:  # an interrupt may have left some layers exchanged, and others not
-                own.put_in(next(part for part in others if part.is_in_place))
+        for place, (own, present) in enumerate(zip(self._parts[name], self._parts[self._active], strict=True)):
+            if own.is_in_place:  # an interrupt may have left some layers exchanged, and others not
+                continue
+            if not present.is_in_place:
+                present = next(parts[place] for parts in self._parts.values() if parts[place].is_in_place)
+            own.put_in(present)
         self._active = name
         self._averagings = self._averagings_now()
 
