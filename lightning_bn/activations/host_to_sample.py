@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.activations.call_sites import CallSite
 from lightning_bn.activations.column import Statistic
 from lightning_bn.activations.drift import Drift, distance, summarise_drift
+from lightning_bn.activations.drift_by_chance import DriftByChance
 from lightning_bn.activations.effective_rank import effective_rank
 from lightning_bn.activations.moments_to_pool import Key, Pool
 from lightning_bn.activations.pool_to_host import (
@@ -83,6 +84,7 @@ class SampleBuilder:
         self._zero_born: Mask | None = None  # norms whose weight has been 0 from the start
         self._born_small: Mask | None = None  # norms whose weight was 0 at the start, and grows
         self.history = ChannelHistory()
+        self._chance = DriftByChance()
         self._zero_start = ZeroStart()
         self.given: dict[int, Moments] = {}  # by width, of all inputs of the model
 
@@ -146,9 +148,11 @@ class SampleBuilder:
             return None
         number, widths = len(self._norms), self._widths()
         drift, settled, nonfinite = np.full((number, 4), np.nan), np.full((number, 4), np.nan), np.full(number, np.nan)
+        drift_z = np.full((number, 2), np.nan)
         below_eps, ran, young = np.full(number, np.nan), np.zeros(number, dtype=bool), np.zeros(number, dtype=bool)
         if found.drift is not None:
             drift[self._tracks], settled[self._tracks] = found.drift.values, found.drift.settled
+            drift_z[self._tracks] = self._chance.update(found.drift, widths[self._tracks])
             nonfinite[self._tracks], ran[self._tracks] = found.drift.nonfinite, found.drift.ran
             below_eps[self._tracks], young[self._tracks] = found.drift.below_eps, found.drift.young
         has_weight, has_bias = (
@@ -157,7 +161,7 @@ class SampleBuilder:
         return Norms(
             widths,
             *(found.weights.double().numpy(), has_weight, found.biases.double().numpy(), has_bias),
-            *(drift, settled, ran, below_eps, young, nonfinite, self._tracks),
+            *(drift, drift_z, settled, ran, below_eps, young, nonfinite, self._tracks),
         )
 
     def _widths(self) -> Indices:

@@ -31,6 +31,7 @@ PARAMETER_COLUMNS: tuple[Column, ...] = (
         chart="drift of the mean, in running standard deviations (worst layer, median)",
     ),
     Column("drift_mean_max", "norm", drift_value(1), have_run),
+    Column("drift_mean_z", "norm", lambda found: found.drift_z[:, 0], have_run),
     Statistic(
         "drift_var",
         "norm",
@@ -46,6 +47,7 @@ PARAMETER_COLUMNS: tuple[Column, ...] = (
         chart="drift of the variance, log ratio (worst layer, median)",
     ),
     Column("drift_var_max", "norm", drift_value(3), have_run),
+    Column("drift_var_z", "norm", lambda found: found.drift_z[:, 1], have_run),
     Statistic(
         "running_nonfinite",
         "norm",

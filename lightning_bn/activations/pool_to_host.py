@@ -193,6 +193,7 @@ class Norms:
     bias: Array | None
     has_bias: Mask  # (N,)
     drift: Array  # (N, 4), in the order of `registry.DRIFT_STATISTICS`
+    drift_z: Array  # (N, 2), of mean and variance, in units of what they are by chance; NaN while that is not known
     settled: Array  # (N, 4), what the 0/1 start does not explain of it
     ran: Mask  # (N,): there is a batch or an evaluation whose drift it is
     below_eps: Array  # (N,), share of the channels whose batch variance is below eps

@@ -13,5 +13,7 @@ COLUMNS: tuple[str, ...] = tuple(entry.name for entry in ENTRIES)
 """All columns of the table, in their order."""
 STATISTICS: dict[str, Statistic] = {entry.name: entry for entry in ENTRIES if isinstance(entry, Statistic)}
 """By column, those that are summed up over the layers."""
-DRIFT_STATISTICS: tuple[str, ...] = tuple(name for name in COLUMNS if name.startswith("drift"))
+DRIFT_STATISTICS: tuple[str, ...] = tuple(
+    name for name in COLUMNS if name.startswith("drift") and not name.endswith("_z")
+)
 """What `activations.drift` measures of a batch norm, in the order of its columns."""
