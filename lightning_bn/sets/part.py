@@ -51,6 +51,10 @@ class SetPart(nn.Module):
         layer: _BatchNorm = self.__dict__["_layer"]
         return layer
 
+    def give_to(self, layer: _BatchNorm) -> None:
+        """From now on this is a part of `layer`, which has the tensors of the layer before."""
+        self.__dict__["_layer"] = layer
+
     @property
     def is_in_place(self) -> bool:
         """Whether the tensors are in the layer."""

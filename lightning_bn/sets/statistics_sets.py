@@ -15,6 +15,7 @@ from lightning_bn.discovery import find_batch_norms, unserved
 from lightning_bn.layers.deferred import exchanging
 from lightning_bn.set_in_use import has_sets, join_sets
 from lightning_bn.sets.part import SetPart
+from lightning_bn.sets.places import has_tensors_of, places_of
 from lightning_bn.sets.recomputation import Ran, guard_recomputation
 from lightning_bn.torch_internals import in_backward
 
@@ -79,9 +80,12 @@ class StatisticsSets(nn.Module):
         _check_free(call, chosen, affine=affine)
         self.affine = affine
         self.__dict__["_model"] = model  # of which this is a part, or next to it
-        self._layers: Mapping[str, _BatchNorm] = chosen
+        self._layers: dict[str, _BatchNorm] = chosen
+        self._places = places_of(chosen.values(), model)
+        self._gone: list[str] = []
         self._parts: dict[str, list[SetPart]] = {}
-        self._active = names[0]
+        self._active = self._at_rest = names[0]
+        self._open: list[_Use] = []
         self._lock = threading.RLock()
         self._register(names[0])
         self._averagings = self._averagings_now()
@@ -219,18 +223,46 @@ class StatisticsSets(nn.Module):
         return [layer._modules.get("averaging") for layer in self._layers.values()]
 
     def _follow(self) -> None:
-        """Let every set follow layers that were converted since."""
+        """Let every set follow layers that were converted since, or that others stand in for with the same tensors, as
+        ``SyncBatchNorm.convert_sync_batchnorm`` leaves them."""
+        if self._gone or not all(place.is_held() for place in self._places):
+            self._find_layers()
         now = self._averagings_now()
         if any(one is not other for one, other in zip(now, self._averagings, strict=True)):
             for part in (part for parts in self._parts.values() for part in parts):
                 part.average_as_layer()
             self._averagings = now
 
+    def _find_layers(self) -> None:
+        model: nn.Module = self.__dict__["_model"]
+        there = {name: layer.module for layer in find_batch_norms(model) for name in layer.names}
+        present = set(there.values())
+        self._gone = []
+        for place, (path, layer) in enumerate(self._layers.items()):
+            new = there.get(path)
+            if layer in present:
+                continue
+            if new is None or not has_tensors_of(new, layer):
+                self._gone.append(path or "the model")
+                continue
+            self._layers[path] = new
+            for parts in self._parts.values():
+                parts[place].give_to(new)
+            join_sets(new, self)
+            guard_recomputation(new)
+        self._places = places_of(present.intersection(self._layers.values()), model)
+
     def _put_in(self, name: str) -> None:
         """Have the set in place, whatever is now; nothing is changed where a layer can't take it."""
         if name == self._active:
             return
         self._follow()
+        if self._gone:
+            raise RuntimeError(
+                f"StatisticsSets: {', '.join(self._gone[:3])} has been replaced or taken out since the sets were made, "
+                "so its statistics can't be exchanged. Replace or fuse layers before StatisticsSets(model, names); to "
+                "serve one set by itself, load sets.state_dict(name) into a plain model first."
+            )
         for part in self._parts[name]:
             part.check()
         exchanging(self._layers.values(), lambda: self._exchange(name))
@@ -259,7 +291,7 @@ class StatisticsSets(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+        return {**self.__dict__, "_lock": None, "_open": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -269,11 +301,12 @@ class StatisticsSets(nn.Module):
 
 
 class _Use:
-    """One `StatisticsSets.use`."""
+    """One `StatisticsSets.use`. What is in place after an exit is the set of the newest that is still open, whichever
+    was entered first: one in a generator may be left later than one that was entered after it."""
 
     def __init__(self, sets: StatisticsSets, name: str) -> None:
         self._sets, self._name = sets, name
-        self._before: list[str] = []
+        self._locks = False
 
     def __enter__(self) -> StatisticsSets:
         sets = self._sets
@@ -289,7 +322,9 @@ class _Use:
             if locks:
                 sets._lock.release()
             raise
-        self._before.append(before)
+        if not sets._open:
+            sets._at_rest = before
+        sets._open.append(self)
         self._locks = locks
         sets.ran.uses_in_backward += not locks
         return sets
@@ -297,13 +332,15 @@ class _Use:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        sets = self._sets
         try:
-            self._sets._put_in(self._before.pop())
+            sets._open.remove(self)
+            sets._put_in(sets._open[-1]._name if sets._open else sets._at_rest)
         finally:
             if self._locks:
-                self._sets._lock.release()
+                sets._lock.release()
             else:
-                self._sets.ran.uses_in_backward -= 1
+                sets.ran.uses_in_backward -= 1
 
 
 def _check_free(call: str, layers: Mapping[str, _BatchNorm], *, affine: bool) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import DriftMonitor, drift, recalibrate
+from lightning_bn.recalibration.spread import give_spread
 
 
 class Net(Steps, pl.LightningModule):
@@ -38,8 +39,9 @@ def _tested(rank: int, world: int, port: int, folder: Path, measured_on: int | N
     """Of every two images, that of rank 1 is brighter; `measured_on` is the rank that has a spread, None for both."""
     environment(rank, world, port)
     module, monitor = Net(), DriftMonitor()
-    if measured_on in (None, rank):
-        recalibrate(module, images(1000, 1).split(100), spread=True, progress=False)
+    recalibrate(module, images(1000, 1).split(100), spread=True, progress=False)
+    if measured_on not in (None, rank):
+        give_spread(module.net[1], None)
     data = images(80, 2)
     data[1::2] += 0.5
     runner = trainer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import oracles
 import pytest
@@ -139,6 +139,29 @@ def test_it_nests_and_comes_back_after_an_exception() -> None:
         fail()
     assert whole.sets.active == "clean"
     assert all(one is other for one, other in zip(before, whole.net.buffers(), strict=True))
+
+
+def test_uses_that_end_in_another_order() -> None:
+    """A generator may hold a `use` open: in place is the newest that is still open, and at the end what was there
+    before all."""
+    whole = Whole()
+
+    def in_set(name: str) -> Iterator[None]:
+        with whole.sets.use(name):
+            yield
+
+    generator = in_set("width=0.5")
+    next(generator)
+    with whole.sets.use(""):
+        generator.close()
+        assert whole.sets.active == ""
+    assert whole.sets.active == "clean"
+    generator = in_set("")
+    with whole.sets.use("width=0.5"):
+        next(generator)
+    assert whole.sets.active == ""
+    generator.close()
+    assert whole.sets.active == "clean"
 
 
 def test_threads_take_turns() -> None:

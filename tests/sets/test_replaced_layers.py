@@ -1,0 +1,95 @@
+"""Sets of statistics whose layers others stand in for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from small_sets import NAMES, Whole, assert_same, batches, network, statistics_of
+from torch import nn
+from torch.ao.quantization import fuse_modules
+
+from lightning_bn import StatisticsSets
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("converted_in", NAMES)
+@pytest.mark.parametrize("moved", [False, True])
+def test_sets_follow_a_conversion_to_sync_batchnorm(affine: bool, converted_in: str, moved: bool) -> None:
+    """As ``Trainer(sync_batchnorm=True)`` does it, after the sets were made: each set goes on where it was, whichever
+    was in place, also where the model was moved meanwhile."""
+    whole, plain = Whole(affine=affine), Whole(affine=affine)
+    for each in (whole, plain):
+        torch.manual_seed(2)
+        for name, batch in zip(NAMES, batches(3), strict=True):
+            with each.sets.use(name):
+                each.net(batch)
+    with whole.sets.use(converted_in):
+        whole.net = nn.SyncBatchNorm.convert_sync_batchnorm(whole.net)
+        if moved:
+            whole.double().float()
+    whole = copy.deepcopy(whole)
+    assert isinstance(whole.net[1], nn.SyncBatchNorm)
+    for name in NAMES:
+        assert_same(statistics_of(whole, name), statistics_of(plain, name))
+    with whole.sets.use("width=0.5"):
+        assert whole.net[1].running_mean is not statistics_of(whole, "clean")["1.running_mean"]
+        assert torch.equal(whole.net[1].running_mean, statistics_of(plain, "width=0.5")["1.running_mean"])
+    assert set(plain.state_dict()) == set(whole.state_dict())
+    assert_same(dict(plain.state_dict()), dict(whole.state_dict()))
+
+
+def fused(whole: Whole) -> None:
+    fuse_modules(whole.eval().net, [["0", "1"]], inplace=True)
+
+
+def renewed(whole: Whole) -> None:
+    whole.net[3][1] = nn.BatchNorm2d(8)
+
+
+@pytest.mark.parametrize(("replace", "named"), [(fused, "1"), (renewed, "3.1")])
+def test_layers_that_are_gone_are_named(replace: Callable[[Whole], None], named: str) -> None:
+    """Where a layer is fused into its convolution, or is another one by now, an exchange would change nothing that
+    runs: it is refused, before anything is exchanged."""
+    whole = Whole()
+    replace(whole)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"StatisticsSets: {named} has been replaced"), whole.sets.use(""):
+            pass
+    assert whole.sets.active == "clean"
+
+
+def test_a_layer_that_comes_back_is_served() -> None:
+    """As where a wrapper is taken off again."""
+    whole = Whole()
+    layer = whole.net[1]
+    whole.net[1] = nn.Identity()
+    with pytest.raises(RuntimeError, match="replaced"), whole.sets.use(""):
+        pass
+    whole.net[1] = layer
+    with whole.sets.use(""):
+        whole.net(batches(1)[0])
+    assert statistics_of(whole, "")["1.num_batches_tracked"] == 1
+
+
+def test_a_wrapper_around_layers_is_no_replacement() -> None:
+    """As of ``torch.compile``, or a strategy that wraps parts."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    model = nn.Sequential(network())
+    sets = StatisticsSets(model, ["a", "b"])
+    model[0] = Wrapped(model[0])
+    model[0].inner[3] = Wrapped(model[0].inner[3])
+    with sets.use("b"):
+        model(batches(1)[0])
+        assert model[0].inner[1].num_batches_tracked == 1
+    assert model[0].inner[1].num_batches_tracked == 0
