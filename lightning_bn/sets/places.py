@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from torch import nn
@@ -16,24 +16,23 @@ class Place(NamedTuple):
     name: str
     child: nn.Module
 
-    def is_held(self) -> bool:
-        """Whether the same module is there as before."""
-        return self.parent._modules.get(self.name) is self.child
-
 
 def places_of(layers: Collection[nn.Module], model: nn.Module) -> list[Place]:
     """Return all places on the ways from `model` to `layers`, each once."""
     found: dict[tuple[int, str], Place] = {}
-    for path, module in model.named_modules():
-        if module in layers and path:
-            place = model
-            for name in path.split("."):
-                child = place._modules[name]
-                if child is None:
-                    break
-                found[id(place), name] = Place(place, name, child)
-                place = child
+    for path, layer in model.named_modules():
+        if layer in layers:
+            parent = model
+            for name in path.split(".") if path else ():
+                child = parent.get_submodule(name)
+                found[id(parent), name] = Place(parent, name, child)
+                parent = child
     return list(found.values())
+
+
+def are_held(places: Iterable[Place]) -> bool:
+    """Whether the same modules are there as before."""
+    return all(parent._modules.get(name) is child for parent, name, child in places)
 
 
 def has_tensors_of(new: _BatchNorm, old: _BatchNorm) -> bool:

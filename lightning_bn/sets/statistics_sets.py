@@ -15,7 +15,7 @@ from lightning_bn.discovery import find_batch_norms, unserved
 from lightning_bn.layers.deferred import exchanging
 from lightning_bn.set_in_use import has_sets, join_sets
 from lightning_bn.sets.part import SetPart
-from lightning_bn.sets.places import has_tensors_of, places_of
+from lightning_bn.sets.places import are_held, has_tensors_of, places_of
 from lightning_bn.sets.recomputation import Ran, guard_recomputation
 from lightning_bn.torch_internals import in_backward
 
@@ -225,7 +225,7 @@ class StatisticsSets(nn.Module):
     def _follow(self) -> None:
         """Let every set follow layers that were converted since, or that others stand in for with the same tensors, as
         ``SyncBatchNorm.convert_sync_batchnorm`` leaves them."""
-        if self._gone or not all(place.is_held() for place in self._places):
+        if self._gone or not are_held(self._places):
             self._find_layers()
         now = self._averagings_now()
         if any(one is not other for one, other in zip(now, self._averagings, strict=True)):
