@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.discovery import BatchNormLayer
+
+_SHAPE, _STORAGE, _SIZE = attrgetter("shape"), methodcaller("untyped_storage"), methodcaller("size")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -51,6 +55,29 @@ def full_value(parameter: Tensor, shape: tuple[int, ...]) -> Tensor | None:
     if _is_dtensor(whole):
         whole = whole.full_tensor()  # type: ignore[attr-defined]
     return whole if whole.shape == shape and whole.untyped_storage().size() else None
+
+
+def full_vectors(parameters: Sequence[Any], widths: Sequence[int]) -> list[Tensor]:
+    """Return the whole of those of `parameters` that are tensors, (C,) each, NaN where it can't be told; every rank
+    must ask for it together.
+
+    Args:
+        parameters: one a layer; anything else than a tensor where a layer has none.
+        widths: C of each.
+    """
+    # The usual case, in which no Python is run for each of what may be hundreds: ordinary tensors with their values.
+    if (
+        {Parameter, Tensor}.issuperset(map(type, parameters))
+        and list(map(_SHAPE, parameters)) == list(zip(widths))
+        and all(map(_SIZE, map(_STORAGE, parameters)))
+    ):
+        return list(parameters)
+    pairs = [pair for pair in zip(parameters, widths, strict=True) if isinstance(pair[0], Tensor)]
+    found = [full_value(parameter, (width,)) for parameter, width in pairs]
+    return [
+        torch.full((width,), torch.nan, device=parameter.device) if whole is None else whole
+        for whole, (parameter, width) in zip(found, pairs, strict=True)
+    ]
 
 
 def local_value(parameter: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.call_sites import INPUT, CallSite, CallSites
 from lightning_bn.activations.drift import Drift, DriftMeter
-from lightning_bn.activations.host_to_sample import AFFINE, HostMeasurements, SampleBuilder, affine_of
+from lightning_bn.activations.host_to_sample import HostMeasurements, SampleBuilder, affine_of
 from lightning_bn.activations.moments_to_pool import Key, Pool, merge
 from lightning_bn.activations.pool_to_host import Array, joined, silent_numbers, to_host
 from lightning_bn.activations.readings import Readings, float_tensors
@@ -27,7 +27,7 @@ from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.modes import eager, is_extra_pass
 from lightning_bn.ranks.collective import Ranks
 from lightning_bn.set_in_use import OtherSets
-from lightning_bn.sharding import full_value
+from lightning_bn.sharding import full_vectors
 from lightning_bn.torch_internals import in_backward, unseen_by_modes
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -269,7 +269,8 @@ class LayerCollector:
         """Return all that was measured, still on the device, for one transfer; waits for nothing."""
         self._readings.put_together()
         self._hand_in()
-        affine = [joined([_whole(*each) for each in affine_of(self._norms.values(), name)]) for name in AFFINE]
+        widths = [layer.num_features for layer in self._norms.values()]
+        affine = [joined(full_vectors(each, widths)) for each in affine_of(self._norms.values())]
         statistics: list[Tensor] = []
         if self._meter is not None and self._is_open:
             statistics = self._meter.readout() if self._training else self._meter.statistics()
@@ -384,9 +385,3 @@ def _summed(counts: Iterable[dict[_Summand, Tensor]]) -> dict[_Summand, Tensor]:
         for key, values in found.items():
             together[key] = together[key] + values if key in together else values
     return together
-
-
-def _whole(parameter: Tensor, width: int) -> Tensor:
-    """The whole parameter, also where ranks hold parts of it; NaN where it can't be told."""
-    whole = full_value(parameter, (width,))
-    return torch.full((width,), torch.nan, device=parameter.device) if whole is None else whole

@@ -51,7 +51,8 @@ def summarise_drift(shift: Array, log_ratio: Array, widths: NDArray[np.int64]) -
     values = np.stack((shift, log_ratio), axis=-2)
     rms = np.sqrt(np.add.reduceat(np.square(values), starts, axis=-1) / widths)
     greatest = np.maximum.reduceat(np.abs(values), starts, axis=-1)
-    return np.stack((rms, greatest), axis=-1).swapaxes(-3, -2).reshape(*rms.shape[:-2], len(widths), 4)
+    found: Array = np.stack((rms, greatest), axis=-1).swapaxes(-3, -2).reshape(*rms.shape[:-2], len(widths), 4)
+    return found
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class DriftMeter:
 
     def is_outgrown(self) -> bool:
         """Whether a layer has another number of channels by now, as after structured pruning."""
-        return list(map(_WIDTH, self.layers)) != self._widths.tolist()
+        widths: list[int] = self._widths.tolist()
+        return list(map(_WIDTH, self.layers)) != widths
 
     def _by_rule(self) -> list[tuple[Averaging, list[int]]]:
         """Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer."""
@@ -282,7 +284,7 @@ class DriftMeter:
         """The drift of a batch, (2, S), against the running statistics and against these less their start, (L, 4) each;
         and by channel that against the running statistics."""
         both = np.stack((running, self._less_start(running, share)), axis=1)  # (2, 2, S)
-        shift, log_ratio = distance(*batch, *both, self._eps)
+        shift, log_ratio = distance(batch[0], batch[1], both[0], both[1], self._eps)
         values, settled = summarise_drift(shift, log_ratio, self._widths)
         return values, settled, (shift[0], log_ratio[0])
 

@@ -31,6 +31,7 @@ from lightning_bn.activations.sample import ABSENT, KNOWN, SHOWN, WARM_UP, Sampl
 from lightning_bn.activations.sample_history import ChannelHistory, ZeroStart
 from lightning_bn.activations.sample_rows import Indices, RowLayout, RowNames, lay_out
 from lightning_bn.moments import Moments
+from lightning_bn.torch_internals import affine
 
 # A channel of the input that hardly varies in training is compared in units of a tenth of the whole input's deviation.
 INPUT_FLOOR = 0.01
@@ -39,15 +40,10 @@ INPUT_FLOOR = 0.01
 SILENT = ("std", "zero_fraction", "dead_fraction", "died_channels")
 
 
-AFFINE = ("weight", "bias")
-
-
-def affine_of(norms: Iterable[_BatchNorm], name: str) -> list[tuple[Tensor, int]]:
-    """Return the affine weight or bias of each batch norm that has one, and its number of channels.
-
-    Read as attributes: where a layer is pruned or parametrized, its parameter is another tensor under another name.
-    """
-    return [(each, layer.num_features) for layer in norms if isinstance(each := getattr(layer, name), Tensor)]
+def affine_of(norms: Iterable[_BatchNorm]) -> tuple[list[Any], list[Any]]:
+    """Return the affine weight of each batch norm and its bias, something else than a tensor where it has none."""
+    pairs = list(map(affine, norms))
+    return [weight for weight, _ in pairs], [bias for _, bias in pairs]
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ class SampleBuilder:
             self._mark_beginning(values, states, found.pool, layout)
         rows = dict(zip(layout.keys, layout.labels, strict=True))
         histograms = {rows[key]: counts for (kind, key), counts in found.sums.items() if kind == "histogram"}
-        drift = self._drift_by_row(found.drift, layout)
+        drift = self._drift_by_row(found.drift, layout) if channels else {}
         return Sample(layout.labels, layout.modules, values, states, channels, drift, histograms)
 
     def _layout(self, found: HostMeasurements, keys: tuple[Key, ...]) -> RowLayout:
@@ -150,13 +146,16 @@ class SampleBuilder:
         drift, settled, nonfinite = np.full((number, 4), np.nan), np.full((number, 4), np.nan), np.full(number, np.nan)
         drift_z = np.full((number, 2), np.nan)
         below_eps, ran, young = np.full(number, np.nan), np.zeros(number, dtype=bool), np.zeros(number, dtype=bool)
-        if found.drift is not None:
+        if found.drift is not None and self._tracks.all():
+            drift, settled, nonfinite = found.drift.values, found.drift.settled, found.drift.nonfinite
+            below_eps, ran, young = found.drift.below_eps, found.drift.ran, found.drift.young
+        elif found.drift is not None:
             drift[self._tracks], settled[self._tracks] = found.drift.values, found.drift.settled
             drift_z[self._tracks] = self._chance.update(found.drift, widths[self._tracks])
             nonfinite[self._tracks], ran[self._tracks] = found.drift.nonfinite, found.drift.ran
             below_eps[self._tracks], young[self._tracks] = found.drift.below_eps, found.drift.young
         has_weight, has_bias = (
-            np.array([isinstance(getattr(layer, name), Tensor) for layer in self._norms.values()]) for name in AFFINE
+            np.array([isinstance(each, Tensor) for each in tensors]) for tensors in affine_of(self._norms.values())
         )
         return Norms(
             widths,
@@ -226,19 +225,27 @@ class SampleBuilder:
 def _mark(values: Array, states: States, name: str, rows: Any, explained: Mask | bool = True) -> None:
     """Mark what is sick in some rows of a column, and explained, as warm-up."""
     column = COLUMNS.index(name)
-    sick = STATISTICS[name].sick(values[rows, column]) & (states[rows, column] == KNOWN)
+    sick = STATISTICS[name].sick(values[rows, column])
+    if not sick.any():
+        return
+    sick &= states[rows, column] == KNOWN
     states[rows, column] = np.where(sick & explained, WARM_UP, states[rows, column])
 
 
 def _fill(values: Array, states: States, source: str, found: object, rows: Indices) -> None:
     """Write all columns that are measured of one source."""
-    for column, entry in enumerate(ENTRIES):
-        if entry.of == source:
-            numbers = entry.value(found)
-            applies = True if entry.applies is None else entry.applies(found)
-            judged = entry.judged(found) if isinstance(entry, Statistic) and entry.judged is not None else True
-            values[rows, column] = np.where(applies, numbers, np.nan)
-            states[rows, column] = np.where(applies, np.where(judged, KNOWN, SHOWN), ABSENT)
+    columns = [column for column, entry in enumerate(ENTRIES) if entry.of == source]
+    numbers = np.empty((len(columns), len(rows)))
+    applies, judged = np.ones(numbers.shape, dtype=bool), np.ones(numbers.shape, dtype=bool)
+    for place, entry in enumerate(ENTRIES[column] for column in columns):
+        numbers[place] = entry.value(found)
+        if entry.applies is not None:
+            applies[place] = entry.applies(found)
+        if isinstance(entry, Statistic) and entry.judged is not None:
+            judged[place] = entry.judged(found)
+    where = rows[:, None], columns
+    values[where] = np.where(applies, numbers, np.nan).T
+    states[where] = np.where(applies, np.where(judged, KNOWN, SHOWN), ABSENT).T
 
 
 def _ranks(found: HostMeasurements, pool: Pool) -> Array | None:

@@ -39,7 +39,7 @@ class Sample:
     """By row, mean and *unbiased* standard deviation of each channel, (C,) each."""
     channel_drift: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
     """By row of a batch norm, shift of the mean and log ratio of the variances of each channel, (C,) each; NaN where
-    it took no batch in."""
+    it took no batch in. Only beside `channels`."""
     histograms: Mapping[str, Tensor] = field(default_factory=dict)
     """By row, counts in the buckets of `activations.histogram_edges`."""
 
