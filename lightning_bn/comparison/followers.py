@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ from lightning_bn.layers.subclasses import input_and_mask
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import merge_over_ranks
 from lightning_bn.set_in_use import OtherSets
-from lightning_bn.torch_internals import in_backward, in_transform, is_compiled
+from lightning_bn.torch_internals import buffer_of_each, in_backward, in_transform, is_compiled
 
 
 class Followers:
@@ -100,6 +101,7 @@ class Followers:
         self._seen: set[_BatchNorm] = set()
         self._traced: set[str] = set()
         self._pending: dict[_BatchNorm, _Moments] = {}
+        self._sizes = {layer: len(running_mean(layer)) for layer in self._paths}  # channels of the shadows
         self._wide: list[_Wide] = []
         self._counts = {
             path: layer.num_batches_tracked.clone()
@@ -133,11 +135,14 @@ class Followers:
 
     def _renew_if_resized(self, layers: Sequence[_BatchNorm]) -> None:
         """Begin anew with the layers whose channels are others than before, as structured pruning leaves them."""
+        # In loops that run no Python for each layer: this is asked at every step.
+        if list(map(len, buffer_of_each(layers, "running_mean"))) == list(map(self._sizes.get, layers)):
+            return
         for layer in layers:
-            path = self._paths.get(layer)
-            rows = self._shadows.values()
-            if path is None or all(len(running_mean(row[path])) == len(running_mean(layer)) for row in rows):
+            path, size = self._paths.get(layer), len(running_mean(layer))
+            if path is None or self._sizes[layer] == size:
                 continue
+            self._sizes[layer] = size
             warnings.warn(f"{path} has another number of channels: its averages begin anew.", stacklevel=2)
             self._pending.pop(layer, None)
             self._flush()
@@ -211,12 +216,13 @@ class Followers:
     @guarded
     def _settled(self, settled: Settled) -> None:
         """Take in what layers of this package have settled, in the set of statistics that is followed."""
-        followed = [self._sets.of(layer) is None for layer in settled.layers]
-        ran = [has_run and own for has_run, own in zip(settled.ran, followed, strict=True)]
-        self._seen.update(layer for layer, has_run in zip(settled.layers, ran, strict=True) if has_run)
+        ran, is_own = list(settled.ran), not self._sets.are_in_use()
+        if not is_own:
+            ran = [has_run and self._sets.of(layer) is None for layer, has_run in zip(settled.layers, ran, strict=True)]
+        self._seen.update(compress(settled.layers, ran))
         self._renew_if_resized(settled.layers)
         for wide in self._wide:
-            if wide.layers == settled.layers and all(followed):
+            if is_own and wide.layers == settled.layers:
                 wide.take(settled.mean, settled.var, settled.count)
                 return
         sizes = [len(running_mean(layer)) for layer in settled.layers]

@@ -199,10 +199,8 @@ class AveragedBatchNorm(_BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         if mask is not None:
             check_mask(input, mask)
-        elif not is_compiling() and self._tracks():
-            scratch = scratch_of(self)
-            if scratch is not None:
-                return self._forward_deferred(input, scratch)
+        elif not is_compiling() and self._tracks() and (scratch := scratch_of(self)) is not None:
+            return self._forward_deferred(input, scratch)
         batch_statistics = self.training or self._buffers["running_mean"] is None
         if batch_statistics:
             self._check_values(input)
@@ -307,10 +305,8 @@ class AveragedBatchNorm(_BatchNorm):
 
     def _values_per_channel(self, input: Tensor) -> int | Tensor:
         """Values per channel in this batch, of all ranks where the layer is synchronised."""
-        if is_synchronised(self):
-            count: Tensor = self.__dict__[SYNCHRONISED].count
-            return count
-        return input.numel() // input.shape[1]
+        count: int | Tensor = input.numel() // input.shape[1]
+        return self.__dict__[SYNCHRONISED].count if is_synchronised(self) else count
 
     def _masked_forward(self, input: Tensor, mask: Tensor, batch_statistics: bool) -> Tensor:
         if not batch_statistics:
@@ -324,9 +320,7 @@ class AveragedBatchNorm(_BatchNorm):
     @torch.no_grad()
     def _take_masked(self, moments: Moments) -> None:
         var = moments.variance(unbiased=True)
-        valid = moments.count > 1
-        if self.skip_nonfinite:
-            valid = valid & is_finite(var)
+        valid = (moments.count > 1) & is_finite(var) if self.skip_nonfinite else moments.count > 1
         batch = Batch(moments.mean, var, moments.count, next_step(self), valid)
         scratch = None if is_compiling() else scratch_of(self)
         if scratch is not None:
