@@ -2,11 +2,11 @@
 guard stays silent about them: the table of docs/compatibility.md.
 
     pip install --no-deps timm==1.0.31 torchvision==0.28.0
-    python benchmarks/architectures.py [--processes 2] [NAME ...]
+    python benchmarks/architectures.py [--messages] [NAME ...]
 
 Each runs in a process of its own, from random weights, on one thread, with batches of 8:
 
-- *identical*: after 3 steps of SGD losses and weights are bit-identical to those with torch's layers, converted without
+- *identical*: after 2 steps of SGD losses and weights are bit-identical to those with torch's layers, converted without
   an averaging, with `Exponential` of the layers' own momentum (these two with all buffers) and with `Window(20)`.
 - *recalibrated*: the largest difference from an oracle's mean (in standard deviations) and variance (relative), over
   all channels of all layers, of the model in float64: in float32 rounding grows through the layers of some networks
@@ -21,14 +21,10 @@ import argparse
 import contextlib
 import copy
 import io
-import json
 import logging
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import lightning.pytorch as pl
@@ -40,7 +36,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import Averaging, Exponential, Finding, ModeCheck, Window, check, convert_batch_norm, recalibrate
 
-BATCH, CLASSES, STEPS, BATCHES = 8, 4, 3, 12  # BATCHES in an epoch
+BATCH, CLASSES, STEPS, BATCHES = 8, 4, 2, 4  # BATCHES in an epoch
 PATIENCE = 900  # seconds for one architecture
 
 TIMM = {  # by the side of the images, the smallest that is tried and works
@@ -100,6 +96,17 @@ HUGGING_FACE: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {  # clas
 }
 
 
+TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")  # if it is collected, its declarations are gone
+
+
+def import_timm() -> None:
+    """Import timm, also where torchvision's compiled part, of which it has no need, was built for another torch."""
+    for operator in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):
+            TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import timm  # noqa: F401
+
+
 def build(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     """Return the architecture with random weights, and the shape of an input of it."""
     torch.manual_seed(0)
@@ -110,10 +117,6 @@ def build(name: str) -> tuple[nn.Module, tuple[int, ...]]:
         labels = {"num_labels": CLASSES} if kind.startswith(("ForImage", "ForSemantic")) else {}
         config = getattr(transformers, f"{name}Config")(**settings, **labels)
         return getattr(transformers, name + kind)(config), shape
-    with contextlib.suppress(RuntimeError):  # torchvision without its compiled part, which timm has no need of
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import timm
 
     side = SIDES[name]
@@ -144,14 +147,24 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: each for name, each in model.named_modules() if isinstance(each, _BatchNorm)}
 
 
-def is_identical(model: nn.Module, shape: tuple[int, ...], averaging: Averaging | None, *, buffers: bool) -> bool:
-    """Train the model as it is and converted, from the same state and the same random numbers, and compare."""
-    left, right = copy.deepcopy(model), convert_batch_norm(copy.deepcopy(model), averaging)
-    losses = [train(each, shape) for each in (left, right)]
-    pairs = [(value, right.get_parameter(name)) for name, value in left.named_parameters()]
-    if buffers:
-        pairs += [(value, right.get_buffer(name)) for name, value in left.named_buffers()]
-    return losses[0] == losses[1] and all(torch.equal(one, other) for one, other in pairs)
+def are_identical(
+    model: nn.Module, shape: tuple[int, ...], averagings: dict[str, tuple[Averaging | None, bool]]
+) -> dict[str, Any]:
+    """Train the model as it is and converted to each averaging, from one state and one seed, and say which come to the
+    same losses and parameters, and where asked for buffers."""
+    built = copy.deepcopy(model)
+    losses = train(built, shape)
+
+    def is_identical(averaging: Averaging | None, buffers: bool) -> bool:
+        converted = convert_batch_norm(copy.deepcopy(model), averaging)
+        if train(converted, shape) != losses:
+            return False
+        pairs = [(value, converted.get_parameter(name)) for name, value in built.named_parameters()]
+        if buffers:
+            pairs += [(value, converted.get_buffer(name)) for name, value in built.named_buffers()]
+        return all(torch.equal(one, other) for one, other in pairs)
+
+    return {kind: attempt(lambda given=given: is_identical(*given)) for kind, given in averagings.items()}
 
 
 def train(model: nn.Module, shape: tuple[int, ...]) -> list[float]:
@@ -171,7 +184,7 @@ def train(model: nn.Module, shape: tuple[int, ...]) -> list[float]:
 def recalibration_error(model: nn.Module, shape: tuple[int, ...]) -> float:
     """Return the largest difference between recalibrated statistics and the oracle's."""
     model = copy.deepcopy(model).double().eval()
-    batches = [inputs.double() for inputs, _ in DataLoader(data(shape, 4, seed=2), BATCH)]
+    batches = [inputs.double() for inputs, _ in DataLoader(data(shape, 2, seed=2), BATCH)]
     expected = oracle(copy.deepcopy(model), batches)
     recalibrate(model, batches, forward=answers, progress=False)
     worst = 0.0
@@ -222,9 +235,9 @@ def findings(model: nn.Module, shape: tuple[int, ...]) -> list[Finding]:
     guard, fit = ModeCheck(action="log"), Fit(model.train())
     torch.manual_seed(3)
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=2, callbacks=[guard], **off)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, max_epochs=2, num_sanity_val_steps=0, callbacks=[guard], **off)
     loader = DataLoader(data(shape, BATCHES, seed=4), BATCH, shuffle=True)
-    trainer.fit(fit, loader, DataLoader(data(shape, 4, seed=5), BATCH))
+    trainer.fit(fit, loader, DataLoader(data(shape, 1, seed=5), BATCH))
     return [*guard.findings, *check(fit)]
 
 
@@ -237,7 +250,6 @@ def attempt(work: Callable[[], Any]) -> Any:
 
 def measure(name: str) -> dict[str, Any]:
     """Return the row of an architecture."""
-    start = time.perf_counter()
     torch.set_num_threads(1)
     model, shape = build(name)
     layers = batch_norms(model).values()
@@ -246,13 +258,12 @@ def measure(name: str) -> dict[str, Any]:
     one = momenta.pop() if len(momenta) == 1 else None
     averagings = {"none": (None, True), "Window(20)": (Window(20), False)}
     averagings["Exponential"] = (Exponential(0.1 if one is None else one), one is not None)
-    for kind, (averaging, buffers) in averagings.items():
-        row[kind] = attempt(lambda given=averaging, buffers=buffers: is_identical(model, shape, given, buffers=buffers))
+    row |= are_identical(model, shape, averagings)
     row["recalibrated"] = attempt(lambda: recalibration_error(model, shape))
     for kind, convert in (("torch's", copy.deepcopy), ("windowed", windowed)):
         found = attempt(lambda convert=convert: findings(convert(model), shape))
         row[kind] = found if isinstance(found, str) else [(each.level, each.code, str(each)) for each in found]
-    return row | {"seconds": time.perf_counter() - start}
+    return row
 
 
 def windowed(model: nn.Module) -> nn.Module:
@@ -260,12 +271,27 @@ def windowed(model: nn.Module) -> nn.Module:
 
 
 def in_process(name: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--row", name]
+    """Return the row of an architecture; where its process ends without one, that."""
+    context = get_context("fork")  # with what has been imported
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(name, send))
+    process.start()
+    send.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        return {"failed": f"{type(error).__name__}: {error}"}
+        row = receive.recv() if receive.poll(PATIENCE) else {"failed": f"no end in {PATIENCE} s"}
+    except EOFError:
+        row = {"failed": "its process ended"}
+    process.kill()
+    process.join()
+    return dict(row)
+
+
+def _send(name: str, send: Any) -> None:
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")
+    with contextlib.redirect_stdout(io.StringIO()):
+        row = attempt(lambda: measure(name))
+    send.send({"failed": row} if isinstance(row, str) else row)
 
 
 def said(found: Any) -> str:
@@ -291,26 +317,16 @@ def as_line(name: str, row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures; all without any")
-    parser.add_argument("--processes", type=int, default=2, help="that run at the same time")
-    parser.add_argument("--messages", action="store_true", help="print the findings in full too")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--messages", action="store_true", help="print what is said in full too")
     options = parser.parse_args()
-    if options.row:
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        warnings.simplefilter("ignore")
-        with contextlib.redirect_stdout(io.StringIO()):
-            row = measure(options.row)
-        print(json.dumps(row))
-        return
-    names = options.names or [*SIDES, *HUGGING_FACE]
+    import_timm()
     print("| architecture | batch norms | identical | recalibrated | said, torch's layers | said, `Window(20)` |")
     print("|---|---|---|---:|---|---|")
-    with ThreadPoolExecutor(options.processes) as pool:
-        for name, row in zip(names, pool.map(in_process, names), strict=True):
-            print(as_line(name, row), flush=True)
-            if options.messages:
-                messages = {text for kind in ("torch's", "windowed") for *_, text in row.get(kind, [])}
-                print(*sorted(messages), sep="\n", file=sys.stderr, flush=True)
+    for name in options.names or [*HUGGING_FACE, *SIDES]:
+        row = in_process(name)
+        print(as_line(name, row), flush=True)
+        messages = [text for kind in ("torch's", "windowed") for *_, text in row.get(kind, [])]
+        print(*dict.fromkeys(messages) if options.messages else (), sep="\n", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -193,11 +193,12 @@ class Averaging(TrainingState, ABC):
         dtype = torch.promote_types(running_mean.dtype, torch.float32)
         fresh = self.initial_state(running_mean.numel(), dtype, running_mean.device)
         if state and any(state[name].shape != value.shape for name, value in fresh.items()):
-            warnings.warn(
-                f"A batch norm of {running_mean.numel()} channels has the history of another number, as after "
-                f"structured pruning: its {self} begins anew.",
-                stacklevel=2,
-            )
+            if any(not value.is_meta and bool(value.any()) for value in state.values()):  # there is a history
+                warnings.warn(
+                    f"A batch norm of {running_mean.numel()} channels has the history of another number, as after "
+                    f"structured pruning: its {self} begins anew.",
+                    stacklevel=2,
+                )
             state = {}
         for name, value in fresh.items():
             held = state.get(name, value)

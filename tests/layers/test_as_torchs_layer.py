@@ -15,7 +15,7 @@ from settlements import AVERAGES, Record, agree, each_average, few_averages, net
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from lightning_bn import Averaging, Cumulative, Exponential, Window, convert_batch_norm, settle_together
+from lightning_bn import Averaging, BatchNorm1d, Cumulative, Exponential, Window, convert_batch_norm, settle_together
 
 
 class SiLUNorm(nn.BatchNorm1d):
@@ -101,6 +101,17 @@ def test_channels_are_removed(name: str, says: bool, norm: type[nn.BatchNorm1d])
         np.testing.assert_allclose(model[1].running_var, var, rtol=1e-5, atol=1e-5)
     if norm is nn.BatchNorm1d:
         agree(nn.Sequential(model[3]), rest, oracle)
+
+
+def test_channels_removed_before_the_first_batch() -> None:
+    """There is no history that could begin anew, and nothing is said."""
+    layer = BatchNorm1d(4, averaging=Window(3))
+    for name in ("weight", "bias"):
+        setattr(layer, name, nn.Parameter(getattr(layer, name).data[:3]))
+    layer.running_mean, layer.running_var, layer.num_features = layer.running_mean[:3], layer.running_var[:3], 3
+    batch = torch.randn(8, 3)
+    layer(batch)
+    assert torch.allclose(layer.running_mean, batch.mean(0))
 
 
 @few_averages

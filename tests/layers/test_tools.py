@@ -1,9 +1,12 @@
-"""What the table of tools in docs/compatibility.md says, for the tools that the tests have."""
+"""What the table of tools in docs/compatibility.md says; of tools that are not installed nothing is tested."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -50,3 +53,93 @@ def test_what_transforms_a_model_takes_torchs_layers(
     with pytest.raises((ValueError, RuntimeError, torch.fx.proxy.TraceError)):
         transform(model)
     assert torch.equal(transform(to_torch(copy.deepcopy(model)))(batch), model(batch))
+
+
+WAYS: dict[str, Callable[[], nn.Module]] = {
+    "as built": network,
+    "converted": lambda: convert_batch_norm(network()),
+    "Window(20)": lambda: convert_batch_norm(network(), Window(20)),
+    "to_torch": lambda: to_torch(convert_batch_norm(network(), Window(20))),
+}
+NORMS = 2 * (8 + 4)
+"""Weights and biases of the two norms."""
+
+
+def counted_by(tool: str, count: Callable[[nn.Module], int]) -> list[int]:
+    """Return what the tool counts of each way beyond the same network without batch norms."""
+    pytest.importorskip(tool)
+    without = network()
+    without[1] = without[4] = nn.Identity()
+    return [count(make()) - count(without) for make in WAYS.values()]
+
+
+def test_torchinfo() -> None:
+    """Parameters are counted; operations are not of a layer that has a child."""
+
+    def summary(model: nn.Module) -> Any:
+        return importlib.import_module("torchinfo").summary(model, input_data=images(), verbose=0)
+
+    assert counted_by("torchinfo", lambda model: summary(model).total_params) == [NORMS] * 4
+    built, converted, windowed, back = counted_by("torchinfo", lambda model: summary(model).total_mult_adds)
+    assert built == converted == back > windowed == 0
+
+
+def test_ptflops() -> None:
+    """Parameters are counted, and operations of torch's own classes alone."""
+
+    def complexity(model: nn.Module, what: int) -> int:
+        tool = importlib.import_module("ptflops").get_model_complexity_info
+        shown = {"as_strings": False, "print_per_layer_stat": False, "verbose": False}
+        return int(tool(model, (3, 8, 8), backend="pytorch", **shown)[what])
+
+    assert counted_by("ptflops", lambda model: complexity(model, 1)) == [NORMS] * 4
+    built, converted, windowed, back = counted_by("ptflops", lambda model: complexity(model, 0))
+    assert built == back > converted == windowed == 0
+
+
+def test_thop() -> None:
+    """Neither parameters nor operations are counted but of torch's own classes."""
+    for what in (0, 1):
+        built, converted, windowed, back = counted_by(
+            "thop",
+            lambda model, what=what: int(
+                importlib.import_module("thop").profile(model, (images(),), verbose=False)[what]
+            ),
+        )
+        assert built == back > converted == windowed == 0
+
+
+def test_torchview() -> None:
+    """A layer that has a child is not drawn."""
+    pytest.importorskip("torchview")
+
+    def drawn(model: nn.Module) -> int:
+        graph = importlib.import_module("torchview").draw_graph(model, images(), device="cpu")
+        return str(graph.visual_graph.source).count("BatchNorm2d")
+
+    assert [drawn(make()) for make in WAYS.values()] == [2, 2, 0, 2]
+
+
+@pytest.mark.filterwarnings("ignore:(Input Tensor|Setting (forward|backward))")
+def test_captum() -> None:
+    """DeepLift and integrated gradients are torch's, and LRP has no rule for the classes."""
+    attr = pytest.importorskip("captum.attr")
+    batch = images()
+    for method in (attr.DeepLift, attr.IntegratedGradients):
+        expected, *found = [method(make()).attribute(batch, target=(0, 0, 0)) for make in WAYS.values()]
+        assert all(torch.equal(each, expected) for each in found)
+    for name, make in WAYS.items():
+        with nullcontext() if name in ("as built", "to_torch") else pytest.raises(TypeError):
+            attr.LRP(make()).attribute(batch, target=(0, 0, 0))
+
+
+def test_torch_pruning() -> None:
+    """Channels of converted layers are removed as of torch's, and training goes on."""
+    pruning = pytest.importorskip("torch_pruning")
+    for make in WAYS.values():
+        model = make()
+        convolution, *_ = model
+        graph = pruning.DependencyGraph().build_dependency(model, images())
+        graph.get_pruning_group(convolution, pruning.prune_conv_out_channels, [1, 2]).prune()
+        assert model[1].running_mean.shape == model[1].weight.shape == (6,)
+        assert model.train()(images()).isfinite().all()
