@@ -165,7 +165,10 @@ class _Copied:
     def restore(self) -> None:
         tensor, memory = self.tensor, self._memory
         plain = _is_plain(tensor)
-        if tensor.shape != memory.shape or (plain and tensor.data_ptr() != memory.data_ptr()):
+        # A nested tensor has no shape that it would tell.
+        if not tensor.is_nested and (
+            tensor.shape != memory.shape or (plain and tensor.data_ptr() != memory.data_ptr())
+        ):
             tensor.data = memory
         if plain and any(stride == 0 and size > 1 for stride, size in zip(memory.stride(), memory.shape, strict=True)):
             return  # one value stands at many places: no write in place goes there
@@ -178,7 +181,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in _PLAIN
         and tensor.layout is torch.strided
-        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested)
     )
 
 

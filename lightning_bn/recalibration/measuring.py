@@ -142,6 +142,11 @@ def normalises_its_input(layer: _BatchNorm) -> bool:
 
 def _of_input(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchMoments | None:
     input, mask = input_and_mask(layer, args, kwargs)
+    if input.is_nested:
+        raise TypeError(
+            "a batch norm got a nested tensor (torch.nested), whose samples differ in length, as torch takes none. "
+            "Give it their values: forward=lambda model, batch: model(torch.cat(batch.unbind()))."
+        )
     if input.numel() == 0:
         return None
     if mask is None:
