@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import importlib
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_bn import exporting
 
-__all__ = ["BATCH", "EXPORTS", "FAULTS", "made", "network", "runner"]
+__all__ = ["BATCH", "EXPORTS", "FAULTS", "TOOLS", "changed", "made", "network", "runner", "stretched"]
 
 
 class Network(nn.Module):
@@ -65,7 +69,7 @@ def _onnx(path: Path, **how: Any) -> Callable[[nn.Module], None]:
     def export(net: nn.Module) -> None:
         old = not how.get("dynamo", True)
         names: dict[str, Any] = (
-            {"input_names": ["images"], "dynamic_axes": {"images": {0: "n"}}}
+            {"input_names": ["images"], "output_names": ["answers"], "dynamic_axes": {"images": {0: "n"}}}
             if old
             else {"dynamic_shapes": ({0: torch.export.Dim("n", min=2)},), "verbose": False}
         )
@@ -116,7 +120,9 @@ def made(name: str, fault: str, folder: Path) -> Path:
     ending, writer = EXPORTS[name]
     path = folder / f"program{ending}"
     net = copy.deepcopy(network())
-    if fault == "training mode":
+    if fault == "stretched":
+        stretched(net)
+    elif fault == "training mode":
         net.train()
     elif fault == "before recalibration":
         for norm in _norms(net):
@@ -124,7 +130,7 @@ def made(name: str, fault: str, folder: Path) -> Path:
             norm.running_var.mul_(1.5)  # type: ignore[union-attr]
     elif fault == "NaN":
         _norms(net)[1].running_var[2] = float("nan")  # type: ignore[index]
-    elif fault == "half" and ending != ".onnx":
+    elif fault == "capped" or (fault == "half" and ending != ".onnx"):
         for norm in _norms(net):
             norm.running_var.clamp_(max=CAP)  # type: ignore[union-attr]
     with warnings.catch_warnings():
@@ -138,6 +144,78 @@ def made(name: str, fault: str, folder: Path) -> Path:
     if fault == "half" and ending == ".onnx":
         _halved(path)
     return path
+
+
+def stretched(net: Network) -> Network:
+    """The same function of the images with variances above 100,000 in its first norm, as inputs that were never
+    scaled leave them; converters to float16 store them as 10,000 or 65,504."""
+    with torch.no_grad():
+        net.body[0].weight.mul_(_STRETCH)
+        net.body[1].running_mean.mul_(_STRETCH)
+        net.body[1].running_var.mul_(_STRETCH**2)
+    return net
+
+
+_STRETCH = 300.0
+
+
+@functools.cache
+def _exported(fault: str) -> bytes:
+    """An ONNX file that still has its norms and the mode of each, for tools that change such files."""
+    with tempfile.TemporaryDirectory() as folder:
+        return made("older onnx, PRESERVE", fault, Path(folder)).read_bytes()
+
+
+def _in_memory(module: str, change: Callable[[Any, Any], Any]) -> Callable[[Path, Path], None]:
+    def tool(path: Path, to: Path) -> None:
+        onnx.save(change(importlib.import_module(module), onnx.load(str(path))), str(to))
+
+    return tool
+
+
+def _by_onnxruntime(level: Any) -> Callable[[Path, Path], None]:
+    def tool(path: Path, to: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level, options.optimized_model_filepath = level, str(to)
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    return tool
+
+
+def _in_int8(path: Path, to: Path) -> None:
+    importlib.import_module("onnxruntime.quantization").quantize_dynamic(str(path), str(to))
+
+
+def _half(tool: Any, model: Any) -> Any:
+    return tool.convert_float_to_float16(model, keep_io_types=True)
+
+
+_LEVEL = onnxruntime.GraphOptimizationLevel
+TOOLS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    "onnxruntime, basic": ("onnxruntime", _by_onnxruntime(_LEVEL.ORT_ENABLE_BASIC)),
+    "onnxruntime, extended": ("onnxruntime", _by_onnxruntime(_LEVEL.ORT_ENABLE_EXTENDED)),
+    "onnxruntime, int8": ("onnxruntime", _in_int8),
+    "onnxruntime, float16": ("onnxruntime", _in_memory("onnxruntime.transformers.float16", _half)),
+    "onnxconverter-common, float16": ("onnxconverter_common", _in_memory("onnxconverter_common.float16", _half)),
+    "onnxslim": ("onnxslim", _in_memory("onnxslim", lambda tool, model: tool.slim(model))),
+    "onnxsim": ("onnxsim", _in_memory("onnxsim", lambda tool, model: tool.simplify(model)[0])),
+    "onnxoptimizer": ("onnxoptimizer", _in_memory("onnxoptimizer", lambda tool, model: tool.optimize(model))),
+}
+"""By name, the package and what reads an ONNX file and writes another."""
+
+
+def changed(name: str, fault: str, folder: Path) -> Path:
+    """Run a tool on the exported network with a fault; return the file that it writes. Where the fault is "half", a
+    converter gets the sound network, `stretched`, a quantiser (which takes no half) one with capped variances, and any
+    other tool a file that was halved."""
+    path, to = folder / "exported.onnx", folder / "changed.onnx"
+    if fault == "half":
+        fault = "stretched" if "float16" in name else "capped" if "int8" in name else fault
+    path.write_bytes(_exported(fault))
+    with contextlib.redirect_stdout(None):
+        TOOLS[name][1](path, to)
+    return to
 
 
 def _norms(net: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

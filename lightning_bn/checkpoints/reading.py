@@ -121,11 +121,13 @@ def plainly(path: Path) -> Iterator[None]:
         raise CheckpointRefusedError(f"{path} is damaged, or no checkpoint: {why or type(error).__name__}") from error
 
 
+_RUN = "is judged by its answers: check_export({}, model, batch)"
 _KINDS = (
     (b"version https://git-lfs", "a pointer of Git LFS; the file itself comes with: git lfs pull"),
     (b"\x89HDF", "an HDF5 file, as Keras writes it; docs/porting.md says how its statistics become torch's"),
     (b"\x93NUMPY", "one numpy array without a name; save all by their names, as in numpy.savez(path, **arrays)"),
     (b"\x1f\x8b", "packed by gzip; unpack it first"),
+    (b'<?xml version="1.0"?>\n<net ', f"a program of OpenVINO, which {_RUN.format('openvino.compile_model(path)')}"),
     (b"GGUF", "a GGUF file, which has no batch norm"),
     (b"<", "a page of HTML or XML, perhaps in the place of a download that failed"),
 )
@@ -186,6 +188,9 @@ def _of_archive(archive: Archive) -> Contents:
                 "in numpy.savez(path, **{key: value.numpy() for key, value in model.state_dict().items()})."
             )
         return Contents(arrays, (), tuple(archive.damaged()))
+    if any("/aotinductor/" in name for name in names):
+        run = _RUN.format("torch._inductor.aoti_load_package(path)")
+        raise CheckpointRefusedError(f"{archive.path} is machine code of AOTInductor, which {run}.")
     if pickled is None:
         raise CheckpointRefusedError(f"{archive.path} is a zip archive, and none of torch.save.")
     if any(name.endswith("constants.pkl") for name in names):

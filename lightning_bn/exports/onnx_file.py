@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,20 @@ import torch
 from lightning_bn.checkpoints.norms import norms_in
 from lightning_bn.checkpoints.reading import CheckpointRefusedError
 from lightning_bn.checkpoints.stored import StoredTensor
-from lightning_bn.exports.program import Leaf, NormUse, Program, WeightedUse
+from lightning_bn.exports.program import Leaf, NormUse, Program, WeightedUse, loaded
 
 _RANDOM = ("RandomUniform", "RandomNormal", "RandomUniformLike", "RandomNormalLike", "Bernoulli", "Multinomial")
-_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul")
+"""The last three are onnxruntime's, where its optimiser has put an activation or a transposition into one."""
+
+_ARITHMETIC: dict[str, Callable[..., torch.Tensor]] = {
+    "Add": torch.add,
+    "Sub": torch.sub,
+    "Mul": torch.mul,
+    "Div": torch.div,
+    "Sqrt": torch.sqrt,
+    "Unsqueeze": lambda values, axes: reduce(torch.unsqueeze, sorted(axes.tolist()), values),
+}
 _PARTS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -64,15 +75,20 @@ def _nodes(graph: Any) -> Iterator[Any]:
 
 
 class _Values:
-    """The constants of a graph by name, also behind an Identity or a Cast."""
+    """The constants of a graph by name, also behind an Identity or a Cast, and what arithmetic makes of constants only:
+    onnxoptimizer folds a norm by operations that the program runs each time."""
 
     def __init__(self, graph: Any, folder: Path) -> None:
         self._folder = folder
+        self._computed: dict[str, Leaf | None] = {}
+        self._operations: dict[str, Any] = {}
         self._constants = {each.name: each for each in getattr(graph, "initializer", ())}
         self._behind: dict[str, str] = {}
         for node in _nodes(graph):
             if node.op_type in ("Identity", "Cast") and node.input:
                 self._behind[node.output[0]] = node.input[0]
+            elif node.op_type in _ARITHMETIC:
+                self._operations[node.output[0]] = node
             elif node.op_type == "Constant":
                 for attribute in node.attribute:
                     if attribute.name == "value":
@@ -87,8 +103,29 @@ class _Values:
         return name
 
     def leaf(self, name: str) -> Leaf | None:
-        found = self._constants.get(self.origin(name))
+        name = self.origin(name)
+        if name in self._operations:
+            if name not in self._computed:
+                self._computed[name] = None  # in a circle
+                self._computed[name] = self._compute(self._operations[name])
+            return self._computed[name]
+        found = self._constants.get(name)
         return None if found is None else StoredTensor(tuple(found.dims), lambda: _tensor(found, self._folder))
+
+    def _compute(self, node: Any) -> Leaf | None:
+        """The result of an operation on constants alone, which is no larger than they are; None of any other."""
+        leaves = [self.leaf(name) for name in node.input]
+        try:
+            given = [loaded(leaf) for leaf in leaves if leaf is not None]
+            shapes = [each.shape for each in given[: 1 if node.op_type == "Unsqueeze" else 2]]
+            largest = max(shape.numel() for shape in shapes)
+            if len(given) < len(leaves) or torch.broadcast_shapes(*shapes).numel() > largest:
+                return None
+            # In the coarsest of their dtypes: what is compared with the result has to know how it was rounded.
+            dtypes = [each.dtype for each in given if each.is_floating_point()]
+            return _ARITHMETIC[node.op_type](*given).to(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
+        except Exception:  # damaged numbers, or such as do not fit
+            return None
 
     def is_true(self, names: Any) -> bool:
         """Whether the one name is a constant that is true."""

@@ -120,11 +120,12 @@ def _rounding(dtype: torch.dtype) -> float:
 def _unfolded(use: WeightedUse, norms: Mapping[str, StoredNorm], weights: Mapping[str, Leaf]) -> Difference | None:
     """The difference of the layer that is folded into a weight; None where none is."""
     keys = list(weights)
+    named = bool(use.name) and any(_same(f"{use.name}.weight", key) for key in keys)  # optimisers make names up
     for place, key in enumerate(keys):
         shape = tuple(weights[key].shape)
         is_matrix = len(shape) == 2
         expected = tuple(reversed(use.weight.shape)) if is_matrix and use.transposed else tuple(use.weight.shape)
-        if len(shape) < 2 or shape != expected or (use.name and not _same(f"{use.name}.weight", key)):
+        if len(shape) < 2 or shape != expected or (named and not _same(f"{use.name}.weight", key)):
             continue
         exported = _rows(loaded(use.weight), use.transposed, use.groups)
         own = _rows(loaded(weights[key]), use.transposed and not is_matrix, use.groups)
