@@ -101,9 +101,18 @@ def openvino(model: Model, folder: Path) -> Any:
     return lambda batch: compiled(batch.numpy())[0]
 
 
+def aot_inductor(model: Model, folder: Path) -> Any:
+    """It takes a C++ compiler and a minute."""
+    program = torch.export.export(model, (BATCH,))
+    return torch._inductor.aoti_load_package(
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+    )
+
+
 EXPORTERS: dict[str, tuple[str, Callable[[Model, Path], Any]]] = {
     "torch.export": ("torch", lambda model, folder: torch.export.export(model, (BATCH,)).module()),
     "torch.jit.trace": ("torch", lambda model, folder: torch.jit.trace(parts(model), BATCH, check_trace=False)),
+    "AOTInductor": ("torch", aot_inductor),
     "torch.onnx.export": ("onnx", lambda model, folder: session(onnx(model, folder, dynamo=True, verbose=False))),
     "torch.onnx.export(dynamo=False)": ("onnx", lambda model, folder: session(onnx(model, folder))),
     "the same, PRESERVE": ("onnx", lambda model, folder: session(onnx(model, folder, training=MODE.PRESERVE))),

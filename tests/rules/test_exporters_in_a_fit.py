@@ -43,6 +43,15 @@ def leaves_eval(module: Module, images: Tensor) -> None:
     torch.jit.trace(module.eval(), images, check_trace=False)
 
 
+def to_openvino(module: Module, images: Tensor) -> None:
+    pytest.importorskip("openvino").convert_model(module, example_input=images)
+
+
+def both(module: Module, images: Tensor) -> None:
+    to_onnx_older(module, images)
+    to_torchscript(module, images)
+
+
 class Exports(Module):
     """Exports once, in a fit with a frozen backbone."""
 
@@ -80,14 +89,14 @@ def found(*program: Any) -> list[Finding]:
 
 
 @pytest.mark.parametrize("place", ["training_step", "on_train_batch_end", "on_train_epoch_end"])
-@pytest.mark.parametrize("export", [to_onnx, to_onnx_older, to_torchscript, leaves_eval])
+@pytest.mark.parametrize("export", [to_onnx, to_onnx_older, to_torchscript, both, leaves_eval, to_openvino])
 def test_an_exporter_that_thaws_or_freezes_is_the_cause(export: Callable[[Module, Tensor], object], place: str) -> None:
     """BN103 names it with what it changed, nothing else is warned of, and with the printed line nothing is found."""
     said = found(export, place)
     finding = only("BN103", said)
     assert serious(said) == ["BN103"]
     assert "an exporter ran the model" in finding.seen
-    freezes = export is leaves_eval
+    freezes = export in (leaves_eval, to_openvino)
     assert f"training went from {freezes} to {not freezes}" in finding.seen
     assert finding.layers == (("",) if freezes else ("model.backbone",))
     assert serious(found(export, place, finding.fix.code)) == []
