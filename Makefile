@@ -4,7 +4,7 @@ PYTHON ?= python3
 PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 
-.PHONY: demo test lint types unit test-oldest test-newest bench docs docs-serve clean
+.PHONY: demo test lint types unit test-oldest test-newest test-borders bench docs docs-serve clean
 
 demo: .venv/examples.installed
 	$(BIN)/python examples/quickstart.py
@@ -30,6 +30,13 @@ test-oldest: .venv-oldest/installed
 test-newest: .venv-newest/installed
 	OMP_NUM_THREADS=1 .venv-newest/bin/pytest -n 2 --dist loadfile -W default
 
+# What meets other people's loaders, exporters, adapters and loggers, with these installed: `make test` skips it.
+BORDERS := tests/callbacks/test_second_pass_of_packages.py tests/callbacks/test_monitor_loggers.py \
+	tests/recalibration/test_adapters.py tests/rules/test_exporters_in_a_fit.py tests/exports
+
+test-borders: .venv-borders/installed
+	OMP_NUM_THREADS=1 .venv-borders/bin/pytest -n 2 --dist loadfile $(BORDERS)
+
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	test -x .venv-oldest/bin/python || $(PYTHON_OLDEST) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
@@ -38,6 +45,12 @@ test-newest: .venv-newest/installed
 .venv-newest/installed: pyproject.toml
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --upgrade --editable ".[dev]"
+	touch $@
+
+.venv-borders/installed: pyproject.toml constraints.txt requirements-borders.txt
+	test -x .venv-borders/bin/python || $(PYTHON) -m venv .venv-borders
+	.venv-borders/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	.venv-borders/bin/pip install --quiet --no-deps --requirement requirements-borders.txt
 	touch $@
 
 bench: .venv/dev.installed
@@ -63,4 +76,4 @@ docs-serve: .venv/docs.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .venv-oldest .venv-newest .venv-borders build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis runs

@@ -74,7 +74,7 @@ def _text(content: bytes, dice: random.Random) -> bytes:
 
 
 def _cut(content: bytes, dice: random.Random) -> bytes:
-    return content[: dice.randrange(1, len(content))] or b"\0"
+    return content[: dice.randrange(1, max(2, len(content)))] or b"\0"
 
 
 def _drop(content: bytes, dice: random.Random) -> bytes:

@@ -22,7 +22,6 @@ NEEDED = {
     "schedule-free": "schedulefree",
     "ModelEmaV3": "timm",
     "LoRA": "peft",
-    "Ray Train": "ray.train",
 }
 FOLDERS = (ROOT, ROOT / "docs", ROOT / "docs" / "rules", ROOT / ".github")
 TEXTS = [path for folder in FOLDERS for path in sorted(folder.glob("*.md"))]
