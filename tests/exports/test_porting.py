@@ -72,6 +72,30 @@ def test_a_layer_of_each_convention_becomes_torchs(framework: str) -> None:
     torch.testing.assert_close(layer(image), reference.eval()(image.double()).float(), rtol=1e-3, atol=1e-3)
 
 
+def test_onnxruntime_keeps_to_its_row() -> None:
+    """One training step of ONNX's operator: a biased variance, and a momentum that weighs the old value."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    rng = np.random.default_rng(0)
+    image = rng.normal(1.0, 2.0, (8, CHANNELS, 4, 4)).astype(np.float32)
+    start = [rng.uniform(0.5, 2.0, CHANNELS).astype(np.float32) for _ in range(4)]
+    names = ["x", "scale", "offset", "mean", "var"]
+    node = helper.make_node(
+        "BatchNormalization", names, ["y", "new_mean", "new_var"], training_mode=1, momentum=1 - MOMENTUM
+    )
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output]
+    model = helper.make_model(
+        helper.make_graph([node], "g", inputs, outputs), opset_imports=[helper.make_opsetid("", 15)], ir_version=8
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    _, mean, var = session.run(None, dict(zip(names, [image, *start], strict=True)))
+    assert rows()["ONNX's operator"][:2] == ["biased", "`m * old + (1 - m) * new`"]
+    assert mean == pytest.approx((1 - MOMENTUM) * start[2] + MOMENTUM * image.mean((0, 2, 3)), rel=1e-4)
+    assert var == pytest.approx((1 - MOMENTUM) * start[3] + MOMENTUM * image.var((0, 2, 3)), rel=1e-4)
+
+
 def test_the_page_and_the_lists_above_agree() -> None:
     """A row that changes its convention must change here too."""
     table = rows()
