@@ -1,7 +1,7 @@
 """One network exported in each way, sound and with each of four faults: what `lightning-bn inspect --reference` finds
 in the file, and `check_export` in the answers. A table of docs/exporting.md. What is not installed is left out.
 
-    python benchmarks/exported_faults.py
+    python benchmarks/exported_faults.py [NAME ...]
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ def main() -> None:
     print("|---" * (1 + len(FAULTS)), end="|\n")
     with tempfile.TemporaryDirectory() as folder:
         for name in (*EXPORTS, *(name for name, (package, _) in TOOLS.items() if find_spec(package))):
+            if sys.argv[1:] and name not in sys.argv[1:]:
+                continue
             print(f"| {name} |", " | ".join(cell(name, fault, Path(folder)) for fault in FAULTS), "|", flush=True)
-        if find_spec("openvino"):
+        if find_spec("openvino") and (not sys.argv[1:] or "OpenVINO" in sys.argv[1:]):
             print("| OpenVINO |", " | ".join(of_openvino(fault, Path(folder)) for fault in FAULTS), "|")
 
 
