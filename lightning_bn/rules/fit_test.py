@@ -216,7 +216,7 @@ class FitTest:
 
     def _judge_copies(self, beside: CopiesBeside) -> None:
         found = beside.judge(self._call, max(self._images.values(), default=1), alone=self.alone and self.share is None)
-        copies = [(name, _decided(Misfit(), *judged)) for name, *judged in found]
+        copies = [(each.name, _decided(Misfit(), each.observer, each.noticed, each.replayed)) for each in found]
         self.result = replace(self.result, copies=tuple(copies))
 
     def after_training(self) -> Misfit:

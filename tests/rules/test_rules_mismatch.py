@@ -190,6 +190,24 @@ class TestBN208:
         assert serious(check.findings) == []
         assert "its data differ" in only("BN208", check.findings).seen
 
+    def test_weights_exchanged_for_a_test(self) -> None:
+        """A test behind a fit is judged by the fit's last training batch too."""
+
+        class ForATest(Swaps):
+            place = "test_start"
+
+            def on_test_start(self) -> None:
+                self.swap("test_start", self.factor)
+
+        check, module = ModeCheck(action="log"), ForATest()
+        with quiet():
+            _, runner = fit(check, module=module, train=data(batches=40), val=data(batches=2), max_epochs=1)
+            assert serious(check.findings) == []
+            runner.test(module, data(batches=4), verbose=False)
+        found = only("BN208", check.findings)
+        assert (found.stage, found.layers[0]) == ("test", LAYERS[0])
+        assert "of answers change" in found.seen
+
     def test_layers_in_eval_mode_in_training(self) -> None:
         """Fine-tuning with the statistics of other data normalises alike in training and evaluation: nothing is
         said."""
