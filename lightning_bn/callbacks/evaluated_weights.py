@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.callbacks.both_lightnings import LightningModule, Trainer
@@ -159,7 +160,7 @@ def _statistics(module: nn.Module) -> list[Tensor]:
 @torch.no_grad()
 def _sums(tensors: Iterable[Tensor]) -> Tensor:
     """(2, number of tensors), float64."""
-    values = [local_value(tensor).detach() for tensor in tensors]
+    values = [local_value(tensor).detach() for tensor in _there(tensors)]
     if not values:
         return torch.empty(2, 0, dtype=torch.float64)
     device = values[0].device
@@ -171,4 +172,9 @@ def _sums(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _versions(module: nn.Module) -> int:
-    return sum(0 if parameter.is_inference() else parameter._version for parameter in module.parameters())
+    return sum(0 if each.is_inference() else each._version for each in _there(module.parameters()))
+
+
+def _there(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Leave out what a first forward or `configure_model` has still to make."""
+    return [tensor for tensor in tensors if not is_lazy(tensor) and not tensor.is_meta]

@@ -177,6 +177,15 @@ def test_weights_that_belong_to_their_statistics(mended: bool) -> None:
         trainer(repair).test(module, DataLoader(training_data(), 24))
 
 
+def test_weights_that_the_first_forward_makes() -> None:
+    """They are not there when a test begins, and nothing is said of them."""
+    module = Small()
+    module.first, module.bn1 = torch.nn.LazyLinear(5), torch.nn.LazyBatchNorm1d()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*BatchNormRecalibration")
+        trainer(BatchNormRecalibration()).test(module, DataLoader(training_data(), 24))
+
+
 @pytest.mark.parametrize("places", [*IN_VALIDATION, ("on_train_end", None), ("on_fit_end", None)])
 def test_a_recalibration_for_validations_leaves_its_own_statistics(places: tuple[str, str | None]) -> None:
     """Also where averaged weights are validated and others are left, or others are put in when the training is over."""
