@@ -68,11 +68,13 @@ def expression(root: str, name: str, model: nn.Module) -> str:
     for part in name.split(".") if name else ():
         holder = _holder(model, part)
         model = getattr(holder, part)
-        if isinstance(holder, nn.ModuleDict) and (keyword.iskeyword(part) or not part.isidentifier()):
+        # In the body of a class Python gives an attribute that begins with two underscores another name.
+        is_attribute = part.isidentifier() and not keyword.iskeyword(part) and not part.startswith("__")
+        if isinstance(holder, nn.ModuleDict) and not is_attribute:
             root += f"[{part!r}]"
         elif isinstance(holder, (nn.Sequential, nn.ModuleList)) and part.isdecimal() and _at(holder, part) is model:
             root += f"[{part}]"
-        elif part.isidentifier() and not keyword.iskeyword(part):
+        elif is_attribute:
             root += f".{part}"
         else:
             root += f".get_submodule({part!r})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import OrderedDict
 from pathlib import Path
 
@@ -259,8 +260,26 @@ def test_expression_runs() -> None:
         assert eval(expression("net", name, net), {"net": net}) is module
 
 
+def in_a_method(code: str) -> str:
+    """Return a program that runs the code where a user puts it: there Python has names of its own for ``__x``."""
+    return f"class Fit:\n    def setup(self):\n{textwrap.indent(code, ' ' * 8)}\nFit().setup()"
+
+
 @pytest.mark.parametrize(
-    "key", ["Layer 0", "my-head", "class", "a__to__b", "<user___rates___item>", "0x", "größe", "7"]
+    "key",
+    [
+        "Layer 0",
+        "my-head",
+        "class",
+        "a__to__b",
+        "<user___rates___item>",
+        "0x",
+        "größe",
+        "7",
+        "__x",
+        "it's",
+        "back\\slash",
+    ],
 )
 @pytest.mark.parametrize("holder", ["dictionary", "sequence", "module"])
 def test_printed_code_runs_whatever_a_module_is_called(key: str, holder: str) -> None:
@@ -272,10 +291,10 @@ def test_printed_code_runs_whatever_a_module_is_called(key: str, holder: str) ->
     model = nn.Sequential(nn.Sequential(OrderedDict(held=held, other=nn.BatchNorm1d(4))))
 
     block.eval()
-    exec(found.only("BN102", check(model)).fix.code, {"model": model})
+    exec(in_a_method(found.only("BN102", check(model)).fix.code), {"model": model})
     assert block.training
     block[1].momentum = 0.0
-    exec(found.only("BN301", check(model)).fix.code, {"model": model})
+    exec(in_a_method(found.only("BN301", check(model)).fix.code), {"model": model})
     assert block[1].momentum == 0.1
-    exec(group_norms("model", [(f"0.held.{key}", 4)], model), {"model": model, "nn": nn})
+    exec(in_a_method(group_norms("model", [(f"0.held.{key}", 4)], model)), {"model": model, "nn": nn})
     assert isinstance(held.get_submodule(key), nn.GroupNorm)
