@@ -158,18 +158,20 @@ def trainers(stack: ExitStack, device: str) -> dict[str, Step]:
 
 
 def _count_callbacks(rows: dict[str, Row], steps: dict[str, Step]) -> None:
-    operations = {}
+    operations, python = {}, {}
     for name, step in steps.items():
         for _ in range(3):  # a first batch may set things up
             step()
         with Operations() as seen:
             for _ in range(COUNTED):
                 step()
-        operations[name] = seen.calls.total() / COUNTED
+        operations[name], python[name] = seen.calls.total() / COUNTED, count_python(step)
     for name, row in rows.items():
         without = operations[CALLBACKS[name].without]
         row.operations, row.relative = operations[name], operations[name] / without
         row.further = (operations[name] - without) / CALLBACKS[name].layers
+        beyond = zip(python[name], python[CALLBACKS[name].without], strict=True)
+        row.calls, row.bytecodes = (number - before for number, before in beyond)
 
 
 def rows_of_a_sample() -> list[Row]:
@@ -224,6 +226,7 @@ def print_table(rows: list[Row], device: str | None, card: str) -> None:
     print("\nMore a further layer: of an average, the operations of a further layer beyond those of torch's layer.")
     print("Of a callback, operations beyond those of the step without it, divided by the layers that it looks at:")
     print(f"{LAYERS} where the monitor looks at activations, else {NORMS} batch norms.")
+    print("Python calls and bytecodes of a callback are those beyond the step without it.")
 
 
 def _cell(value: float | None, form: str) -> str:

@@ -238,22 +238,23 @@ class Followers:
         is_told = can_defer(layer)
 
         def hook(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            compiling = torch.compiler.is_compiling()
-            if (is_told and not compiling) or not (layer.training and layer.track_running_stats):
+            if not (layer.training and layer.track_running_stats):
                 return
-            if self._sets.of(layer) is not None:
-                return
-            if compiling:
+            if not torch.compiler.is_compiling():
+                if not is_told:
+                    self._see(layer, args, kwargs, output)
+            elif self._sets.of(layer) is None:
                 self._traced.add(path)
                 input, mask = input_and_mask(layer, args, kwargs)
                 _settle_each(shadows, Moments.of(input.detach(), mask))
-            elif not in_backward() and not in_transform():
-                self._see(layer, args, kwargs, output)
 
-        return self._boundary.guard(hook)
+        return hook
 
+    @guarded
     def _see(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Note down the batch of a layer of plain torch."""
+        if in_backward() or in_transform() or self._sets.of(layer) is not None:
+            return
         self._renew_if_resized([layer])
         self._seen.add(layer)
         kept = kept_statistics(layer, output) if synchronised_moments(layer) is None else None
