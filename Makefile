@@ -55,6 +55,7 @@ test-borders: .venv-borders/installed
 
 bench: .venv/dev.installed
 	$(BIN)/python benchmarks/host_cost.py
+	$(BIN)/python benchmarks/compiled.py
 	$(BIN)/python benchmarks/batch_norm.py
 	$(BIN)/python benchmarks/recalibration.py
 	$(BIN)/python benchmarks/memory.py
