@@ -3,6 +3,7 @@ sum."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,8 +69,10 @@ def _image_moments(data: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         data.dtype in (torch.float32, torch.float64) and positions >= _SMALL_IMAGE and data.numel() > _SMALL_BATCH
     )
     mean, var = _together(*image_moments(data)) if in_groups else kernel_moments(data)
-    # In one number, NaN where a channel is not finite: that says nothing about the others.
-    near = torch.addcmul(var, mean, mean, value=-(_FAR**-2)).min().item() >= 0
+    # As numpy's arrays, whose operations take a quarter of the time of torch's on a few numbers. Where a channel is not
+    # finite none is near: that says nothing about the others.
+    reach = np.sqrt(var.numpy()) * _FAR
+    near = bool(((reach >= np.abs(mean.numpy())) & (reach < np.inf)).all())
     return (mean, var) if near else _moments_around(mean, data)
 
 

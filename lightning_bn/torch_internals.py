@@ -25,6 +25,13 @@ _group_norm = getattr(torch, "native_group_norm", None)
 _saved_tensors_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
 _foreach_copy = getattr(torch, "_foreach_copy_", None)
 _foreach_add = getattr(torch, "_foreach_add_", None)
+_functorch = getattr(torch._C, "_functorch", None)
+_are_batched: list[Callable[[Tensor], bool]] = [
+    asks for name in ("is_batchedtensor", "is_legacy_batchedtensor") if (asks := getattr(_functorch, name, None))
+]
+_unwrapped_once = getattr(_functorch, "get_unwrapped", None)
+_is_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", None) if _unwrapped_once is not None else None
+_is_wrapped_by_transform: Callable[[Tensor], bool] = _is_wrapped or (lambda tensor: False)
 _is_wrapper = getattr(getattr(torch.utils, "_python_dispatch", None), "is_traceable_wrapper_subclass", None)
 _flatten_dense_tensors = getattr(torch._utils, "_flatten_dense_tensors", None)
 _DisableTorchFunction = getattr(torch._C, "DisableTorchFunction", nullcontext)
@@ -32,9 +39,7 @@ _DisableTorchFunction = getattr(torch._C, "DisableTorchFunction", nullcontext)
 # Called by every layer in every forward, and so without a Python function around them. What they tell, and what the
 # answer is where they are gone: `in_backward`, `in_transform`, and ``torch.backends.cudnn.enabled``.
 backward_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", None) or (lambda: -1)
-innermost_transform: Callable[[], object] = getattr(
-    getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None
-) or (lambda: None)
+innermost_transform: Callable[[], object] = getattr(_functorch, "peek_interpreter_stack", None) or (lambda: None)
 cudnn_enabled: Callable[[], bool] = getattr(torch._C, "_get_cudnn_enabled", None) or (
     lambda: bool(torch.backends.cudnn.enabled)
 )
@@ -142,6 +147,19 @@ def is_wrapper(tensor: Tensor) -> bool:
     Nothing public says so; where the function is gone the answer is False, and reading such a tensor fails by itself.
     """
     return _is_wrapper is not None and bool(_is_wrapper(tensor))
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Tell whether a tensor stands for many, one for each entry that ``torch.vmap`` or ``is_grads_batched=True`` runs
+    over: its values can't be asked for.
+
+    Nothing public says so; where the functions are gone the answer is False, and reading such a tensor fails by itself.
+    """
+    while not any(asks(tensor) for asks in _are_batched):
+        if not _is_wrapped_by_transform(tensor):
+            return False
+        tensor = _unwrapped_once(tensor)
+    return True
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -17,6 +17,9 @@ TINY = 1e-7
 # Channels of which a share tells nothing.
 FEW = 8
 
+# Dettmers et al. (2022) find features up to twenty times as large as the others where outliers emerge.
+OUTLIER = 20.0
+
 # A ReLU's inputs are half below zero: up to there all is well.
 _ZEROS = Scale(0.5, 1, "OrRd", "share; up to a half is healthy")
 
@@ -88,7 +91,7 @@ ACTIVATION_COLUMNS: tuple[Column, ...] = (
         label="ratio of the largest channel's root mean square to the median's",
         scale=Scale(0, 3, "OrRd", "ratio of root mean squares", log=True),
         family="scale",
-        high=50.0,
+        high=OUTLIER,
         healthy=1.0,
         log=True,
         rank=6,

@@ -362,7 +362,8 @@ class LayerCollector:
         if self._readings.take("given", place.path, place, given):
             # The first of the rows, whatever was called before it.
             self._order = {place: place.path, **self._order}
-            if given.dim() > 2:
+            # Where the channels come last they are features, of which a batch may well have one value alone.
+            if given.dim() > 2 and self._readings.axis.of(place.path, given) == 1:
                 self._images |= {self._readings.key("given", place.path, place, given)}
 
     def _see_result(self, result: Any) -> None:

@@ -15,6 +15,8 @@ from lightning_bn.activations.sample import Sample
 
 STAGES = {"train": "training", "val": "validation", "test": "test"}
 
+HEALTHY = "Healthy: "
+
 # Causes that are told in full; the others are one line each.
 MAX_TOLD = 3
 MAX_LISTED = 10
@@ -309,7 +311,7 @@ def verdict(
         return ["Nothing was seen: no sample was taken."]
     if not episodes:
         warm = "" if warm_up is None else f" Running statistics or weights were still in warm-up until step {warm_up}."
-        return [f"Healthy: {layers} layers were within their limits at {seen}.{warm}"]
+        return [f"{HEALTHY}{layers} layers were within their limits at {seen}.{warm}"]
     # What is sick still comes first.
     groups = sorted(causes(episodes[:MAX_GROUPED]), key=lambda cause: cause.is_over)
     lines = []
@@ -321,6 +323,11 @@ def verdict(
     if len(groups) > MAX_LISTED:
         lines.append(f"And {len(groups) - MAX_LISTED} more: monitor.episodes() has them all.")
     return lines
+
+
+def not_healthy(lines: Sequence[str]) -> list[str]:
+    """Return a verdict without the word that no run deserves in which there is a mistake."""
+    return [line.removeprefix(HEALTHY) for line in lines]
 
 
 def _headline(cause: Cause) -> str:

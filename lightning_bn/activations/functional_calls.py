@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -40,7 +41,7 @@ class FunctionalCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         # A forward has thousands of other calls, attributes of tensors among them.
-        if (name := getattr(func, "__name__", "").rstrip("_")) in _SEEN:
+        if (name := _name_of(func)) in _SEEN:
             self._note(name, args, result)
         return result
 
@@ -49,6 +50,12 @@ class FunctionalCalls(TorchFunctionMode):
         # torch turns the mode off while this runs: what is read of the result is not seen in turn.
         if isinstance(result, Tensor) and (name != _SUM or _is_residual(args)):
             self._see(name, result)
+
+
+@lru_cache(maxsize=1024)
+def _name_of(func: Any) -> str:
+    """The name that all forms of a function share."""
+    return str(getattr(func, "__name__", "")).rstrip("_")
 
 
 def function_of(name: str) -> str | None:

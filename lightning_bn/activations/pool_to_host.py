@@ -146,10 +146,12 @@ class Channels:
     @cached_property
     def outlier_ratio(self) -> Array:
         """Of the largest channel's root mean square to the median channel's: (K,), NaN where that is 0."""
-        rows = np.repeat(np.arange(len(self.widths)), self.widths)
-        ordered = self.channel_rms[np.lexsort((self.channel_rms, rows))]  # within each row, NaN last
         known = self.total(~np.isnan(self.channel_rms)).astype(np.int64)
-        median = np.where(known > 0, ordered[self.starts + np.maximum(known - 1, 0) // 2], np.nan)
+        median = np.full(len(self.widths), np.nan)
+        for width in np.unique(self.widths):  # rows of one width are a matrix
+            rows = np.flatnonzero(self.widths == width)
+            ordered = np.sort(self.channel_rms[self.starts[rows, None] + np.arange(width)], axis=1)  # NaN last
+            median[rows] = ordered[np.arange(len(rows)), np.maximum(known[rows] - 1, 0) // 2]
         return self.largest(self.channel_rms) / np.where(median > 0, median, np.nan)
 
     @cached_property

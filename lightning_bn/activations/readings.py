@@ -16,7 +16,7 @@ from lightning_bn.activations.metric import by_channel
 from lightning_bn.activations.moments_to_pool import Key, Pool, flatten, merge
 from lightning_bn.activations.sample_rows import bounds_of_row, is_function
 from lightning_bn.activations.tensor_to_moments import TensorMoments, bucket_counts, read
-from lightning_bn.torch_internals import is_wrapper
+from lightning_bn.torch_internals import is_batched, is_wrapper
 
 # A place may be called with activations of several widths. More than these are no widths but lengths: the channels are
 # in another dimension.
@@ -48,7 +48,7 @@ class Readings:
         self._layers = layers
         self._histograms = frozenset(histograms)
         self._ranked = None if ranked is None else frozenset(ranked)
-        self._axis = ChannelAxis(model, channel_dim)
+        self.axis = ChannelAxis(model, channel_dim)
         # A model that is wholly on the meta device is measured there, to count what that launches.
         held = [*model.parameters(), *model.buffers()]
         self._is_abstract = bool(held) and all(tensor.is_meta for tensor in held)
@@ -74,7 +74,7 @@ class Readings:
             self._readings, self._waiting = [], 0
 
     def key(self, what: str, name: str, place: CallSite, tensor: Tensor) -> Key:
-        return Key(what, place, tensor.shape[self._axis.of(name, tensor)] if tensor.dim() > 1 else 1)
+        return Key(what, place, tensor.shape[self.axis.of(name, tensor)] if tensor.dim() > 1 else 1)
 
     def take(self, what: str, name: str, place: CallSite, tensor: Tensor) -> bool:
         """Read a tensor, and tell whether that could be done; whatever prevents it, the fit goes on."""
@@ -87,20 +87,20 @@ class Readings:
             first, *_ = str(error).splitlines() or [""]
             reason, is_read = f"{type(error).__name__}: {first}", False
         if reason is not None:
-            self.left_out.setdefault(name, reason)
+            self.left_out.setdefault(name, f"its gradient: {reason}" if what == "gradient" else reason)
         if self._waiting > MAX_WAITING:
             self.put_together()
         return is_read
 
     def _read(self, what: str, name: str, place: CallSite, tensor: Tensor) -> bool:
-        dim = self._axis.of(name, tensor)
+        dim = self.axis.of(name, tensor)
         key = self.key(what, name, place, tensor)
         widths = self._widths.setdefault((what, place), set())
         if key.width not in widths:
             if self._too_many_widths(widths, name, tensor):
                 return False
             widths.add(key.width)
-        data = by_channel(tensor, key.width, dim)
+        data = by_channel(tensor.detach(), key.width, dim)
         # A normalised value is zero by chance alone; of a gradient, nobody asks.
         is_activation = what == "activation"
         bounds = bounds_of_row(name, self._layers) if is_activation else None
@@ -121,6 +121,8 @@ class Readings:
         """Why no kernel can read a tensor; None: it can."""
         if tensor.is_nested:
             return "nested"
+        if is_batched(tensor):
+            return "batched by torch.vmap or is_grads_batched=True"
         if is_wrapper(tensor):
             return type(tensor).__name__
         if tensor.layout is not torch.strided:
@@ -136,7 +138,7 @@ class Readings:
             self._too_wide.add(name)
             warnings.warn(
                 f"{name} gave activations of more than {MAX_WIDTHS} sizes in dimension "
-                f"{self._axis.of(name, tensor)}, the last one of shape "
+                f"{self.axis.of(name, tensor)}, the last one of shape "
                 f"{tuple(tensor.shape)}; it is left out from here on. If its channels come last, pass channel_dim=-1.",
                 stacklevel=2,
             )

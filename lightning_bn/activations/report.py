@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lightning_bn.activations.column import Scale, Statistic
-from lightning_bn.activations.episodes import Episode
+from lightning_bn.activations.episodes import Episode, not_healthy
 from lightning_bn.activations.heatmap import Pixels, draw_channels, draw_grid
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.sample import Sample
@@ -58,31 +58,51 @@ class Report:
         self.prefix = prefix
         self.heatmaps = heatmaps
         self._drawn = 0  # samples at that time
-        self._told: object = None  # which episodes there were, and which of them had recovered
+        self._told: object = None  # which episodes there were, which of them had recovered, whether there was a mistake
+        self._rows: tuple[str, ...] = ()
         self._told_at = 0
 
-    def update(self, table: LayerTable, sample: Sample, step: int) -> None:
-        """Take note of a training sample, the newest in `table`; tell, and draw, where the verdict is another one."""
+    def update(self, table: LayerTable, sample: Sample, step: int, *, has_mistake: bool = False) -> None:
+        """Take note of a training sample, the newest in `table`; tell, and draw, where the verdict is another one.
+
+        Args:
+            table: of the run.
+            sample: the newest of training.
+            step: at which it was taken.
+            has_mistake: whether another callback has found a mistake, beside which no run is called healthy.
+        """
+        self._number_rows(table, step)
         for layer, counts in sample.histograms.items():
             for sink in self.sinks:
                 sink.histogram(f"{self.prefix}_histogram/{layer}", counts, step)
         samples = table.samples("train")
         # Where something new is sick at every sample, not at every sample.
-        if samples >= _SOON and table.changes != self._told and samples >= 1.1 * self._told_at:
-            self._tell(table, sample, step)
+        is_news = (table.changes, has_mistake) != self._told
+        if samples >= _SOON and is_news and samples >= 1.1 * self._told_at:
+            self._tell(table, sample, step, has_mistake)
             if samples >= _GROWTH * self._drawn:
                 self.draw(table, sample, step)
 
-    def finish(self, table: LayerTable, sample: Sample, step: int) -> None:
+    def finish(self, table: LayerTable, sample: Sample, step: int, *, has_mistake: bool = False) -> None:
         """Tell and draw what has come since the last time: the run is over."""
-        if self.sinks and table.changes != self._told:
-            self._tell(table, sample, step)
+        if self.sinks and (table.changes, has_mistake) != self._told:
+            self._tell(table, sample, step, has_mistake)
         self.draw(table, sample, step)
 
-    def _tell(self, table: LayerTable, sample: Sample, step: int) -> None:
-        self._told, self._told_at = table.changes, table.samples("train")
+    def _tell(self, table: LayerTable, sample: Sample, step: int, has_mistake: bool) -> None:
+        self._told, self._told_at = (table.changes, has_mistake), table.samples("train")
         for sink in self.sinks:
-            sink.text(f"{self.prefix}/layers", verdict_markdown(table, sample), step)
+            sink.text(f"{self.prefix}/layers", verdict_markdown(table, sample, has_mistake=has_mistake), step)
+
+    def _number_rows(self, table: LayerTable, step: int) -> None:
+        """Tell which layer each number of ``worst_layer`` means, where that is new."""
+        rows = tuple(table.places())
+        if rows == self._rows:
+            return
+        self._rows = rows
+        lines = markdown_table(("number", "layer"), [(str(place), f"`{row}`") for place, row in enumerate(rows)])
+        for sink in self.sinks:
+            sink.text(f"{self.prefix}/rows", "\n".join(lines), step)
 
     def draw(self, table: LayerTable, sample: Sample, step: int) -> None:
         """Draw everything, unless nothing has come since the last time."""
@@ -108,10 +128,13 @@ class Report:
             sink.image(f"{self.prefix}_map/{image_names()[name]}", pixels, step)
 
 
-def verdict_markdown(table: LayerTable, sample: Sample) -> str:
-    """Return, as Markdown, the verdict so far, which layers were sick when, and the worst layer of each statistic."""
-    step = table.last_step("train")
-    lines = [f"**Step {step:,}.**", "", *(f"- {line.strip()}" for line in table.verdict())]
+def verdict_markdown(table: LayerTable, sample: Sample, *, has_mistake: bool = False) -> str:
+    """Return, as Markdown, the verdict so far, which layers were sick when, and the worst layer of each statistic; with
+    a mistake of modes or statistics no run is called healthy."""
+    step, verdict = table.last_step("train"), table.verdict()
+    if has_mistake:
+        verdict = [*not_healthy(verdict), "A mistake of modes or statistics is open: see what ModeCheck says."]
+    lines = [f"**Step {step:,}.**", "", *(f"- {line.strip()}" for line in verdict)]
     episodes = table.episodes()
     if episodes:
         lines += ["", *markdown_table(_SICK, map(_cells, episodes[:_LISTED]), left=2)]

@@ -17,6 +17,7 @@ States = NDArray[np.int8]
 _PLACES = [COLUMNS.index(name) for name in STATISTICS]
 _LOW = np.array([statistic.low for statistic in STATISTICS.values()])
 _HIGH = np.array([statistic.high for statistic in STATISTICS.values()])
+_LIMITED = [COLUMNS.index(name) for name, each in STATISTICS.items() if each.low > 0 or np.isfinite(each.high)]
 
 ABSENT, KNOWN, WARM_UP, SHOWN = range(4)
 """States of a cell: the statistic does not apply to the row; it does; a known start explains its value; no limit holds
@@ -63,6 +64,11 @@ class Sample:
         """Return the values of a statistic, (R,), and which of them its limits hold for or would, but for warm-up."""
         place = COLUMNS.index(name)
         return self.values[:, place], is_judged(self.states[:, place])
+
+    def is_limited(self) -> Mask:
+        """Return which rows have a statistic with limits: (R,)."""
+        found: Mask = is_judged(self.states[:, _LIMITED]).any(axis=1)
+        return found
 
     def sick(self) -> Mask:
         """Return which cells are beyond their limits and not in warm-up: (R, len(STATISTICS))."""

@@ -20,11 +20,12 @@ class ChannelHistory:
     as in squeeze and excitation, one that is off tells nothing. All channels of a layer that gives nothing but zeros
     are dead at once. Fewer than `POSITIONS`, which in a deep layer are much alike, tell nothing of a channel.
 
-    A channel that has never fired counts by itself where the others are `BALANCED`. What a channel is given has a
+    A dead channel counts by itself where the others are `BALANCED`. What a channel is given has a
     mean m and a deviation s, and it fires at the rate at which a normal variable exceeds -m/s. If the median of
     min(rate, 1 - rate) over the channels is 0.3, half of all |m/s| are below 0.52, so m/s varies by 0.78; not to fire
-    at 256 positions takes -3.5, which is 4.5 of these: by chance, one channel in 300,000. After a batch norm m is 0. A
-    fresh layer without one may have channels that are off from the start, and its share of them alone counts.
+    at 256 positions takes -3.5, which is 4.5 of these: by chance, one channel in 300,000. After a batch norm m is 0.
+    Without one, a channel may be off from the start, or for a while as the weights move: in a healthy encoder layer of
+    a transformer some are for tens of steps. Of these the share alone counts.
     """
 
     EVIDENCE = 20.0
@@ -41,17 +42,18 @@ class ChannelHistory:
         rate, since = self._recall(pool)
         positions = np.repeat(np.array(pool.seen, dtype=np.float64), widths)
         firing = 1 - pool.channels[3].double().numpy() / positions
-        rate = np.where(silent, rate, np.where(rate > 0, (rate + firing) / 2, firing))
+        # Not above the newest: where a channel fires less and less, the rate that it had tells nothing.
+        rate = np.where(silent, rate, np.where(rate > 0, np.minimum((rate + firing) / 2, firing), firing))
         since = np.where(silent, since + positions, 0.0)
         ends = np.cumsum(widths)
         self._newest = pool.keys, rate, since
         wholly = np.logical_and.reduceat(silent, ends - widths).repeat(widths)
         has_fired = rate > 0
-        usual = self._usual(rate, widths, rows=np.logical_or.reduceat(silent & ~has_fired, ends - widths))
+        usual = self._usual(rate, widths, rows=np.logical_or.reduceat(silent, ends - widths))
         expected = np.where(has_fired, rate, usual.repeat(widths)) * since
         is_long = (since >= self.POSITIONS) & (expected >= self.EVIDENCE)
         dead = silent & (wholly | is_long)
-        return dead, dead & (has_fired | (usual >= self.BALANCED).repeat(widths))
+        return dead, dead & (usual >= self.BALANCED).repeat(widths)
 
     def _recall(self, pool: Pool) -> tuple[Array, Array]:
         """The rates and the silent positions of the channels of a pool; its keys are as a rule those of the last."""

@@ -70,6 +70,7 @@ class LayerTable:
         self._order: list[str] = []
         self._episodes = Episodes()
         self._warm_up: int | None = None
+        self._judged: set[str] = set()  # layers for which there are limits
 
     def append(self, stage: str, step: int, epoch: int, sample: Sample) -> list[Episode]:
         """Add one sample, and return the episodes that begin in it, the most upstream first."""
@@ -80,9 +81,10 @@ class LayerTable:
             self._order = _merged(self._order, layers)
         self._samples.append(_Taken(stage, step, epoch, layers, sample.values, sample.states))
         self._counts[stage] += 1
+        self._judged.update(layers[row] for row in np.flatnonzero(sample.is_limited()))
         if stage == "train" and (sample.states == WARM_UP).any():
             self._warm_up = step
-        return in_order(self._episodes.take(stage, step, sample), self._places())
+        return in_order(self._episodes.take(stage, step, sample), self.places())
 
     def rows(self, stage: str | None = None) -> list[dict[str, Any]]:
         """Return the rows in the order they were added: layer, stage, step and epoch, then `COLUMNS`, then the names of
@@ -122,14 +124,15 @@ class LayerTable:
 
     def episodes(self, stage: str | None = None) -> list[Episode]:
         """Return what was sick, the earliest and most upstream first."""
-        return [each for each in self._episodes.all(self._places()) if stage in (None, each.stage)]
+        return [each for each in self._episodes.all(self.places()) if stage in (None, each.stage)]
 
-    def _places(self) -> dict[str, int]:
+    def places(self) -> dict[str, int]:
+        """Return the number of each layer, in forward order over all stages, from 0."""
         return {layer: place for place, layer in enumerate(self._order)}
 
     def verdict(self) -> list[str]:
         """Return what to tell at the end of a run, as lines of text."""
-        return verdict(self.episodes(), layers=len(self._order), samples=self._counts, warm_up=self._warm_up)
+        return verdict(self.episodes(), layers=len(self._judged), samples=self._counts, warm_up=self._warm_up)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on in another process needs for its verdict, as plain numbers and strings; the
@@ -147,6 +150,7 @@ class LayerTable:
         self._samples = []
         self._order, self._counts, self._warm_up = list(state["layers"]), Counter(state["samples"]), state["warm_up"]
         self._episodes.load_state_dict(state["episodes"])
+        self._judged = set(self._order)
 
     def append_csv(self, path: Path) -> None:
         """Write the newest sample to the end of a CSV file, with six significant digits, and a head line where the file
@@ -195,13 +199,15 @@ def _merged(order: Sequence[str], newest: Sequence[str]) -> list[str]:
 
 
 @silent_numbers()
-def scalars(sample: Sample, wanted: Callable[[str], bool] | None = None) -> dict[str, float]:
+def scalars(
+    sample: Sample, wanted: Callable[[str], bool] | None = None, places: Mapping[str, int] | None = None
+) -> dict[str, float]:
     """Return the few numbers that stand for all layers of a sample, by name.
 
     ``<statistic>/worst`` is the value of the layer that is farthest from healthy, NaN where a layer has no finite
-    value; ``<statistic>/median`` is the median over the layers that have one; of a scale, ``/smallest`` and
-    ``/largest`` too, since it can be sick on either side. For the modules that are `wanted`, ``<statistic>/<layer>`` is
-    their own.
+    value, and ``<statistic>/worst_layer`` the number of that layer in `places`; ``<statistic>/median`` is the median
+    over the layers that have one; of a scale, ``/smallest`` and ``/largest`` too, since it can be sick on either side.
+    For the modules that are `wanted`, ``<statistic>/<layer>`` is their own.
     """
     found: dict[str, float] = {}
     own = [] if wanted is None else [row for row, module in enumerate(sample.modules) if wanted(module)]
@@ -211,17 +217,16 @@ def scalars(sample: Sample, wanted: Callable[[str], bool] | None = None) -> dict
         if not len(known) or not statistic.logged:
             continue
         finite = known[~np.isnan(known)]
-        found[f"{name}/worst"] = _worst(statistic, known)
+        worst = int(np.nan_to_num(statistic.distance(known), nan=np.inf, posinf=1e300).argmax())
+        found[f"{name}/worst"] = float(known[worst])
+        if places is not None:
+            found[f"{name}/worst_layer"] = float(places[sample.layers[np.flatnonzero(applies)[worst]]])
         found[f"{name}/median"] = float(np.median(finite)) if len(finite) else np.nan
         if statistic.low > 0:
             found[f"{name}/smallest"] = float(finite.min()) if len(finite) else np.nan
             found[f"{name}/largest"] = float(finite.max()) if len(finite) else np.nan
         found |= {f"{name}/{sample.layers[row]}": float(values[row]) for row in own if applies[row]}
     return found
-
-
-def _worst(statistic: Statistic, values: Array) -> float:
-    return float("nan") if np.isnan(values).any() else float(values[statistic.distance(values).argmax()])
 
 
 @silent_numbers()

@@ -47,7 +47,6 @@ class TensorMoments:
     saturated: Tensor | None  # (), int64; None without bounds
 
 
-@torch.no_grad()
 def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None = None) -> TensorMoments:
     """Return the reading of an activation; memory beside it: at most twice its own.
 
@@ -56,7 +55,8 @@ def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None
     accurate in float32 as a sum in float64. A standard deviation beyond 1e19 is infinite there.
 
     Args:
-        data: (N, C, *spatial), not empty, floating point.
+        data: (N, C, *spatial), not empty, floating point, of no graph: to switch gradients off costs as much as a
+            kernel.
         zeros: whether to count zeros.
         bounds: the least and the greatest value the layer can give.
     """

@@ -5,11 +5,13 @@ Tags, with the default prefix, and ``activations_val``, ``activations_test`` in 
 | tag | what |
 |---|---|
 | ``activations/<statistic>/worst``, ``/median`` | scalar: the layer farthest from healthy; the median over layers |
+| ``activations/<statistic>/worst_layer`` | scalar: the number of that layer in the text ``activations/rows`` |
 | ``activations/<scale>/smallest``, ``/largest`` | scalar, of `std` and `grad_std`, which can be sick on either side |
 | ``activations/<statistic>/<layer>`` | scalar, for the layers asked for |
 | ``activations_map/01_<statistic>`` | image: layer x step, numbered in the order in which to read them |
 | ``activations_map/09_channel_std``, ``/10_channel_mean`` | image: each layer's spread over channels, newest sample |
 | ``activations/layers`` | text: the verdict so far, which layers were sick when, the worst of each statistic |
+| ``activations/rows`` | text: the number of each layer |
 | ``activations_histogram/<layer>`` | histogram, for the layers asked for |
 """
 

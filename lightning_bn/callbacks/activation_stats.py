@@ -13,7 +13,6 @@ from lightning_bn.activations.call_sites import interval_at
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.report import Report
-from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.sample_to_table import LayerTable, scalars
 from lightning_bn.activations.watched_layers import is_watched, select_layers
 from lightning_bn.callbacks.arguments import stable_text
@@ -147,8 +146,6 @@ class ActivationStatsMonitor(MonitoredRun):
         self.process_group = process_group
         self._boundary = boundary_of("ActivationStatsMonitor", self._close)
         self._collectors: dict[str, LayerCollector] = {}
-        self._report = Report([])
-        self._newest = Sample()
         self._sampled_step: int | None = None
         self._ranks: Ranks | None = None
         self._blindness = Blindness()
@@ -257,19 +254,18 @@ class ActivationStatsMonitor(MonitoredRun):
         self._tell_blindness(trainer, "train")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw()
+        self._update_report(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
-        self._draw()
+        self._update_report(trainer)
         journal_of(trainer).end(trainer, type(exception).__name__)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._close()
         journal_of(trainer).end(trainer)
-        # They hold the model and the writers; the table is what a user comes back for.
+        # They hold the model; the table is what a user comes back for.
         self._collectors = {}
-        self._report = Report([])
 
     def _close(self) -> None:
         for collector in self._collectors.values():
@@ -357,7 +353,7 @@ class ActivationStatsMonitor(MonitoredRun):
         begun = self._table.append(stage, step, trainer.current_epoch, sample)
         if trainer.loggers:
             tags = self.prefix if stage == "train" else f"{self.prefix}_{stage}"
-            found = scalars(sample, self._has_own_scalars(collector))
+            found = scalars(sample, self._has_own_scalars(collector), self._table.places())
             numbers = {f"{tags}/{name}": value for name, value in found.items()}
             for logger in trainer.loggers:
                 part = f"its numbers in {type(logger).__name__}"
@@ -366,7 +362,7 @@ class ActivationStatsMonitor(MonitoredRun):
             self._boundary.attempt(f"the table {FILE}", self._write, trainer, stage)
         if stage == "train":
             self._newest = sample
-            self._boundary.attempt("pictures and texts", self._report.update, self._table, sample, step)
+            self._update_report(trainer, step)
         self._write_journal(trainer, stage, step, sample)
         if self.on_episode is not None and trainer.is_global_zero:
             with theirs():
@@ -391,8 +387,3 @@ class ActivationStatsMonitor(MonitoredRun):
         norms = {} if self.layers is not None else self._blindness.of_norms(trainer.lightning_module)
         found = norms | self._blindness.of_layers(collector, stage, is_sampled=bool(self._table.samples(stage)))
         journal_of(trainer).unseen(trainer, stage, found)
-
-    def _draw(self) -> None:
-        step = self._table.last_step("train")
-        if step is not None:
-            self._boundary.attempt("pictures and texts", self._report.finish, self._table, self._newest, step)

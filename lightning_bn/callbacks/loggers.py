@@ -157,4 +157,22 @@ class _SwanLab(_Sink):
         self.logger.log_text(tag, [markdown], step=step)
 
 
-_SINKS = {"WandbLogger": _Wandb, "MLFlowLogger": _MLFlow, "CometLogger": _Comet, "SwanLabLogger": _SwanLab}
+class _Aim(_Sink):
+    def image(self, tag: str, pixels: Pixels, step: int) -> None:
+        import aim
+
+        self.logger.experiment.track(aim.Image(pixels), name=tag, step=step)
+
+    def text(self, tag: str, markdown: str, step: int) -> None:
+        import aim
+
+        self.logger.experiment.track(aim.Text(markdown), name=tag, step=step)
+
+
+_SINKS = {
+    "AimLogger": _Aim,
+    "WandbLogger": _Wandb,
+    "MLFlowLogger": _MLFlow,
+    "CometLogger": _Comet,
+    "SwanLabLogger": _SwanLab,
+}

@@ -319,6 +319,7 @@ class ModeCheck(Callback):
             if self.action == "warn" and finding.level != "info":
                 rank_zero_warn(str(finding), stacklevel=6)
         unmended = [finding for finding in new if finding.level != "info" and not finding.mended]
+        journal_of(trainer).has_mistake |= bool(unmended)
         if self.action == "raise" and unmended and may_raise:
             raise ModeCheckError(unmended)
 

@@ -9,6 +9,7 @@ from lightning_bn.activations.description import describe_episodes, describe_sta
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_grid, plot_grid
 from lightning_bn.activations.registry import STATISTICS
+from lightning_bn.activations.report import Report
 from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.sample_to_table import LayerTable, cut_csv
 from lightning_bn.activations.tensor_to_moments import histogram_edges
@@ -17,6 +18,7 @@ from lightning_bn.callbacks.loggers import directories
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.terminal import LastWords
 from lightning_bn.choices import Choices
+from lightning_bn.error_boundary import ErrorBoundary
 from lightning_bn.grids import Grid
 
 if TYPE_CHECKING:
@@ -29,11 +31,15 @@ FILE = "activation_stats.csv"
 class MonitoredRun(Callback):
     """The table of a run, and what follows from it: what was sick, the verdict, the pictures."""
 
+    _boundary: ErrorBoundary
+
     def __init__(self) -> None:
         super().__init__()
         self.histograms: bool | Choices = False
         self.verbose = True
         self._table = LayerTable()
+        self._report = Report([])
+        self._newest = Sample()  # of training
         self._is_described = False  # in the journal, what the statistics mean
         self._is_fresh = True  # whether the table is that of a new run
         self._first_step: int | None = None  # at which the fit began, or goes on from a checkpoint
@@ -120,5 +126,16 @@ class MonitoredRun(Callback):
         run.channels(stage, step, self._table.samples(stage), sample.channels, sample.channel_drift, sample.histograms)
         run.episodes(trainer, describe_episodes(self._table.episodes()))
 
+    def _update_report(self, trainer: Trainer, step: int | None = None) -> None:
+        """Tell loggers of the newest training sample, taken at `step`; None: the run is over."""
+        take = self._report.finish if step is None else self._report.update
+        step = self._table.last_step("train") if step is None else step
+        if step is not None:
+            is_faulty = journal_of(trainer).has_mistake
+            part = "pictures and texts"
+            self._boundary.attempt(part, take, self._table, self._newest, step, has_mistake=is_faulty)
+
     def _last_words(self, trainer: Trainer) -> LastWords | None:
+        self._update_report(trainer)  # with the mistakes that were found after the last batch
+        self._report = Report([])  # which holds writers
         return LastWords(0, self.verdict()) if self.verbose and self._table.last_step() is not None else None

@@ -40,6 +40,8 @@ class RunJournal:
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
+        self.has_mistake = False
+        """Whether `ModeCheck` has found a mistake that nothing has mended: no run is called healthy beside one."""
         self._boundary = ErrorBoundary(f"The journal {journal.path}", self._close)
         self._begun = False
         self._norms: list[BatchNormLayer] = []

@@ -9,14 +9,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lightning_bn.activations.episodes import not_healthy
 from lightning_bn.callbacks.both_lightnings import Trainer
 from lightning_bn.callbacks.loggers import keeps_files, log_files
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.dashboard.assets import INSTALL, plotly_file
 from lightning_bn.dashboard.report import report_html, run_name
 from lightning_bn.error_boundary import ErrorBoundary, guarded
-
-_HEALTHY = "Healthy: "
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def _block(words: Sequence[LastWords], trainer: Trainer) -> list[str]:
         return []
     lines = [line for each in words for line in each.lines]
     if any(each.is_mistake for each in words):
-        lines = [line.removeprefix(_HEALTHY) for line in lines]
+        lines = not_healthy(lines)
     path = journal_of(trainer).journal.path
     if path is not None and path.exists():
         lines.append(f"The whole run, as a page: lightning-bn report {_short(path.parent)}{_missing()}")

@@ -130,6 +130,8 @@ def test_scalars_stand_for_all_layers() -> None:
         "dead_fraction/median": 0.25,
         "dead_fraction/b": 0.5,
     }
+    numbered = scalars(sample, None, {"z": 0, "a": 1, "b": 2, "c": 3, "d": 4})
+    assert (numbered["std/worst_layer"], numbered["dead_fraction/worst_layer"]) == (1.0, 2.0)
     assert [(statistic.name, layer, value) for statistic, layer, value in worst_layers(sample)] == [
         ("std", "a", 0.1),
         ("dead_fraction", "b", 0.5),

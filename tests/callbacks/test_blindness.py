@@ -9,12 +9,61 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from fitting import fit
+from fitting import fit, trainer
 from small_models import Small
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import ActivationStatsMonitor
+
+
+class Batched(pl.LightningModule):
+    """Takes a gradient for each output at once, or for each sample, as optimizers that want them do."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net, self.how = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)), how
+        self.automatic_optimization = False
+
+    def gradients(self, batch: Tensor) -> dict[str, Tensor]:
+        named = dict(self.net.named_parameters())
+        if self.how == "is_grads_batched":
+            outputs, each = self.net(batch).mean(0), torch.eye(3)
+            found = torch.autograd.grad(outputs, list(named.values()), each, is_grads_batched=True)
+            return {name: values.sum(0) for name, values in zip(named, found, strict=True)}
+        values = {name: each.detach() for name, each in named.items()}
+        if self.how == "jacrev":
+            found = torch.func.jacrev(lambda given: torch.func.functional_call(self.net, given, batch).mean(0))(values)
+            return {name: each.sum(0) for name, each in found.items()}
+
+        def loss(given: dict[str, Tensor], sample: Tensor) -> Tensor:
+            return torch.func.functional_call(self.net, given, sample[None]).square().sum()
+
+        found = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, batch)
+        return {name: each.mean(0) for name, each in found.items()}
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for name, gradient in self.gradients(batch).items():
+            self.net.get_parameter(name).grad = gradient
+        self.optimizers().step()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("how", ["is_grads_batched", "jacrev", "vmap"])
+def test_what_is_batched_is_named_once(how: str) -> None:
+    """The layers whose gradients, or under vmap whose activations, stand for many; what can be read is there."""
+    monitor = ActivationStatsMonitor(every_n_steps=1, gradients=True, verbose=False)
+    with pytest.warns(UserWarning, match="batched by torch.vmap") as told:
+        trainer(monitor, max_epochs=1).fit(Batched(how), DataLoader(torch.randn(64, 4), 16))
+    (said,) = [str(each.message) for each in told if "can't read" in str(each.message)]
+    assert ("its gradient: batched" in said) == (how != "vmap")
+    assert "net.1" in said
+    assert "net.2" in said
+    norm = next(row for row in monitor.table() if row["layer"] == "net.1")
+    assert norm["grad_norm"] > 0
+    assert (norm["std"] is None) == (how == "vmap")
 
 
 class Attention(nn.Module):

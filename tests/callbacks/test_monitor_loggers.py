@@ -12,6 +12,7 @@ from browsers import wait
 from fitting import fit
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from small_models import Small
 
 from lightning_bn import ActivationStatsMonitor
 from lightning_bn.activations.report import image_names
@@ -116,6 +117,48 @@ def test_swanlab_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         swanlab.finish()
     assert len(folders) == 2
     assert all((folder / "activation_stats.csv").exists() for folder in folders)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_aim_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers, pictures and the verdict are read back from the repository; table and journal lie in the run's own
+    folder below it."""
+    aim = pytest.importorskip("aim")
+    from aim.pytorch_lightning import AimLogger
+
+    monkeypatch.chdir(tmp_path)
+    logger = AimLogger(repo=str(tmp_path), experiment="watched", system_tracking_interval=None, log_system_params=False)
+    monitor = watched(logger, tmp_path / "root")
+    version = logger.version
+    logger.finalize("success")
+    run = aim.Run(version, repo=str(tmp_path), read_only=True)
+    assert "activations/std/median" in {metric.name for metric in run.metrics()}
+    pictures = {name for name, *_ in run.iter_sequence_info_by_type("images")}
+    assert {f"activations_map/{image_names()[name]}" for name in MAPS} <= pictures
+    (context,) = [each for name, each, _ in run.iter_sequence_info_by_type("texts") if name == "activations/layers"]
+    told = run.get_text_sequence("activations/layers", context)
+    assert monitor.verdict()[0] in told.values.last_value().data
+    (journal,) = tmp_path.rglob("lightning_bn.jsonl")
+    assert (journal.parent / "activation_stats.csv").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_alert_of_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of the documentation, with an episode of a real fit: the alert is in trackio's own store."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    trackio = pytest.importorskip("trackio")
+    trackio.init(project="watched", name="sick", embed=False)
+    module = Small()
+    module.bn1.weight.data.mul_(1e6)
+    monitor = ActivationStatsMonitor(
+        every_n_steps=1,
+        verbose=False,
+        on_episode=lambda episode: trackio.alert(title=f"{episode.layer} is sick", text=f"{episode}. {episode.advice}"),
+    )
+    fit(monitor, module=module, max_epochs=1, default_root_dir=tmp_path / "root")
+    trackio.finish()
+    titles = [alert["title"] for alert in trackio.sqlite_storage.SQLiteStorage.get_alerts("watched")]
+    assert f"{monitor.episodes()[0].layer} is sick" in titles
 
 
 class OneFolder(CSVLogger):

@@ -160,6 +160,9 @@ def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:
     assert metrics["activations/std/median"] == pytest.approx(sorted(stds)[1] / 2 + sorted(stds)[2] / 2)
     assert metrics["activations/std/worst"] == max(stds, key=lambda std: abs(math.log(std)))
     assert metrics["activations/drift_mean/worst"] == max(found[name]["drift_mean"] for name in ("bn1", "rest.3"))
+    # The fourth of the rows begins with the input, as the text of the numbers has it.
+    assert metrics["activations/zero_fraction/worst_layer"] in (ROWS.index("rest.0"), ROWS.index("rest.4"))
+    assert metrics["activations/drift_mean/worst_layer"] in (ROWS.index("bn1"), ROWS.index("rest.3"))
     assert metrics["activations/zero_fraction/rest.0"] == found["rest.0"]["zero_fraction"]
     assert ours[2][1]["activations_val/std/bn1"] == rows(monitor, "val")["bn1"]["std"]
     assert "activations/std/median" in (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()[0]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from fitting import fit, trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from small_data import training_data
 from small_models import Small
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from lightning_bn import ActivationStatsMonitor, BatchNormRecalibration, ModeCheck
@@ -43,6 +44,24 @@ def test_one_block_from_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not any("Healthy" in line for line in lines)
     folder = lines[-1].partition("lightning-bn report ")[2].split("  ")[0].strip('"')
     assert (Path(folder) / "lightning_bn.jsonl").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:BN")
+@pytest.mark.parametrize("checks_first", [True, False])
+def test_no_text_of_tensorboard_is_healthy_beside_a_mistake(tmp_path: Path, checks_first: bool) -> None:
+    """The last text of the verdict, whichever callback comes first; and the text that numbers the layers."""
+    check, monitor = ModeCheck(), ActivationStatsMonitor(every_n_steps=1, verbose=False)
+    both = [check, monitor] if checks_first else [monitor, check]
+    logger = TensorBoardLogger(tmp_path, version=0)
+    fit(*both, module=ForwardInEval(), logger=logger, max_epochs=2)
+    assert monitor.verdict()[0].startswith("Healthy: ")
+    events = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0}).Reload()
+    *_, told = events.Tensors("activations/layers/text_summary")
+    text = told.tensor_proto.string_val[0].decode()
+    assert "Healthy" not in text
+    assert "- A mistake of modes or statistics is open" in text
+    (numbers,) = events.Tensors("activations/rows/text_summary")
+    assert "| 1 | `bn1` |" in numbers.tensor_proto.string_val[0].decode()
 
 
 def test_a_healthy_run_and_its_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
