@@ -29,7 +29,7 @@ _functorch = getattr(torch._C, "_functorch", None)
 _are_batched: list[Callable[[Tensor], bool]] = [
     asks for name in ("is_batchedtensor", "is_legacy_batchedtensor") if (asks := getattr(_functorch, name, None))
 ]
-_unwrapped_once = getattr(_functorch, "get_unwrapped", None)
+_unwrapped_once: Any = getattr(_functorch, "get_unwrapped", None)
 _is_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", None) if _unwrapped_once is not None else None
 _is_wrapped_by_transform: Callable[[Tensor], bool] = _is_wrapped or (lambda tensor: False)
 _is_wrapper = getattr(getattr(torch.utils, "_python_dispatch", None), "is_traceable_wrapper_subclass", None)

@@ -67,7 +67,7 @@ class Sample:
 
     def is_limited(self) -> Mask:
         """Return which rows have a statistic with limits: (R,)."""
-        found: Mask = is_judged(self.states[:, _LIMITED]).any(axis=1)
+        found: Mask = np.any(is_judged(self.states[:, _LIMITED]), axis=1)
         return found
 
     def sick(self) -> Mask:
