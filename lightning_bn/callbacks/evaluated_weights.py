@@ -51,7 +51,8 @@ class EvaluatedWeights:
     def remember_when_loaded(self, module: LightningModule) -> None:
         """Weights will be read from a file, with their statistics: remember those."""
         self.forget()
-        self._load = module.register_load_state_dict_post_hook(self._boundary.guard(self.remember))
+        hook = self._boundary.guard(self.remember)
+        self._load = module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
 
     def expect(self) -> None:
         """The weights are still to come; any are others than these."""

@@ -18,6 +18,7 @@ _LISTED = 4  # mistakes at the end of a run
 Place = Literal[
     "before fit",
     "at the end of the training step",
+    "before the evaluation",
     "at the start of the evaluation step",
     "around that forward",
     "around the export",
