@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name not in
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PRELUDE, *RECIPES = (ROOT / "docs" / "recipes.md").read_text().split("\n## ")
 NEEDED = {
+    "Ray Train": "ray",
     "torchao": "torchao",
     "schedule-free": "schedulefree",
     "ModelEmaV3": "timm",
@@ -97,6 +99,8 @@ def test_recipes_run(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for title, package in NEEDED.items():
         if title in recipe.partition("\n")[0]:
             pytest.importorskip(package)
+    if recipe.startswith("Ray"):
+        warnings.simplefilter("default")  # Ray warns of settings of its own
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.backends.quantized, "engine", torch.backends.quantized.engine)
     namespace: dict[str, object] = {"__name__": "__main__"}
