@@ -146,10 +146,7 @@ class SampleBuilder:
         drift, settled, nonfinite = np.full((number, 4), np.nan), np.full((number, 4), np.nan), np.full(number, np.nan)
         drift_z = np.full((number, 2), np.nan)
         below_eps, ran, young = np.full(number, np.nan), np.zeros(number, dtype=bool), np.zeros(number, dtype=bool)
-        if found.drift is not None and self._tracks.all():
-            drift, settled, nonfinite = found.drift.values, found.drift.settled, found.drift.nonfinite
-            below_eps, ran, young = found.drift.below_eps, found.drift.ran, found.drift.young
-        elif found.drift is not None:
+        if found.drift is not None:
             drift[self._tracks], settled[self._tracks] = found.drift.values, found.drift.settled
             drift_z[self._tracks] = self._chance.update(found.drift, widths[self._tracks])
             nonfinite[self._tracks], ran[self._tracks] = found.drift.nonfinite, found.drift.ran

@@ -39,7 +39,7 @@ class EvaluatedWeights:
         self._hooks: list[RemovableHandle] = []
         self._load: RemovableHandle | None = None
         self._looks: Literal["first", "last"] | None = None
-        self._is_told = self._is_told_of_another = False
+        self._is_told = False
         self.come_late = False
         """Whether they were exchanged after the callback's own turn."""
 
@@ -87,21 +87,20 @@ class EvaluatedWeights:
             see = self._boundary.guard(self._see)
             self._hooks = [each.module.register_forward_pre_hook(see) for each in find_batch_norms(module)]
 
-    def tell_of_others(self, trainer: Trainer, module: LightningModule, *, repairs: bool = False) -> None:
+    def tell_of_others(self, trainer: Trainer, module: LightningModule) -> None:
         """After a batch that `look` looked at: warn, once, where it ran with other weights and with the statistics of
         those that are remembered. Waits for the device.
 
         Args:
             trainer: whose ranks meet behind the first batch; they may have different last ones.
             module: the one that is evaluated.
-            repairs: whether the statistics were recalibrated for this evaluation, which another network may have.
         """
         batch, self._looks = self._looks, None
         if batch is None or self._known is None:
             return
         for hook in self._hooks:
             hook.remove()
-        seen, watched, self._seen, self._hooks = self._seen, bool(self._hooks), None, []
+        seen, self._seen, self._hooks = self._seen, None, []
         if seen is None:
             others = _versions(module) != self._versions
         else:
@@ -109,14 +108,6 @@ class EvaluatedWeights:
         if (_on_any_rank(trainer, others) if batch == "first" else others) and not self._is_told:
             self._is_told = True
             rank_zero_warn(_of_others(trainer))
-        if seen is None and watched and repairs and not self._is_told_of_another:
-            self._is_told_of_another = True
-            rank_zero_warn(
-                f"BatchNormRecalibration: no batch-norm layer of {type(module).__name__} ran in the {batch} batch of "
-                "validation. If another network is evaluated, as an averaged copy that the module or a callback holds "
-                "and that is no submodule, recalibrate that one before the validation: "
-                'recalibrate(copy, batches, layers="all").'
-            )
 
     def _see(self, *_: Any) -> None:
         if self._seen is None and self._module is not None:

@@ -244,8 +244,7 @@ class BatchNormRecalibration(Callback):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        repairs = self.when == "validation" and trainer.state.fn == TrainerFn.FITTING
-        self._weights.tell_of_others(trainer, pl_module, repairs=repairs)
+        self._weights.tell_of_others(trainer, pl_module)
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 

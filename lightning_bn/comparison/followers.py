@@ -237,7 +237,7 @@ class Followers:
         shadows = [row[path] for row in self._shadows.values()]
         is_told = can_defer(layer)
 
-        def hook(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        def while_training(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if not (layer.training and layer.track_running_stats):
                 return
             if not torch.compiler.is_compiling():
@@ -248,7 +248,7 @@ class Followers:
                 input, mask = input_and_mask(layer, args, kwargs)
                 _settle_each(shadows, Moments.of(input.detach(), mask))
 
-        return hook
+        return while_training
 
     @guarded
     def _see(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:

@@ -79,7 +79,7 @@ def test_every_tag_is_documented(run: Any) -> None:
     _, _, events = run
     tags = events.Tags()
     ours = [tag for tag in tags["scalars"] if tag not in ("train_loss", "val_loss", "val_acc", "epoch")]
-    names = {"worst", "median", "smallest", "largest", "bn1"}
+    names = {"worst", "worst_layer", "median", "smallest", "largest", "bn1"}
     assert {tag.split("/")[0] for tag in ours} == {"activations", "activations_val"}
     assert {tag.split("/")[1] for tag in ours} <= set(COLUMNS)
     assert {tag.split("/")[2] for tag in ours} == names
@@ -93,7 +93,11 @@ def test_every_tag_is_documented(run: Any) -> None:
         "channel_std",
     }
     assert set(tags["images"]) == {f"activations_map/{image_names()[name]}" for name in maps}
-    assert set(tags["tensors"]) == {"custom_scalars__config__", "activations/layers/text_summary"}
+    assert set(tags["tensors"]) == {
+        "custom_scalars__config__",
+        "activations/layers/text_summary",
+        "activations/rows/text_summary",
+    }
     assert tags["histograms"] == ["activations_histogram/rest.0"]
 
 

@@ -45,10 +45,10 @@ NOT_WATCHING = ("callbacks/conversion.py", "callbacks/synchronisation.py", "call
 """Callbacks that change what a fit computes, and the boundary itself."""
 
 
-PROPERTIES = ("state_key", "_stable")
+PROPERTIES = ("state_key", "_stable", "stable_text")
 """What Lightning reads of a callback outside of any hook: a string that is made of the class and an argument."""
-HANDING_ON = ("__torch_function__",)
-"""Its one line of its own is the user's call; what it notes of the result is tried."""
+HANDING_ON = ("__torch_function__", "while_training")
+"""What is of its own there is the user's call, or two flags of a layer that are read; what comes of it is tried."""
 MODELS = ("_save_to_state_dict",)
 """Of a module that is a part of the model: whoever asks for its state has to get it."""
 ANOTHERS = ("DriftMonitor",)
