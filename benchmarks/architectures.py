@@ -70,7 +70,7 @@ HUGGING_FACE: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {  # clas
             "conv_layer_strides": [[2], [2, 1], [2], [1]],
         },
     ),
-    "Cvt": ("ForImageClassification", IMAGES, {"depth": [1, 1, 3]}),
+    "Cvt": ("ForImageClassification", IMAGES, {"depth": [1, 2, 3]}),
     "PPLCNet": ("ForImageClassification", IMAGES, {"scale": 0.5}),
     "Segformer": ("ForSemanticSegmentation", IMAGES, {}),
     "Beit": (
