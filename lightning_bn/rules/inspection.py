@@ -150,13 +150,13 @@ class Inspection:
     def at_rest(self) -> None:
         """Look at everything that can be seen without a run."""
         self.configuration()
-        at = Configuration(self.observer, self.setting)
+        at = self._at_rest
         self._ask(lambda rule: rule.at_rest(at))
         self.examine()
 
     def configuration(self) -> None:
         """Look at the configuration of the layers before training."""
-        at = Configuration(self.observer, self.setting)
+        at = self._at_rest
         self._ask(lambda rule: rule.configuration(at))
 
     def begin_epoch(self) -> None:
@@ -251,15 +251,10 @@ class Inspection:
         counted = self._unseen.counted_in_evaluation(reading)
         sanity = self.stage == "sanity_check"
         values = reading.values() if self._ran.evaluated and not sanity else None
-        evaluation = Evaluation(
-            self.observer, self.setting, self.stage, self._ran.evaluated, self._ran.steady, values, counted
-        )
-        evaluation.trained, evaluation.fitting, evaluation.moving = (
-            self.trained,
-            self._away is not None,
-            self._ran.moving,
-        )
-        evaluation.held = self._copies.held
+        evaluation = self._evaluation()
+        evaluation.values, evaluation.counted, evaluation.held = values, counted, self._copies.held
+        evaluation.trained, evaluation.fitting = self.trained, self._away is not None
+        evaluation.moving = self._ran.moving
         evaluation.other_sets = {} if sanity else self._ran.values_of_other_sets(self.observer)
         evaluation.copies = self._copies.stale(self._ran.only_evaluated) if self.trained and not sanity else ()
         if not sanity:
@@ -284,7 +279,7 @@ class Inspection:
         """Judge by it whether the statistics fit; waits for the device."""
         self._fit.end_batch(0)
         stage, self.stage = self.stage, "evaluation"
-        at = Evaluation(self.observer, self.setting, self.stage, self._ran.evaluated, self._ran.steady)
+        at = self._evaluation()
         at.fit = self._fit.result
         self._tell_fit(at)
         self.stage = stage
@@ -326,8 +321,7 @@ class Inspection:
         exported, self.observer.exported = self.observer.exported, False
         if not exported or before is None or before == self.observer.snapshot():
             return False
-        at = Configuration(self.observer, self.setting)
-        self._tell(rule := ModeChangedInTraining(), partial(rule.exported, at, before, when))
+        self._tell(rule := ModeChangedInTraining(), partial(rule.exported, self._at_rest, before, when))
         return True
 
     def anchor(self) -> None:
@@ -346,10 +340,8 @@ class Inspection:
         """Look at what a fit leaves, when nobody will exchange weights any more; waits for the device."""
         self._fit.frozen = self._fixed()
         self._fit.share = self.setting.share
-        at = Evaluation(
-            self.observer, self.setting, self.stage, self._ran.evaluated, self._ran.steady, held=self._copies.held
-        )
-        at.fit = self._fit.after_training()
+        at = self._evaluation()
+        at.held, at.fit = self._copies.held, self._fit.after_training()
         self._tell_fit(at)
         if self.trained:
             at.values = StatisticsSnapshot(self.observer.layers).values()
@@ -386,6 +378,9 @@ class Inspection:
         layers = enumerate(self.observer.layers)
         return self._ran.steady | {index for index, layer in layers if self.setting.allows_eval(layer.name)}
 
+    def _evaluation(self) -> Evaluation:
+        return Evaluation(self.observer, self.setting, self.stage, self._ran.evaluated, self._ran.steady)
+
     def _tell_fit(self, evaluation: Evaluation) -> None:
         told = {name for code in ("BN204", "BN209") for name in self._register.reported(code)}
         if (misfit := evaluation.fit) is not None:
@@ -397,29 +392,32 @@ class Inspection:
         stale = self._copies.stale(self._ran.only_evaluated) if self.stage == "train" else []
         self._copies.look()
         if stale:
-            names = [self.observer.layers[index].name for index in stale]
-            at = Configuration(self.observer, self.setting)
-            self._tell(rule := StaleCopy(), partial(rule.seen, names, at))
+            self._tell(rule := StaleCopy(), partial(rule.seen, self._names(stale), self._at_rest))
         if last is not None:
             batch = replace(last, averaged=self._averaged(), undecided=())
             self._ask(lambda rule: rule.batch(batch))
 
     def _averaged(self) -> list[str]:
-        return [self.observer.layers[index].name for index in sorted(self._copies.written)]
+        return self._names(sorted(self._copies.written))
+
+    def _names(self, places: Iterable[int]) -> list[str]:
+        return [self.observer.layers[place].name for place in places]
+
+    @property
+    def _at_rest(self) -> Configuration:
+        return Configuration(self.observer, self.setting)
 
     def _compare_boundary(self, when: str, *, before_evaluation: bool = False) -> None:
-        moved = [self.observer.layers[index].name for index in self._boundaries.back(self._copies.held)]
-        if moved:
-            at = Configuration(self.observer, self.setting)
-            self._tell(rule := MovedBetweenBatches(), partial(rule.seen, moved, when, at, before_evaluation))
+        if moved := self._names(self._boundaries.back(self._copies.held)):
+            rule = MovedBetweenBatches()
+            self._tell(rule, partial(rule.seen, moved, when, self._at_rest, before_evaluation))
 
     def _compare_ranks(self) -> None:
         own = {
             index: (each.mean, each.var) for index, each in StatisticsSnapshot(self.observer.layers).values().items()
         }
         spread = ranks_apart(share(own))
-        names = [self.observer.layers[index].name for index in spread]
-        self._tell(rule := RanksApart(), partial(rule.seen, names, max(spread.values(), default=0.0)))
+        self._tell(rule := RanksApart(), partial(rule.seen, self._names(spread), max(spread.values(), default=0.0)))
 
     def _judge(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> None:
         """Show the batch to the rules, unless it is like one of the last of its stage; without modes, its forwards

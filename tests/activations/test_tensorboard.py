@@ -30,7 +30,7 @@ from lightning_bn.activations.sample_to_table import LayerTable
 from lightning_bn.activations.tensor_to_moments import histogram_edges
 from lightning_bn.activations.tensorboard import TensorBoardSink
 
-matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib")
 
 
 TEXT = "activations/layers/text_summary"
