@@ -102,14 +102,19 @@ def logging_interval(trainer: Any) -> int:
 
 def evaluated_batches(trainer: Trainer) -> list[int | float]:
     """Return how many batches each loader of the evaluation that is under way has; infinity where nobody knows."""
-    stage = trainer.state.stage
     numbers = {
         "validate": trainer.num_val_batches,
         "sanity_check": trainer.num_sanity_val_batches,
         "test": trainer.num_test_batches,
         "predict": trainer.num_predict_batches,
     }
-    return list(numbers.get("" if stage is None else str(stage.value), []))
+    return list(numbers.get(evaluation_stage(trainer), []))
+
+
+def evaluation_stage(trainer: Trainer) -> str:
+    """Return "validate", "sanity_check", "test" or "predict", or "evaluation" where the Trainer says nothing."""
+    stage = trainer.state.stage
+    return "evaluation" if stage is None else str(stage.value)
 
 
 def is_overridden(name: str, module: LightningModule) -> bool:

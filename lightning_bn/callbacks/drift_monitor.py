@@ -6,7 +6,7 @@ import warnings
 from contextlib import ExitStack
 from typing import Any
 
-from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, Trainer
+from lightning_bn.callbacks.both_lightnings import Callback, LightningModule, Trainer, evaluation_stage
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
 from lightning_bn.callbacks.observing import boundary_of, meet, meeting, observing
 from lightning_bn.discovery import find_batch_norms
@@ -73,38 +73,26 @@ class DriftMonitor(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(pl_module)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(pl_module)
+    on_predict_start = on_test_start
 
     def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
-        self._listen()
+        if self._images is not None:
+            self._images.forget()
+            self._images.listening = True
 
-    def on_test_batch_start(self, *_: Any, **__: Any) -> None:
-        self._listen()
-
-    def on_predict_batch_start(self, *_: Any, **__: Any) -> None:
-        self._listen()
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        self._look("validate", trainer, pl_module)
+        self._look(evaluation_stage(trainer), trainer, pl_module)
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        self._look("test", trainer, pl_module)
-
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        self._look("predict", trainer, pl_module)
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     @meeting
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._meet("validate", trainer)
+        ranks = Ranks(data_parallel_group(trainer), task="DriftMonitor")
+        meet(self._boundary, ranks, self._end, evaluation_stage(trainer), trainer, ranks)
 
-    @meeting
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._meet("test", trainer)
-
-    @meeting
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._meet("predict", trainer)
+    on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
@@ -118,11 +106,6 @@ class DriftMonitor(Callback):
         layers = [each.module for each in find_batch_norms(module) if each.tracks and normalises_its_input(each.module)]
         self._images = self._hooks.enter_context(ImageReader(layers, self._boundary.guard))
         self._images.listening = False
-
-    def _listen(self) -> None:
-        if self._images is not None:
-            self._images.forget()
-            self._images.listening = True
 
     def _look(self, stage: str, trainer: Trainer, module: LightningModule) -> None:
         images = self._images
@@ -140,10 +123,6 @@ class DriftMonitor(Callback):
         if watch.add(report):
             where = f", rank {trainer.global_rank}" if trainer.world_size > 1 else ""
             warn_of(report, f"DriftMonitor, {stage}{where}: ")
-
-    def _meet(self, stage: str, trainer: Trainer) -> None:
-        ranks = Ranks(data_parallel_group(trainer), task="DriftMonitor")
-        meet(self._boundary, ranks, self._end, stage, trainer, ranks)
 
     def _end(self, stage: str, trainer: Trainer, ranks: Ranks) -> None:
         watch = None if self._images is None else self.watches.get(stage)

@@ -18,6 +18,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
     callbacks_of,
     evaluated_batches,
+    evaluation_stage,
     is_overridden,
     logging_interval,
     set_callbacks,
@@ -201,7 +202,7 @@ class ModeCheck(Callback):
     ) -> None:
         # Measured are those of the first loader.
         batches = next(iter(evaluated_batches(trainer)), None)
-        self._look().begin_batch(_stage(trainer), trainer.global_step, batch_idx, batches)
+        self._look().begin_batch(evaluation_stage(trainer), trainer.global_step, batch_idx, batches)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
@@ -291,7 +292,7 @@ class ModeCheck(Callback):
             self._start(trainer, module)
         elif self._look().renew(lambda: parts_called_by(module)):
             before = None
-        self._look().begin_evaluation(_stage(trainer), trainer.global_step, before)
+        self._look().begin_evaluation(evaluation_stage(trainer), trainer.global_step, before)
 
     def _meet(self, trainer: Trainer, end: Callable[[], object]) -> None:
         """Call `end`, in which ranks may `_share`, and report. Every rank shares at least once, whatever fails here."""
@@ -331,8 +332,3 @@ class ModeCheck(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"{_TAG}/{level}s": float(count) for level, count in counts.items()}, step=step)
         log_markdown(trainer.loggers, f"{_TAG}/findings", findings_markdown(self.findings), step)
-
-
-def _stage(trainer: Trainer) -> str:
-    stage = trainer.state.stage
-    return "evaluation" if stage is None else str(stage.value)
