@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from fitting import trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -55,29 +56,30 @@ def _tested(rank: int, world: int, port: int, folder: Path, measured_on: int | N
     if "test" in monitor.watches:
         own = data[rank::2].split(8)
         watch = monitor.watches["test"]
-        found["counts"] = watch.batches, watch.images, watch.alarms
+        found["counts"], found["z"] = (watch.batches, watch.images, watch.alarms), watch.largest_z
         found["expected"] = len(own), len(data) // 2, sum(drift(module, batch).is_alarm for batch in own)
     torch.save(found, folder / f"{rank}.pt")
 
 
-def logged(folder: Path) -> list[float]:
+def logged(folder: Path) -> list[tuple[float, float]]:
+    """Return the rates and the z."""
     (path,) = folder.rglob("metrics.csv")
     rows = list(csv.DictReader(path.read_text().splitlines()))
-    return [
-        float(row["batch_norm/drift/test/alarm_rate"]) for row in rows if row.get("batch_norm/drift/test/alarm_rate")
-    ]
+    names = [f"batch_norm/drift/test/{name}" for name in ("alarm_rate", "z")]
+    return [(float(row[names[0]]), float(row[names[1]])) for row in rows if row.get(names[0])]
 
 
 def test_each_batch_of_each_rank_counts_once(tmp_path: Path) -> None:
     """A rank has the counts of its own batches, as `drift` judges them, and warns of its own alarm; the logged rate is
-    that of both."""
+    that of both, and the z the largest of either."""
     spawn(_tested, 2, free_port(), tmp_path, None)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first["counts"] == first["expected"]
     assert second["counts"] == second["expected"]
     assert second["counts"][2] == 5
     assert second["said"][0].startswith("DriftMonitor, test, rank 1: Drift: 8 images")
-    assert logged(tmp_path) == [(first["counts"][2] + 5) / 10]
+    assert first["z"] < second["z"]
+    assert logged(tmp_path) == [((first["counts"][2] + 5) / 10, pytest.approx(second["z"]))]
 
 
 def test_a_rank_that_can_not_judge_keeps_no_other_waiting(tmp_path: Path) -> None:
@@ -86,5 +88,5 @@ def test_a_rank_that_can_not_judge_keeps_no_other_waiting(tmp_path: Path) -> Non
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert "counts" not in first
     assert "has a spread to compare with" in first["said"][0]
-    assert logged(tmp_path) == [1.0]
+    assert logged(tmp_path) == [(1.0, pytest.approx(second["z"]))]
     assert second["counts"] == (5, 40, 5)
