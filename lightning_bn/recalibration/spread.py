@@ -186,11 +186,12 @@ def _drawn(moments: Tensor, size: int, generator: torch.Generator) -> Tensor:
     drawn = _drawn_images(len(moments), size, generator).to(moments.device)
     sums = functional.embedding_bag(drawn, moments, mode="sum")
     # As all images are centred, those that were not drawn have the opposite sum.
-    squares_of_others = moments.square().sum(0) - functional.embedding_bag(drawn, moments.square(), mode="sum")
+    squares = moments.square()
+    squares_of_others = squares.sum(0) - functional.embedding_bag(drawn, squares, mode="sum")
     var_of_others = (squares_of_others - sums.square() / others) / (others - 1)
     distance = sums / size + sums / others
-    squares = distance.square() / var_of_others.clamp(min=_LEAST_SCALE**2)
-    return logarithm(squares.mean(1) / (1 / size + 1 / others))
+    deviations = distance.square() / var_of_others.clamp(min=_LEAST_SCALE**2)
+    return logarithm(deviations.mean(1) / (1 / size + 1 / others))
 
 
 def _drawn_images(images: int, size: int, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 
@@ -82,6 +83,26 @@ def test_draws_are_as_chance_has_them() -> None:
     quantiles = np.linspace(0.01, 0.99, 50)
     found = np.quantile(kept.draws[0].exp().numpy() - 1e-3, quantiles)
     np.testing.assert_allclose(found, np.quantile(alone, quantiles), rtol=0.1)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_drawn_is_judged_by_the_other_images_alone(size: int) -> None:
+    """Of 8 images each draw is one of the combinations, its distance from the others' mean in their unbiased variance;
+    and all of them are drawn."""
+    model, data = network(), images(8)
+    recalibrate(model, data.split(4), spread=True, progress=False)
+    model.eval()
+    with torch.no_grad():
+        moments = moments_of_each_image(model[:1](data), model[1])
+    expected = []
+    for drawn in itertools.combinations(range(8), size):
+        others = np.delete(moments, drawn, 0)
+        squares = (moments[list(drawn)].mean(0) - others.mean(0)) ** 2 / others.var(0, ddof=1)
+        expected.append(squares.mean() / (1 / size + 1 / len(others)))
+    found = spread(model[1]).draws[SIZES.index(size)].double().exp().numpy() - 1e-3
+    nearest = np.abs(found[:, None] - np.array(expected)).argmin(1)
+    np.testing.assert_allclose(found, np.array(expected)[nearest], rtol=1e-3)
+    assert set(nearest) == set(range(len(expected)))
 
 
 def test_it_depends_on_the_images_alone() -> None:
