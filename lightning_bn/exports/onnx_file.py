@@ -115,11 +115,12 @@ class _Values:
     def _compute(self, node: Any) -> Leaf | None:
         """The result of an operation on constants alone, which is no larger than they are; None of any other."""
         leaves = [self.leaf(name) for name in node.input]
+        if any(leaf is None for leaf in leaves):
+            return None  # before any number is read: most operations have an input that is no constant
         try:
             given = [loaded(leaf) for leaf in leaves if leaf is not None]
             shapes = [each.shape for each in given[: 1 if node.op_type == "Unsqueeze" else 2]]
-            largest = max(shape.numel() for shape in shapes)
-            if len(given) < len(leaves) or torch.broadcast_shapes(*shapes).numel() > largest:
+            if torch.broadcast_shapes(*shapes).numel() > max(shape.numel() for shape in shapes):
                 return None
             # In the coarsest of their dtypes: what is compared with the result has to know how it was rounded.
             dtypes = [each.dtype for each in given if each.is_floating_point()]
