@@ -8,16 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_bn import (
-    Exponential,
-    StatisticsSets,
-    Window,
-    convert_batch_norm,
-)
+from lightning_bn import Exponential, StatisticsSets, Window, convert_batch_norm
 
 NAMES = ["clean", "width=0.5", ""]
-
-
 LAYERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch": lambda model: model,
     "ours": convert_batch_norm,

@@ -127,8 +127,7 @@ class Sources:
         there = "; ".join(str(list(sets.names)) for sets in found) or "none"
         raise MisconfigurationException(
             f"{self._call}: {type(module).__name__} has no StatisticsSets with all of {self._names}; it has {there}. "
-            f"Make them in its __init__: self.sets = StatisticsSets(self.net, "
-            f"{self._names})."
+            f"Make them in its __init__: self.sets = StatisticsSets(self.net, {self._names})."
         )
 
 

@@ -13,12 +13,7 @@ import torch
 from small_sets import LAYERS, NAMES, Whole, assert_same, batches, network, statistics, statistics_of, train
 from torch import nn
 
-from lightning_bn import (
-    StatisticsSets,
-    Window,
-    convert_batch_norm,
-    to_torch,
-)
+from lightning_bn import StatisticsSets, Window, convert_batch_norm, to_torch
 from lightning_bn.checkpoints.health import inspect_checkpoint
 
 

@@ -14,13 +14,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bn import (
-    BatchNorm1d,
-    StatisticsSets,
-    Window,
-    check,
-    settle_together,
-)
+from lightning_bn import BatchNorm1d, StatisticsSets, Window, check, settle_together
 
 
 @pytest.mark.parametrize("affine", [False, True])
