@@ -18,9 +18,9 @@ class Place(NamedTuple):
 
 
 def places_of(layers: Collection[nn.Module], model: nn.Module) -> list[Place]:
-    """Return all places on the ways from `model` to `layers`, each once."""
+    """Return all places on the ways from `model` to `layers`, each once; a layer may be at several."""
     found: dict[tuple[int, str], Place] = {}
-    for path, layer in model.named_modules():
+    for path, layer in model.named_modules(remove_duplicate=False):
         if layer in layers:
             parent = model
             for name in path.split(".") if path else ():

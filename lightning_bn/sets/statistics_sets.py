@@ -67,11 +67,12 @@ class StatisticsSets(nn.Module):
             raise ValueError(f'{call}: at least one name, and none twice, as in ["clean", "adversarial"].')
         if layers is not None:
             check_choices(call, layers)
-        chosen = {
-            layer.name: layer.module
+        found = [
+            layer
             for layer in find_batch_norms(model)
             if layer.tracks and (layers is None or any(is_chosen(layers, name, layer.module) for name in layer.names))
-        }
+        ]
+        chosen = {layer.name: layer.module for layer in found}
         if not chosen:
             raise ValueError(
                 f"{call}: {type(model).__name__} has no such batch-norm layer that keeps running statistics."
@@ -81,6 +82,7 @@ class StatisticsSets(nn.Module):
         self.affine = affine
         self.__dict__["_model"] = model  # of which this is a part, or next to it
         self._layers: dict[str, _BatchNorm] = chosen
+        self._names = {layer.name: layer.names for layer in found}  # a layer may be at several places
         self._places = places_of(chosen.values(), model)
         self._gone: list[str] = []
         self._parts: dict[str, list[SetPart]] = {}
@@ -235,14 +237,16 @@ class StatisticsSets(nn.Module):
 
     def _find_layers(self) -> None:
         model: nn.Module = self.__dict__["_model"]
-        there = {name: layer.module for layer in find_batch_norms(model) for name in layer.names}
-        present = set(there.values())
+        found = find_batch_norms(model)
+        there = {name: layer.module for layer in found for name in layer.names}
+        numbers = {layer.module: len(layer.names) for layer in found}
         self._gone = []
         for place, (path, layer) in enumerate(self._layers.items()):
-            new = there.get(path)
-            if layer in present:
+            names = self._names[path]
+            if numbers.get(layer, 0) >= len(names):
                 continue
-            if new is None or not has_tensors_of(new, layer):
+            new = there.get(path)
+            if new is None or any(there.get(name) is not new for name in names) or not has_tensors_of(new, layer):
                 self._gone.append(path or "the model")
                 continue
             self._layers[path] = new
@@ -250,7 +254,7 @@ class StatisticsSets(nn.Module):
                 parts[place].give_to(new)
             join_sets(new, self)
             guard_recomputation(new)
-        self._places = places_of(present.intersection(self._layers.values()), model)
+        self._places = places_of(numbers.keys() & self._layers.values(), model)
 
     def _put_in(self, name: str) -> None:
         """Have the set in place, whatever is now; nothing is changed where a layer can't take it."""

@@ -61,6 +61,44 @@ def test_layers_that_are_gone_are_named(replace: Callable[[Whole], None], named:
     assert whole.sets.active == "clean"
 
 
+def converted(model: nn.Sequential) -> None:
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def renewed_in_one_place(model: nn.Sequential) -> None:
+    model[1][0] = nn.BatchNorm2d(3)
+
+
+def taken_out_of_one_place(model: nn.Sequential) -> None:
+    model[1][0] = nn.Identity()
+
+
+@pytest.mark.parametrize("replace", [converted, renewed_in_one_place, taken_out_of_one_place])
+def test_a_layer_at_two_places_that_is_no_longer_one_is_named(
+    replace: Callable[[nn.Sequential], None],
+) -> None:
+    """`convert_sync_batchnorm` makes two layers of one: an exchange would reach but one place."""
+    layer = nn.BatchNorm2d(3)
+    model = nn.Sequential(nn.Sequential(layer), nn.Sequential(layer))
+    sets = StatisticsSets(model, ["a", "b"])
+    replace(model)
+    with pytest.raises(RuntimeError, match=r"StatisticsSets: 0\.0 has been replaced"), sets.use("b"):
+        pass
+    assert sets.active == "a"
+
+
+def test_a_layer_at_two_places_that_stays_one_is_followed() -> None:
+    """Wherever it is, it has the set in use."""
+    layer = nn.BatchNorm2d(3)
+    model = nn.Sequential(nn.Sequential(layer), nn.Sequential(layer))
+    sets = StatisticsSets(model, ["a", "b"])
+    model[0][0] = model[1][0] = nn.SyncBatchNorm.convert_sync_batchnorm(layer)
+    with sets.use("b"):
+        model[0][0].running_mean.fill_(2.0)
+    assert sets.state_dict("b")["1.0.running_mean"].tolist() == [2.0] * 3
+    assert sets.state_dict("a")["1.0.running_mean"].tolist() == [0.0] * 3
+
+
 def test_a_layer_that_comes_back_is_served() -> None:
     """As where a wrapper is taken off again."""
     whole = Whole()
