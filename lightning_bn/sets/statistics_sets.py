@@ -189,8 +189,9 @@ class StatisticsSets(nn.Module):
     def waiting(self, layer: nn.Module) -> dict[str, nn.Module]:
         """Return, by the name of each set that is not in place, what holds the layer's tensors in it, under the names
         that they have in the layer: running statistics, and weight and bias with ``affine=True``."""
-        parts = ((name, part) for name, parts in self._parts.items() for part in parts)
-        return {name: part for name, part in parts if part.layer is layer and not part.is_in_place}
+        at = [place for place, own in enumerate(self._layers.values()) if own is layer]
+        parts = {name: parts[place] for name, parts in self._parts.items() for place in at}
+        return {name: part for name, part in parts.items() if not part.is_in_place}
 
     def extra_repr(self) -> str:
         return f"{', '.join(map(repr, self.names))}" + ", affine=True" * self.affine
