@@ -10,8 +10,10 @@ import torch
 from small_sets import NAMES, Whole, assert_same, batches, network, statistics_of
 from torch import nn
 from torch.ao.quantization import fuse_modules
+from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import StatisticsSets
+from lightning_bn.set_in_use import set_in_use
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -39,6 +41,17 @@ def test_sets_follow_a_conversion_to_sync_batchnorm(affine: bool, converted_in: 
         assert torch.equal(whole.net[1].running_mean, statistics_of(plain, "width=0.5")["1.running_mean"])
     assert set(plain.state_dict()) == set(whole.state_dict())
     assert_same(dict(plain.state_dict()), dict(whole.state_dict()))
+
+
+def test_layers_that_took_over_know_of_their_sets() -> None:
+    """Whoever asks such a layer finds them, and it is not run again in backward with another set."""
+    whole = Whole()
+    whole.net = nn.SyncBatchNorm.convert_sync_batchnorm(whole.net)
+    with whole.sets.use(""):
+        assert set_in_use(whole.net[1]) == ""
+        output = checkpoint(whole.net, batches(1)[0], use_reentrant=False)
+    with pytest.raises(RuntimeError, match="Activation checkpointing runs a SyncBatchNorm again"):
+        output.sum().backward()
 
 
 def fused(whole: Whole) -> None:

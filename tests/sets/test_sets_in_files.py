@@ -97,9 +97,9 @@ def test_inspect_lists_each_set_once(tmp_path: Path, affine: bool, in_place: str
         expected[f"net.{path}"] = expected.pop(f"sets.{keys[in_place]}.{path}")
     layers = {layer.name: layer.batches_tracked for layer in inspect_checkpoint(tmp_path / "sets.pt").layers}
     assert layers == expected
-    state["net.1.running_var"] = state["net.1.running_var"] + 1
-    torch.save(state, tmp_path / "sets.pt")
-    assert len(inspect_checkpoint(tmp_path / "sets.pt").layers) == 8
+    for name in ("running_var", "num_batches_tracked"):
+        torch.save({**state, f"net.1.{name}": state[f"net.1.{name}"] + 1}, tmp_path / "sets.pt")
+        assert len(inspect_checkpoint(tmp_path / "sets.pt").layers) == 8
 
 
 @pytest.mark.parametrize("cast", ["half", "double", "bfloat16"])
