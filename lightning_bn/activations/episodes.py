@@ -298,7 +298,7 @@ def verdict(
 
     Args:
         episodes: all of the run.
-        layers: how many rows there are.
+        layers: how many rows have a statistic with limits.
         samples: by stage, how many samples were taken.
         warm_up: step of the last training sample with a cell in warm-up; None: there was none.
     """

@@ -139,6 +139,7 @@ class LayerTable:
         rows stay behind."""
         return {
             "layers": list(self._order),
+            "judged": sorted(self._judged),
             "samples": dict(self._counts),
             "warm_up": self._warm_up,
             "step": self.last_step(),
@@ -150,7 +151,7 @@ class LayerTable:
         self._samples = []
         self._order, self._counts, self._warm_up = list(state["layers"]), Counter(state["samples"]), state["warm_up"]
         self._episodes.load_state_dict(state["episodes"])
-        self._judged = set(self._order)
+        self._judged = set(state.get("judged", self._order))  # which older checkpoints lack
 
     def append_csv(self, path: Path) -> None:
         """Write the newest sample to the end of a CSV file, with six significant digits, and a head line where the file
@@ -213,14 +214,14 @@ def scalars(
     own = [] if wanted is None else [row for row, module in enumerate(sample.modules) if wanted(module)]
     for name, statistic in STATISTICS.items():
         values, applies = sample.column(name)
-        known = values[applies]
-        if not len(known) or not statistic.logged:
+        if not applies.any() or not statistic.logged:
             continue
+        known = values[applies]
         finite = known[~np.isnan(known)]
-        worst = int(np.nan_to_num(statistic.distance(known), nan=np.inf, posinf=1e300).argmax())
-        found[f"{name}/worst"] = float(known[worst])
+        worst = _worst_row(statistic, values, applies)
+        found[f"{name}/worst"] = float(values[worst])
         if places is not None:
-            found[f"{name}/worst_layer"] = float(places[sample.layers[np.flatnonzero(applies)[worst]]])
+            found[f"{name}/worst_layer"] = float(places[sample.layers[worst]])
         found[f"{name}/median"] = float(np.median(finite)) if len(finite) else np.nan
         if statistic.low > 0:
             found[f"{name}/smallest"] = float(finite.min()) if len(finite) else np.nan
@@ -236,7 +237,12 @@ def worst_layers(sample: Sample) -> list[tuple[Statistic, str, float]]:
     for name, statistic in STATISTICS.items():
         values, applies = sample.column(name)
         if applies.any():
-            distance = np.where(applies, np.nan_to_num(statistic.distance(values), nan=np.inf), -1.0)
-            row = int(distance.argmax())
+            row = _worst_row(statistic, values, applies)
             found.append((statistic, sample.layers[row], float(values[row])))
     return found
+
+
+def _worst_row(statistic: Statistic, values: Array, applies: Mask) -> int:
+    """The row farthest from healthy, of those that the statistic applies to; before all others one without a value."""
+    distance = np.nan_to_num(statistic.distance(values[applies]), nan=np.inf)
+    return int(np.flatnonzero(applies)[distance.argmax()])

@@ -162,6 +162,15 @@ def test_warm_up_is_no_illness() -> None:
     assert [row["warm_up"] for row in table.rows()] == ["drift_var", ""]
 
 
+def test_only_rows_with_limits_are_counted_also_in_a_run_that_goes_on() -> None:
+    """A linear layer of which the step alone is measured is in the table, and in no verdict."""
+    table, resumed = LayerTable(), LayerTable()
+    table.append("train", 0, 0, rows(norm={"std": 1.0}, linear={"update_ratio": 0.1}))
+    resumed.load_state_dict(table.state_dict())
+    assert table.verdict() == resumed.verdict()
+    assert table.verdict()[0].startswith("Healthy: 1 layers were")
+
+
 def test_the_worst_gradient_is_the_one_unlike_the_others() -> None:
     """A gradient has no healthy scale in itself: the worst is farthest from the median over the layers, vanishing or
     exploding."""
@@ -176,7 +185,8 @@ def test_the_csv_is_the_table(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for step in range(3):
         values = generator.normal(size=len(COLUMNS))
-        table.append("train", step, 0, rows(**{"a,b": dict(zip(COLUMNS, values, strict=True)), "c": {"std": 1e-30}}))
+        named = {"a,b": dict(zip(COLUMNS, values, strict=True)), "100%s, %d": {"std": 1e-30}}
+        table.append("train", step, 0, rows(**named))
         table.append_csv(tmp_path / "stats.csv")
     read = pd.read_csv(tmp_path / "stats.csv")
     expected = pd.DataFrame(table.rows()).astype(dict.fromkeys(COLUMNS, float))
