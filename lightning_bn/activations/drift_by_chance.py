@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_bn.activations.drift import Drift
-from lightning_bn.activations.pool_to_host import Array
+from lightning_bn.activations.pool_to_host import Array, silent_numbers
 
 LEAST = 8
 """Pairs of samples without which chance is not known."""
@@ -25,40 +23,36 @@ class DriftByChance:
     """
 
     def __init__(self) -> None:
-        self._layers: list[_Known] = []
+        self._begin(np.empty(0, dtype=np.int64))
 
+    def _begin(self, widths: NDArray[np.int64]) -> None:
+        self._widths = widths
+        self._newest = np.full((2, widths.sum()), np.nan)  # (2, S), shift and log ratio of the last sample
+        self._variance = np.zeros((2, len(widths)))  # (2, L), by chance, mean over channels
+        self._pairs = np.zeros(len(widths), dtype=np.int64)  # (L,), that it is of
+
+    @silent_numbers()
     def update(self, drift: Drift, widths: NDArray[np.int64]) -> Array:
         """Take a sample in, and return the z of mean and variance of each norm, (L, 2): the root mean square over
         channels of its drift, divided by that of chance as the earlier samples show it; NaN while these are few.
+
+        A norm whose drift is not finite is left out of this sample; where widths are others, all begin anew.
 
         Args:
             drift: of L norms.
             widths: (L,), their channels.
         """
-        if [len(each.newest[0]) for each in self._layers] != list(widths):
-            self._layers = [_Known(np.full((2, width), np.nan)) for width in widths]
+        if not np.array_equal(widths, self._widths):
+            self._begin(widths)
+        starts = np.cumsum(widths) - widths
         now = np.stack((drift.shift, drift.log_ratio))
-        ends = np.cumsum(widths)
-        parts = (now[:, start:end] for start, end in zip(ends - widths, ends, strict=True))
-        return np.array([known.update(part) for known, part in zip(self._layers, parts, strict=True)]).reshape(-1, 2)
-
-
-@dataclass
-class _Known:
-    newest: Array  # (2, C), shift and log ratio of the last sample, NaN before it
-    variance: Array | None = None  # (2,), by chance, mean over channels
-    pairs: int = 0
-
-    def update(self, now: Array) -> Array:
-        if not np.isfinite(now).all():
-            return np.full(2, np.nan)
-        z = np.full(2, np.nan)
-        if self.variance is not None and self.pairs >= LEAST:
-            z = np.sqrt(np.square(now).mean(1) / self.variance)
-        found = np.square(now - self.newest).mean(1) / 2
-        self.newest = now
-        if np.isfinite(found).all():
-            self.pairs += 1
-            old = np.zeros(2) if self.variance is None else self.variance
-            self.variance = old + (found - old) / min(self.pairs, _MEMORY)
-        return z
+        is_finite = np.logical_and.reduceat(np.isfinite(now).all(0), starts)
+        z = np.sqrt(np.add.reduceat(np.square(now), starts, axis=1) / widths / self._variance)
+        z = np.where(is_finite & (self._pairs >= LEAST), z, np.nan)
+        found = np.add.reduceat(np.square(now - self._newest), starts, axis=1) / widths / 2
+        is_pair = np.isfinite(found).all(0)
+        self._newest = np.where(is_finite.repeat(widths), now, self._newest)
+        self._pairs += is_pair
+        weight = 1 / np.clip(self._pairs, 1, _MEMORY)
+        self._variance = np.where(is_pair, self._variance + (found - self._variance) * weight, self._variance)
+        return z.T
