@@ -10,7 +10,8 @@ from small_data import loader
 from torch import Tensor, nn
 
 from lightning_bn import ActivationStatsMonitor
-from lightning_bn.activations.drift import DriftMeter
+from lightning_bn.activations.collector import LayerCollector
+from lightning_bn.activations.drift import Drift, DriftMeter
 from lightning_bn.activations.drift_by_chance import LEAST, DriftByChance
 
 STEPS = 400
@@ -49,6 +50,37 @@ def test_a_lag_that_lasts_is_no_chance() -> None:
     few, many = (np.nanmedian(measured(size, lag=0.02)[100:], axis=0) for size in (4, 256))
     assert few[0] < 1.5
     assert many[0] > 2.5
+
+
+def test_chance_is_that_of_the_newest_samples() -> None:
+    """Batches that have grown 64 times as large differ 8 times less; 150 of them on, z is about 1 again."""
+    generator, chance, found = np.random.default_rng(0), DriftByChance(), []
+    for step in range(350):
+        shift, log_ratio = generator.normal(size=(2, 64)) * (1.0 if step < 200 else 0.125)
+        drift = Drift(
+            np.zeros((1, 4)), np.zeros((1, 4)), np.ones(1, bool), np.zeros(1), shift=shift, log_ratio=log_ratio
+        )
+        found.append(chance.update(drift, np.array([64]))[0])
+    assert 0.8 < np.mean(found[100:200]) < 1.25
+    assert np.mean(found[205:210]) < 0.3
+    assert 0.8 < np.mean(found[-20:]) < 1.25
+
+
+@pytest.mark.parametrize("moves", ["mean", "var"])
+def test_each_column_is_of_what_moves(moves: str) -> None:
+    """A mean that wanders off is no chance, and leaves the variance as it was; and the other way round."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(16))
+    collector = LayerCollector(model, {"0": model[0]})
+    for step in range(40):
+        collector.attach()
+        inputs = torch.randn(256, 16)
+        model(inputs + step if moves == "mean" else inputs * 1.1**step)
+        collector.detach()
+        row = collector.collect().rows["0"]
+    z = {name: row[f"drift_{name}_z"] for name in ("mean", "var")}
+    assert z.pop(moves) > 4
+    assert all(other < 2 for other in z.values())
 
 
 def test_the_monitor_has_it() -> None:

@@ -79,34 +79,34 @@ def test_effective_rank_is_measured_of_the_layers_that_are_asked_for() -> None:
 class Steps(pl.LightningModule):
     """Keeps what each step did to each layer, by copies and loops of its own."""
 
-    def __init__(self, *, manual: bool = False) -> None:
+    def __init__(self, *, manual: int = 0) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3, bias=False))
-        self.automatic_optimization, self.kept = not manual, []
+        self.automatic_optimization, self.manual, self.kept = not manual, manual, []
         self.before: dict[str, Any] = {}
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = self.frozen(self.net(batch)).square().mean()
-        if not self.automatic_optimization:
+        for _ in range(self.manual):
+            loss = self.frozen(self.net(batch)).square().mean()
             optimizer = self.optimizers()
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
-        return loss
+        return self.frozen(self.net(batch)).square().mean()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.before = {
-            name: [(each.detach().double().numpy().copy(), each.grad.double().numpy().copy()) for each in own]
-            for name, module in self.named_modules()
-            if (own := [each for each in module.parameters(recurse=False) if each.grad is not None])
-        }
+        for name, module in self.named_modules():
+            if own := [each for each in module.parameters(recurse=False) if each.grad is not None]:
+                weights = [each.detach().double().numpy().copy() for each in own]
+                first, _ = self.before.get(name, (weights, None))
+                self.before[name] = first, [each.grad.double().numpy().copy() for each in own]
 
     def on_train_batch_end(self, *_: Any) -> None:
         found = {}
-        for name, pairs in self.before.items():
+        for name, parts in self.before.items():
             now = [each.detach().double().numpy() for each in self.get_submodule(name).parameters(recurse=False)]
-            flat = [np.concatenate([each.ravel() for each in part]) for part in (now, *zip(*pairs, strict=True))]
+            flat = [np.concatenate([each.ravel() for each in part]) for part in (now, *parts)]
             found[name] = (
                 np.sqrt((flat[2] ** 2).sum()),
                 np.sqrt(((flat[0] - flat[1]) ** 2).sum()) / np.sqrt((flat[1] ** 2).sum()),
@@ -121,23 +121,36 @@ class Steps(pl.LightningModule):
 
 @pytest.mark.parametrize(
     ("manual", "options"),
-    [(False, {}), (True, {}), (False, {"gradient_clip_val": 1e-3}), (False, {"accumulate_grad_batches": 2})],
-    ids=["automatic", "manual", "clipped", "accumulated"],
+    [(0, {}), (1, {}), (2, {}), (0, {"gradient_clip_val": 1e-3}), (0, {"accumulate_grad_batches": 2})],
+    ids=["automatic", "manual", "twice a batch", "clipped", "accumulated"],
 )
-def test_norms_of_gradients_and_steps_are_those_of_plain_copies(manual: bool, options: dict[str, Any]) -> None:
+def test_norms_of_gradients_and_steps_are_those_of_plain_copies(manual: int, options: dict[str, Any]) -> None:
     """Of each layer with parameters that learn, convolutions and linear layers too; gradients before they are
-    clipped."""
+    clipped. Of two steps in a batch, the gradient of the last, and the way of both."""
     torch.manual_seed(0)
     monitor, module = ActivationStatsMonitor(every_n_steps=1, gradients=True, verbose=False), Steps(manual=manual)
-    trainer(monitor, max_steps=3, **options).fit(module, DataLoader(torch.randn(96, 6), 16))
-    assert len(module.kept) == 3
-    for step, expected in enumerate(module.kept):
+    trainer(monitor, max_steps=3 * max(manual, 1), **options).fit(module, DataLoader(torch.randn(96, 6), 16))
+    steps = sorted({row["step"] for row in monitor.table()})
+    assert len(steps) == 3
+    for step, expected in zip(steps, module.kept, strict=True):
         rows = {row["layer"]: row for row in monitor.table() if row["step"] == step}
         assert list(rows) == ["input", "net.0", "net.1", "net.2", "net.3"]
         assert {name for name, row in rows.items() if row["update_ratio"] is not None} == expected.keys()
         for name, (gradient, ratio) in expected.items():
             assert rows[name]["grad_norm"] == pytest.approx(gradient, rel=1e-5)
             assert rows[name]["update_ratio"] == pytest.approx(ratio, rel=1e-4)
+
+
+def test_layers_with_weights_alone_have_rows_in_the_order_of_the_model() -> None:
+    """Several before the first norm, between two activations, and behind the last one."""
+    blocks = [(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU()) for _ in "ab"]
+    model = nn.Sequential(*blocks[0], *blocks[1], nn.Linear(4, 4))
+    collector = LayerCollector(model, select_layers(model), gradients=True, functions=True)
+    collector.attach()
+    model(torch.randn(8, 4)).sum().backward()
+    collector.before_step(model.parameters())
+    collector.detach()
+    assert list(collector.collect().rows) == ["input", *"012345678"]
 
 
 def test_without_gradients_there_are_no_rows_for_weights() -> None:

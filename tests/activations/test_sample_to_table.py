@@ -132,6 +132,8 @@ def test_scalars_stand_for_all_layers() -> None:
     }
     numbered = scalars(sample, None, {"z": 0, "a": 1, "b": 2, "c": 3, "d": 4})
     assert (numbered["std/worst_layer"], numbered["dead_fraction/worst_layer"]) == (1.0, 2.0)
+    behind = scalars(rows(d={}, a={"std": 1.0}, b={"std": 9.0}), None, {"d": 0, "a": 1, "b": 2})
+    assert behind["std/worst_layer"] == 2.0
     assert [(statistic.name, layer, value) for statistic, layer, value in worst_layers(sample)] == [
         ("std", "a", 0.1),
         ("dead_fraction", "b", 0.5),

@@ -269,11 +269,12 @@ def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_text_of_a_healthy_run() -> None:
     """Where nothing is sick the text says so, and still names the worst layers."""
     table = LayerTable()
-    sample = Sample.of({"a": {"std": 1.0}, "b": {"std": 2.0}})
+    sample = Sample.of({"a": {"std": 1.0}, "b": {"std": 2.0, "kurtosis": 2.0}})
     table.append("train", 1500, 3, sample)
     text = verdict_markdown(table, sample)
     assert "**Step 1,500.**\n\n- Healthy: 2 layers were within their limits at 1 sample of training." in text
     assert "| standard deviation of the activations | `b` | 2 | 1e-07 to 1000 |" in text
+    assert "| kurtosis of the channels' root mean squares | `b` | 2 | none |" in text
 
 
 def test_heat_maps_can_be_left_out(tmp_path: Path) -> None:
