@@ -86,7 +86,8 @@ class ActivationStatsMonitor(MonitoredRun):
 
     Raises:
         ValueError: every_n_steps below 1; scalars neither "worst", "all" nor patterns.
-        TypeError: layers that are none of these; an on_episode that can't be called.
+        TypeError: layers, scalars, histograms or an effective_rank that are none of these; an on_episode that can't be
+            called.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -126,6 +127,9 @@ class ActivationStatsMonitor(MonitoredRun):
             )
         if layers is not None:
             check_choices(f"ActivationStatsMonitor(layers={layers!r})", layers)
+        for name, choices in (("scalars", scalars), ("histograms", histograms), ("effective_rank", effective_rank)):
+            if not isinstance(choices, bool):
+                check_choices(f"ActivationStatsMonitor({name}={choices!r})", choices)
         if on_episode is not None and not callable(on_episode):
             raise TypeError(
                 f"ActivationStatsMonitor(on_episode={on_episode!r}): it is a function of an Episode, as in "
