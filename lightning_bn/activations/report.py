@@ -85,6 +85,7 @@ class Report:
 
     def finish(self, table: LayerTable, sample: Sample, step: int, *, has_mistake: bool = False) -> None:
         """Tell and draw what has come since the last time: the run is over."""
+        self._number_rows(table, step)  # a validation behind the last training sample may have had new ones
         if self.sinks and (table.changes, has_mistake) != self._told:
             self._tell(table, sample, step, has_mistake)
         self.draw(table, sample, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -275,6 +276,19 @@ def test_text_of_a_healthy_run() -> None:
     assert "**Step 1,500.**\n\n- Healthy: 2 layers were within their limits at 1 sample of training." in text
     assert "| standard deviation of the activations | `b` | 2 | 1e-07 to 1000 |" in text
     assert "| kurtosis of the channels' root mean squares | `b` | 2 | none |" in text
+
+
+def test_a_row_that_a_last_validation_adds_has_its_number_told() -> None:
+    """Its scalars of that validation name it by that number."""
+    told: list[str] = []
+    sink = SimpleNamespace(text=lambda tag, markdown, step: told.append(markdown) if tag == "on/rows" else None)
+    table, report = LayerTable(), Report([sink], prefix="on", heatmaps=False)
+    trained, validated = (Sample.of({name: {"std": 1.0} for name in names}) for names in ("a", "ab"))
+    table.append("train", 0, 0, trained)
+    report.update(table, trained, 0)
+    table.append("val", 0, 0, validated)
+    report.finish(table, trained, 0)
+    assert ["| 1 | `b` |" in text for text in told] == [False, True]
 
 
 def test_heat_maps_can_be_left_out(tmp_path: Path) -> None:
