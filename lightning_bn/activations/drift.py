@@ -128,8 +128,8 @@ class DriftMeter:
 
     def _by_rule(self) -> list[tuple[Averaging, list[int]]]:
         """Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer."""
-        averagings = map(_AVERAGING, map(_MODULES, map(vars, self.layers)))
-        if not any(averagings) and len(set(map(_MOMENTUM, self.layers))) == 1:
+        averagings = set(map(_AVERAGING, map(_MODULES, map(vars, self.layers))))
+        if averagings == {None} and len(set(map(_MOMENTUM, self.layers))) == 1:
             return [(rule_of(self.layers[0]), list(range(len(self.layers))))]  # torch's layers, as they mostly are
         found: dict[object, tuple[Averaging, list[int]]] = {}
         newest: Averaging | None = None

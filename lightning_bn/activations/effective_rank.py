@@ -36,7 +36,10 @@ def gram(data: Tensor) -> Tensor:
 
 
 def effective_rank(products: Tensor) -> float:
-    """Return the effective rank of activations with these products of channels, on the host; NaN where all are 0."""
+    """Return the effective rank of activations with these products of channels, on the host; NaN where all are 0, or
+    one is not finite, with which `eigvalsh` raises, or gives any numbers."""
+    if not products.isfinite().all():
+        return float("nan")
     eigenvalues = np.linalg.eigvalsh(products.double().numpy())
     singular = np.sqrt(np.maximum(eigenvalues, 0.0))
     share = singular[singular > 0] / singular.sum()

@@ -103,7 +103,7 @@ class SampleBuilder:
         if norms is not None:
             _fill(values, states, "norm", norms, layout.norms)
         if (pool := _part(found.pool, "activation", "given")) is not None:
-            activations = Channels.of(pool, layout.flags, self.history.update, _ranks(found, pool))
+            activations = Channels.of(pool, layout.flags, self.history.update, _effective_ranks(found, pool))
             _fill(values, states, "activation", activations, layout.activations)
             labels = [layout.labels[row] for row in layout.activations]
             channels = _by_row(labels, activations.widths, activations.channel_mean, activations.channel_std)
@@ -245,7 +245,7 @@ def _fill(values: Array, states: States, source: str, found: object, rows: Indic
     states[where] = np.where(applies, np.where(judged, KNOWN, SHOWN), ABSENT).T
 
 
-def _ranks(found: HostMeasurements, pool: Pool) -> Array | None:
+def _effective_ranks(found: HostMeasurements, pool: Pool) -> Array | None:
     """The effective rank of each row of a pool, None where it was measured of none."""
     grams = {key: products for (kind, key), products in found.sums.items() if kind == "gram"}
     return np.array([effective_rank(grams[k]) if k in grams else np.nan for k in pool.keys]) if grams else None

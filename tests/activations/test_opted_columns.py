@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bn import ActivationStatsMonitor
 from lightning_bn.activations.collector import LayerCollector
+from lightning_bn.activations.effective_rank import effective_rank, gram
 from lightning_bn.activations.watched_layers import select_layers
 
 
@@ -65,6 +66,13 @@ def test_effective_rank_of_known_matrices() -> None:
     spoiled = torch.eye(8)
     spoiled[0, 0] = torch.nan
     assert collected(model, spoiled, ranked=None)["1"]["effective_rank"] == pytest.approx(7.0, rel=1e-6)
+
+
+def test_effective_rank_of_products_that_overflow_is_unknown() -> None:
+    """A number beyond the root of the largest makes infinite products, and NaN of their differences."""
+    huge = torch.tensor([[1.0, -1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64) * 1e200
+    assert np.isnan(effective_rank(gram(huge)))
+    assert effective_rank(gram(huge / 1e100)) > 1
 
 
 def test_effective_rank_is_measured_of_the_layers_that_are_asked_for() -> None:
