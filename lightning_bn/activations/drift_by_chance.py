@@ -47,12 +47,12 @@ class DriftByChance:
         starts = np.cumsum(widths) - widths
         now = np.stack((drift.shift, drift.log_ratio))
         is_finite = np.logical_and.reduceat(np.isfinite(now).all(0), starts)
-        z = np.sqrt(np.add.reduceat(np.square(now), starts, axis=1) / widths / self._variance)
-        z = np.where(is_finite & (self._pairs >= LEAST), z, np.nan)
+        ratio = np.sqrt(np.add.reduceat(np.square(now), starts, axis=1) / widths / self._variance)
+        z: Array = np.where(is_finite & (self._pairs >= LEAST), ratio, np.nan).T
         found = np.add.reduceat(np.square(now - self._newest), starts, axis=1) / widths / 2
         is_pair = np.isfinite(found).all(0)
         self._newest = np.where(is_finite.repeat(widths), now, self._newest)
         self._pairs += is_pair
         weight = 1 / np.clip(self._pairs, 1, _MEMORY)
         self._variance = np.where(is_pair, self._variance + (found - self._variance) * weight, self._variance)
-        return z.T
+        return z
