@@ -52,13 +52,14 @@ def read_onnx(path: Path) -> Program:
     for graph in graphs:
         values = _Values(graph, path.parent)
         for node in _nodes(graph):
-            inputs = [values.leaf(name) for name in node.input]
             if node.op_type == "BatchNormalization":
-                use, own = _norm(node, inputs, values)
+                use, own = _norm(node, [values.leaf(name) for name in node.input], values)
                 uses.append(use)
                 state |= own
-            elif node.op_type in _WEIGHTED and (weight := next(iter(inputs[1:2]), None)) is not None:
-                layers.append(_weighted(node, weight, inputs, values))
+            elif node.op_type in _WEIGHTED:
+                inputs = [values.leaf(name) for name in node.input]
+                if (weight := next(iter(inputs[1:2]), None)) is not None:
+                    layers.append(_weighted(node, weight, inputs, values))
             elif node.op_type in _RANDOM or (node.op_type == "Dropout" and values.is_true(node.input[2:3])):
                 random.append(_layer(node) or node.op_type)
     norms, unjudged = norms_in(state)

@@ -158,6 +158,24 @@ def test_uses_that_end_in_another_order() -> None:
     assert whole.sets.active == "clean"
 
 
+def test_which_sets_wait() -> None:
+    """All but the one in place, each with the tensors that the layer has in it."""
+    whole = Whole(affine=True)
+    layer = whole.net[1]
+    expected = {name: statistics_of(whole, name)["1.running_mean"] + place for place, name in enumerate(NAMES)}
+    for name in NAMES:
+        with whole.sets.use(name):
+            layer.running_mean.copy_(expected[name])
+    for name in NAMES:
+        with whole.sets.use(name):
+            found = whole.sets.waiting(layer)
+            assert_same(
+                {**{each: part.running_mean for each, part in found.items()}, name: layer.running_mean}, expected
+            )
+            assert name not in found
+            assert all(part.weight is not layer.weight for part in found.values())
+
+
 def test_threads_take_turns() -> None:
     """Two threads that use two sets of one model leave in each what its thread alone would have left."""
     whole, alone = Whole(), [network(), network()]
