@@ -104,6 +104,7 @@ class FitTest:
 
     def begin_training(self) -> None:
         """A training batch begins: of the first, the weights are kept."""
+        self.close()  # an evaluation that raised has no end
         if self._first is None:
             self._first = WeightSamples(self._model)
 

@@ -196,7 +196,7 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 def _left_as_it_was(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Nothing that runs inside is recorded or leaves anything in buffers or generators."""
     devices = sorted({each.device.index for each in model.parameters() if each.device.type == "cuda"})
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     recording, observer.recording = observer.recording, False
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
@@ -207,7 +207,9 @@ def _left_as_it_was(model: nn.Module, observer: Observer) -> Iterator[None]:
         finally:
             observer.recording = recording
             for buffer, before in kept:
-                buffer.copy_(before)
+                # What is the same keeps its version: a backward may be waiting for it.
+                if buffer.layout != torch.strided or not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 @contextmanager

@@ -146,6 +146,7 @@ class _Batches:
     def begin_evaluation(self, model: nn.Module) -> None:
         """Have the statistics judged by this call, if it is the first of an evaluation, and not of a training step, as
         that of a teacher or for pseudo-labels."""
+        self._evaluates = False  # a call that raised has no end
         if model.training or torch.is_grad_enabled():
             return
         since, self._evaluated_at = self._batches - self._evaluated_at, self._batches

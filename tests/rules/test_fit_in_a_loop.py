@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.fabric import Fabric
 from small_data import data
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from lightning_bn import Finding, recalibrate, watch
 
@@ -84,8 +85,10 @@ def test_weights_exchanged_for_an_evaluation() -> None:
 
 
 def test_under_fabric() -> None:
-    """The model that `fabric.setup` returned is unwrapped for the replay."""
-    loop = Loop()
+    """The model that `fabric.setup` returned is unwrapped for the replay: what holds all norms takes no images."""
+    torch.manual_seed(0)
+    first, *layers = network()
+    loop = Loop(nn.Sequential(first, nn.Sequential(*layers[:5]), *layers[5:]))
     loop.model, loop.optimizer = Fabric(accelerator="cpu", devices=1).setup(loop.model, loop.optimizer)
     (found,) = watched(loop, exchanging)
     assert "of answers change" in found.seen
@@ -170,12 +173,60 @@ def test_a_forward_that_raises() -> None:
 
 
 def test_a_copy_of_a_watched_model_is_not_watched() -> None:
-    """An averaged copy that is evaluated beside the model is no evaluation of it."""
+    """An averaged copy that is evaluated beside the model is no evaluation of it, which is judged when it comes."""
 
     def run(loop: Loop) -> None:
         loop.train()
         other = copy.deepcopy(loop.model).eval()
         with torch.no_grad():
             other(loop.batches[0][0] * 4)
+        found.extend(each for each in findings if each.code == "BN208")
+        loop.multiply(3.0)
+        loop.evaluate()
 
-    assert watched(Loop(), run) == []
+    loop, found = Loop(), []
+    with watch(loop.model, action="log") as findings:
+        run(loop)
+    assert found == []
+    assert [each.level for each in findings if each.code == "BN208"] == ["error"]
+
+
+class Breaks(nn.Module):
+    """Raises in eval mode."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        if not self.training:
+            raise ZeroDivisionError
+        return features
+
+
+def test_an_evaluation_that_raises_behind_a_layer() -> None:
+    """What was measured until then is not judged in the training that goes on, and no hook stays."""
+
+    def run(loop: Loop) -> None:
+        loop.train()
+        with pytest.raises(ZeroDivisionError):
+            loop.evaluate(loop.batches[0][0] * 4)
+        loop.train()
+        hooks.append(len(torch_module._global_forward_pre_hooks))
+
+    hooks = [len(torch_module._global_forward_pre_hooks)]
+    assert watched(Loop(nn.Sequential(*network()[:6], Breaks(), *network()[6:])), run) == []
+    assert hooks[0] == hooks[1]
+
+
+class EvaluatesBetween(Loop):
+    """Evaluates once between a forward and its backward."""
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        answers = self.model(images)
+        if images is self.batches[35][0]:
+            self.evaluate(images * 4)
+            self.model.train()
+        F.cross_entropy(answers, labels).backward()
+
+
+def test_a_backward_that_waits() -> None:
+    """The replay writes nothing that autograd has kept."""
+    (found,) = watched(EvaluatesBetween(), Loop.train)
+    assert found.level == "info"
