@@ -85,7 +85,7 @@ class FitTest:
         self.layers: EvaluatedLayers | None = None
         self._beside: CopiesBeside | None = None
         self._weights: dict[int, Tensor] = {}
-        self._judged_at = -1
+        self._is_judged = False  # it is once, by the first of several loaders
         self._last = 0
         self.frozen: Collection[int] = ()
         """Indices of the layers that ran in eval mode in training: for them nothing is told."""
@@ -131,6 +131,7 @@ class FitTest:
         self.close()
         self.result = Misfit()
         self.layers = self._pending = None
+        self._is_judged = False
 
     def begin_batch(self, index: int, batches: float | None) -> None:
         """Batch number `index` of `batches` of the evaluation begins."""
@@ -139,7 +140,7 @@ class FitTest:
             self._last = int(min(batches or EVALUATED, EVALUATED)) - 1
             if self.batches >= LEAST_BATCHES and not any(map(is_compiled, self._observer.modules)):
                 self._beside = CopiesBeside(self._observer, self._boundary)
-        if self.layers is not None and index == self._last:
+        if self.layers is not None and index == self._last and not self._is_judged:
             modules = enumerate(self._observer.layers)
             self._weights = {
                 i: weight.clone() for i, each in modules if (weight := affine_weight(each.module)) is not None
@@ -149,17 +150,17 @@ class FitTest:
     def end_batch(self, index: int) -> None:
         """Batch number `index` of the evaluation has ended."""
         self._observer.on_leave = None
-        if self.layers is not None and index == self._last and self._judged_at != index:
+        if self.layers is not None and index == self._last and not self._is_judged:
             self._judge("before")
         if self._beside is not None:
             self._beside.found_all()
             if index == self._last:
                 self._judge_copies(self._beside)
+                self._beside = None
 
     def end_evaluation(self) -> None:
         """The evaluation has ended."""
         self.close()
-        self._judged_at = -1
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -181,12 +182,12 @@ class FitTest:
             if index in self._weights and self._weights[index].shape == running[2].shape
         ]
         if pairs and not all(torch.equal(one.to(two.device).float(), two) for one, two in pairs):
-            self._judged_at = self._last
             self._judge("inside")
 
     def _judge(self, where: Where) -> None:
         if self.layers is None:
             return
+        self._is_judged = True
         self.layers.close()
         exchanged, began = self._weights_now()
         if 0 < self.batches < LEAST_BATCHES:

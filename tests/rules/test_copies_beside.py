@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fitting import fit, quiet
 from found import findings, of
 from small_data import data
 from small_models import Module
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_bn import Finding, recalibrate
+from lightning_bn import Finding, ModeCheck, recalibrate
+from lightning_bn.rules.replay import Replay
 
 
 class Averages(Module):
@@ -105,6 +107,22 @@ def test_no_hook_is_left(stops_at: int) -> None:
             super().validation_step(batch, batch_idx)
             if not self.trainer.sanity_checking:
                 there.append(len(torch_module._global_forward_pre_hooks) > before)
+def test_several_loaders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model and its copy are judged by the first one, once each."""
+
+    class Both(Stale):
+        def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.model(batch[0])
+            super().validation_step(batch, batch_idx)
+
+    replay, runs = Replay.alone, []
+    monkeypatch.setattr(Replay, "alone", lambda self, *given: runs.append(self) or replay(self, *given))
+    torch.manual_seed(0)
+    with quiet():
+        fit(ModeCheck(action="log"), module=Both(), train=data(batches=40), val=[data()] * 2, max_epochs=1)
+    assert len(runs) == 2
+
+
             if len(there) == stops_at:
                 raise ZeroDivisionError
 
