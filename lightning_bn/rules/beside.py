@@ -4,7 +4,7 @@ object."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.rules.evaluated_layers import EvaluatedLayers
 from lightning_bn.rules.fit import Effect
 from lightning_bn.rules.observer import Observer
-from lightning_bn.rules.replay import Call, Replay, Replayed
+from lightning_bn.rules.replay import NOT_ASKED, Call, Replay, Replayed
 
 
 class Judged(NamedTuple):
@@ -43,6 +43,7 @@ class CopiesBeside:
 
     def __init__(self, observer: Observer, boundary: ErrorBoundary = UNBOUNDED) -> None:
         self._boundary = boundary
+        self._layers = observer.layers
         self._own = frozenset(observer.modules)
         self._seen = set(self._own)
         self._like = _shapes(observer.layers)
@@ -62,24 +63,26 @@ class CopiesBeside:
         for _, layers in self._found:
             layers.close()
 
-    def judge(self, call: Call | None, images: int, *, alone: bool) -> list[Judged]:
+    def judge(self, call: Call | None, images: int, frozen: Collection[int], *, alone: bool) -> list[Judged]:
         """Return each copy with statistics that do not fit the evaluation; waits for the device.
 
         Args:
             call: what the model was called with in the last training batch, which is run through the copy.
             images: in a training batch.
+            frozen: indices of the model's layers of which nothing is told; nor is it of a copy's that are like them.
             alone: whether this process may run it: where there are other ranks they would be waited for.
         """
         self.close()
+        spared = _shapes(self._layers[index] for index in frozen)
         found = []
         for copy, layers in self._found:
             observer = Observer(copy)
             sizes = dict.fromkeys(range(len(observer.layers)), images)
-            effects = layers.effects(sizes, ())
-            noticed = {index: each for index, each in effects.items() if each.noticed}
+            kept = {index for index, layer in enumerate(observer.layers) if _shape(layer) in spared}
+            effects = layers.effects(sizes, kept)
+            noticed = {index: each for index, each in effects.items() if each.noticed and index not in kept}
             if noticed:
-                waiting = Replayed(left_out="the other ranks were not asked")
-                replayed = Replay(observer, call, sizes, ()).alone(noticed, list(effects)) if alone else waiting
+                replayed = Replay(observer, call, sizes, kept).alone(noticed, list(effects)) if alone else NOT_ASKED
                 found.append(Judged(type(copy).__name__, observer, noticed, replayed))
         return found
 
@@ -95,5 +98,9 @@ class CopiesBeside:
             self._found.append((module, EvaluatedLayers(layers, self._boundary)))
 
 
+def _shape(layer: BatchNormLayer) -> tuple[type, int]:
+    return type(layer.module), layer.module.num_features
+
+
 def _shapes(layers: Iterable[BatchNormLayer]) -> Counter[tuple[type, int]]:
-    return Counter((type(layer.module), layer.module.num_features) for layer in layers)
+    return Counter(map(_shape, layers))

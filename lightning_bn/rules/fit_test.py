@@ -17,7 +17,7 @@ from lightning_bn.rules.beside import CopiesBeside
 from lightning_bn.rules.evaluated_layers import EvaluatedLayers, affine_weight
 from lightning_bn.rules.fit import Effect
 from lightning_bn.rules.observer import Observer
-from lightning_bn.rules.replay import Kept, Replay, Replayed, Share
+from lightning_bn.rules.replay import NOT_ASKED, Kept, Replay, Replayed, Share
 from lightning_bn.rules.snapshots import WeightSamples
 from lightning_bn.torch_internals import is_compiled
 
@@ -199,10 +199,8 @@ class FitTest:
         self.result = Misfit(fitting=fitting, exchanged=exchanged, began=began, where=where)
         if noticed and self.share is not None:
             self._pending = (noticed, list(found), Kept(self._observer))
-        elif noticed and self.alone:
-            self._take(noticed, self._replay().alone(noticed, list(found)))
         elif noticed:
-            self._take(noticed, Replayed(left_out="the other ranks were not asked"))
+            self._take(noticed, self._replay().alone(noticed, list(found)) if self.alone else NOT_ASKED)
 
     def settle(self) -> None:
         """The evaluation is over on all ranks: what its first batches left open is decided by all of them."""
@@ -217,7 +215,9 @@ class FitTest:
         self.result = _decided(self.result, self._observer, noticed, replayed)
 
     def _judge_copies(self, beside: CopiesBeside) -> None:
-        found = beside.judge(self._call, max(self._images.values(), default=1), alone=self.alone and self.share is None)
+        images = max(self._images.values(), default=1)
+        frozen = {*self.frozen, *self._mixing}
+        found = beside.judge(self._call, images, frozen, alone=self.alone and self.share is None)
         copies = [(each.name, _decided(Misfit(), each.observer, each.noticed, each.replayed)) for each in found]
         self.result = replace(self.result, copies=tuple(copies))
 

@@ -44,6 +44,9 @@ class Replayed:
     """Why it was left out, in words."""
 
 
+NOT_ASKED = Replayed(left_out="the other ranks were not asked")
+
+
 class Kept:
     """Weights, buffers and modes of a model, on the host; waits for the device."""
 
