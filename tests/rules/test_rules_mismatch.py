@@ -190,6 +190,25 @@ class TestBN208:
         assert serious(check.findings) == []
         assert "its data differ" in only("BN208", check.findings).seen
 
+    def test_a_step_that_asks_for_labels_first(self) -> None:
+        """The replay takes what the loss was computed of, and not what the step ran without grad before."""
+
+        class Asks(Swaps):
+            lr = 1e-4
+
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                self.eval()
+                with torch.no_grad():
+                    self(batch[0] * 6)
+                self.train()
+                return super().training_step(batch, batch_idx)
+
+            def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+                super().validation_step([batch[0] * 6, batch[1]], batch_idx)
+
+        (found,) = of("BN208", findings(Asks(), loader=data(batches=40)))
+        assert (found.level, "its data differ" in found.seen) == ("info", True)
+
     def test_weights_exchanged_for_a_test(self) -> None:
         """A test behind a fit is judged by the fit's last training batch too."""
 

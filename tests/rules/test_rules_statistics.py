@@ -3,6 +3,7 @@ said."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -100,18 +101,26 @@ class Reused(Shared):
         return self.head(self.norm(self.second(features)).relu().flatten(1))
 
 
-class Ghost(Net):
-    """One norm for the parts that its batch is cut into: along the samples, or along the channels, which are two
-    places."""
+CUT_UP: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
+    "samples": lambda features: features.chunk(4),
+    "channels": lambda features: features.chunk(2, 1),
+    "twice the whole": lambda features: [features[:], features[:]],
+    "steps": lambda features: list(features[:3].permute(2, 0, 1).contiguous()),
+}
+"""How a norm may be given a tensor (batch, channels, positions), of which only the first is a batch in parts."""
 
-    def __init__(self, dim: int) -> None:
+
+class Ghost(Net):
+    """One norm for all that features are cut into."""
+
+    def __init__(self, cut: str) -> None:
         super().__init__()
-        self.dim, self.norm = dim, nn.BatchNorm2d(4 if dim == 0 else 2)
+        self.cut, self.norm = CUT_UP[cut], nn.BatchNorm1d(2 if cut == "channels" else 4)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.backbone(images)
-        parts = features.chunk(4 if self.dim == 0 else 2, self.dim)
-        return self.head(torch.cat([self.norm(part) for part in parts], self.dim))
+        more = sum(self.norm(part).mean() for part in self.cut(features.flatten(2)))
+        return self.head(features) + more
 
 
 class ForwardsAgain(Module):
@@ -165,15 +174,16 @@ class TestBN202:
 
     def test_a_batch_cut_up(self) -> None:
         """A ghost batch norm is one place by design: information, with no layer for each part."""
-        finding = only("BN202", findings(Module(Ghost(0))))
+        finding = only("BN202", findings(Module(Ghost("samples"))))
         assert (finding.level, finding.layers) == ("info", ("model.norm",))
         assert "given its batch in 4 parts" in finding.seen
 
-    def test_channels_cut_up(self) -> None:
-        """Two halves of the channels are two places for one layer."""
-        finding = only("BN202", findings(Module(Ghost(1))))
+    @pytest.mark.parametrize("cut", list(CUT_UP)[1:])
+    def test_other_parts_are_places(self, cut: str) -> None:
+        """Halves of the channels, the whole batch again and steps of a sequence are places that one layer is for."""
+        finding = only("BN202", findings(Module(Ghost(cut))))
         assert finding.level == "warning"
-        assert "shared layer was called 2 times" in finding.seen
+        assert "shared layer was called" in finding.seen
 
     def test_a_layer_for_each_place(self) -> None:
         """Two layers in two places are fine."""
