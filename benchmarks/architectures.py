@@ -248,6 +248,14 @@ def attempt(work: Callable[[], Any]) -> Any:
         return f"{type(error).__name__}: {str(error)[:200]}"
 
 
+def windowed(model: nn.Module) -> nn.Module:
+    return convert_batch_norm(copy.deepcopy(model), Window(20))
+
+
+FITTED = {"torch's": copy.deepcopy, "windowed": windowed}
+"""By what is fitted: how it is made of a model."""
+
+
 def measure(name: str) -> dict[str, Any]:
     """Return the row of an architecture."""
     torch.set_num_threads(1)
@@ -260,14 +268,10 @@ def measure(name: str) -> dict[str, Any]:
     averagings["Exponential"] = (Exponential(0.1 if one is None else one), one is not None)
     row |= are_identical(model, shape, averagings)
     row["recalibrated"] = attempt(lambda: recalibration_error(model, shape))
-    for kind, convert in (("torch's", copy.deepcopy), ("windowed", windowed)):
+    for kind, convert in FITTED.items():
         found = attempt(lambda convert=convert: findings(convert(model), shape))
         row[kind] = found if isinstance(found, str) else [(each.level, each.code, str(each)) for each in found]
     return row
-
-
-def windowed(model: nn.Module) -> nn.Module:
-    return convert_batch_norm(copy.deepcopy(model), Window(20))
 
 
 def in_process(name: str) -> dict[str, Any]:
@@ -307,11 +311,8 @@ def as_line(name: str, row: dict[str, Any]) -> str:
     kept = [row[kind] for kind in ("none", "Exponential", "Window(20)")]
     identical = "yes" if kept == [True] * 3 else "; ".join(map(str, kept))
     off = row["recalibrated"]
-    cells = (
-        *(name, f"{row['layers']} {', '.join(row['classes'])}", identical),
-        *(off if isinstance(off, str) else f"{off:.0e}", said(row["torch's"]), said(row["windowed"])),
-    )
-    return "| " + " | ".join(cells) + " |"
+    norms, error = f"{row['layers']} {', '.join(row['classes'])}", off if isinstance(off, str) else f"{off:.0e}"
+    return f"| {' | '.join((name, norms, identical, error, *(said(row[kind]) for kind in FITTED)))} |"
 
 
 def main() -> None:
@@ -325,7 +326,7 @@ def main() -> None:
     for name in options.names or [*HUGGING_FACE, *SIDES]:
         row = in_process(name)
         print(as_line(name, row), flush=True)
-        messages = [text for kind in ("torch's", "windowed") for *_, text in row.get(kind, [])]
+        messages = [text for kind in FITTED for *_, text in row.get(kind, [])]
         print(*dict.fromkeys(messages) if options.messages else (), sep="\n", end="", flush=True)
 
 

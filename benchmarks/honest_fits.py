@@ -123,7 +123,7 @@ class Fit(pl.LightningModule):
 
     def __init__(self, model: nn.Module, optimizer: Callable[..., Any], schedule: Callable[..., Any] | None) -> None:
         super().__init__()
-        self.model, self.backbone = model, nn.ModuleList()
+        self.model = model
         self.optimizer, self.schedule = optimizer, schedule
         self.losses: dict[int, float] = {}  # by the step of the validation
 
