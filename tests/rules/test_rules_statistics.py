@@ -105,6 +105,7 @@ CUT_UP: dict[str, Callable[[Tensor], Sequence[Tensor]]] = {
     "samples": lambda features: features.chunk(4),
     "channels": lambda features: features.chunk(2, 1),
     "twice the whole": lambda features: [features[:], features[:]],
+    "a half of each": lambda features: [features[:4, :2], features[4:, 2:]],
     "steps": lambda features: list(features[:3].permute(2, 0, 1).contiguous()),
 }
 """How a norm may be given a tensor (batch, channels, positions), of which only the first is a batch in parts."""
@@ -115,7 +116,7 @@ class Ghost(Net):
 
     def __init__(self, cut: str) -> None:
         super().__init__()
-        self.cut, self.norm = CUT_UP[cut], nn.BatchNorm1d(2 if cut == "channels" else 4)
+        self.cut, self.norm = CUT_UP[cut], nn.BatchNorm1d(2 if cut in ("channels", "a half of each") else 4)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.backbone(images)
@@ -180,7 +181,7 @@ class TestBN202:
 
     @pytest.mark.parametrize("cut", list(CUT_UP)[1:])
     def test_other_parts_are_places(self, cut: str) -> None:
-        """Halves of the channels, the whole batch again and steps of a sequence are places that one layer is for."""
+        """Halves of the channels, also of other samples, the whole batch again and steps of a sequence are places."""
         finding = only("BN202", findings(Module(Ghost(cut))))
         assert finding.level == "warning"
         assert "shared layer was called" in finding.seen
