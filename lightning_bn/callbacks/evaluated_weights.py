@@ -43,16 +43,27 @@ class EvaluatedWeights:
         self.come_late = False
         """Whether they were exchanged after the callback's own turn."""
 
-    def remember(self, module: nn.Module, *_: Any) -> None:
+    def remember(self, module: nn.Module) -> None:
         """These are the weights whose statistics the layers hold now."""
         self._module, self._known, self._versions = module, _sums(module.parameters()), _versions(module)
         self._statistics = _sums(_statistics(module))
 
-    def remember_when_loaded(self, module: LightningModule) -> None:
-        """Weights will be read from a file, with their statistics: remember those."""
-        self.forget()
-        hook = self._boundary.guard(self.remember)
+    def remember_when_loaded(self, trainer: Trainer, module: LightningModule) -> None:
+        """Until `stop_waiting`, the Trainer may read weights from a file, with their statistics: remember those."""
+
+        def remember(loaded: nn.Module, _: Any) -> None:
+            if trainer.ckpt_path:  # or it is an exchange, of a hook of the module; None until the file is opened
+                self.remember(loaded)
+
+        self.stop_waiting()
+        hook = self._boundary.guard(remember)
         self._load = module.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+
+    def stop_waiting(self) -> None:
+        """What is loaded from now on is an exchange."""
+        if self._load is not None:
+            self._load.remove()
+            self._load = None
 
     def expect(self) -> None:
         """The weights are still to come; any are others than these."""
@@ -78,10 +89,8 @@ class EvaluatedWeights:
             module: the one that is evaluated.
             batch: which batch of the evaluation begins.
         """
-        if self._load is not None:
-            self._load.remove()
         self._module, self._versions = module, _versions(module)
-        self._seen, self._looks, self._load = None, batch, None
+        self._seen, self._looks = None, batch
         # A hook would compile it anew; in a sharded model's forward parameters are whole that are not before it.
         if not is_compiled(module) and not is_sharded(module):
             see = self._boundary.guard(self._see)

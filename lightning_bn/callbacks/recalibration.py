@@ -172,10 +172,10 @@ class BatchNormRecalibration(Callback):
             keep_spread(pl_module)  # a checkpoint to resume from may hold one
         if stage == "fit":
             take_turn_after_weight_averaging(trainer, self)
-        elif trainer.ckpt_path:
-            self._weights.remember_when_loaded(pl_module)
-        elif not self._weights.are_known(pl_module):
-            self._weights.remember(pl_module)
+        else:
+            if not self._weights.are_known(pl_module):
+                self._weights.remember(pl_module)
+            self._weights.remember_when_loaded(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_plugin_is_applied(trainer, pl_module)
@@ -221,6 +221,11 @@ class BatchNormRecalibration(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._weights.are_known(pl_module):
             self._weights.remember(pl_module)  # the statistics are training's own
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._weights.stop_waiting()
+
+    on_test_start = on_predict_start = on_validation_start
 
     @meeting
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -282,6 +287,7 @@ class BatchNormRecalibration(Callback):
         if stage == "fit":
             with on_training_device(trainer, pl_module):
                 self._act_on_others(trainer, pl_module)  # of the module's own on_fit_end
+        self._weights.stop_waiting()
         journal_of(trainer).end(trainer)
 
     def _last_words(self, trainer: Trainer) -> LastWords | None:

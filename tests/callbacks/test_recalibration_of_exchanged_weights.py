@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -157,6 +158,56 @@ def test_exchanged_in_a_test_or_prediction(place: str) -> None:
     stage = "predict" if "predict" in place else "test"
     with pytest.warns(UserWarning, match=rf"trainer\.{stage} evaluates other weights.*recalibrate\(self, batches\)"):
         getattr(trainer(repair), stage)(module, DataLoader(training_data(), 24))
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_a_test_of_a_file(exchanged: bool, tmp_path: Path) -> None:
+    """What a file holds belongs together: an exchange behind its loading is reported, and without one nothing is said;
+    no hook stays on the module, also where no batch was evaluated."""
+
+    class Behind(Small):
+        def on_test_start(self) -> None:
+            self.first.weight.data.mul_(1.5 if exchanged else 1.0)
+
+    fit(Small()).trainer.save_checkpoint(path := tmp_path / "fit.ckpt")
+    module, repair = Behind(), BatchNormRecalibration()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for batches in (0, 1.0):
+            trainer(repair, limit_test_batches=batches).test(module, DataLoader(training_data(), 24), ckpt_path=path)
+            assert not module._load_state_dict_post_hooks
+    assert sum("trainer.test evaluates other weights" in str(each.message) for each in said) == exchanged
+
+
+def test_weights_loaded_by_a_hook() -> None:
+    """They are an exchange where no file was asked for."""
+
+    class Loads(Small):
+        def on_test_model_eval(self) -> None:
+            super().on_test_model_eval()
+            self.load_state_dict(
+                {name: value * (1.5 if "first" in name else 1) for name, value in self.state_dict().items()}
+            )
+
+    with pytest.warns(UserWarning, match=r"trainer\.test evaluates other weights"):
+        trainer(BatchNormRecalibration()).test(fit(Loads()), DataLoader(training_data(), 24))
+
+
+def test_another_order_of_adding_is_no_exchange() -> None:
+    """On another number of threads sums differ in their last digits."""
+    module, weights = torch.nn.Linear(1000, 300), EvaluatedWeights()
+    strategy = type("Strategy", (), {"reduce_boolean_decision": lambda self, decision, all: decision})()
+    runner = type("Runner", (), {"strategy": strategy})()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        weights.remember(module)
+        torch.set_num_threads(3)
+        assert not weights.are_others(runner, module)
+    finally:
+        torch.set_num_threads(threads)
+    module.weight.data[7, 7] += 1e-3
+    assert weights.are_others(runner, module)
 
 
 @pytest.mark.parametrize("mended", [False, True])
