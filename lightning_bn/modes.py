@@ -56,10 +56,16 @@ def held_in_eval(layers: Iterable[_BatchNorm]) -> Iterator[None]:
     layers = list(layers)
     with kept_attribute(layers, "training"), ExitStack() as stack:
         for layer in layers:
+            stack.callback(_give_train_back, layer, vars(layer).get("train"))
             vars(layer)["train"] = _StaysInEval(layer)
-            stack.callback(vars(layer).pop, "train")
             stack.callback(layer.register_forward_pre_hook(_back_to_eval, prepend=True).remove)
         yield
+
+
+def _give_train_back(layer: nn.Module, before: Any) -> None:
+    del layer.train
+    if before is not None:  # of a layer that has one of its own
+        vars(layer)["train"] = before
 
 
 def is_held_in_eval(layer: nn.Module) -> bool:

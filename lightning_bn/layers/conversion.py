@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.averaging import Averaging, check_averaging
 from lightning_bn.averaging.training_state import TrainingState
 from lightning_bn.buffers import running_mean, running_statistics, running_var
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms, find_unserved, unserved
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, find_unserved, has_known_forward, unserved
 from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from lightning_bn.layers.deferred import release, settle_together
@@ -224,6 +224,25 @@ def _tried(layer: _BatchNorm) -> str | None:
         return _judge(layer)
 
 
+def reads_running_mean(layer: _BatchNorm) -> bool:
+    """Whether an eval forward of a subclass depends on ``running_mean``, by two of a copy; True where that can't be
+    tried.
+
+    A norm that subtracts no mean, as those of networks without biases, inherits the buffer and leaves it alone.
+    """
+    if has_known_forward(layer) or "forward" in layer.__dict__ or layer.running_mean is None:
+        return True
+    try:
+        twin = _plain_copy(layer).eval()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            data = _trial_batch(twin)
+            before = twin.forward(data)
+            running_mean(twin).add_(1.0)
+            return not torch.equal(twin.forward(data), before)
+    except Exception:  # another's forward may raise anything
+        return True
+
+
 def _plain_copy(layer: _BatchNorm) -> _BatchNorm:
     # A pruned weight is what a hook has computed, which deepcopy refuses.
     derived = {id(value): value.detach() for value in vars(layer).values() if isinstance(value, Tensor)}
@@ -232,14 +251,18 @@ def _plain_copy(layer: _BatchNorm) -> _BatchNorm:
 
 
 def _judge(layer: _BatchNorm) -> str | None:
-    rank = 2 if isinstance(layer, nn.BatchNorm1d) else 5 if isinstance(layer, nn.BatchNorm3d) else 4
-    data = torch.randn(4, layer.num_features, *[3] * (rank - 2)) + torch.arange(4.0).reshape(4, *[1] * (rank - 1))
-    data = data.to(running_mean(layer).device)
+    data = _trial_batch(layer)
     try:
         layer.forward(data)
     except Exception as error:  # another's forward may raise anything; the reason is passed on
         return f"its forward, tried on a batch of shape {tuple(data.shape)}, raised {type(error).__name__}: {error}"
-    var, mean = torch.var_mean(data, [0, *range(2, rank)], unbiased=True)
+    var, mean = torch.var_mean(data, [0, *range(2, data.dim())], unbiased=True)
     if torch.allclose(running_mean(layer), mean, atol=1e-4) and torch.allclose(running_var(layer), var, rtol=1e-3):
         return None
     return "its forward does not leave the batch's mean and unbiased variance in its buffers when momentum is 1"
+
+
+def _trial_batch(layer: _BatchNorm) -> Tensor:
+    rank = 2 if isinstance(layer, nn.BatchNorm1d) else 5 if isinstance(layer, nn.BatchNorm3d) else 4
+    data = torch.randn(4, layer.num_features, *[3] * (rank - 2)) + torch.arange(4.0).reshape(4, *[1] * (rank - 1))
+    return data.to(running_mean(layer).device)

@@ -222,6 +222,18 @@ class _WideStatistics:
         return layer
 
 
+class _ModeChange:
+    """The ``train`` of a layer with an averaging: who clears all hooks of a model leaves nothing of this package that
+    would run in its next forward, so the layer looks for its own wherever its mode changes, before any evaluation."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        self.layer = layer
+
+    def __call__(self, mode: bool = True) -> _BatchNorm:
+        self.layer.__dict__[ATTACHED].set_again(self.layer)
+        return type(self.layer).train(self.layer, mode)
+
+
 def observe(layer: _BatchNorm) -> Callable[[], None]:
     """Let the layer of plain torch defer its updates, adding only two hooks. Returns a function that removes
     them."""
@@ -249,6 +261,7 @@ def attach_averaging(layer: _BatchNorm, averaging: Averaging) -> None:
     if averaging.by_momentum:
         layer.momentum = averaging.kernel_momentum
     layer.__dict__["_apply"] = _WideStatistics(layer)
+    layer.__dict__.setdefault("train", _ModeChange(layer))
     layer.__dict__[ATTACHED] = _HooksAround(layer)
 
 
@@ -259,6 +272,8 @@ def detach_averaging(layer: _BatchNorm) -> None:
         hooks.end()
         del layer.averaging
         layer.__dict__.pop("_apply", None)
+        if isinstance(layer.__dict__.get("train"), _ModeChange):
+            del layer.train
         if layer.weight is not None:
             # torch's kernel takes 16-bit parameters next to no other statistics than 16-bit ones.
             layer._buffers |= {

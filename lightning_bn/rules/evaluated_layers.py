@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.buffers import running_mean, running_var
-from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.discovery import BatchNormLayer, has_known_forward
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
+from lightning_bn.layers.conversion import reads_running_mean
 from lightning_bn.layers.settlement import rule_of
 from lightning_bn.rules.fit import BatchSums, Effect, Running, batch_sums, effect
 from lightning_bn.set_in_use import OtherSets
@@ -60,15 +61,19 @@ class EvaluatedLayers:
             mean, var, weight = running
             if images and index not in images and not mean.any() and bool((var == 1).all()):
                 continue  # training has not run it yet
+            layer = self._layers[index].module
+            # What a norm inherits and never reads stays where it began.
+            unmoved = not has_known_forward(layer) and not mean.any()
             judged = effect(
                 [BatchSums(n, values, *part) for (n, values, _), part in zip(sums, batches, strict=True)],
                 Running(
                     mean,
                     var,
                     weight,
-                    eps=self._layers[index].module.eps,
+                    eps=layer.eps,
                     images=images.get(index, usual),
-                    noise=0.0 if index in frozen else _noise(self._layers[index].module),
+                    noise=0.0 if index in frozen else _noise(layer),
+                    reads_mean=not unmoved or reads_running_mean(layer),
                 ),
             )
             if judged is not None:

@@ -47,6 +47,8 @@ class Running:
     noise: float
     """The variance of an average of independent batches, as a share of that of one: ``p / (2 - p)`` for momentum p, 0
     for statistics that are frozen."""
+    reads_mean: bool = True
+    """Whether the mean is subtracted at all; where it is not, d1 and e1 are 0."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ def effect(batches: Sequence[BatchSums], running: Running) -> Effect | None:
 
     chance = 1 / images + running.noise / running.images
     between = ((s2 + eps) * (v + eps)).sqrt()  # of the two variances, so that neither is taken for the right one
-    d1 = (mu - r).square() / between
-    e1 = a * chance / between
+    d1 = (mu - r).square() / between * running.reads_mean
+    e1 = a * chance / between * running.reads_mean
     # A batch's own variance lacks the part of the variance between images that its mean takes away.
     expected = (s2 + a * (1 / running.images - 1 / images)).clamp(min=0)
     d2 = ((v + eps) / (expected + eps)).log().square() / 4

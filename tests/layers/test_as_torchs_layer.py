@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from lightning_bn import Averaging, BatchNorm1d, Cumulative, Exponential, Window, convert_batch_norm, settle_together
+from lightning_bn.discovery import find_batch_norms
+from lightning_bn.modes import held_in_eval
 
 
 class SiLUNorm(nn.BatchNorm1d):
@@ -41,6 +44,12 @@ def given(layer: nn.Module) -> None:
 
 
 AFFINE = [pruned, parametrized, given]
+
+
+def frozen_for_a_while(model: nn.Module) -> nn.Module:
+    with held_in_eval(layer.module for layer in find_batch_norms(model)):
+        model.train()
+    return model
 
 
 @pytest.mark.parametrize("averaging", [None, Window(3), Exponential(0.1)], ids=str)
@@ -212,6 +221,32 @@ def test_hooks_cleared_by_somebody(averaging: Averaging, norm: type[nn.BatchNorm
     if norm is nn.BatchNorm1d or which == "_forward_hooks" or isinstance(averaging, Exponential):
         for key, value in expected.state_dict().items():
             torch.testing.assert_close(model.state_dict()[key], value)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), frozen_for_a_while],
+    ids=["itself", "a copy", "a file", "frozen before"],
+)
+def test_all_hooks_cleared_by_somebody(way: Callable[[nn.Module], nn.Module]) -> None:
+    """Those of the model and of a subclass: nothing of this package runs in the next forward. It is said wherever the
+    mode changes, so before any evaluation, and then the window goes on."""
+    model = convert_batch_norm(network(SiLUNorm), Window(3))
+    step(model, 0)
+    model = way(model)
+    for module in model.modules():
+        for which in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called"):
+            getattr(module, which).clear()
+    step(model, 1)
+    with pytest.warns(UserWarning, match="were removed by other code"):
+        model.eval()
+    assert not any(module.training for module in model.modules())
+    record = Record(model.train())
+    for seed in range(2, 5):
+        step(model, seed)
+    mean, var = oracles.window(record.inputs["1"], 3, False)
+    np.testing.assert_allclose(model[1].running_mean.numpy(), mean, rtol=1e-5)
+    np.testing.assert_allclose(model[1].running_var.numpy(), var, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -230,3 +230,33 @@ def test_watch_still_sees_a_second_pass_of_one_step() -> None:
             sgd.step()
             sgd.zero_grad()
     assert [finding.code for finding in found if finding.level != "info"] == ["BN106"]
+
+
+class WithoutMean(nn.BatchNorm2d):
+    """Subtracts no mean, and inherits a buffer for one that it never writes: the norm of networks without biases."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        var = self.running_var
+        if self.training:
+            var = input.var((0, 2, 3))
+            with torch.no_grad():
+                self.running_var.lerp_(var, self.momentum)
+        return input * (self.weight / (var + self.eps).sqrt()).reshape(-1, 1, 1)
+
+
+class ForgetsMean(WithoutMean):
+    """Subtracts the batch's mean in training, and in evaluation a running mean that it never writes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean = input.mean((0, 2, 3)) if self.training else self.running_mean
+        return super().forward(input - mean.reshape(-1, 1, 1))
+
+
+@pytest.mark.parametrize(("norm", "off"), [(WithoutMean, False), (ForgetsMean, True)])
+def test_a_mean_that_no_evaluation_reads_is_not_off(norm: type[nn.BatchNorm2d], off: bool) -> None:
+    """The buffer stays where it began, far from the images' mean; where it is read, that is a gap."""
+    torch.manual_seed(0)
+    model = network(norm)
+    model[0].bias = nn.Parameter(torch.full((4,), 5.0))
+    found = findings(Module(model), loader=data(batches=40), max_epochs=2)
+    assert [bool(of(code, found)) for code in ("BN208", "BN204")] == [off, False]
