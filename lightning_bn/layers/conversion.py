@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_bn.averaging import Averaging, check_averaging
 from lightning_bn.averaging.training_state import TrainingState
@@ -20,7 +21,7 @@ from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from lightning_bn.layers.deferred import release, settle_together
 from lightning_bn.layers.subclasses import StandIns
-from lightning_bn.modes import kept_attribute
+from lightning_bn.modes import kept_attribute, out_of_inference_mode
 from lightning_bn.sharding import check_not_distributed
 
 _OURS: dict[type[_BatchNorm], type[_BatchNorm]] = {
@@ -88,8 +89,9 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
             f"statistics.{unserved(module, constant=True)}",
             stacklevel=2,
         )
-    for layer in layers:
-        _convert(layer.module, averaging)
+    with out_of_inference_mode():
+        for layer in layers:
+            _convert(layer.module, averaging)
     settle_together(module)
     return module
 
@@ -106,7 +108,8 @@ def to_torch(module: M) -> M:
         `module` itself.
 
     Raises:
-        TypeError: a subclass of this package's layers, which has no counterpart; nothing was changed.
+        TypeError: a subclass of this package's layers, which has no counterpart, or one that was parametrized after it
+            was converted; nothing was changed.
 
     Example:
         >>> from lightning_bn import BatchNorm2d, Window, to_torch
@@ -115,14 +118,15 @@ def to_torch(module: M) -> M:
     """
     layers = find_batch_norms(module)
     refused = [
-        _listing(layer, "it subclasses this package's layer; there is no torch.nn class with its forward")
+        _listing(layer, _why_no_counterpart(layer.module))
         for layer in layers
         if isinstance(layer.module, AveragedBatchNorm) and type(layer.module) not in _TORCHS
     ]
     if refused:
         raise TypeError(f"to_torch(module) can't turn {'; '.join(refused)}. Nothing was changed.")
     for layer in layers:
-        _revert(layer.module)
+        with out_of_inference_mode():
+            _revert(layer.module)
         for name, child in list(layer.module.named_children()):
             if isinstance(child, TrainingState):
                 delattr(layer.module, name)
@@ -172,6 +176,14 @@ def _revert(layer: _BatchNorm) -> None:
             # torch's kernel takes 16-bit parameters next to no other statistics than 16-bit ones.
             for buffer in running_statistics(layer):
                 buffer.data = buffer.data.to(layer.weight.dtype)
+
+
+def _why_no_counterpart(layer: AveragedBatchNorm) -> str:
+    if is_parametrized(layer):  # by which torch gives the layer a class of its own
+        names = list(layer.parametrizations)  # type: ignore[arg-type]  # for torch any attribute may be a module
+        removals = "; ".join(f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r})" for name in names)
+        return f"its {' and '.join(names)} was parametrized after it was converted; call {removals} first"
+    return "it subclasses this package's layer; there is no torch.nn class with its forward"
 
 
 def _listing(layer: BatchNormLayer, reason: str) -> str:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.averaging import Averaging
 from lightning_bn.averaging.training_state import apply_to_statistics
 from lightning_bn.buffers import running_mean, running_statistics
+from lightning_bn.modes import out_of_inference_mode
 from lightning_bn.torch_internals import is_wrapper
 
 _STATISTICS = ("running_mean", "running_var")
@@ -100,7 +101,8 @@ class SetPart(nn.Module):
                 "channels before StatisticsSets(model, names)."
             )
         if own.device != mean.device:
-            self.to(mean.device)
+            with out_of_inference_mode():
+                self.to(mean.device)
         for name in _AFFINE if self._affine else ():
             weight = self.layer._parameters.get(name)
             if (weight is None) != (self._parameters[name] is None) or (weight is not None and is_wrapper(weight)):

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.choices import Choices, check_choices, is_chosen
 from lightning_bn.discovery import find_batch_norms, unserved
 from lightning_bn.layers.deferred import exchanging
+from lightning_bn.modes import out_of_inference_mode
 from lightning_bn.set_in_use import has_sets, join_sets
 from lightning_bn.sets.part import SetPart
 from lightning_bn.sets.places import are_held, has_tensors_of, places_of
@@ -140,8 +141,9 @@ class StatisticsSets(nn.Module):
         like = self.names[0] if like is None else like
         self._check_known(like, f"sets.add({name!r}, like={like!r})")
         self._follow()
-        for new, old in zip(self._register(name), self._parts[like], strict=True):
-            new.copy_from(old)
+        with out_of_inference_mode():
+            for new, old in zip(self._register(name), self._parts[like], strict=True):
+                new.copy_from(old)
 
     def remove(self, name: str) -> None:
         """Remove a set, with its parameters.
@@ -232,8 +234,9 @@ class StatisticsSets(nn.Module):
             self._find_layers()
         now = self._averagings_now()
         if any(one is not other for one, other in zip(now, self._averagings, strict=True)):
-            for part in (part for parts in self._parts.values() for part in parts):
-                part.average_as_layer()
+            with out_of_inference_mode():
+                for part in (part for parts in self._parts.values() for part in parts):
+                    part.average_as_layer()
             self._averagings = now
 
     def _find_layers(self) -> None:

@@ -16,7 +16,16 @@ from settlements import AVERAGES, Record, agree, each_average, few_averages, net
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from lightning_bn import Averaging, BatchNorm1d, Cumulative, Exponential, Window, convert_batch_norm, settle_together
+from lightning_bn import (
+    Averaging,
+    BatchNorm1d,
+    Cumulative,
+    Exponential,
+    Window,
+    convert_batch_norm,
+    settle_together,
+    to_torch,
+)
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.modes import held_in_eval
 
@@ -151,6 +160,17 @@ def test_a_model_converted_in_inference_mode(name: str) -> None:
     for seed in range(4):
         step(model, seed)
     agree(model, record, AVERAGES[name][1])
+
+
+@few_averages
+def test_converted_and_back_in_inference_mode_in_16_bits(name: str) -> None:
+    """Statistics that get another dtype are ordinary tensors, with which training goes on."""
+    model = network().to(torch.bfloat16)
+    for change in (lambda model: convert_batch_norm(model, AVERAGES[name][0]), to_torch):
+        with torch.inference_mode():
+            change(model)
+        assert not any(tensor.is_inference() for tensor in model.state_dict(keep_vars=True).values())
+        model(torch.randn(8, 4, dtype=torch.bfloat16)).sum().backward()
 
 
 class Twice(nn.Module):

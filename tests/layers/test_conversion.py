@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import oracles
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from third_party import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_bn import (
     Averaging,
@@ -268,6 +270,20 @@ def test_a_subclass_of_ours_is_not_stripped() -> None:
     with pytest.raises(TypeError, match=r"to_torch\(module\) can't turn 1 \(Mine\)"):
         to_torch(net)
     assert type(net[0]) is BatchNorm2d
+
+
+@pytest.mark.parametrize("names", [["weight"], ["weight", "bias"]], ids=str)
+def test_a_layer_that_was_parametrized_later(names: list[str]) -> None:
+    """to_torch says what to call, which runs as printed, and then turns the layer."""
+    net = convert_batch_norm(nn.Sequential(nn.BatchNorm2d(4)), Window(3))
+    for name in names:
+        parametrize.register_parametrization(net[0], name, nn.Softplus())
+    with pytest.raises(TypeError, match=r"was parametrized after it was converted; call (.*) first") as raised:
+        to_torch(net)
+    exec(re.search("call (.*) first", str(raised.value))[1], {"torch": torch, "layer": net[0]})
+    weight = net[0].weight.detach().clone()
+    assert type(to_torch(net)[0]) is nn.BatchNorm2d
+    assert torch.equal(net[0].weight, weight)
 
 
 def test_averaging_must_be_one() -> None:

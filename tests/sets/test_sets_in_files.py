@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import oracles
 import pytest
 import safetensors.torch
 import torch
-from small_sets import LAYERS, NAMES, Whole, assert_same, batches, network, statistics, statistics_of, train
+from small_sets import LAYERS, NAMES, Whole, assert_same, batches, loss, network, statistics, statistics_of, train
 from torch import nn
 
 from lightning_bn import StatisticsSets, Window, convert_batch_norm, to_torch
@@ -136,6 +138,36 @@ def test_copies_are_models_of_their_own() -> None:
         alone = copy.deepcopy(whole.net)
     assert_same(alone.state_dict(), expected[""])
     StatisticsSets(alone, ["x", "y"])
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda whole: pickle.loads(pickle.dumps(whole))], ids=["copy", "file"])
+def test_a_copy_made_inside_of_use_has_that_set_in_place(way: Callable[[Whole], Whole]) -> None:
+    """As the copy of a layer has: it answers as the model does at that moment, and has every set."""
+    whole = Whole(affine=True)
+    train(whole)
+    inputs = batches(1)[0]
+    with whole.sets.use(""):
+        twin, expected = way(whole), whole.eval().net(inputs)
+    assert (whole.sets.active, twin.sets.active) == ("clean", "")
+    assert torch.equal(twin.eval().net(inputs), expected)
+    for name in NAMES:
+        with twin.sets.use(name), whole.sets.use(name):
+            assert torch.equal(twin.net(inputs), whole.net(inputs))
+    assert twin.sets.active == ""
+
+
+def test_a_set_added_in_inference_mode() -> None:
+    """Its tensors are ordinary ones, and it learns as one that was there from the beginning."""
+    late, early = Whole(affine=True, layers="window"), Whole(affine=True, layers="window")
+    early.sets.add("late")
+    with torch.inference_mode():
+        late.sets.add("late")
+    for whole in (late, early):
+        torch.manual_seed(1)
+        with whole.sets.use("late"):
+            for batch in batches(4):
+                loss(whole.net(batch)).backward()
+    assert_same(late.sets.state_dict("late"), early.sets.state_dict("late"))
 
 
 def test_every_tensor_is_registered_once() -> None:
