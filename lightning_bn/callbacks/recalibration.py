@@ -270,15 +270,10 @@ class BatchNormRecalibration(Callback):
             if self.when == "fit_end" and 0 < trainer.global_step != self._last_step:
                 self._act(trainer, module)
             self._act_on_others(trainer, module)  # which the module's own on_train_end, that came later, may put in
+            again = partial(self._recalibrate, trainer, module)
             for path in files_of(trainer, self.checkpoints if self._layers.names else ()):
-                self._boundary.attempt(
-                    f"the recalibrated copy of {path}",
-                    write_recalibrated_copy,
-                    trainer,
-                    module,
-                    path,
-                    lambda: self._recalibrate(trainer, module),
-                )
+                what = f"the recalibrated copy of {path}"
+                self._boundary.attempt(what, write_recalibrated_copy, trainer, module, path, again)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         journal_of(trainer).end(trainer, type(exception).__name__)
