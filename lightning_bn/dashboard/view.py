@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ MAX_COLUMNS = 800
 """As many as a wide screen has points for; a zoom asks for more."""
 
 _STAGES = ("train", "val", "test")
+_OF_MODULE = re.compile(r"[@#\[]")  # what follows the name of a module in that of a row
 
 
 def overview_of(journal: JournalReader, name: str, directory: str, changed: float) -> dict[str, Any]:
@@ -148,10 +150,9 @@ def _layers(journal: JournalReader) -> list[dict[str, Any]]:
     described = {each["name"]: each for each in journal.whole("layers").get("layers", [])}
     newest = [samples[-1].rows for samples in journal.samples.values() if samples]
     order = dict.fromkeys(name for rows in newest for name in rows) | dict.fromkeys(described)
-    # A place where a module is called again, `relu#2`, and a width, `relu[64]`, are of the same module.
-    return [
-        {**described.get(name, described.get(name.split("#")[0].split("[")[0], {})), "name": name} for name in order
-    ]
+    # A set of statistics, `bn@night`, a place where a module is called again, `relu#2`, and a width, `relu[64]`, are of
+    # the same module.
+    return [{**described.get(name, described.get(_OF_MODULE.split(name)[0], {})), "name": name} for name in order]
 
 
 def _statistics(journal: JournalReader, findings: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ from lightning_bn import (
     recalibrate,
     recalibrated,
 )
+from lightning_bn.dashboard.view import layer_of, overview_of
+from lightning_bn.journal.reader import JournalReader
 
 
 class TwoDomains(pl.LightningModule):
@@ -297,6 +299,21 @@ def test_the_monitor_gives_a_row_its_set(windowed: bool, second_first: bool) -> 
     one, other = ([row["drift_mean"] for row in table if row["layer"] == "net.1"] for table in tables)
     assert one == pytest.approx(other, nan_ok=True)
     assert not all(value != value for value in one)
+
+
+def test_the_page_gives_a_row_its_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's map has a row for each set, with what that set was given, and knows what kind of layer it is of."""
+    monkeypatch.chdir(tmp_path)
+    monitor = ActivationStatsMonitor(every_n_steps=1, heatmaps=False, verbose=False)
+    fitting.fit(monitor, module=TwoDomains(), max_epochs=1, val=None)
+    journal = JournalReader.of_file(tmp_path / "lightning_bn.jsonl")
+    layers = {each["name"]: each for each in overview_of(journal, "run", str(tmp_path), 0.0)["layers"]}
+    of_first, of_night = layers["net.1"], layers["net.1@night"]
+    assert {**of_first, "name": ""} == {**of_night, "name": ""}
+    assert of_first.keys() > {"name"}
+    shown = layer_of(journal, "net.1@night")["mean"]["train"]["values"]
+    expected = [row["mean"] for row in monitor.table() if row["layer"] == "net.1@night"]
+    assert shown == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("windowed", [False, True])
