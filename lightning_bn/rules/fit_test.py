@@ -53,6 +53,8 @@ class Misfit:
     """Whether the weights that are evaluated are not those that were trained."""
     began: bool = True
     """False: the weights that were put in have not moved since training began."""
+    batches: int = 0
+    """Training batches before it."""
     where: Where = "before"
     """Where weights were exchanged: before the evaluation; inside of its step; after the last training step."""
     copies: tuple[tuple[str, Misfit], ...] = ()
@@ -190,13 +192,12 @@ class FitTest:
         self._is_judged = True
         self.layers.close()
         exchanged, began = self._weights_now()
+        self.result = Misfit(exchanged=exchanged, began=began, batches=self.batches, where=where)
         if 0 < self.batches < LEAST_BATCHES:
-            self.result = Misfit(exchanged=exchanged, began=began, where=where)
             return
         found = self.layers.effects(self._images, self.frozen)
         noticed = {index: each for index, each in found.items() if each.noticed and self._may_judge(index)}
-        fitting = frozenset(found) - noticed.keys()
-        self.result = Misfit(fitting=fitting, exchanged=exchanged, began=began, where=where)
+        self.result = replace(self.result, fitting=frozenset(found) - noticed.keys())
         if noticed and self.share is not None:
             self._pending = (noticed, list(found), Kept(self._observer))
         elif noticed:
@@ -229,14 +230,16 @@ class FitTest:
         if anchored and exchanged and self.batches >= LEAST_BATCHES:
             every = [i for i, layer in enumerate(self._observer.layers) if layer.tracks and self._may_judge(i)]
         elif self.share is None:
-            return Misfit(exchanged=exchanged, began=began, where="after")
+            return Misfit(exchanged=exchanged, began=began, batches=self.batches, where="after")
         with kept_attribute(self._observer.modules, "training"):
             self._model.eval()
             replayed = self._replay().together(every, every, self.share or (lambda value: [value]))
         misfits = {index for index in _misfits(replayed) if self._may_judge(index)}
         found = _named(self._observer, {i: each for i, each in replayed.effects.items() if i in misfits})
         fitting = frozenset(replayed.effects) - misfits
-        return Misfit(found, {}, fitting, replayed.changed, replayed.left_out, exchanged, began, "after")
+        return Misfit(
+            found, {}, fitting, replayed.changed, replayed.left_out, exchanged, began, self.batches, "after"
+        )
 
     def _replay(self) -> Replay:
         return Replay(self._observer, self._call, self._images, {*self.frozen, *self._mixing})

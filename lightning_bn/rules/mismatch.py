@@ -35,7 +35,8 @@ class OtherWeights(Rule):
             layers = evaluation.observer.layers
             yield Seen(
                 [layer.name for layer in layers],
-                "the weights that were put in have not moved since the first training batch: the average never began.",
+                "the weights that were put in have not moved since the first training batch: the average never began, "
+                f"and none of {misfit.batches} training batches has updated it.",
                 fix=Fix(
                     "let the average begin before the fit ends (update_starting_at_step, update_starting_at_epoch)",
                     "advice",

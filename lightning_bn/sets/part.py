@@ -74,7 +74,7 @@ class SetPart(nn.Module):
 
     def put_in(self, present: SetPart) -> None:
         """Exchange the layer's tensors, which are those of `present`, for these. Neither is written or copied."""
-        layer = self.layer
+        layer = self.__dict__["_layer"]
         _exchange(_BUFFERS, layer._buffers, present._buffers, self._buffers)
         if self._affine:
             _exchange(_AFFINE, layer._parameters, present._parameters, self._parameters)
@@ -94,7 +94,7 @@ class SetPart(nn.Module):
         own = self._buffers["running_mean"]
         if own is None:
             return
-        mean = running_mean(self.layer)  # waits for what other ranks have yet to send
+        mean = running_mean(self.__dict__["_layer"])  # waits for what other ranks have yet to send
         if mean.shape != own.shape:
             raise RuntimeError(
                 f"A layer has {len(mean)} channels by now, and another set of its statistics {len(own)}. Change the "
@@ -103,7 +103,9 @@ class SetPart(nn.Module):
         if own.device != mean.device:
             with out_of_inference_mode():
                 self.to(mean.device)
-        for name in _AFFINE if self._affine else ():
+        if not self._affine:
+            return
+        for name in _AFFINE:
             weight = self.layer._parameters.get(name)
             if (weight is None) != (self._parameters[name] is None) or (weight is not None and is_wrapper(weight)):
                 raise RuntimeError(
@@ -193,9 +195,7 @@ class SetPart(nn.Module):
 
 def _exchange(names: Iterable[str], held: dict[str, Any], theirs: dict[str, Any], own: dict[str, Any]) -> None:
     for name in names:
-        theirs[name] = held[name]
-        held[name] = own[name]
-        own[name] = None
+        theirs[name], held[name], own[name] = held[name], own[name], None
 
 
 def _cloned(parameter: nn.Parameter) -> nn.Parameter:

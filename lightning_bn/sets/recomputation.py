@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.set_in_use import sets_of
-from lightning_bn.torch_internals import in_backward
+from lightning_bn.torch_internals import backward_task
 
 
 class Ran:
@@ -45,7 +45,7 @@ def _before(layer: nn.Module, args: Any) -> None:
     sets: Any = sets_of(layer)
     if sets is None:
         return
-    if not in_backward():
+    if backward_task() == -1:
         if layer.training or torch.is_grad_enabled():
             sets.ran.forward(sets.active)
     elif sets.ran.again(sets.active):
