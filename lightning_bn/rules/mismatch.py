@@ -42,6 +42,8 @@ class OtherWeights(Rule):
                     "advice",
                     "no statistics can mend an untrained network",
                 ),
+                why="what is evaluated is the network as it was before the fit.",
+                title="averaged weights that no update has reached",
             )
             return
         names = [name for name in misfit.layers if name not in told]

@@ -110,7 +110,7 @@ def _finding(rule: Rule, seen: Seen, moment: Moment, mended: bool, cause: str | 
     return Finding(
         code=rule.code,
         level=seen.level or rule.level,
-        title=rule.title,
+        title=seen.title or rule.title,
         layers=tuple(seen.layers),
         where=listing(parts) + f" ({len(seen.layers)} layers)" * (len(seen.layers) > len(parts)),
         stage=moment.stage,

@@ -35,6 +35,8 @@ class Seen:
     """None: the rule's own."""
     why: str | None = None
     """None: the rule's own."""
+    title: str | None = None
+    """None: the rule's own."""
     mend: Callable[[], None] | None = None
     worst_first: bool = False
     """Whether the first of the layers is the one to name, rather than a module that holds several."""

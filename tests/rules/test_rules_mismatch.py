@@ -113,13 +113,15 @@ class TestBN207:
     @pytest.mark.parametrize("use_buffers", [False, True])
     @pytest.mark.parametrize("repaired", [False, True])
     def test_an_average_that_never_began(self, use_buffers: bool, repaired: bool) -> None:
-        """What is put in has not moved since the first weights: that is said, once, with the number of batches that have
-        updated nothing, and no statistics are blamed."""
+        """What is put in has not moved since the first weights: that is said, once, with the number of batches that
+        have updated nothing, and no statistics are blamed."""
         average = EMAWeightAveraging(decay=0.9, update_starting_at_step=1000, use_buffers=use_buffers)
         repair = [BatchNormRecalibration(when="validation")] if repaired else []
         found = findings(Module(), average, *repair, max_epochs=2, loader=data(batches=40))
         assert serious(found) == ["BN207"]
-        assert "the average never began, and none of 40 training batches" in only("BN207", found).seen
+        finding = only("BN207", found)
+        assert "the average never began, and none of 40 training batches" in finding.seen
+        assert "statistics" not in finding.title + finding.seen + finding.why
 
     def test_the_replay_leaves_nothing_behind(self) -> None:
         """Weights, buffers and generators are those of the run without the check, where the training batch is run again
