@@ -237,9 +237,7 @@ class FitTest:
         misfits = {index for index in _misfits(replayed) if self._may_judge(index)}
         found = _named(self._observer, {i: each for i, each in replayed.effects.items() if i in misfits})
         fitting = frozenset(replayed.effects) - misfits
-        return Misfit(
-            found, {}, fitting, replayed.changed, replayed.left_out, exchanged, began, self.batches, "after"
-        )
+        return Misfit(found, {}, fitting, replayed.changed, replayed.left_out, exchanged, began, self.batches, "after")
 
     def _replay(self) -> Replay:
         return Replay(self._observer, self._call, self._images, {*self.frozen, *self._mixing})
