@@ -6,6 +6,11 @@ images held out. The second table says which limit on the effect finds how many 
 half fixes it, the other judges.
 
     python benchmarks/fit_test.py [FIRST SEED] [LAST SEED]
+
+The first table alone, by what the rules of whichever version is imported say above information, one without this test
+too:
+
+    PYTHONPATH=THAT_VERSION python benchmarks/fit_test.py [FIRST SEED] [LAST SEED] rules
 """
 
 from __future__ import annotations
@@ -27,9 +32,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_bn import ModeCheck, recalibrate
-from lightning_bn.rules import fit
-from lightning_bn.rules.fit_test import FEW_CHANGE, LEAST_BATCHES, FitTest
 
+try:
+    from lightning_bn.rules import fit
+    from lightning_bn.rules.fit_test import FEW_CHANGE, LEAST_BATCHES, FitTest
+except ImportError:
+    fit, LEAST_BATCHES = None, 30  # type: ignore[assignment, misc]
+
+CODES = ("BN204", "BN207", "BN208")
 LIMITS = (0.1, 0.15, 0.2, 0.3, 0.5)
 LOSSES = ("under 2", "2 to 5", "5 to 10", "10 or more")  # points
 BOUNDS = (0.02, 0.05, 0.10)
@@ -165,6 +175,8 @@ class Judged(NamedTuple):
     """The largest lower bound of any layer's."""
     changed: float
     """Share of answers; 0 where the batch was not run again, or no layer is off in it."""
+    told: bool = False
+    """Whether a rule has spoken of it above information."""
 
     def said(self, limit: float) -> bool:
         return self.effect > limit and self.changed > FEW_CHANGE
@@ -172,60 +184,74 @@ class Judged(NamedTuple):
 
 def judged(situation: Situation, kind: str, seed: int) -> list[Judged]:
     """Return every evaluation of a fit; the largest batch that was seen is run again wherever anything is off."""
-    torch.manual_seed(seed)
-    module, found = situation.make(kind), []
-    take = FitTest._take
+    found: list[tuple[float, float]] = []
+    take, before = FitTest._take, fit.NOTICEABLE
 
     def noting(self: FitTest, noticed: Mapping[int, fit.Effect], replayed: Any) -> None:
         take(self, noticed, replayed)
         found[-1] = (max(each.lower for each in noticed.values()), (replayed.changed or 0) * bool(self.result.layers))
 
-    class Begin(pl.Callback):
-        def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-            found.append((0.0, 0.0))
-            batches.append(trainer.global_step)
-
-    batches: list[int] = []
-    FitTest._take = noting  # type: ignore[method-assign]
-    fit.NOTICEABLE, before = min(LIMITS), fit.NOTICEABLE
+    FitTest._take, fit.NOTICEABLE = noting, min(LIMITS)  # type: ignore[method-assign]
     try:
-        trainer = pl.Trainer(
-            max_epochs=3, callbacks=[*situation.callbacks(), ModeCheck(action="log"), Begin()], num_sanity_val_steps=0,
-            logger=False, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False,
-        )  # fmt: skip
-        train = DataLoader(TRAIN, batch_size=situation.batch_size, shuffle=True)
-        trainer.fit(module, train, DataLoader(HELD_OUT, 100))
+        evaluations = told(situation, kind, seed, lambda: found.append((0.0, 0.0)))
     finally:
         FitTest._take, fit.NOTICEABLE = take, before  # type: ignore[method-assign]
+    found = found[len(found) - len(evaluations) :]  # the first may be of too few batches
     return [
-        Judged(seed, sum(lost >= bound for bound in BOUNDS), effect, changed)
-        for lost, (effect, changed), steps in zip(module.losses, found, batches, strict=True)
-        if steps >= LEAST_BATCHES
+        each._replace(effect=effect, changed=changed)
+        for each, (effect, changed) in zip(evaluations, found, strict=True)
     ]
 
 
-def share(found: Iterable[Judged], limit: float) -> str:
+def told(situation: Situation, kind: str, seed: int, begins: Callable[[], object] = lambda: None) -> list[Judged]:
+    """Return every evaluation of a fit that had batches enough, and whether rules spoke of it."""
+    torch.manual_seed(seed)
+    module, check = situation.make(kind), ModeCheck(action="log")
+
+    class Begin(pl.Callback):
+        def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            begins()
+            steps.append(trainer.global_step)
+
+    steps: list[int] = []
+    trainer = pl.Trainer(
+        max_epochs=3, callbacks=[*situation.callbacks(), check, Begin()], num_sanity_val_steps=0, logger=False,
+        accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TRAIN, batch_size=situation.batch_size, shuffle=True), DataLoader(HELD_OUT, 100))
+    spoken = {each.step for each in check.findings if each.code in CODES and each.level != "info"}
+    return [
+        Judged(seed, sum(lost >= bound for bound in BOUNDS), 0.0, 0.0, step in spoken)
+        for lost, step in zip(module.losses, steps, strict=True)
+        if step >= LEAST_BATCHES
+    ]
+
+
+def share(found: Iterable[Judged], limit: float | None) -> str:
     found = list(found)
-    return f"{sum(each.said(limit) for each in found)} of {len(found)}" if found else ""
+    said = [each.told if limit is None else each.said(limit) for each in found]
+    return f"{sum(said)} of {len(said)}" if said else ""
 
 
-def main(first: int, last: int) -> None:
+def main(first: int, last: int, *, rules: bool = False) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     print(f"| evaluations that lose (points) | {' | '.join(LOSSES)} |\n|---|{'---:|' * len(LOSSES)}")
     everything: dict[str, list[Judged]] = defaultdict(list)
+    limit = None if rules else fit.NOTICEABLE
     for title, situations in (("honest", HONEST), ("mistake", MISTAKES)):
         for name, situation in situations.items():
             found = [
                 each
                 for kind in ("three norms", "six norms", "perceptron")
                 for seed in range(first, last)
-                for each in judged(situation, kind, seed)
+                for each in (told if rules else judged)(situation, kind, seed)
             ]
             everything[title] += found
-            print(f"| {title}: {name} | {cells(found, fit.NOTICEABLE)} |", flush=True)
-        print(f"| **{title}, together** | {cells(everything[title], fit.NOTICEABLE)} |", flush=True)
+            print(f"| {title}: {name} | {cells(found, limit)} |", flush=True)
+        print(f"| **{title}, together** | {cells(everything[title], limit)} |", flush=True)
+    if rules:
+        return
     print(f"\n| limit, seeds | {' | '.join(LOSSES)} |\n|---|{'---:|' * len(LOSSES)}")
     for title, found in everything.items():
         for limit in LIMITS:
@@ -234,10 +260,10 @@ def main(first: int, last: int) -> None:
                 print(f"| {title}: {limit}, {half} | {row} |")
 
 
-def cells(found: list[Judged], limit: float) -> str:
+def cells(found: list[Judged], limit: float | None) -> str:
     return " | ".join(share((each for each in found if each.loss == loss), limit) for loss in range(len(LOSSES)))
 
 
 if __name__ == "__main__":
-    bounds = [int(each) for each in sys.argv[1:]]
-    main(*(bounds if len(bounds) == 2 else (0, bounds[0] if bounds else 2)))
+    bounds = [int(each) for each in sys.argv[1:] if each != "rules"]
+    main(*(bounds if len(bounds) == 2 else (0, bounds[0] if bounds else 3)), rules="rules" in sys.argv)
