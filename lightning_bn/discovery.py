@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightning_bn.torch_internals import modules_by_path
+
 # What torch names the module inside of one that it puts around it.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -118,7 +120,7 @@ def find_batch_norms(model: nn.Module) -> list[BatchNormLayer]:
         >>> [(layer.names, layer.kind) for layer in find_batch_norms(model)]
         [(('1', '3'), 'BatchNorm1d')]
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_by_path(model)
     paths: dict[_BatchNorm, list[str]] = {}
     for path, module in modules.items():
         if isinstance(module, _BatchNorm) and _why_not_per_channel(module) is None:
@@ -203,8 +205,9 @@ def ancestors(name: str) -> Iterator[str]:
 def unsaved_by_adapter(model: nn.Module, layers: Iterable[str]) -> list[str]:
     """Return those of `layers` that belong to the base model of an adapter of peft's, whose ``save_pretrained`` writes
     no statistics of it: all but those that its config names in ``modules_to_save``."""
-    modules = dict(model.named_modules())
-    peft = {name for name, module in modules.items() if type(module).__module__.partition(".")[0] == "peft"}
+    modules = modules_by_path(model)
+    classes = {each for each in set(map(type, modules.values())) if each.__module__.partition(".")[0] == "peft"}
+    peft = {name for name, module in modules.items() if type(module) in classes} if classes else set()
     adapted = {name for name in peft if hasattr(modules[name], "peft_config")}
     saved = {name for name in peft if hasattr(modules[name], "modules_to_save")} - adapted
     above = {layer: {layer, *ancestors(layer)} for layer in layers}

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.torch_internals import all_parameters, modules_of
 
 _SHAPE, _STORAGE, _SIZE = attrgetter("shape"), methodcaller("untyped_storage"), methodcaller("size")
 
@@ -20,9 +21,16 @@ _SHAPE, _STORAGE, _SIZE = attrgetter("shape"), methodcaller("untyped_storage"), 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether a forward of `model` fetches parameters from other ranks, so that all ranks must run it together:
     ``fully_shard``, ``FullyShardedDataParallel``, tensor parallelism, DeepSpeed's stage 3."""
-    return any(is_fsdp1(module) for module in model.modules()) or any(
-        _is_dtensor(parameter) or is_transient(parameter) for parameter in model.parameters()
-    )
+    fsdp1 = _known("torch.distributed.fsdp", "FullyShardedDataParallel")
+    if fsdp1 and any(isinstance(module, fsdp1) for module in modules_of(model)):
+        return True
+    return any(_is_dtensor(parameter) or is_transient(parameter) for parameter in _unusual(all_parameters(model)))
+
+
+def _unusual(parameters: Iterable[Parameter]) -> list[Parameter]:
+    """Return those of a class of their own or with attributes, found in C: an ordinary model has none."""
+    parameters = list(parameters)
+    return parameters if set(map(type, parameters)) - {Parameter} else list(filter(vars, parameters))
 
 
 def is_fsdp1(module: nn.Module) -> bool:
@@ -108,7 +116,7 @@ def check_each_sees_its_own(model: nn.Module, call: str) -> None:
     Raises:
         ValueError: with the argument that names the ranks to count.
     """
-    spread: list[Any] = [parameter for parameter in model.parameters() if _is_dtensor(parameter)]
+    spread: list[Any] = [parameter for parameter in _unusual(all_parameters(model)) if _is_dtensor(parameter)]
     meshes = {parameter.device_mesh for parameter in spread}
     fsdp2 = _known("torch.distributed.fsdp", "FSDPModule")
     # fully_shard puts all on one mesh, all of whose ranks see batches of their own.

@@ -14,18 +14,21 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, compress, filterfalse, repeat
 from multiprocessing.shared_memory import SharedMemory
-from operator import is_
+from operator import is_, not_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from lightning_bn.recalibration.kept_tensors import KeptTensors
 from lightning_bn.recalibration.random_states import generator_keeper, is_generator
 from lightning_bn.recalibration.transaction import completely
 from lightning_bn.sharding import is_fsdp1, is_transient
+from lightning_bn.torch_internals import buffers_of, modules_of
 
 # More members than this are data, and no state of what gives them.
 _DATA = 1000
@@ -45,7 +48,7 @@ _FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 # The dictionaries of a module whose values torch calls or reads by themselves: which are there is kept, and not what
 # they are.
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
-_OWN = (*_HOOKS, "_parameters", "_buffers", "_modules")
+_OWN = ("_parameters", "_buffers", "_modules", *_HOOKS)
 
 
 @contextmanager
@@ -69,10 +72,13 @@ def kept(**roots: object) -> Iterator[KeptTensors]:
     Raises:
         TypeError: a parameter that is lazy; before anything is done.
     """
-    for root in roots.values():
-        if isinstance(root, nn.Module):
-            _check_module(root)
+    modules = [root for root in roots.values() if isinstance(root, nn.Module)]
+    for each in chain.from_iterable(map(modules_of, modules)):
+        buffers_of(each).values()  # those that are on their way from other ranks arrive, and the module has its own
     objects = _Objects(roots.values())
+    if any(map(is_lazy, objects.tensors)):
+        for module in modules:
+            _refuse_lazy(module)
     tensors = KeptTensors()
 
     def restore() -> None:
@@ -86,10 +92,9 @@ def kept(**roots: object) -> Iterator[KeptTensors]:
         completely(restore)
 
 
-def _check_module(module: nn.Module) -> None:
-    list(module.buffers())  # those that are on their way from other ranks arrive, and the module has its own again
+def _refuse_lazy(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if nn.parameter.is_lazy(parameter):
+        if is_lazy(parameter):
             raise TypeError(
                 f"recalibrate(model, batches): model.{name} is lazy and has no values yet. Run a batch through the "
                 f"model first."
@@ -119,14 +124,15 @@ class _Objects:
 
     def restore(self) -> None:
         """Put everything back."""
-        for members in self._empty:
-            if members:
-                members.clear()
+        for members in filter(None, self._empty):
+            members.clear()
         for undo in self._undo:
             undo()
 
     def _visit(self, thing: Any) -> None:
-        if isinstance(thing, Tensor):
+        if type(thing) is tuple:  # the most frequent: sizes of kernels, strides
+            self._later(thing)
+        elif isinstance(thing, Tensor):
             if not is_transient(thing):
                 self.tensors.append(thing)
             if thing.is_leaf and thing.grad is not None:
@@ -144,7 +150,9 @@ class _Objects:
             self._visit_attributes(thing)
 
     def _later(self, values: Iterable[Any]) -> None:
-        self._waiting += [value for value in values if type(value) not in _CONSTANTS]
+        # In C: a module has some fifty of them.
+        values = list(values)
+        self._waiting += compress(values, map(not_, map(_CONSTANTS.__contains__, map(type, values))))
 
     def _visit_module(self, module: nn.Module) -> None:
         attributes = vars(module)
@@ -158,16 +166,12 @@ class _Objects:
             self._undo.append(partial(setattr, module, "training", module.training))
             self._later((*module.parameters(), *module.buffers()))
             return
-        self._later([value for key, value in attributes.items() if key not in _OWN])
-        for key in _OWN:
-            members = attributes.get(key)
-            if isinstance(members, dict):
-                if members:
-                    self._undo.append(partial(_restore_dict, members, dict(members)))
-                else:
-                    self._empty.append(members)
-                if key not in _HOOKS:
-                    self._later(members.values())
+        others = dict(attributes)
+        own = list(map(others.pop, _OWN, repeat(None)))
+        self._later(others.values())
+        self._later(chain.from_iterable(members.values() for members in own[:3] if members))
+        self._empty += filterfalse(None, own)
+        self._undo += [partial(_restore_dict, members, dict(members)) for members in filter(None, own)]
 
     def _visit_container(self, thing: Any) -> None:
         if isinstance(thing, dict):
@@ -268,6 +272,10 @@ def _restore_dict(members: dict[Any, Any], before: dict[Any, Any]) -> None:
         and all(map(is_, members.values(), before.values()))
         and all(map(is_, members, before))
     ):
+        return
+    if type(members) is dict:
+        members.clear()
+        members.update(before)
         return
     # A subclass may have a say in what is set, and must not here; but an ordered one keeps its order beside what a
     # plain one holds.

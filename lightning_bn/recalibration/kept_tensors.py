@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from itertools import chain
+from operator import attrgetter
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lightning_bn.modes import out_of_inference_mode
 from lightning_bn.recalibration.storages import StorageReference, address, is_lazy, lazy_copy
@@ -14,7 +17,8 @@ from lightning_bn.recalibration.storages import StorageReference, address, is_la
 # Memory that a storage has left; an array of numpy's may still look at it.
 _left: list[Tensor] = []
 
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN = (Tensor, Parameter, torch.nn.Buffer)
+_SHAPE = attrgetter("shape")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,6 +39,8 @@ class KeptTensors:
     def __init__(self) -> None:
         self._storages: list[_Storage] = []
         self._copied: list[_Copied] = []
+        self._watched: list[Tensor] = []  # parameters on lazy copies, with the memory that is their own
+        self._unwritten: list[object] = []
         self._gradients: list[tuple[Tensor, bool, Tensor | None]] = []
 
     def exchange(self, tensors: Iterable[Tensor], arrays: Sequence[int] = ()) -> None:
@@ -67,15 +73,23 @@ class KeptTensors:
                 if (arrays and _holds_any(storage.members[0][1], arrays)) or not storage.exchange():
                     self._copied += [_Copied(tensor) for tensor, _ in storage.members]
             self._storages = [storage for storage in self._storages if storage.original is not None]
+        self._watched = [each for storage in self._storages if storage.has_parameter for each in storage.tensors()]
+        self._unwritten = self._places()
 
     def restore_parameters(self) -> None:
         """Undo what was written into parameters since `exchange`."""
-        for storage in self._storages:
-            if storage.is_written() and any(isinstance(tensor, torch.nn.Parameter) for tensor, _ in storage.members):
-                storage.exchange()
+        if self._places() != self._unwritten:  # as most never are: one comparison after each batch
+            for storage in self._storages:
+                if storage.has_parameter and storage.is_written():
+                    storage.exchange()
+            self._unwritten = self._places()
         for copied in self._copied:
-            if isinstance(copied.tensor, torch.nn.Parameter):
+            if isinstance(copied.tensor, Parameter):
                 copied.restore()
+
+    def _places(self) -> list[object]:
+        """Return where the watched tensors are, and their shapes: a tensor that is written is elsewhere."""
+        return [*map(address, self._watched), *map(_SHAPE, self._watched)]
 
     def restore(self) -> None:
         """Give every tensor back what it was."""
@@ -129,6 +143,13 @@ class _Storage:
             tensor.data = alike.set_(self._copy.untyped_storage(), *place)
         self._copy = None
         return True
+
+    @property
+    def has_parameter(self) -> bool:
+        return any(isinstance(tensor, Parameter) for tensor, _ in self.members)
+
+    def tensors(self) -> Iterable[Tensor]:
+        return chain.from_iterable(self.members)
 
     def is_written(self) -> bool:
         moved = self._address - address(self.members[0][1])  # other than 0 where others have written into the storage

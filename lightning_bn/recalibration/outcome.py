@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lightning_bn.buffers import running_mean, running_var
 from lightning_bn.discovery import BatchNormLayer
@@ -135,30 +134,32 @@ def layer_reports(
 
 
 def _figures(layers: list[BatchNormLayer], changes: list[StatisticsChange], summaries: list[Summary]) -> Tensor:
-    """Return a row for each figure and a column for each layer, (7, L), float64: layers' channels lie in the rows of
-    (L, widest) tensors."""
-    eps = torch.tensor([layer.module.eps for layer in layers], dtype=torch.float64).unsqueeze(1)
-    width = torch.tensor([len(change.old[0]) for change in changes])
-    old_mean, old_var = (_rows([change.old[place] for change in changes]) for place in range(2))
-    new_mean, new_var = (_rows([change.new[place] for change in changes]) for place in range(2))
+    """Return a row for each figure and a column for each layer, (7, L), float64; all layers' channels lie side by side
+    meanwhile."""
+    widths = torch.tensor([len(change.old[0]) for change in changes])
+    layer = torch.arange(len(layers)).repeat_interleave(widths)
+    eps = torch.tensor([each.module.eps for each in layers], dtype=torch.float64)[layer]
+
+    def flat(values: list[Tensor]) -> Tensor:
+        return torch.cat([value.cpu() for value in values]).double()
+
+    def rms(squared: Tensor) -> Tensor:
+        return (torch.zeros(len(layers), dtype=torch.float64).index_add_(0, layer, squared) / widths).sqrt()
+
+    def largest(values: Tensor) -> Tensor:
+        return torch.zeros(len(layers), dtype=torch.float64).scatter_reduce_(0, layer, values.abs(), "amax")
+
+    old_mean, old_var = (flat([change.old[place] for change in changes]) for place in range(2))
+    new_mean, new_var = (flat([change.new[place] for change in changes]) for place in range(2))
     shift, ratio = statistics_shift(new_mean, new_var, old_mean, old_var, eps)
-    squared = _rows(
-        [summary.relative_errors(layer.module.eps) for layer, summary in zip(layers, summaries, strict=True)]
-    )
     return torch.stack(
         (
             torch.stack([summary.samples for summary in summaries]),
             torch.stack([summary.batches for summary in summaries]),
-            shift.abs().amax(1),
-            (shift.square().sum(1) / width).sqrt(),
-            ratio.abs().amax(1),
-            (ratio.square().sum(1) / width).sqrt(),
-            (squared.sum(1) / width).sqrt(),
+            largest(shift),
+            rms(shift.square()),
+            largest(ratio),
+            rms(ratio.square()),
+            rms(Summary.side_by_side(summaries).relative_errors(eps)),
         )
     )
-
-
-def _rows(values: list[Tensor]) -> Tensor:
-    """Return tensors (C,) of many sizes as the rows of one, filled up with zeros: which give no shift, no ratio and no
-    error."""
-    return pad_sequence([value.to("cpu", torch.float64) for value in values], batch_first=True)

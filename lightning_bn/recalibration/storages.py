@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
-from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -17,9 +16,13 @@ _PLACEHOLDER = 8  # bytes
 
 _lazy_clone = getattr(torch, "_lazy_clone", None)
 _is_cow_tensor = getattr(torch._C, "_is_cow_tensor", None)
-_data_address = getattr(torch._C, "_data_address", None)
 _DispatchMode = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDispatchMode", None)
 _weak_reference = getattr(torch.UntypedStorage, "_weak_ref", None)
+_free_weak_reference = getattr(torch.UntypedStorage, "_free_weak_ref", None)
+_HAS_ADDRESS = hasattr(torch._C, "_data_address")
+
+address: Callable[[Tensor], int] = getattr(torch._C, "_data_address", Tensor.data_ptr)
+"""Where the values of a tensor begin. The public ``data_ptr()`` counts as a write, and has a lazy copy made."""
 
 
 def lazy_copy(tensor: Tensor) -> Tensor | None:
@@ -33,7 +36,7 @@ def lazy_copy(tensor: Tensor) -> Tensor | None:
         numpy's, a file), and for storages of one number or none. These may be placeholders that a first batch resizes,
         as observers of a quantisation have; torch fails where a lazy copy is resized and then written.
     """
-    if _lazy_clone is None or _data_address is None or _weak_reference is None:
+    if _lazy_clone is None or _weak_reference is None or not _HAS_ADDRESS:
         return None
     if tensor.untyped_storage().nbytes() <= _PLACEHOLDER:
         return None
@@ -49,25 +52,20 @@ def is_lazy(tensor: Tensor) -> bool:
     return _is_cow_tensor is not None and bool(_is_cow_tensor(tensor))
 
 
-def address(tensor: Tensor) -> int:
-    """Return where the values of `tensor` begin.
-
-    The public ``data_ptr()`` counts as a write, and has a lazy copy made.
-    """
-    return int(tensor.data_ptr() if _data_address is None else _data_address(tensor))
-
-
 class StorageReference:
     """A reference to a storage that does not keep it alive.
 
     Python's own weak references are to the Python object, which comes and goes.
     """
 
-    __slots__ = ("__weakref__", "_pointer")
+    __slots__ = ("_pointer",)
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
         self._pointer = storage._weak_ref()
-        finalize(self, torch.UntypedStorage._free_weak_ref, self._pointer).atexit = False
+
+    def __del__(self, free: Any = _free_weak_reference) -> None:
+        if (pointer := getattr(self, "_pointer", None)) is not None:  # an interrupt may come before there is one
+            free(pointer)
 
     def storage(self) -> torch.UntypedStorage | None:
         """Return the storage; None where nobody holds it any more."""

@@ -127,6 +127,20 @@ class Summary:
             for parts, *values in zip(moments, *each.values(), strict=True)
         ]
 
+    @classmethod
+    def side_by_side(cls, summaries: Sequence[Summary]) -> Summary:
+        """Return the one that `split` makes `summaries` of, each of one layer, on one device."""
+        widths = torch.tensor([len(each.within) for each in summaries])
+        layer = torch.arange(len(summaries)).repeat_interleave(widths)
+
+        def channels(values: list[Tensor]) -> Tensor:
+            return torch.stack(values)[layer] if values[0].dim() == 0 else torch.cat(values)
+
+        moments = zip(*((each.moments.count, each.moments.mean, each.moments.m2) for each in summaries), strict=True)
+        others = [each.name for each in fields(cls) if each.name != "moments"]
+        each = {name: channels([getattr(summary, name) for summary in summaries]) for name in others}
+        return cls(Moments(*(channels(list(values)) for values in moments)), **each)
+
     def statistics(self, *, pooled: bool) -> tuple[Tensor, Tensor]:
         """Return mean and unbiased variance, (C,): of all the data together, or averaged over the batches."""
         if pooled:

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 import lightning_bn
 from lightning_bn import recalibrate
 
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
+from interpreted import count_python
+from resnet import resnet50
+
 
 def bytecodes(call: Callable[[], object]) -> int:
     """Return how many bytecodes of the package `call` runs, those of comprehensions too."""
@@ -47,3 +51,16 @@ def test_four_times_the_layers_are_four_times_the_work(exact: bool) -> None:
 
     run(few, batches)  # imports
     assert run(many, batches) < 4 * run(few, batches)
+
+
+def test_one_batch_takes_little_python_beside_the_forward() -> None:
+    """At most 25,000 calls in a ResNet of 52 batch norms.
+
+    At 0.85 us each (Python 3.11) they are 0.15 of the 142 ms that fvcore's ``update_bn_stats`` takes for one batch of a
+    ResNet-50: all that a recalibration may cost beside it.
+    """
+    model, batches = resnet50(4), [torch.randn(2, 3, 32, 32)]
+    recalibrate(model, batches, progress=False)  # imports
+    calls, _ = count_python(lambda: recalibrate(model, batches, progress=False))
+    forward, _ = count_python(lambda: model(batches[0]))
+    assert calls - forward <= 25_000
