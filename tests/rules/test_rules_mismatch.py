@@ -4,12 +4,13 @@ nearest legitimate thing, of which nothing is said."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from fitting import fit, quiet
+from fitting import fit, quiet, trainer
 from found import findings, of, only, serious
 from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from small_data import data
@@ -22,6 +23,11 @@ from lightning_bn.rules.mismatch import level_of
 
 LAYERS = ("model.backbone.0.1", "model.backbone.1.1", "model.head.2")
 PLACES = ("model_eval", "start", "epoch_start", "batch", "step")
+STAGES: dict[str, Callable[[pl.Trainer, pl.LightningModule], Any]] = {
+    "validation": lambda runner, module: runner.validate(module, data(batches=4), verbose=False),
+    "test": lambda runner, module: runner.test(module, data(batches=4), verbose=False),
+    "predict": lambda runner, module: runner.predict(module, data(batches=4)),
+}
 
 
 class Swaps(Module):
@@ -212,22 +218,53 @@ class TestBN208:
         (found,) = of("BN208", findings(Asks(), loader=data(batches=40)))
         assert (found.level, "its data differ" in found.seen) == ("info", True)
 
-    def test_weights_exchanged_for_a_test(self) -> None:
-        """A test behind a fit is judged by the fit's last training batch too."""
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_weights_exchanged_for_an_evaluation_behind_a_fit(self, stage: str) -> None:
+        """A validation, test or prediction behind a fit is judged by the fit's last training batch too."""
 
-        class ForATest(Swaps):
-            place = "test_start"
+        class For(Swaps):
+            pass
 
-            def on_test_start(self) -> None:
-                self.swap("test_start", self.factor)
-
-        check, module = ModeCheck(action="log"), ForATest()
+        setattr(For, f"on_{stage}_start", lambda self: self.swap(stage, self.factor))
+        check, module = ModeCheck(action="log"), For()
         with quiet():
             _, runner = fit(check, module=module, train=data(batches=40), val=data(batches=2), max_epochs=1)
             assert serious(check.findings) == []
-            runner.test(module, data(batches=4), verbose=False)
+            module.place = stage
+            STAGES[stage](runner, module)
         found = only("BN208", check.findings)
-        assert (found.stage, found.layers[0]) == ("test", LAYERS[0])
+        assert (found.stage, found.layers[0]) == (stage.replace("validation", "validate"), LAYERS[0])
+        assert "of answers change" in found.seen
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_an_evaluation_alone(self, stage: str) -> None:
+        """Where no training batch was seen it is information, by the evaluation's own images, and that is said."""
+        torch.manual_seed(0)
+        check, module = ModeCheck(action="log"), Swaps()
+        with quiet():
+            fit(module=module, train=data(batches=40), max_epochs=1, limit_val_batches=0)
+            for parameter in module.parameters():
+                parameter.data.mul_(3)
+            STAGES[stage](trainer(check), module)
+        found = only("BN208", check.findings)
+        assert (found.level, found.layers[0]) == ("info", LAYERS[0])
+        assert "no training batch was seen" in found.seen
+
+    def test_a_model_of_several_inputs(self) -> None:
+        """The replay gives the model all that the training batch gave it, by place and by name."""
+
+        class Several(Swaps):
+            place = "start"
+
+            def forward(self, images: Tensor, mask: Tensor, *, shift: Tensor) -> Tensor:
+                return self.model(images * mask + shift)
+
+            def loss(self, batch: Any) -> Tensor:
+                mask = torch.ones(len(batch[0]), 1, 1, 1)
+                return nn.functional.cross_entropy(self(batch[0], mask, shift=5 * mask), batch[1])
+
+        (found,) = of("BN207", findings(Several(), loader=data(batches=40)))
+        assert "normalises even the training images" in found.seen
         assert "of answers change" in found.seen
 
     def test_layers_in_eval_mode_in_training(self) -> None:
