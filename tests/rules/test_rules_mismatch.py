@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 from small_data import data
 from small_models import Module
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import BatchNormRecalibration, Finding, ModeCheck
@@ -323,32 +325,46 @@ class TestBN208:
         assert found.layers[0] == "first.0.1"
 
 
-class OwnRecalibration(pl.Callback):
-    """Runs training batches in training mode before the validation, as recipes for averaged weights do."""
-
-    @torch.no_grad()
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            pl_module.train()
-            for images, _ in data():
-                pl_module(images)
-            pl_module.eval()
+def own_forwards(module: pl.LightningModule) -> None:
+    module.train()
+    for images, _ in data():
+        module(images)
+    module.eval()
 
 
-def test_a_users_own_recalibration() -> None:
-    """The callback that does the same is advised, and nobody is accused of fitting to the evaluation's data; nor is a
-    module whose own hook does it, which the Trainer calls later."""
-    found = findings(Module(), OwnRecalibration())
-    assert serious(found) == []
-    assert "BatchNormRecalibration" in only("BN107", found).fix.code
+def by_fvcore(module: pl.LightningModule) -> None:
+    from fvcore.nn.precise_bn import update_bn_stats
+
+    module.train()
+    update_bn_stats(module, [images for images, _ in data()], 6)
+    module.eval()
+
+
+@pytest.mark.parametrize(
+    "recalibrates", [own_forwards, partial(update_bn, data()), by_fvcore], ids=["forwards", "torch", "fvcore"]
+)
+def test_a_users_own_recalibration(recalibrates: Callable[[pl.LightningModule], None]) -> None:
+    """By forwards of training batches in training mode, torch's `update_bn` or fvcore's `update_bn_stats` before a
+    validation: the callback that does the same is advised at most, and nobody is accused of fitting to the evaluation's
+    data; nor is a module whose own hook does it, which the Trainer calls later."""
+
+    class InACallback(pl.Callback):
+        @torch.no_grad()
+        def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if not trainer.sanity_checking:
+                recalibrates(pl_module)
 
     class InTheModule(Module):
         def on_validation_start(self) -> None:
-            OwnRecalibration().on_validation_start(self.trainer, self)
+            InACallback().on_validation_start(self.trainer, self)
 
-    found = findings(InTheModule())
+    if recalibrates is by_fvcore:
+        pytest.importorskip("fvcore.nn.precise_bn")  # before warnings are silenced, which its import scripts
+    found = [*findings(Module(), InACallback()), *findings(InTheModule())]
     assert serious(found) == []
-    assert "BatchNormRecalibration" in only("BN104", found).fix.code
+    told = [each for each in found if each.code in ("BN104", "BN107")]
+    assert {each.code for each in told} >= ({"BN104", "BN107"} if recalibrates is own_forwards else {"BN104"})
+    assert all("BatchNormRecalibration" in each.fix.code for each in told)
 
 
 @pytest.mark.parametrize(
