@@ -1,5 +1,5 @@
 """Where this package touches parts of torch that are not public; what it asks of storages, for recalibrations alone, is
-in `lightning_bn.recalibration.storages`.
+in `lightning_bn.recalibration.storages`, and of TorchScript, for observers alone, in `lightning_bn.torchscript`.
 
 Each function says why nothing public will do, and what it answers where the private part is gone.
 """

@@ -110,6 +110,7 @@ GROUND = {
     "sharding",
     "error_boundary",
     "set_in_use",
+    "torchscript",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "journal": {"grids"},  # nor torch: see the test below
@@ -120,6 +121,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "error_boundary": set(),
     "choices": {"discovery", "error_boundary"},
     "set_in_use": set(),
+    "torchscript": set(),
     "tables": set(),
     "grids": set(),
     "modes": {"torch_internals", "buffers", "discovery"},

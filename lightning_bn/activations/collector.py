@@ -29,6 +29,7 @@ from lightning_bn.ranks.collective import Ranks
 from lightning_bn.set_in_use import OtherSets
 from lightning_bn.sharding import full_vectors
 from lightning_bn.torch_internals import in_backward, unseen_by_modes
+from lightning_bn.torchscript import scriptable
 
 _PLAIN = {Tensor, nn.Parameter}
 _Summand: TypeAlias = tuple[str, Key]
@@ -145,6 +146,7 @@ class LayerCollector:
             see = partial(self._see, name)
             self._attached.callback(layer.register_forward_hook(see, with_kwargs=True).remove)
         self._attached.enter_context(eager(self._model))
+        self._attached.callback(scriptable(self._model))
 
     def _fused(self) -> set[nn.Module]:
         """What torch is to run as it would without hooks, in the modes that the layers are in now; what the user chose

@@ -16,6 +16,7 @@ from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.image_moments import ImageReader
 from lightning_bn.recalibration.measuring import normalises_its_input
 from lightning_bn.recalibration.spread import keep_spread
+from lightning_bn.torchscript import scriptable
 
 
 @observing
@@ -104,6 +105,7 @@ class DriftMonitor(Callback):
         """Set the hooks. Whether there is a spread is known with the first batch: it may be measured until then."""
         self._close()
         layers = [each.module for each in find_batch_norms(module) if each.tracks and normalises_its_input(each.module)]
+        self._hooks.callback(scriptable(module))
         self._images = self._hooks.enter_context(ImageReader(layers, self._boundary.guard))
         self._images.listening = False
 

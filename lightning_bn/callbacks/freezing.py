@@ -11,6 +11,7 @@ from lightning_bn.choices import Choices, check_choices, is_chosen
 from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, unserved, user_name
 from lightning_bn.modes import held_in_eval
 from lightning_bn.set_in_use import sets_of
+from lightning_bn.torchscript import scriptable
 
 
 class FreezeBatchNorm(Callback):
@@ -81,6 +82,7 @@ class FreezeBatchNorm(Callback):
             self._freeze_affine(chosen)
         self._layers = [layer.module for layer in chosen]
         self._held.enter_context(held_in_eval(self._layers))
+        self._held.callback(scriptable(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: Lightning has just warned of modules in eval mode, as most are that nobody meant.

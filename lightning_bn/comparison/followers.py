@@ -39,6 +39,7 @@ from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import merge_over_ranks
 from lightning_bn.set_in_use import OtherSets
 from lightning_bn.torch_internals import buffer_of_each, in_backward, in_transform, is_compiled
+from lightning_bn.torchscript import scriptable
 
 
 class Followers:
@@ -116,6 +117,7 @@ class Followers:
         layers = list(self._layers.values())
         self._sets.rest()
         with ExitStack() as stack:
+            stack.callback(scriptable(self._model))
             stack.callback(listening([layer for layer in layers if can_defer(layer)], self._settled))
             for path, layer in self._layers.items():
                 stack.callback(layer.register_forward_hook(self._hook(path, layer), with_kwargs=True).remove)

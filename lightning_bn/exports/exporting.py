@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_bn.averaging.training_state import TrainingState
+from lightning_bn.torchscript import watchers_hooks
 
 _FLAGS = ("training", "track_running_stats", "momentum")
 
@@ -44,8 +45,8 @@ def exporting(model: nn.Module) -> Iterator[None]:
     values = [value.detach().clone() for value in held]
     hooks = [(own, dict(own)) for each in modules for own in _hooks_of(each)]
     try:
-        for each in modules:
-            _take_off(each)
+        for members, key in [found for each in modules for found in watchers_hooks(each)]:
+            del members[key]
         model.eval()
         yield
     finally:
@@ -65,16 +66,6 @@ def exporting(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in zip(held, values, strict=True):
                 tensor.copy_(value)
-
-
-def _take_off(module: nn.Module) -> None:
-    """Remove the hooks of whoever watches a run. Those that a layer holds itself are part of what it computes."""
-    held = [id(value) for value in vars(module).values()]
-    for own in _hooks_of(module):
-        for key, hook in list(own.items()):
-            watches = str(getattr(hook, "__module__", "")).startswith("lightning_bn.")
-            if watches and id(getattr(hook, "__self__", hook)) not in held:
-                del own[key]
 
 
 def _hooks_of(module: nn.Module) -> tuple[dict[int, Callable[..., Any]], ...]:

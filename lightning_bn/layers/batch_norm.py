@@ -266,10 +266,7 @@ class AveragedBatchNorm(_BatchNorm):
 
     def _forward_at_once(self, input: Tensor) -> Tensor:
         """Let the kernel leave the batch's mean and unbiased variance in scratch buffers, which with momentum 1 costs
-        nothing, and settle at once.
-
-        They start as zeros, since a NaN in fresh memory would survive being multiplied by 0.
-        """
+        nothing, and settle at once. They start as zeros: a NaN in fresh memory would survive being multiplied by 0."""
         mean, var = map(torch.zeros_like, running_statistics(self))
         output = F.batch_norm(input, mean, var, *self._affine(mean.dtype), True, 1.0, self.eps)
         count = self._values_per_channel(input)
@@ -343,6 +340,11 @@ class AveragedBatchNorm(_BatchNorm):
         if (weight is None or weight.dtype == dtype) and (bias is None or bias.dtype == dtype):
             return weight, bias
         return None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """``torch.jit.script`` asks for it, and would fail in words of its own."""
+        call = "torch.jit.script(to_torch(copy.deepcopy(model)))"
+        raise TypeError(f"torch.jit.script can't compile a {type(self).__name__} of lightning_bn. Call {call}.")
 
     def reset_running_stats(self) -> None:
         """Put mean 0, variance 1 and no batches tracked into the buffers, and empty the averaging."""

@@ -50,6 +50,13 @@ class Spread(TrainingState):
         channels: of the layer.
     """
 
+    # No forward of the layer has to do with it, so TorchScript leaves it out of what it compiles.
+    __jit_ignored_attributes__ = ("reference", "center", "scale", "draws", "counts")
+    __jit_unused_properties__ = (
+        *("images", "all_images", "calls", "measured_in"),
+        *("state_meaning", "state_of"),
+    )
+
     reference: Tensor  # (2, C), the running mean and variance that it was measured with
     center: Tensor  # (2, C), the mean over images of both moments
     scale: Tensor  # (2, C), their standard deviation from image to image

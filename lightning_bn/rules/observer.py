@@ -29,6 +29,7 @@ from lightning_bn.torch_internals import (
     is_tracing,
     parameters_of,
 )
+from lightning_bn.torchscript import scriptable
 
 Modes = tuple[bool, ...]
 """The ``training`` flags of `Observer.modules`, in their order."""
@@ -96,6 +97,7 @@ class Observer:
         self._compiled = is_compiled(model)
         self._call_hooks: list[_CallHooks] = []
         self._layer_hooks: list[_LayerHooks] = []
+        self._unhide: Callable[[], None] = lambda: None
 
     @property
     def calls(self) -> int:
@@ -108,14 +110,11 @@ class Observer:
         return bool(self._call_hooks) and not self._layer_hooks
 
     def attach(self, entries: Iterable[nn.Module]) -> None:
-        """Set the hooks.
-
-        Args:
-            entries: the modules whose calls count as calls of the model: the model itself, or what its training step
-                calls.
-        """
+        """Set the hooks. `entries` are the modules whose calls count as calls of the model: the model itself, or what
+        its training step calls."""
         parts = [module for module in dict.fromkeys(entries) if not isinstance(module, _BatchNorm)]
         self._call_hooks = [_CallHooks(self, place, module) for place, module in enumerate(parts)]
+        self._unhide = scriptable(self.modules[0])
         self.watch_layers()
 
     def close(self) -> None:
@@ -124,6 +123,7 @@ class Observer:
         for hooks in self._call_hooks:
             hooks.close()
         self._call_hooks = []
+        self._unhide()
         self.recording = False
 
     def watch_layers(self) -> None:
