@@ -32,8 +32,9 @@ test-newest: .venv-newest/installed
 
 # What meets other people's loaders, exporters, adapters, loggers and tools, with these installed: `make test` skips it.
 BORDERS := tests/callbacks/test_second_pass_of_packages.py tests/callbacks/test_monitor_loggers.py \
-	tests/layers/test_tools.py tests/recalibration/test_adapters.py tests/rules/test_averages_of_packages.py \
-	tests/rules/test_exporters_in_a_fit.py tests/exports tests/test_docs.py::test_recipes_run
+	tests/layers/test_timm.py tests/layers/test_tools.py tests/recalibration/test_adapters.py \
+	tests/rules/test_averages_of_packages.py tests/rules/test_exporters_in_a_fit.py tests/exports \
+	tests/test_docs.py::test_recipes_run
 
 test-borders: .venv-borders/installed
 	OMP_NUM_THREADS=1 .venv-borders/bin/pytest -n 2 --dist loadfile $(BORDERS)

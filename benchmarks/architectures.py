@@ -1,5 +1,5 @@
-"""Whether architectures that no test uses are converted, trained and recalibrated as they should be, and whether the
-guard stays silent about them: the table of docs/compatibility.md.
+"""Whether architectures, most of which no test uses, are converted, trained and recalibrated as they should be, and
+whether the guard stays silent about them: the table of docs/compatibility.md.
 
     pip install --no-deps timm==1.0.31 torchvision==0.28.0
     python benchmarks/architectures.py [--messages] [NAME ...]
@@ -26,9 +26,11 @@ import contextlib
 import copy
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,6 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from other_torchvision import import_torchvision
 
 from lightning_bn import Averaging, Exponential, Finding, ModeCheck, Window, check, convert_batch_norm, recalibrate
 
@@ -98,17 +103,6 @@ HUGGING_FACE: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {  # clas
         | {"subsampling_conv_channels": 8, "layerdrop": 0.0},
     ),
 }
-
-
-TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")  # if it is collected, its declarations are gone
-
-
-def import_timm() -> None:
-    """Import timm, also where torchvision's compiled part, of which it has no need, was built for another torch."""
-    for operator in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):
-            TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import timm  # noqa: F401
 
 
 def build(name: str) -> tuple[nn.Module, tuple[int, ...]]:
@@ -349,7 +343,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures; all without any")
     parser.add_argument("--messages", action="store_true", help="print what is said in full too")
     options = parser.parse_args()
-    import_timm()
+    import_torchvision()
     print("| architecture | batch norms | identical | recalibrated | said, torch's layers | said, `Window(20)` |")
     print("|---|---|---|---:|---|---|")
     for name in options.names or [*HUGGING_FACE, *SIDES]:

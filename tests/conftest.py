@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from limits import SCALE, limit
+from other_torchvision import import_torchvision
 
 from lightning_bn.error_boundary import RERAISE
 
@@ -27,6 +28,8 @@ importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_point
 
 # A forked process ends as it is asked to, also one that waits for a lock and runs no handler of Python's.
 os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+import_torchvision()  # before others do
 
 DEVICES = ["cpu"]
 if torch.accelerator.is_available():
