@@ -158,20 +158,25 @@ def trainers(stack: ExitStack, device: str) -> dict[str, Step]:
 
 
 def _count_callbacks(rows: dict[str, Row], steps: dict[str, Step]) -> None:
-    operations, python = {}, {}
+    operations = {}
     for name, step in steps.items():
         for _ in range(3):  # a first batch may set things up
             step()
         with Operations() as seen:
             for _ in range(COUNTED):
                 step()
-        operations[name], python[name] = seen.calls.total() / COUNTED, count_python(step)
+        operations[name] = seen.calls.total() / COUNTED
     for name, row in rows.items():
         without = operations[CALLBACKS[name].without]
         row.operations, row.relative = operations[name], operations[name] / without
         row.further = (operations[name] - without) / CALLBACKS[name].layers
-        beyond = zip(python[name], python[CALLBACKS[name].without], strict=True)
-        row.calls, row.bytecodes = (number - before for number, before in beyond)
+        row.calls, row.bytecodes = python_beyond(steps[name], steps[CALLBACKS[name].without])
+
+
+def python_beyond(step: Step, without: Step) -> tuple[int, int]:
+    """Return the Python calls and bytecodes of a step with a callback, beyond those of the step without it."""
+    (calls, bytecodes), (calls_before, bytecodes_before) = count_python(step), count_python(without)
+    return calls - calls_before, bytecodes - bytecodes_before
 
 
 def rows_of_a_sample() -> list[Row]:

@@ -86,6 +86,7 @@ class OtherSets:
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         found = (layer.__dict__.get(_MEMBERSHIP) for layer in layers)
         self._sets: list[Sets] = list({id(each.sets): each.sets for each in found if each is not None}.values())
+        self.are_several = bool(self._sets)  # whether any of the layers has more than one set
         self.rest()
 
     def rest(self) -> None:

@@ -296,7 +296,8 @@ def saved_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
     node = output.grad_fn
     # Hooks on saved tensors would be called, and those of activation checkpointing run the forward again.
     hooked = _saved_tensors_hooks is None or _saved_tensors_hooks(True) is not None
-    if hooked or node is None or not _of_kernel(node):
+    # Of one of batch norm's own kernels (native, cuDNN, MIOpen), and not of a Python function of that name.
+    if hooked or "BatchNorm" not in type(node).__name__ or isinstance(node, torch.autograd.function.BackwardCFunction):
         return None
     mean, inverse = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
     if not (
@@ -304,12 +305,6 @@ def saved_statistics(output: Tensor) -> tuple[Tensor, Tensor] | None:
     ):
         return None
     return mean, inverse
-
-
-def _of_kernel(node: Any) -> bool:
-    """Whether a graph node is that of one of batch norm's own kernels (native, cuDNN, MIOpen), and not a Python
-    function of that name."""
-    return "BatchNorm" in type(node).__name__ and not isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def divided(tensor: Tensor) -> tuple[Tensor, Hashable] | None:

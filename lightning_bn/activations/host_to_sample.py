@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,12 @@ from lightning_bn.activations.sample import ABSENT, KNOWN, SHOWN, WARM_UP, Sampl
 from lightning_bn.activations.sample_history import ChannelHistory, ZeroStart
 from lightning_bn.activations.sample_rows import Indices, RowLayout, RowNames, lay_out
 from lightning_bn.moments import Moments
-from lightning_bn.torch_internals import affine
+from lightning_bn.torch_internals import affine, parameters_of
 
 # A channel of the input that hardly varies in training is compared in units of a tenth of the whole input's deviation.
 INPUT_FLOOR = 0.01
+
+_AFFINE, _WEIGHT, _BIAS = {"weight", "bias"}, itemgetter("weight"), itemgetter("bias")
 
 # In what a layer that gives nothing but zeros shows.
 SILENT = ("std", "zero_fraction", "dead_fraction", "died_channels")
@@ -42,6 +45,10 @@ SILENT = ("std", "zero_fraction", "dead_fraction", "died_channels")
 
 def affine_of(norms: Iterable[_BatchNorm]) -> tuple[list[Any], list[Any]]:
     """Return the affine weight of each batch norm and its bias, something else than a tensor where it has none."""
+    norms = list(norms)
+    parameters = list(map(parameters_of, norms))
+    if all(map(_AFFINE.issubset, parameters)):  # as they mostly are: in loops that run no Python for each layer
+        return list(map(_WEIGHT, parameters)), list(map(_BIAS, parameters))
     pairs = list(map(affine, norms))
     return [weight for weight, _ in pairs], [bias for _, bias in pairs]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from lightning_bn.layers.settlement import (
     advance,
     batch_moments,
     is_finite,
+    is_synchronised,
     kept_statistics,
     listening,
     rule_of,
@@ -38,7 +40,7 @@ from lightning_bn.layers.subclasses import input_and_mask
 from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import merge_over_ranks
 from lightning_bn.set_in_use import OtherSets
-from lightning_bn.torch_internals import buffer_of_each, in_backward, in_transform, is_compiled
+from lightning_bn.torch_internals import backward_task, buffer_of_each, buffers_of, innermost_transform, is_compiled
 from lightning_bn.torchscript import scriptable
 
 
@@ -231,20 +233,24 @@ class Followers:
         pieces = zip(settled.mean.split(sizes), settled.var.split(sizes), settled.count.unbind(), strict=True)
         for layer, has_run, (mean, var, count) in zip(settled.layers, ran, pieces, strict=True):
             if has_run:
-                self._put_down(layer, _Moments(mean, var, count))
+                if layer in self._pending:
+                    self._flush()
+                self._pending[layer] = _Moments(mean, var, count)
 
     def _hook(self, path: str, layer: _BatchNorm) -> Any:
         """Return what sees a layer of plain torch, and a compiled layer of any class: `torch.compile` makes it part of
         its code, in which every layer settles by itself, and so do its shadows."""
         shadows = [row[path] for row in self._shadows.values()]
         is_told = can_defer(layer)
+        # Not `guarded`, which asks whether anything is compiled, for each layer at each step.
+        see = self._see if self._boundary is UNBOUNDED else partial(self._boundary.attempt, "", self._see)
 
         def while_training(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if not (layer.training and layer.track_running_stats):
                 return
             if not torch.compiler.is_compiling():
                 if not is_told:
-                    self._see(layer, args, kwargs, output)
+                    see(layer, args, kwargs, output)
             elif self._sets.of(layer) is None:
                 self._traced.add(path)
                 input, mask = input_and_mask(layer, args, kwargs)
@@ -252,22 +258,22 @@ class Followers:
 
         return while_training
 
-    @guarded
     def _see(self, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """Note down the batch of a layer of plain torch."""
-        if in_backward() or in_transform() or self._sets.of(layer) is not None:
+        """Note down the batch of a layer of plain torch. It is kept until the layer has another one, or somebody reads:
+        then those of all layers are taken in."""
+        # Few functions, since a step comes here for each layer: as `in_backward` and `in_transform` have it.
+        if backward_task() != -1 or innermost_transform() is not None:
             return
-        self._renew_if_resized([layer])
+        if self._sets.are_several and self._sets.of(layer) is not None:
+            return
+        if buffers_of(layer)["running_mean"].shape[0] != self._sizes[layer]:  # type: ignore[union-attr]
+            self._renew_if_resized([layer])
         self._seen.add(layer)
-        kept = kept_statistics(layer, output) if synchronised_moments(layer) is None else None
+        kept = None if is_synchronised(layer) else kept_statistics(layer, output)
         if kept is not None:
             moments = _Moments(*kept, output.numel() // output.shape[1], kept=True)
         else:
             moments = _Moments(*_moments(layer, *input_and_mask(layer, args, kwargs), output))
-        self._put_down(layer, moments)
-
-    def _put_down(self, layer: _BatchNorm, moments: _Moments) -> None:
-        """Keep a batch until the layer has another one, or somebody reads: then those of all layers are taken in."""
         if layer in self._pending:
             self._flush()
         self._pending[layer] = moments
