@@ -2,7 +2,8 @@
 
 A step is two forwards, each of a batch of its own, one backward and SGD, of a ResNet with 52 batch norms, one thread.
 Variants are timed in turn; printed are the medians of the rounds' ratios to the same layers without sets, and of these
-over several processes. With 2 images of 3x32x32 the host is the bottleneck, as it is on a GPU.
+over several processes. With 2 images of 3x32x32 the host is the bottleneck, as it is on a GPU. What Python does in a
+step beyond that without sets is exact, and the same on every machine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from multiprocessing import get_context
 
 import torch
+from interpreted import count_python
 from resnet import resnet50
 from torch import Tensor, nn
 from turns import ratios
@@ -49,6 +51,27 @@ def training_step(model: nn.Module, samples: int, *, sets: bool, affine: bool = 
     return step
 
 
+def steps_of(convert: Callable[[nn.Module], nn.Module], samples: int) -> dict[str, Callable[[], None]]:
+    variants = {
+        "no sets": (False, False),
+        "no sets again": (False, False),
+        "two sets": (True, False),
+        "affine=True": (True, True),
+    }
+    return {
+        what: training_step(convert(resnet50(4)), samples, sets=sets, affine=affine)
+        for what, (sets, affine) in variants.items()
+    }
+
+
+def python_of(convert: Callable[[nn.Module], nn.Module]) -> dict[str, tuple[int, int]]:
+    """Return the Python functions and bytecodes of a step."""
+    steps = steps_of(convert, 2)
+    for step in steps.values():
+        step()  # a first step sets things up
+    return {what: count_python(step) for what, step in steps.items() if what != "no sets again"}
+
+
 def measure(rounds: int) -> dict[tuple[int, str], list[float]]:
     """Return the ratios by images a batch and layers, as one process measures them."""
     torch.manual_seed(0)
@@ -56,15 +79,7 @@ def measure(rounds: int) -> dict[tuple[int, str], list[float]]:
     found = {}
     for samples, repeat in ((2, 5), (32, 1)):
         for name, convert in LAYERS.items():
-            steps = {
-                what: training_step(convert(resnet50(4)), samples, sets=sets, affine=affine)
-                for what, sets, affine in (
-                    ("no sets", False, False),
-                    ("no sets again", False, False),
-                    ("two sets", True, False),
-                    ("affine=True", True, True),
-                )
-            }
+            steps = steps_of(convert, samples)
             found[samples, name] = list(ratios(steps, "cpu", rounds, repeat).values())[1:]
     return found
 
@@ -72,12 +87,18 @@ def measure(rounds: int) -> dict[tuple[int, str], list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=3, help="0: no times, what Python does alone")
     options = parser.parse_args()
+    print(f"{'layers':18}{'step':12}{'Python functions':>18}{'bytecodes':>12}")
+    for name, convert in LAYERS.items():
+        for what, (functions, bytecodes) in python_of(convert).items():
+            print(f"{name:18}{what:12}{functions:18,d}{bytecodes:12,d}")
+    if not options.processes:
+        return
     # Where its tensors happen to lie makes a model a few percent faster or slower for as long as a process lives.
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         tables = [pool.apply(measure, (options.rounds,)) for _ in range(options.processes)]
-    print(f"{'images a batch':16}{'layers':18}{'no sets again':>15}{'two sets':>10}{'affine=True':>13}")
+    print(f"\n{'images a batch':16}{'layers':18}{'no sets again':>15}{'two sets':>10}{'affine=True':>13}")
     for samples, name in tables[0]:
         each = zip(*(table[samples, name] for table in tables), strict=True)
         again, two, affine = map(statistics.median, each)
