@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lightning_bn.activations.column import CHANNELS, COUNT, FRACTION, LOWER_RATE, Column, Scale, Statistic
-from lightning_bn.activations.formulas import are_functions, are_layers, extent
+from lightning_bn.activations.formulas import are_functions, are_layers, extent, off_by_chance
 
 # A root mean square, or a standard deviation, that no healthy layer reaches.
 LARGE = 1e3
@@ -13,6 +13,9 @@ LARGE = 1e3
 # Next to a value of 1, float32 hardly knows the difference: a network whose layers are that small has vanished. Gates,
 # and what a small initial scale multiplies (LayerScale), begin with 1e-5.
 TINY = 1e-7
+
+# Shares of a layer's channels that are too many.
+MANY_DEAD, MANY_DORMANT = 0.25, 0.5
 
 # Channels of which a share tells nothing.
 FEW = 8
@@ -152,9 +155,9 @@ ACTIVATION_COLUMNS: tuple[Column, ...] = (
         label="share of channels that are dead",
         scale=FRACTION,
         family="silence",
-        high=0.25,
+        high=MANY_DEAD,
         # Of a handful of channels, as in squeeze and excitation, some are dead by chance.
-        judged=lambda found: found.widths >= FEW,
+        judged=lambda found: (found.widths >= FEW) & ~off_by_chance(found, found.dead, MANY_DEAD),
         rank=2,
         advice=f"{LOWER_RATE}, normalise before this layer, or use a function that does not end at 0 (nn.LeakyReLU).",
         code="nn.LeakyReLU(0.01)  # in place of nn.ReLU()",
@@ -184,8 +187,8 @@ ACTIVATION_COLUMNS: tuple[Column, ...] = (
         label="share of channels that are dormant, next to 0 beside the others",
         scale=FRACTION,
         family="silence",
-        high=0.5,
-        judged=lambda found: found.widths >= FEW,
+        high=MANY_DORMANT,
+        judged=lambda found: (found.widths >= FEW) & ~off_by_chance(found, found.dormant, MANY_DORMANT),
         rank=4,
         mapped=False,
         logged=False,

@@ -107,7 +107,12 @@ class LayerCollector:
         self._is_open = False
         self._order: dict[CallSite, str] = {}  # of this sample, in the order of the calls, and the module's name
         self._called: set[str] = set()
-        self._builder = SampleBuilder(self.layers, self._tracking, training=training)
+        self._builder = SampleBuilder(
+            self.layers,
+            self._tracking,
+            training=training,
+            hidden_norms=not self._norms and any(isinstance(each, _BatchNorm) for each in model.modules()),
+        )
         self._sites = CallSites(
             model,
             self.layers,

@@ -12,6 +12,9 @@ from lightning_bn.activations.pool_to_host import Array, Channels, Mask, Norms
 # A batch norm's weight starts at 1; below a hundredth of that the channel hardly reaches the next layer.
 NEAR_ZERO = 0.01
 
+# Standard deviations that a share may be off by chance: one layer in 30,000 is farther.
+CHANCE = 4.0
+
 
 def are_functions(found: Channels) -> Mask:
     return found.flags.is_function
@@ -19,6 +22,19 @@ def are_functions(found: Channels) -> Mask:
 
 def are_layers(found: Channels) -> Mask:
     return ~found.flags.is_input
+
+
+def off_by_chance(found: Channels, off: Mask, limit: float) -> Mask:
+    """Tell in which rows more than `limit` of the channels are off, and no more than the draw of their initial weights
+    explains.
+
+    Without a batch norm before it a channel may be given the same sign whatever the input, and the more so the deeper
+    its layer is: then it is off with probability 1/2, by symmetry (Lu et al. 2020, "Dying ReLU and initialization").
+    So half of a layer is explained, and what a binomial varies by.
+    """
+    share, bound = found.total(off) / found.widths, 0.5 + CHANCE * 0.5 / np.sqrt(found.widths)
+    explained: Mask = ~found.flags.is_centred & (share > limit) & (share < np.minimum(bound, 1.0))
+    return explained
 
 
 def extent(found: Channels, which: Array) -> Array:

@@ -22,8 +22,8 @@ _FUNCTIONS = {
     *("softplus", "softsign", "hardtanh", "hardswish"),
     *_BOUNDS,
 }
-_SUM = "add"
-_SEEN = {*_FUNCTIONS, _SUM}
+SUM = "add"
+_SEEN = {*_FUNCTIONS, SUM}
 
 
 class FunctionalCalls(TorchFunctionMode):
@@ -48,7 +48,7 @@ class FunctionalCalls(TorchFunctionMode):
     @guarded
     def _note(self, name: str, args: tuple[Any, ...], result: Any) -> None:
         # torch turns the mode off while this runs: what is read of the result is not seen in turn.
-        if isinstance(result, Tensor) and (name != _SUM or _is_residual(args)):
+        if isinstance(result, Tensor) and (name != SUM or _is_residual(args)):
             self._see(name, result)
 
 

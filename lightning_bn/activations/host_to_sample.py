@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -75,9 +76,18 @@ class SampleBuilder:
         layers: by name.
         tracking: names of the batch norms that keep running statistics.
         training: whether it is training, in whose first steps a layer may be what it was initialised with.
+        hidden_norms: whether the model has batch norms and none is among the layers.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], tracking: Mapping[str, _BatchNorm], *, training: bool) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        tracking: Mapping[str, _BatchNorm],
+        *,
+        training: bool,
+        hidden_norms: bool = False,
+    ) -> None:
+        self._hidden_norms = hidden_norms
         self._layers = layers
         self._training = training
         self._norms = {name: layer for name, layer in layers.items() if isinstance(layer, _BatchNorm)}
@@ -110,14 +120,17 @@ class SampleBuilder:
         if norms is not None:
             _fill(values, states, "norm", norms, layout.norms)
         if (pool := _part(found.pool, "activation", "given")) is not None:
-            activations = Channels.of(pool, layout.flags, self.history.update, _effective_ranks(found, pool))
+            centred = layout.flags.is_centred
+            activations = Channels.of(
+                pool, layout.flags, partial(self.history.update, centred=centred), _effective_ranks(found, pool)
+            )
             _fill(values, states, "activation", activations, layout.activations)
             labels = [layout.labels[row] for row in layout.activations]
             channels = _by_row(labels, activations.widths, activations.channel_mean, activations.channel_std)
             self._compare_input(pool, layout, reference, values, states)
         if (pool := _part(found.pool, "gradient")) is not None:
             nothing = np.zeros(len(pool.keys), dtype=bool)
-            flags = Flags(*[nothing] * 6)
+            flags = Flags(*[nothing] * len(fields(Flags)))
             _fill(values, states, "gradient", Channels.of(pool, flags), layout.gradients)
         if found.updates:
             _fill(values, states, "weight", np.stack(list(found.updates.values())), layout.weights)
@@ -142,6 +155,7 @@ class SampleBuilder:
                 outputs=found.outputs,
                 images=found.images,
                 weighted=list(found.updates),
+                hidden_norms=self._hidden_norms,
             )
             self._layouts = {what: layout}
         return self._layouts[what]

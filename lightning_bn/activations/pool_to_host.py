@@ -48,6 +48,7 @@ class Flags:
     is_input: Mask  # what the model was given
     is_stream: Mask  # a residual sum, or a layer or RMS norm, in which all channels are of one scale
     has_positions: Mask  # each channel has several values a sample, as in an image
+    is_centred: Mask  # a batch norm feeds it, so that each channel is given as much below 0 as above
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ class ChannelHistory:
     as in squeeze and excitation, one that is off tells nothing. All channels of a layer that gives nothing but zeros
     are dead at once. Fewer than `POSITIONS`, which in a deep layer are much alike, tell nothing of a channel.
 
-    A dead channel counts by itself where the others are `BALANCED`. What a channel is given has a
-    mean m and a deviation s, and it fires at the rate at which a normal variable exceeds -m/s. If the median of
-    min(rate, 1 - rate) over the channels is 0.3, half of all |m/s| are below 0.52, so m/s varies by 0.78; not to fire
-    at 256 positions takes -3.5, which is 4.5 of these: by chance, one channel in 300,000. After a batch norm m is 0.
-    Without one, a channel may be off from the start, or for a while as the weights move: in a healthy encoder layer of
-    a transformer some are for tens of steps. Of these the share alone counts.
+    A dead channel counts by itself where a batch norm feeds the layer and the others are `BALANCED`. What a channel is
+    given has a mean m and a deviation s, and it fires at the rate at which a normal variable exceeds -m/s. If the
+    median of min(rate, 1 - rate) over the channels is 0.3, half of all |m/s| are below 0.52, so m/s varies by 0.78; not
+    to fire at 256 positions takes -3.5, which is 4.5 of these: by chance, one channel in 300,000. After a batch norm m
+    is 0. Without one, a channel may be off from the start, or for a while as the weights move, as in perceptrons and in
+    encoder layers of transformers. Of these the share alone counts.
     """
 
     EVIDENCE = 20.0
@@ -36,8 +36,14 @@ class ChannelHistory:
         self._known: dict[Any, tuple[Array, Array]] = {}  # rate at which a channel fires, and silent positions since
         self._newest: tuple[tuple[Any, ...], Array, Array] = ((), np.empty(0), np.empty(0))  # the same, flat, by keys
 
-    def update(self, pool: Pool, silent: Mask) -> tuple[Mask, Mask]:
-        """Take a sample in, and return which of its channels are dead, and which of these count by themselves."""
+    def update(self, pool: Pool, silent: Mask, centred: Mask) -> tuple[Mask, Mask]:
+        """Take a sample in, and return which of its channels are dead, and which of these count by themselves.
+
+        Args:
+            pool: the activations.
+            silent: which channels were 0 at every position.
+            centred: which rows are fed by a batch norm.
+        """
         widths = np.array([key.width for key in pool.keys], dtype=np.int64)
         rate, since = self._recall(pool)
         positions = np.repeat(np.array(pool.seen, dtype=np.float64), widths)
@@ -53,7 +59,7 @@ class ChannelHistory:
         expected = np.where(has_fired, rate, usual.repeat(widths)) * since
         is_long = (since >= self.POSITIONS) & (expected >= self.EVIDENCE)
         dead = silent & (wholly | is_long)
-        return dead, dead & (usual >= self.BALANCED).repeat(widths)
+        return dead, dead & (centred & (usual >= self.BALANCED)).repeat(widths)
 
     def _recall(self, pool: Pool) -> tuple[Array, Array]:
         """The rates and the silent positions of the channels of a pool; its keys are as a rule those of the last."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.call_sites import CallSite, label_of
-from lightning_bn.activations.functional_calls import function_of, functional_bounds, is_activation_function
+from lightning_bn.activations.functional_calls import SUM, function_of, functional_bounds, is_activation_function
 from lightning_bn.activations.moments_to_pool import Key
 from lightning_bn.activations.pool_to_host import Flags
 from lightning_bn.activations.watched_layers import bounds_of, is_norm_layer, normalised_width
@@ -58,6 +58,7 @@ def lay_out(
     outputs: Collection[CallSite],
     images: Collection[Key],
     weighted: Sequence[str] = (),
+    hidden_norms: bool = False,
 ) -> RowLayout:
     """Return the layout of what was measured.
 
@@ -69,6 +70,7 @@ def lay_out(
         outputs: places whose activation is what the model returns.
         images: inputs of which each channel has several values a sample.
         weighted: layers whose weights took a step, in registration order.
+        hidden_norms: whether the model has batch norms and none is among `layers`, so that any may feed a row.
     """
     by_place: dict[CallSite, list[Key]] = {place: [] for place in order}
     for key in keys:
@@ -104,7 +106,7 @@ def lay_out(
             [_row_after(name, row, module_of) for name, row in zip(norms, own_rows.tolist(), strict=True)],
             dtype=np.int64,
         ),
-        _flags(rows, [row_of[key] for key in measured], module_of, layers, outputs, images),
+        _flags(rows, [row_of[key] for key in measured], module_of, layers, outputs, images, hidden_norms),
         tuple(rows),
     )
 
@@ -145,6 +147,7 @@ def _flags(
     layers: Mapping[str, nn.Module],
     outputs: Collection[CallSite],
     images: Collection[Key],
+    hidden_norms: bool,
 ) -> Flags:
     def each(values: Sequence[bool]) -> NDArray[np.bool_]:
         return np.array(values, dtype=bool)
@@ -159,7 +162,22 @@ def _flags(
         is_input=each(is_input),
         is_stream=each([not given and _is_stream(name, layers) for name, given in named]),
         has_positions=each([key in images for key in rows]),
+        is_centred=each([hidden_norms or _is_centred(place, module_of, layers) for place in places]),
     )
+
+
+def _is_centred(row: int, modules: Sequence[str], layers: Mapping[str, nn.Module]) -> bool:
+    """Whether a batch norm feeds a row, by itself, by way of a residual sum, or as the module that the row is a part
+    of."""
+
+    def is_norm(name: str) -> bool:
+        return isinstance(layers.get(name), _BatchNorm)
+
+    parts = modules[row].split(".")
+    if any(is_norm(".".join(parts[:number])) for number in range(1, len(parts))):
+        return True
+    before = row - 2 if row > 1 and function_of(modules[row - 1]) == SUM else row - 1
+    return before >= 0 and is_norm(modules[before])
 
 
 def is_function(name: str, layers: Mapping[str, nn.Module]) -> bool:
