@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_bn.activations.episodes import Episode, causes
+from lightning_bn.activations.episodes import Episode, causes, urgency
 from lightning_bn.activations.pool_to_host import Mask
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
 from lightning_bn.activations.sample import SHOWN, WARM_UP, Sample
@@ -51,6 +51,7 @@ def describe_episodes(episodes: Sequence[Episode]) -> Iterator[dict[str, Any]]:
                 "cause": None
                 if each is cause.episode
                 else [cause.episode.layer, cause.episode.statistic, cause.episode.first],
+                "urgency": [int(part) for part in urgency(each)],
                 "step": each.first,
             }
 

@@ -166,10 +166,11 @@ class Episodes:
 def in_order(episodes: Iterable[Episode], order: Mapping[str, int]) -> list[Episode]:
     """Return episodes with the places of their layers, the earliest first, and of those that began together the most
     upstream."""
-    return sorted((replace(each, order=order.get(each.layer, len(order))) for each in episodes), key=_urgency)
+    return sorted((replace(each, order=order.get(each.layer, len(order))) for each in episodes), key=urgency)
 
 
-def _urgency(episode: Episode) -> tuple[int, int, bool, int, int, int]:
+def urgency(episode: Episode) -> tuple[int, int, bool, int, int, int]:
+    """Return by what episodes are sorted, so that what comes first is the cause."""
     stages = list(STAGES)
     stage = stages.index(episode.stage) if episode.stage in stages else len(stages)
     statistic = STATISTICS[episode.statistic]
@@ -282,7 +283,7 @@ def causes(episodes: Iterable[Episode]) -> list[Cause]:
     follower brings about, as a dead layer does silence; and from NaN, or an input that is wrong, everything does.
     """
     groups: list[_Group] = []
-    for episode in sorted(episodes, key=_urgency):
+    for episode in sorted(episodes, key=urgency):
         group = next((each for each in groups if each.explains(episode)), None)
         if group is None:
             groups.append(_Group(episode))

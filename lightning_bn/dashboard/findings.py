@@ -14,10 +14,11 @@ def findings_of(journal: JournalReader) -> list[dict[str, Any]]:
     ``text``, ``why``, ``fix``, ``link``, and ``follows``, the place in the list of the one that it follows from."""
     places = layer_places(journal)
     found = [*_episodes(journal), *_guard(journal)]
+    # As the monitor sorts them: what comes first is the cause.
     found.sort(
         key=lambda each: (
-            each["first"],
-            min((places.get(n, 1 << 30) for n in each["layers"]), default=1 << 30),
+            each.pop("urgency")
+            or [each["first"], 0, 0, 1, min((places.get(n, 1 << 30) for n in each["layers"]), default=1 << 30)]
         )
     )
     _group(found)
@@ -62,6 +63,7 @@ def _episode(event: dict[str, Any], statistic: dict[str, Any], end: int) -> dict
         "fix": event.get("fix") or statistic.get("fix", ""),
         "link": event.get("link") or statistic.get("link", ""),
         "cause": event.get("cause"),
+        "urgency": event.get("urgency"),  # which older journals lack
         "rule": event.get("rule", ""),
     }
 
@@ -72,14 +74,19 @@ def _against_limit(event: dict[str, Any], statistic: dict[str, Any]) -> str:
     if not isinstance(peak, (int, float)):
         return "there is no finite value" if peak is not None else ""
     if low is not None and peak < low:
-        return f"down to {peak:.3g}, where {low:.3g} is the least"
+        return f"down to {_number(peak)}, where {_number(low)} is the least"
     if high is not None:
         return (
-            f"up to {peak:.3g}, where {high:.3g} is the most"
+            f"up to {_number(peak)}, where {_number(high)} is the most"
             if high
-            else f"up to {peak:.3g}, where there should be none"
+            else f"up to {_number(peak)}, where there should be none"
         )
-    return f"{peak:.3g}"
+    return _number(peak)
+
+
+def _number(value: float) -> str:
+    """Three digits, and thousands as people write them."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _guard(journal: JournalReader) -> list[dict[str, Any]]:
@@ -101,6 +108,7 @@ def _guard(journal: JournalReader) -> list[dict[str, Any]]:
             "fix": event.get("fix", ""),
             "link": event.get("link", ""),
             "cause": event.get("follows"),
+            "urgency": None,
             "rule": event.get("code", ""),
         }
         for event in journal.events["finding"]

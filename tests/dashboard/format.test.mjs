@@ -1,14 +1,14 @@
 // Numbers and limits in words.
 import assert from "node:assert/strict";
 import test from "node:test";
-import { against, badness, code, fitted, inWords, isSick, number, ofLimit, place, plain, plural, spacing } from "../../lightning_bn/dashboard/static/format.js";
+import { against, badness, code, fitted, inWords, isSick, number, ofLimit, place, plain, plural, spacing, wrapped } from "../../lightning_bn/dashboard/static/format.js";
 
 const DEAD = { low: null, high: 0.25, healthy: 0, log: false };
 const SPREAD = { low: 1e-7, high: 1e3, healthy: 1, log: true };
 
 test("a number has four digits, an exponent where it is tiny or huge, and a word where it is none", () => {
   assert.deepEqual([1 / 3, 0, 1e-4, 2.5e6, 123456, null, "nan", "-inf"].map(number),
-    ["0.3333", "0", "1.00e-4", "2.50e+6", "123500", "–", "NaN", "minus infinite"]);
+    ["0.3333", "0", "1e-4", "2.5e+6", "123500", "–", "NaN", "minus infinite"]);
 });
 
 test("one is singular, and thousands have commas", () => {
@@ -33,7 +33,7 @@ test("on a logarithm, a tenth is as far from 1 as ten is", () => {
 
 test("a limit is told in words, and a limit of 0 as none", () => {
   assert.equal(against(0.3, DEAD), "above the limit of 0.25");
-  assert.equal(against(1e-9, SPREAD), "below the limit of 1.00e-7");
+  assert.equal(against(1e-9, SPREAD), "below the limit of 1e-7");
   assert.equal(against(1, { high: 0 }), "should be none");
   assert.equal(against(null, DEAD), "no value");
 });
@@ -74,4 +74,10 @@ test("samples that are not evenly apart are said to be so", () => {
 test("a series in words has its ends, its reach and what is beyond the limits", () => {
   const words = inWords("dead", { train: { steps: [0, 10, 1200], values: [0, 0.5, "nan"] }, val: { steps: [5], values: [null] } }, DEAD);
   assert.equal(words, "dead. train: 0 at step 0, NaN at step 1,200, least 0, most 0.5, 2 of 3 beyond the limits; val: no finite value.");
+});
+
+test("a text is broken between words, none of which is cut", () => {
+  assert.deepEqual(wrapped("share of channels that are dead", 18), ["share of channels", "that are dead"]);
+  assert.deepEqual(wrapped("normalisation, short", 5), ["normalisation,", "short"]);
+  assert.deepEqual(wrapped("mean", 60), ["mean"]);
 });

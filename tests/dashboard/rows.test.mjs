@@ -34,6 +34,15 @@ test("of more than forty layers the groups are folded until they are opened", ()
   assert.equal(rowsOf(rows, { open: new Set(["s1"]) }).length, 32);
 });
 
+test("a group that is the only one beside single layers is open, and so on inside, down to several groups", () => {
+  const names = ["input", ...[...Array(60).keys()].map((n) => `model.net.s${n < 30 ? 0 : 1}.${n}`)];
+  const rows = Object.fromEntries(names.map((name) => [name, [0, 0]]));
+  assert.deepEqual(rowsOf(rows).map((each) => each.name), ["input", "model.net", "model.net.s0", "model.net.s1"]);
+  const block = Object.fromEntries([...names, "model.stem"].map((name) => [name, [0, 0]]));
+  assert.deepEqual(rowsOf(block).map((each) => each.name), ["input", "model", "model.net", "model.net.s0", "model.net.s1", "model.stem"]);
+  assert.deepEqual(rowsOf(rows, { fold: new Set(["model.net"]) }).map((each) => each.name), ["input", "model.net"]);
+});
+
 test("sorted by the first illness, the healthy come last; by the worst value, the sickest first", () => {
   const rows = { a: [0, 0], b: [0, 0.5], c: [0.3, 0] };
   assert.deepEqual(rowsOf(rows, { sort: "first" }).map((each) => each.name), ["c", "b", "a"]);

@@ -10,10 +10,11 @@ export function drawChannels(holder, { channels, histograms, edges }, width, ste
   const plot = h("div", { class: "plot" });
   const over = h("div", { class: "plot" });
   const isEmpty = !sample || !(sample.std || sample.mean);
+  const isDrawn = !isEmpty && [...(sample.std ?? []), ...(sample.mean ?? [])].some(isNumber);
   replace(holder,
-    isEmpty ? null : h("h3", {}, `Channels, step ${count(sample.step)}`), isEmpty ? null : h("p", { class: "muted" }, words(sample)), isEmpty ? null : plot,
+    isEmpty ? null : h("h3", {}, `Channels, step ${count(sample.step)}`), isEmpty ? null : h("p", { class: "muted" }, words(sample)), isDrawn ? plot : null,
     histograms.length ? h("h3", {}, "Histogram over time") : null, histograms.length ? over : null);
-  if (!isEmpty) drawSorted(described(plot, `Standard deviation and mean of each channel at step ${count(sample.step)}: ${words(sample)}.`), sample, width);
+  if (isDrawn) drawSorted(described(plot, `Standard deviation and mean of each channel at step ${count(sample.step)}: ${words(sample)}.`), sample, width);
   if (histograms.length) drawHistogram(described(over, `Histogram of the activations at ${plural(histograms.length, "sample")}, steps ${count(histograms[0].step)} to ${count(histograms[histograms.length - 1].step)}.`), histograms, edges, width);
 }
 
@@ -28,6 +29,7 @@ const driftingOf = (sample) => new Set((sample.std || sample.mean).map((_, index
 
 function words(sample) {
   const amount = (sample.std || sample.mean).length;
+  if (![...(sample.std ?? []), ...(sample.mean ?? [])].some(isNumber)) return `${plural(amount, "channel")}, none with a finite value`;
   return `${plural(amount, "channel")}, ${deadOf(sample).size} dead${sample.drift_mean || sample.drift_var ? `, ${driftingOf(sample).size} drifting` : ""}; sorted by standard deviation`;
 }
 

@@ -9,7 +9,7 @@ export function number(value) {
   if (value === "-inf") return "minus infinite";
   if (!isNumber(value)) return String(value);
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2);
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(Number(value.toPrecision(4)));
 }
 
@@ -97,4 +97,15 @@ export function code(fix) {
   const isAdvice = fix.place === "advice";
   const note = [isAdvice ? "" : fix.place, fix.note].filter(Boolean).join("; ");
   return isAdvice ? { code: "", note: [fix.code, fix.note].filter(Boolean).join("; ") } : { code: fix.code || "", note };
+}
+
+// The lines of a text, broken between words.
+export function wrapped(text, letters) {
+  const lines = [""];
+  for (const word of text.split(" ")) {
+    const longer = [lines[lines.length - 1], word].filter(Boolean).join(" ");
+    if (longer.length <= letters || lines[lines.length - 1] === "") lines[lines.length - 1] = longer;
+    else lines.push(word);
+  }
+  return lines;
 }

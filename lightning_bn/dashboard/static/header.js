@@ -38,8 +38,10 @@ function unseen({ state, run }) {
 
 function verdict(run) {
   const { level, text, nearest } = run.verdict;
+  const cause = run.findings.find((each) => each.source === "monitor" && !each.past && each.follows === null);
   return h("div", { class: `verdict is-${level}`, role: "status" },
     h("strong", {}, text), ".",
+    cause && h("span", {}, ` First: ${cause.layers[0]}, ${cause.title}.`),
     nearest && h("span", {}, ` Nearest to a limit: ${nearest.layer}, ${nearest.label} ${number(nearest.value)}, ${nearest.used >= 1 ? "at the limit" : `${ofLimit(nearest.used)} of the way`}.`));
 }
 

@@ -1,13 +1,13 @@
 // One layer: what it is, what to do about it, and its numbers over the run.
 import { described, h, button, replace } from "./dom.js";
-import { code, count, inWords, isNumber, number, isSick, plain } from "./format.js";
+import { code, count, inWords, isNumber, number, isSick, plain, wrapped } from "./format.js";
 import { CONFIG, axis, colours, layout, stepAxis } from "./theme.js";
 import { advice } from "./findings.js";
 import { drawChannels } from "./channels.js";
 
 const FAINT = 24; // other layers behind the chosen one
 const FEW = 12; // samples that are points on their line: a line through few says little of what was between
-const LETTER = 6; // points that a letter of a small title takes
+const LETTER = 6.4; // points that a letter of a small title takes
 const WIDE = 340; // points that a small chart has at least, where there is room for two side by side
 const FIRST = ["weight_min", "weight_max", "bias_min", "bias_max"];
 
@@ -120,6 +120,9 @@ export class LayerPanel {
     described(this.small, names.map((each) => inWords(title(each), this.series[each.name], each)).join(" "));
     const width = room(this.charts);
     const across = Math.max(1, Math.min(3, names.length, Math.floor(width / WIDE)));
+    const titles = names.map((each) => wrapped(title(each), Math.floor(((width - 54) / across - 8) / LETTER)));
+    const above = 9 + 14 * Math.max(...titles.map((lines) => lines.length)); // points of a row that its title takes
+    const high = above + 53;
     const down = Math.ceil(names.length / across);
     const traces = [];
     const places = {};
@@ -128,20 +131,19 @@ export class LayerPanel {
       const [column, row] = [index % across, Math.floor(index / across)];
       const [x, y] = [nth(column), nth(index)];
       const [left, right] = [(column + (column ? 0.08 : 0)) / across, (column + 1 - (column + 1 < across ? 0.02 : 0)) / across];
-      const domain = [1 - (row + 0.86) / down, 1 - (row + 0.3) / down];
+      const domain = [1 - (row + (high - 10) / high) / down, 1 - (row + above / high) / down];
       Object.values(this.series[each.name]).forEach((of, stage) => {
         const isBad = of.values.some((value) => isSick(value, each));
         traces.push({ ...line(of.steps, of.values, { color: isBad ? colours().sick : colours().series[stage], width: 1.3 }), xaxis: `x${x}`, yaxis: `y${y}` });
       });
       places[`yaxis${y}`] = axis({ domain, anchor: `x${x}`, fixedrange: true, nticks: 3, ...(each.log ? { type: "log", exponentformat: "power", nticks: 2 } : {}) });
       places[`xaxis${x}`] = stepAxis({ domain: [left, right], anchor: `y${y}`, nticks: 5 }); // below the last of its column
-      annotations.push({ text: cut(title(each), width / across / LETTER), xref: "paper", yref: "paper", x: left, y: domain[1], xanchor: "left", yanchor: "bottom", showarrow: false, font: { size: 11, color: colours().muted } });
+      annotations.push({ text: titles[index].map(plain).join("<br>"), align: "left", xref: "paper", yref: "paper", x: left, y: domain[1], xanchor: "left", yanchor: "bottom", showarrow: false, font: { size: 11, color: colours().muted } });
     });
-    window.Plotly.react(this.small, traces, layout({ width, height: 76 * down + 36, margin: { l: 48, r: 6, t: 0, b: 36 }, annotations, ...places }), { ...CONFIG, staticPlot: true });
+    window.Plotly.react(this.small, traces, layout({ width, height: high * down + 36, margin: { l: 48, r: 6, t: 0, b: 36 }, annotations, ...places }), { ...CONFIG, staticPlot: true });
   }
 }
 
-const cut = (text, letters) => plain(text.length > letters ? `${text.slice(0, letters - 1)}…` : text);
 const room = (element) => Math.max(160, element.clientWidth - 24);
 const nth = (index) => (index ? String(index + 1) : ""); // plotly's first axis has no number
 const title = ({ label, name }) => (label === name ? name.replaceAll("_", " ") : label);

@@ -62,7 +62,7 @@ function grouped(leaves, depth, prefix) {
 }
 
 function walk(nodes, depth, prefix, rows, options, grid, statistic) {
-  const only = nodes.length === 1 && depth === 0;
+  const only = nodes.filter((node) => node.children).length === 1; // beside the input, say: folded, it would be the map
   const label = (name) => (prefix ? name.slice(prefix.length + 1) : name);
   for (const node of nodes) {
     if (!node.children) {
