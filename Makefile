@@ -62,6 +62,7 @@ bench: .venv/dev.installed
 	$(BIN)/python benchmarks/recalibration.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/activation_stats.py
+	$(BIN)/python benchmarks/first_run.py
 	$(BIN)/python benchmarks/communication.py
 	$(BIN)/python benchmarks/page.py
 	$(BIN)/python benchmarks/journal.py

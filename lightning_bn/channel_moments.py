@@ -3,6 +3,8 @@ sum."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,11 +23,12 @@ _SMALL_IMAGE, _SMALL_BATCH = 16, 2**15
 _FAR = 30.0
 
 
-def channel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
+def channel_moments(data: Tensor, extent: float = math.inf) -> tuple[Tensor, Tensor]:
     """Return the mean and the *biased* variance of `data` per channel, in at least float32 and without a graph.
 
     Args:
         data: (N, C, *spatial), at least one value per channel.
+        extent: its greatest absolute value, if that is known, which may spare a look at each channel.
 
     Returns:
         Two tensors of shape (C,), in float32 or float64.
@@ -50,11 +53,11 @@ def channel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
     samples, channels = data.shape[:2]
     positions = data.numel() // (samples * channels)
     if positions > 1 and data.is_contiguous():
-        return _image_moments(data, positions)
+        return _image_moments(data, positions, extent)
     rows = data.movedim(1, -1)
     if rows.is_contiguous():
         return _row_moments(rows.reshape(-1, channels))
-    return channel_moments(data.contiguous())
+    return channel_moments(data.contiguous(), extent)
 
 
 def _device_moments(data: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,11 +67,15 @@ def _device_moments(data: Tensor) -> tuple[Tensor, Tensor]:
     return _moments_around(data[:1].flatten(2)[:, :, 0], data)
 
 
-def _image_moments(data: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+def _image_moments(data: Tensor, positions: int, extent: float) -> tuple[Tensor, Tensor]:
     in_groups = (
         data.dtype in (torch.float32, torch.float64) and positions >= _SMALL_IMAGE and data.numel() > _SMALL_BATCH
     )
     mean, var = _together(*image_moments(data)) if in_groups else kernel_moments(data)
+    if (
+        extent < math.inf and extent * extent <= _FAR * _FAR * var.min().item()
+    ):  # no mean is farther from zero than the farthest value
+        return mean, var
     # As numpy's arrays, whose operations take a quarter of the time of torch's on a few numbers. Where a channel is not
     # finite none is near: that says nothing about the others.
     reach = np.sqrt(var.numpy()) * _FAR

@@ -29,10 +29,16 @@ class Limits:
         """Return which values are beyond the limits; a missing one (NaN) is not."""
         return (values < self.low) | (values > self.high)
 
+    def usual(self, values: NDArray[Any]) -> float:
+        """Return what values are healthy by: the median of the finite ones, where no value is in itself."""
+        if self.healthy is not None:
+            return self.healthy
+        finite = values[np.isfinite(values)]
+        return float(np.median(finite)) if finite.size else 0.0
+
     def distance(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Return how far each value is from healthy; NaN where there is none."""
-        finite = values[np.isfinite(values)]
-        usual = float(np.median(finite)) if self.healthy is None and finite.size else self.healthy or 0.0
+        usual = self.usual(values)
         with np.errstate(invalid="ignore"):
             wide = values.astype(np.float64)
             found = np.log(np.maximum(wide, 1e-38) / (usual or 1.0)) if self.log else wide - usual

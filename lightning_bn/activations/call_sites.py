@@ -144,10 +144,12 @@ class CallSites:
         """Return the place of the call of layer `name` that has just run on `given`, with another set of statistics if
         it is named. Parts of one batch, as a ghost batch norm cuts it up, are one place."""
         track = self._again if in_backward() else self._forward
-        place = CallSite(self._path(name, track) if name in self._aliases else name, 1, other_set)
-        goes_on = given is not None and track.goes_on(place.name, given)
-        track.calls[place.name] += not (goes_on and track.calls[place.name])
-        return place._replace(call=min(track.calls[place.name], MAX_CALLS))
+        path = self._path(name, track) if name in self._aliases else name
+        key = path if other_set is None else CallSite(path, 1, other_set).name
+        before = track.calls[key]
+        goes_on = given is not None and track.goes_on(key, given) and before > 0
+        track.calls[key] = number = before if goes_on else before + 1
+        return CallSite(path, min(number, MAX_CALLS), other_set)
 
     @guarded
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

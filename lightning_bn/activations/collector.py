@@ -18,7 +18,7 @@ from lightning_bn.activations.drift import Drift, DriftMeter
 from lightning_bn.activations.host_to_sample import HostMeasurements, SampleBuilder, affine_of
 from lightning_bn.activations.moments_to_pool import Key, Pool, merge
 from lightning_bn.activations.pool_to_host import Array, joined, silent_numbers, to_host
-from lightning_bn.activations.readings import Readings, float_tensors
+from lightning_bn.activations.readings import Readings, first_float, float_tensors
 from lightning_bn.activations.sample import Sample
 from lightning_bn.activations.watched_layers import fusible_layers
 from lightning_bn.activations.weight_updates import WeightUpdates
@@ -314,17 +314,18 @@ class LayerCollector:
         if not self._is_looking:
             return
         # A subclass may have its own idea of what its values are.
-        is_plain = not kwargs and all(type(each) in _PLAIN for each in (output, *args))
+        is_plain = not kwargs and type(output) in _PLAIN and _PLAIN.issuperset(map(type, args))
         with unseen_by_modes() if is_plain else nullcontext():
             self._see_output(name, args, kwargs, output)
 
     def _see_output(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        tensor = next(float_tensors(output), None)
+        tensor = first_float(output)
         if tensor is None:
             self._leave_out_if_unreadable(name, output)
             return
         other_set = self._sets.of(self.layers[name])
-        given = next(float_tensors((args, kwargs)), None)
+        given = first_float(args)
+        given = first_float(kwargs) if given is None else given
         place = self._sites.of(name, given, other_set)
         if self._gradients and tensor.requires_grad:
             # Also in a recomputation: with reentrant checkpointing its graph is the one that backward goes through.

@@ -52,6 +52,8 @@ class Readings:
         # A model that is wholly on the meta device is measured there, to count what that launches.
         held = [*model.parameters(), *model.buffers()]
         self._is_abstract = bool(held) and all(tensor.is_meta for tensor in held)
+        self._asks: dict[str, tuple[bool, tuple[float, float] | None]] = {}
+        self._known: set[Key] = set()
         self._widths: dict[tuple[str, CallSite], set[int]] = {}
         self._too_wide: set[str] = set()
         self.left_out: dict[str, str] = {}
@@ -93,25 +95,32 @@ class Readings:
         return is_read
 
     def _read(self, what: str, name: str, place: CallSite, tensor: Tensor) -> bool:
+        dims = tensor.dim()
         dim = self.axis.of(name, tensor)
-        key = self.key(what, name, place, tensor)
-        widths = self._widths.setdefault((what, place), set())
-        if key.width not in widths:
-            if self._too_many_widths(widths, name, tensor):
+        width = tensor.shape[dim] if dims > 1 else 1
+        key = Key(what, place, width)
+        if key not in self._known:
+            if self._too_many_widths(self._widths.setdefault((what, place), set()), name, tensor):
                 return False
-            widths.add(key.width)
-        data = by_channel(tensor.detach(), key.width, dim)
+            self._widths[what, place].add(width)
+            self._known.add(key)
+        data = tensor.detach() if dim == 1 and dims > 1 else by_channel(tensor.detach(), width, dim)
         # A normalised value is zero by chance alone; of a gradient, nobody asks.
         is_activation = what == "activation"
-        bounds = bounds_of_row(name, self._layers) if is_activation else None
-        zeros = is_activation and is_function(name, self._layers)
+        zeros, bounds = self._asked(name) if is_activation else (False, None)
         self._readings.append((key, read(data, zeros=zeros, bounds=bounds)))
-        self._waiting += key.width
+        self._waiting += width
         if is_activation and name in self._histograms:
             self._add("histogram", key, bucket_counts(data))
         if is_activation and (self._ranked is None or name in self._ranked):
             self._add("gram", key, gram(data))
         return True
+
+    def _asked(self, name: str) -> tuple[bool, tuple[float, float] | None]:
+        """Whether zeros of a row say something, and its bounds."""
+        if name not in self._asks:
+            self._asks[name] = is_function(name, self._layers), bounds_of_row(name, self._layers)
+        return self._asks[name]
 
     def _add(self, kind: str, key: Key, values: Tensor) -> None:
         known = self.sums.get((kind, key))
@@ -143,6 +152,14 @@ class Readings:
                 stacklevel=2,
             )
         return len(widths) >= MAX_WIDTHS
+
+
+def first_float(output: Any) -> Tensor | None:
+    """Return the first of `float_tensors`, None where there is none."""
+    first = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(first, Tensor) and first.is_floating_point():  # as a rule, and a generator takes longer
+        return first
+    return next(float_tensors(output), None)
 
 
 def float_tensors(output: Any, *, with_bytes: bool = False) -> Iterator[Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_bn.activations.column import Statistic
 from lightning_bn.activations.episodes import Episode, Episodes, in_order, verdict
@@ -19,6 +20,9 @@ from lightning_bn.activations.pool_to_host import Array, Mask, silent_numbers
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
 from lightning_bn.activations.sample import ABSENT, WARM_UP, Sample, States, dicts, is_judged, warm_ups
 from lightning_bn.grids import Grid
+
+_PLACES = [COLUMNS.index(name) for name in STATISTICS]
+_LOG = np.array([each.log for each in STATISTICS.values()])
 
 INDEX = ("layer", "stage", "step", "epoch")
 
@@ -211,38 +215,48 @@ def scalars(
     For the modules that are `wanted`, ``<statistic>/<layer>`` is their own.
     """
     found: dict[str, float] = {}
+    if not sample.layers:
+        return found
     own = [] if wanted is None else [row for row, module in enumerate(sample.modules) if wanted(module)]
-    for name, statistic in STATISTICS.items():
-        values, applies = sample.column(name)
-        if not applies.any() or not statistic.logged:
+    values, applies = sample.values[:, _PLACES], is_judged(sample.states[:, _PLACES])
+    worst = _worst_rows(values, applies)
+    known = np.sort(np.where(applies, values, np.nan), axis=0)  # NaN last
+    is_there, counts = applies.any(axis=0), (~np.isnan(known)).sum(axis=0)
+    for place, (name, statistic) in enumerate(STATISTICS.items()):
+        if not is_there[place] or not statistic.logged:
             continue
-        known = values[applies]
-        finite = known[~np.isnan(known)]
-        worst = _worst_row(statistic, values, applies)
-        found[f"{name}/worst"] = float(values[worst])
+        column, count, row = known[:, place], int(counts[place]), int(worst[place])
+        found[f"{name}/worst"] = float(values[row, place])
         if places is not None:
-            found[f"{name}/worst_layer"] = float(places[sample.layers[worst]])
-        found[f"{name}/median"] = float(np.median(finite)) if len(finite) else np.nan
+            found[f"{name}/worst_layer"] = float(places[sample.layers[row]])
+        found[f"{name}/median"] = float(column[(count - 1) // 2] + column[count // 2]) / 2 if count else np.nan
         if statistic.low > 0:
-            found[f"{name}/smallest"] = float(finite.min()) if len(finite) else np.nan
-            found[f"{name}/largest"] = float(finite.max()) if len(finite) else np.nan
-        found |= {f"{name}/{sample.layers[row]}": float(values[row]) for row in own if applies[row]}
+            found[f"{name}/smallest"] = float(column[0])
+            found[f"{name}/largest"] = float(column[max(count - 1, 0)])
+        found |= {f"{name}/{sample.layers[row]}": float(values[row, place]) for row in own if applies[row, place]}
     return found
 
 
 @silent_numbers()
 def worst_layers(sample: Sample) -> list[tuple[Statistic, str, float]]:
     """Return the worst layer of each statistic and its value."""
-    found = []
-    for name, statistic in STATISTICS.items():
-        values, applies = sample.column(name)
-        if applies.any():
-            row = _worst_row(statistic, values, applies)
-            found.append((statistic, sample.layers[row], float(values[row])))
-    return found
+    if not sample.layers:
+        return []
+    values, applies = sample.values[:, _PLACES], is_judged(sample.states[:, _PLACES])
+    rows = enumerate(zip(STATISTICS.values(), _worst_rows(values, applies).tolist(), strict=True))
+    return [
+        (statistic, sample.layers[row], float(values[row, place]))
+        for place, (statistic, row) in rows
+        if applies[row, place]
+    ]
 
 
-def _worst_row(statistic: Statistic, values: Array, applies: Mask) -> int:
-    """The row farthest from healthy, of those that the statistic applies to; before all others one without a value."""
-    distance = np.nan_to_num(statistic.distance(values[applies]), nan=np.inf)
-    return int(np.flatnonzero(applies)[distance.argmax()])
+def _worst_rows(values: Array, applies: Mask) -> NDArray[np.int64]:
+    """By statistic, the row farthest from healthy of those that it applies to; before all others one without a
+    value."""
+    usual = np.array([each.usual(values[applies[:, place], place]) for place, each in enumerate(STATISTICS.values())])
+    scaled = np.log(np.maximum(values, 1e-38) / np.where(usual == 0, 1.0, usual))
+    distance = np.abs(np.where(_LOG, scaled, values - usual))
+    distance = np.where(np.isnan(distance), np.inf, distance)
+    rows: NDArray[np.int64] = np.where(applies, distance, -1.0).argmax(axis=0)
+    return rows

@@ -27,7 +27,7 @@ _LARGE = 1e15
 _BUCKETED = 2**20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes several times as long to make
 class TensorMoments:
     """One activation: what its kernels gave, not yet put together; C channels with `positions` values each.
 
@@ -100,7 +100,6 @@ _Around: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor,
 
 def _moments_on_host(data: Tensor) -> _Around | None:
     """The moments of an activation on the CPU, None where a value is not finite."""
-    mean, variance = channel_moments(data)
     low, high = data.aminmax()
     largest = max(abs(low.item()), abs(high.item()))
     if not math.isfinite(largest):
@@ -111,6 +110,7 @@ def _moments_on_host(data: Tensor) -> _Around | None:
         mean, variance = channel_moments(data * scale)
     else:
         scale = 1.0
+        mean, variance = channel_moments(data, largest)
     return None, mean, None, variance, low, high, scale
 
 

@@ -17,6 +17,7 @@ Tags, with the default prefix, and ``activations_val``, ``activations_test`` in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +51,19 @@ def layout(prefix: str) -> dict[str, dict[str, list[Any]]]:
         }
         for title, stage in (("training", prefix), ("validation", f"{prefix}_val"))
     }
+
+
+def add_numbers(writer: SummaryWriter, numbers: Mapping[str, float], step: int) -> bool:
+    """Write scalars by tag, all in one event, which takes a tenth of the time of one each; tell whether that could be
+    done: a writer that was closed, or another package's, takes none."""
+    events = getattr(writer, "file_writer", None)
+    if events is None or type(writer).__module__ != "torch.utils.tensorboard.writer":
+        return False
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
+    events.add_summary(Summary(value=values), step)
+    return True
 
 
 def add_markdown(writer: SummaryWriter, tag: str, text: str, step: int) -> None:

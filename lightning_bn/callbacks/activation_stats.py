@@ -23,7 +23,7 @@ from lightning_bn.callbacks.both_lightnings import (
     logging_interval,
 )
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
-from lightning_bn.callbacks.loggers import needs_pictures, sinks
+from lightning_bn.callbacks.loggers import log_numbers, needs_pictures, sinks
 from lightning_bn.callbacks.monitored_run import FILE, MonitoredRun
 from lightning_bn.callbacks.observing import boundary_of, meet, meeting, observing
 from lightning_bn.callbacks.run_journal import journal_of
@@ -361,7 +361,7 @@ class ActivationStatsMonitor(MonitoredRun):
             numbers = {f"{tags}/{name}": value for name, value in found.items()}
             for logger in trainer.loggers:
                 part = f"its numbers in {type(logger).__name__}"
-                self._boundary.attempt(part, logger.log_metrics, numbers, step=step)
+                self._boundary.attempt(part, log_numbers, logger, numbers, step)
         if trainer.is_global_zero:
             self._boundary.attempt(f"the table {FILE}", self._write, trainer, stage)
         if stage == "train":

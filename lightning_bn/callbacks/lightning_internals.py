@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, get_args
 
 from lightning.fabric.utilities.data import sized_len
 from torch import Tensor
@@ -20,6 +20,7 @@ from lightning_bn.callbacks.both_lightnings import (
     CombinedLoader,
     LightningModule,
     ModelParallelStrategy,
+    TensorBoardLogger,
     Trainer,
     package_of,
 )
@@ -27,7 +28,15 @@ from lightning_bn.recalibration.kept_objects import keeps_position_in_shared_mem
 from lightning_bn.sharding import is_fsdp1
 from lightning_bn.torch_internals import second_loader
 
+_LOG_METRICS = [each.log_metrics for each in get_args(TensorBoardLogger)]
 _NO_VALIDATION = "leave out CompareAverages, or monitor="
+
+
+def logs_tags_as_they_are(logger: TensorBoardLogger) -> bool:
+    """Tell whether a TensorBoardLogger writes each number under the tag that it is given, so that all can be written at
+    once: it has no prefix, which has no public name, and no ``log_metrics`` of its own. Where the name is gone the
+    answer is False, and each number is written by itself."""
+    return getattr(logger, "_prefix", None) == "" and type(logger).log_metrics in _LOG_METRICS
 
 
 def logging_step(trainer: Trainer) -> int:

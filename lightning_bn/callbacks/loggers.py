@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_bn.activations.heatmap import Pixels
 from lightning_bn.activations.report import Sink
-from lightning_bn.activations.tensorboard import TensorBoardSink, add_markdown
+from lightning_bn.activations.tensorboard import TensorBoardSink, add_markdown, add_numbers
 from lightning_bn.callbacks.both_lightnings import Logger, TensorBoardLogger, Trainer
+from lightning_bn.callbacks.lightning_internals import logs_tags_as_they_are
 from lightning_bn.dashboard.assets import plotly_file
 
 
@@ -45,6 +46,17 @@ def _directory(logger: Any) -> str | None:
         return str(log_dir)
     # Where Lightning puts the checkpoints of such a logger.
     return str(Path(save_dir) / str(logger.name or "") / str(logger.version or "")) if save_dir else None
+
+
+def log_numbers(logger: Logger, numbers: Mapping[str, float], step: int) -> None:
+    """Give numbers to a logger, by tag."""
+    if (
+        isinstance(logger, TensorBoardLogger)
+        and logs_tags_as_they_are(logger)
+        and add_numbers(logger.experiment, numbers, step)
+    ):
+        return
+    logger.log_metrics(dict(numbers), step=step)
 
 
 def log_markdown(loggers: Iterable[Logger], tag: str, text: str, step: int) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from small_models import Small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -71,6 +72,33 @@ def test_scalars_are_those_of_the_table(run: Any) -> None:
         {row["step"]: row["std"] for row in monitor.table() if (row["layer"], row["stage"]) == ("bn1", "train")}
     )
     assert "activations/std/rest.0" not in events.Tags()["scalars"]
+
+
+def test_the_numbers_of_a_sample_are_one_event(run: Any) -> None:
+    """An event of its own for each costs as much as a layer's sample."""
+    _, directory, _ = run
+    (file,) = directory.glob("events.out.*")
+    tags = [[value.tag for value in event.summary.value] for event in EventFileLoader(str(file)).Load()]
+    sizes = [len(each) for each in tags if any("/worst" in tag for tag in each)]
+    assert len(sizes) == 6 + 2  # samples of training, and validations
+    assert min(sizes) > 20
+
+
+class Doubled(TensorBoardLogger):
+    """A user's own, which does something to each number."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        super().log_metrics({name: 2 * value for name, value in metrics.items()}, step)
+
+
+def test_a_loggers_prefix_and_own_way_to_log_are_kept(tmp_path: Path) -> None:
+    """The numbers go where the logger puts all others."""
+    prefixed, doubled = TensorBoardLogger(tmp_path, "prefixed", prefix="mine"), Doubled(tmp_path, "doubled")
+    fit(ActivationStatsMonitor(every_n_steps=2), max_epochs=1, logger=[prefixed, doubled])
+    mine, twice = read(prefixed.log_dir), read(doubled.log_dir)
+    plain = [event.value for event in mine.Scalars("mine-activations/std/median")]
+    assert len(plain) > 2
+    assert [event.value for event in twice.Scalars("activations/std/median")] == pytest.approx([2 * v for v in plain])
 
 
 def test_every_tag_is_documented(run: Any) -> None:
