@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from torch import nn
+from fitting import fit
+from small_models import Small
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from lightning_bn import BatchNorm1d, Window, convert_batch_norm, recalibrate
+from lightning_bn import (
+    BatchNorm1d,
+    BatchNormRecalibration,
+    CompareAverages,
+    Window,
+    check,
+    convert_batch_norm,
+    recalibrate,
+)
 from lightning_bn.discovery import (
     find_batch_norms,
     find_unserved,
@@ -181,6 +194,40 @@ def test_frozen_norms_are_named_where_there_is_no_other() -> None:
         recalibrate(model, [])
     with pytest.warns(UserWarning, match=r"Not supported: 0 \(ByHand\)"):
         convert_batch_norm(model)
+
+
+class TypeNorm(ByHand):
+    """Runs, and keeps statistics that nobody but itself knows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+def beside() -> nn.Sequential:
+    """A layer that is served, one that is not, and a frozen one."""
+    return nn.Sequential(nn.BatchNorm1d(5), TypeNorm(2, 5), TypeNorm(5, constant=True))
+
+
+def test_who_works_on_batch_norms_names_what_it_leaves_out(tmp_path: Path) -> None:
+    """Once, by name with the reason, beside a layer that it works on: each caller of the package; the frozen one never
+    moves, so nothing is left out there."""
+    named, batches = r"1 \(TypeNorm\): it is no subclass of torch's batch norm", torch.randn(4, 8, 5).unbind()
+    report = recalibrate(beside(), batches, progress=False)
+    assert re.search(rf"Not recalibrated: {named}\.", str(report))
+    assert len(report.as_dict()["not_supported"]) == 1
+    assert recalibrate(beside(), batches, layers="0", progress=False).not_supported == ()
+    with pytest.warns(UserWarning, match=named):
+        convert_batch_norm(beside(), Window(3))
+    assert [finding.layers for finding in check(beside()) if finding.code == "BN100"] == [("1",)]
+
+    module = Small()
+    module.bn1 = beside()
+    named = named.replace("1", "bn1.1", 1)
+    for callback in (CompareAverages({"window": Window(3)}), BatchNormRecalibration()):
+        with pytest.warns(UserWarning, match=named) as told:
+            fit(callback, module=module, max_epochs=1, default_root_dir=tmp_path)
+        texts = [str(one.message) for one in told if re.search(named, str(one.message))]
+        assert [text.startswith(type(callback).__name__) for text in texts] == [True]
 
 
 def test_channels_that_were_removed_are_no_other_layout() -> None:

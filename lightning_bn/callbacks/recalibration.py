@@ -48,6 +48,7 @@ from lightning_bn.comparison.scores import Scores
 from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration import recalibrate
 from lightning_bn.recalibration.report import RecalibrationReport
+from lightning_bn.recalibration.selection import not_supported
 from lightning_bn.recalibration.spread import keep_spread
 from lightning_bn.recalibration.spread_pass import with_spread
 
@@ -325,7 +326,7 @@ class BatchNormRecalibration(Callback):
         if self._boundary.closed:
             return
         report = self._recalibrate(trainer, module)
-        self.report = replace(report, gone=tuple(sorted(self._layers.gone)))
+        self.report = replace(report, gone=tuple(sorted(self._layers.gone)), not_supported=not_supported(module))
         try:
             after = self._validate(trainer, module)
             self.kept = before is None or after is None or self._scores.better(after, before)

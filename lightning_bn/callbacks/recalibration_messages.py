@@ -16,7 +16,7 @@ from lightning_bn.callbacks.both_lightnings import (
     is_overridden,
 )
 from lightning_bn.callbacks.checkpoint_files import KINDS
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms, learning
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, learning, unserved
 from lightning_bn.recalibration.report import RecalibrationReport
 
 _NOTHING = 0.01
@@ -45,7 +45,7 @@ def check_fit(trainer: Trainer, module: LightningModule, *, forward: Any, monito
     if not any(layer.module.running_mean is not None for layer in find_batch_norms(module)):
         raise MisconfigurationException(
             f"BatchNormRecalibration: {type(module).__name__} has no batch-norm layer that keeps running statistics. "
-            "Leave the callback out of Trainer(callbacks=...)."
+            f"Leave the callback out of Trainer(callbacks=...).{unserved(module, constant=True)}"
         )
     if forward is None and not module.automatic_optimization and not is_overridden("forward", module):
         raise MisconfigurationException(
@@ -68,6 +68,8 @@ def what_is_missing(report: RecalibrationReport) -> list[str]:
             f"BatchNormRecalibration: {', '.join(report.not_run)} did not run and kept their statistics. If training "
             "runs them, say how a batch goes in: BatchNormRecalibration(forward=lambda module, batch: ...)."
         )
+    if report.not_supported:
+        missing.append(f"BatchNormRecalibration can't recalibrate {'; '.join(report.not_supported)}.")
     if report.no_spread:
         missing.append(f"BatchNormRecalibration(spread=True): no spread is kept of {'; '.join(report.no_spread)}.")
     return missing

@@ -68,6 +68,9 @@ class RecalibrationReport:
     dry_run: bool
     gone: tuple[str, ...] = field(default=(), kw_only=True)
     """Names of the layers that learned in the fit and that the model no longer has; a callback knows them."""
+    not_supported: tuple[str, ...] = field(default=(), kw_only=True)
+    """Norms of the model that hold running statistics and are not batch norms that can be recalibrated, each with the
+    reason; none where `layers` chooses."""
     spilled: int = field(default=0, kw_only=True)
     """Bytes of activations that `exact` kept in a temporary file at most, on all ranks."""
     spread_images: int = field(default=0, kw_only=True)
@@ -106,6 +109,7 @@ class RecalibrationReport:
             **plain,
             "not_run": list(self.not_run),
             "gone": list(self.gone),
+            "not_supported": list(self.not_supported),
             "no_spread": list(self.no_spread),
             "layers": layers,
         }
@@ -150,6 +154,8 @@ class RecalibrationReport:
             parts.append(f"Not run, unchanged: {', '.join(self.not_run)}.")
         if self.gone:
             parts.append(f"No longer in the model: {', '.join(self.gone)}.")
+        if self.not_supported:
+            parts.append(f"Not recalibrated: {'; '.join(self.not_supported)}.")
         if self.spilled:
             parts.append(f"Activations in a temporary file: {self.spilled / 2**20:.0f} MB.")
         if self.spread_images:

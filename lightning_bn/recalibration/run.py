@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from lightning_bn.recalibration.feeding import Forward, all_else_kept, runner, w
 from lightning_bn.recalibration.measuring import measured
 from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_reports
 from lightning_bn.recalibration.report import RecalibrationReport
-from lightning_bn.recalibration.selection import Layers, choose
+from lightning_bn.recalibration.selection import Layers, choose, not_supported
 from lightning_bn.recalibration.spread_pass import check_whole, with_spread
 from lightning_bn.recalibration.transaction import StatisticsChange, commit
 from lightning_bn.sharding import check_each_sees_its_own, check_not_distributed, is_sharded, unwrapped
@@ -168,6 +168,7 @@ def recalibrate(
         Estimator(chosen, ranks, pooled=pooled, prior=prior),
         sharded=sharded,
     )
+    report = replace(report, not_supported=not_supported(core, layers))
     commit(changes)
     if lost := unsaved_by_adapter(core, [layer.name for layer in chosen]):
         names = [name.rpartition("base_model.model.")[2] for name in lost]

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import nn
 
 from lightning_bn.choices import Choices, check_choices, is_chosen
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms, in_eval_mode, learning, unserved
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, find_unserved, in_eval_mode, learning, unserved
 
 Layers: TypeAlias = Choices | None
 """None, ``"all"``, or names, patterns, classes and functions of name and module."""
@@ -33,6 +33,13 @@ def choose(model: nn.Module, layers: Layers) -> list[BatchNormLayer]:
     if not chosen:
         raise ValueError(_nothing(tracking, layers, model))
     return chosen
+
+
+def not_supported(model: nn.Module, layers: Layers = None) -> tuple[str, ...]:
+    """Return the norms whose statistics move and can't be recalibrated, each with the reason; none where `layers`
+    chooses others."""
+    everything = layers is None or layers == "all"
+    return tuple(str(norm) for norm in find_unserved(model) if not norm.is_constant) if everything else ()
 
 
 def _wanted(tracking: list[BatchNormLayer], model: nn.Module, layers: Layers) -> list[BatchNormLayer]:

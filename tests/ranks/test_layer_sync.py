@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,19 @@ def _rank(rank: int, world: int, folder: Path) -> dict[Any, Any]:
         assert (set(layer.__dict__), type(layer), list(layer.state_dict())) == before
         results[case] = steps, layer.state_dict()
     results["statistics only"] = [_statistics_only(rank, name) for name in LAYERS]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        BatchNormSync().apply(nn.Sequential(nn.BatchNorm1d(2), OfItsOwn()))
+    results["told"] = [str(one.message) for one in told]
     return results
+
+
+class OfItsOwn(nn.Module):
+    """A norm that is no subclass of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(2, 2))
 
 
 def _statistics_only(rank: int, name: str) -> tuple[dict[str, Tensor], int]:
@@ -152,6 +165,14 @@ def test_ranks_are_one_batch(world: tuple[int, list[dict[Any, Any]]], case: tupl
         for key, value in alone.state_dict().items():
             torch.testing.assert_close(result[case][1][key], value, **tolerance)
             assert torch.equal(result[case][1][key], results[0][case][1][key]), "ranks differ"
+
+
+def test_what_is_left_out_is_named(world: tuple[int, list[dict[Any, Any]]]) -> None:
+    """Once, with the reason; where no Trainer says which rank is the first, by each."""
+    for result in world[1]:
+        told = [text for text in result["told"] if "leaves out" in text]
+        assert len(told) == 1
+        assert "1 (OfItsOwn): it is no subclass of torch's batch norm" in told[0]
 
 
 @pytest.mark.parametrize("index", range(len(LAYERS)), ids=list(LAYERS))
