@@ -249,6 +249,26 @@ def test_manual_optimisation_without_a_usable_forward() -> None:
     assert same(before.values(), module.state_dict().values())
 
 
+def test_the_error_of_a_training_step_says_that_it_ran_in_eval_mode() -> None:
+    """Which is how a recalibration runs it, and what a step may not be made for."""
+
+    class InTrainingOnly(Small):
+        def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+            return super().forward(inputs)
+
+        def loss(self, batch: Any) -> Tensor:
+            return F.cross_entropy(self(*batch, None), batch[1])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if not self.training:
+                raise RuntimeError("no targets")
+            return super().training_step(batch, batch_idx)
+
+    told = r"training_step\(.*\) in eval mode raised RuntimeError: no targets.*forward=lambda module, batch"
+    with pytest.raises(MisconfigurationException, match=told):
+        fit(BatchNormRecalibration(), module=InTrainingOnly(), val=None)
+
+
 class Chatty(NoForward):
     """A training_step that logs, counts, gathers, updates metrics and draws random numbers."""
 
