@@ -30,10 +30,12 @@ def off_by_chance(found: Channels, off: Mask, limit: float) -> Mask:
 
     Without a batch norm before it a channel may be given the same sign whatever the input, and the more so the deeper
     its layer is: then it is off with probability 1/2, by symmetry (Lu et al. 2020, "Dying ReLU and initialization").
-    So half of a layer is explained, and what a binomial varies by.
+    So half of a layer is explained, and what a binomial varies by; but not that half of its channels are off that have
+    fired before.
     """
     share, bound = found.total(off) / found.widths, 0.5 + CHANCE * 0.5 / np.sqrt(found.widths)
-    explained: Mask = ~found.flags.is_centred & (share > limit) & (share < np.minimum(bound, 1.0))
+    is_drawn = ~found.flags.is_centred & (found.total(found.died) <= 0.5 * found.widths)
+    explained: Mask = is_drawn & (share > limit) & (share < np.minimum(bound, 1.0))
     return explained
 
 

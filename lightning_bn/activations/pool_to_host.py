@@ -67,6 +67,7 @@ class Channels:
     flags: Flags
     dead: Mask  # (S,): has been zero for so long that it won't fire again
     lone: Mask  # (S,): dead, which chance does not explain for a channel by itself
+    died: Mask  # (S,): dead, and has fired before
     rank: Array  # (K,), effective rank, NaN where it was not measured
 
     @classmethod
@@ -74,7 +75,7 @@ class Channels:
         cls,
         pool: Pool,
         flags: Flags,
-        dead_of: Callable[[Pool, Mask], tuple[Mask, Mask]] | None = None,
+        dead_of: Callable[[Pool, Mask], tuple[Mask, Mask, Mask]] | None = None,
         rank: Array | None = None,
     ) -> Channels:
         """Return what a pool on the host holds.
@@ -82,8 +83,8 @@ class Channels:
         Args:
             pool: of K keys.
             flags: of its rows.
-            dead_of: tells, given which channels are silent in this sample, which are dead, and which of these count by
-                themselves; None: the silent ones, and none.
+            dead_of: tells, given which channels are silent in this sample, which are dead, which of these count by
+                themselves, and which have fired before; None: the silent ones, and none.
             rank: effective rank of each row, None where none was measured.
         """
         widths = np.array([key.width for key in pool.keys], dtype=np.int64)
@@ -91,9 +92,10 @@ class Channels:
         count, mean, m2, zeros = pool.channels.double().numpy()
         low, high, saturated = pool.layers.double().numpy()
         silent = zeros == positions.repeat(widths)
-        dead, lone = (silent, np.zeros_like(silent)) if dead_of is None else dead_of(pool, silent)
+        none = np.zeros_like(silent)
+        dead, lone, died = (silent, none, none) if dead_of is None else dead_of(pool, silent)
         rank = np.full(len(widths), np.nan) if rank is None else rank
-        return cls(widths, positions, count, mean, m2, zeros, low, high, saturated, flags, dead, lone, rank)
+        return cls(widths, positions, count, mean, m2, zeros, low, high, saturated, flags, dead, lone, died, rank)
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:

@@ -36,8 +36,9 @@ class ChannelHistory:
         self._known: dict[Any, tuple[Array, Array]] = {}  # rate at which a channel fires, and silent positions since
         self._newest: tuple[tuple[Any, ...], Array, Array] = ((), np.empty(0), np.empty(0))  # the same, flat, by keys
 
-    def update(self, pool: Pool, silent: Mask, centred: Mask) -> tuple[Mask, Mask]:
-        """Take a sample in, and return which of its channels are dead, and which of these count by themselves.
+    def update(self, pool: Pool, silent: Mask, centred: Mask) -> tuple[Mask, Mask, Mask]:
+        """Take a sample in, and return which of its channels are dead, which of these count by themselves, and which
+        of them have fired before.
 
         Args:
             pool: the activations.
@@ -59,7 +60,7 @@ class ChannelHistory:
         expected = np.where(has_fired, rate, usual.repeat(widths)) * since
         is_long = (since >= self.POSITIONS) & (expected >= self.EVIDENCE)
         dead = silent & (wholly | is_long)
-        return dead, dead & (centred & (usual >= self.BALANCED)).repeat(widths)
+        return dead, dead & (centred & (usual >= self.BALANCED)).repeat(widths), dead & has_fired
 
     def _recall(self, pool: Pool) -> tuple[Array, Array]:
         """The rates and the silent positions of the channels of a pool; its keys are as a rule those of the last."""

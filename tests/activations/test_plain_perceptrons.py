@@ -82,11 +82,12 @@ def test_in_a_deep_network_half_of_the_units_are_off_from_the_start() -> None:
     assert max(shares) < 0.5 + 4 * 0.5 / 64**0.5
 
 
-@pytest.mark.parametrize("off", [slice(None), slice(56)], ids=["all", "seven in eight"])
-def test_a_layer_that_dies_is_named(off: slice) -> None:
-    """Beside healthy units, where these are few: 56 of 64 are more than chance explains, by its row and step."""
+@pytest.mark.parametrize(("off", "by"), [(slice(None), 44), (slice(46), 68)], ids=["all", "46 of 64"])
+def test_a_layer_that_dies_is_named(off: slice, by: int) -> None:
+    """By row and step, also where no more units are off than chance might have left off: these have fired before. Those
+    that did so seldom take longer to be known as dead."""
     torch.manual_seed(0)
     first = watched(perceptron(64, 64, 64), off).episodes()[0]
     assert first.layer == "model.3"
     assert first.statistic in ("dead_fraction", "dormant_fraction", "zero_fraction")
-    assert 40 <= first.first <= 44
+    assert 40 <= first.first <= by
