@@ -33,7 +33,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +40,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from other_torchvision import import_torchvision
+import other_torchvision  # noqa: F401  # before lightning
+
+# isort: split
+import lightning.pytorch as pl
 
 from lightning_bn import Averaging, Exponential, Finding, ModeCheck, Window, check, convert_batch_norm, recalibrate
 
@@ -343,7 +345,6 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures; all without any")
     parser.add_argument("--messages", action="store_true", help="print what is said in full too")
     options = parser.parse_args()
-    import_torchvision()
     print("| architecture | batch norms | identical | recalibrated | said, torch's layers | said, `Window(20)` |")
     print("|---|---|---|---:|---|---|")
     for name in options.names or [*HUGGING_FACE, *SIDES]:

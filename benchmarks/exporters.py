@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -16,9 +17,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import other_torchvision  # noqa: F401  # before lightning
+
+# isort: split
+import lightning.pytorch as pl
 
 from lightning_bn import check_export
 

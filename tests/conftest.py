@@ -10,10 +10,10 @@ import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import other_torchvision  # noqa: F401  # before others import torchvision
 import pytest
 import torch
 from limits import SCALE, limit
-from other_torchvision import import_torchvision
 
 from lightning_bn.error_boundary import RERAISE
 
@@ -28,8 +28,6 @@ importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_point
 
 # A forked process ends as it is asked to, also one that waits for a lock and runs no handler of Python's.
 os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-import_torchvision()  # before others do
 
 DEVICES = ["cpu"]
 if torch.accelerator.is_available():
