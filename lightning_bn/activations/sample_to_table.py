@@ -221,9 +221,9 @@ def scalars(
     values, applies = sample.values[:, _PLACES], is_judged(sample.states[:, _PLACES])
     worst = _worst_rows(values, applies)
     known = np.sort(np.where(applies, values, np.nan), axis=0)  # NaN last
-    is_there, counts = applies.any(axis=0), (~np.isnan(known)).sum(axis=0)
+    counts = (~np.isnan(known)).sum(axis=0)
     for place, (name, statistic) in enumerate(STATISTICS.items()):
-        if not is_there[place] or not statistic.logged:
+        if not statistic.logged or not applies[:, place].any():
             continue
         column, count, row = known[:, place], int(counts[place]), int(worst[place])
         found[f"{name}/worst"] = float(values[row, place])

@@ -7,7 +7,7 @@ same run.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import compress
@@ -243,7 +243,8 @@ class Followers:
         shadows = [row[path] for row in self._shadows.values()]
         is_told = can_defer(layer)
         # Not `guarded`, which asks whether anything is compiled, for each layer at each step.
-        see = self._see if self._boundary is UNBOUNDED else partial(self._boundary.attempt, "", self._see)
+        attempt: Callable[..., Any] = self._boundary.attempt
+        see = self._see if self._boundary is UNBOUNDED else partial(attempt, "", self._see)
 
         def while_training(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if not (layer.training and layer.track_running_stats):
