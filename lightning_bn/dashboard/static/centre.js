@@ -1,4 +1,5 @@
 // The middle of the page: the map, and the views that take its place.
+import { causeOf } from "./findings.js";
 import { h, replace, button, select } from "./dom.js";
 import { number, plural, count, spacing } from "./format.js";
 import { HeatMap, zoomButton } from "./map.js";
@@ -35,7 +36,7 @@ export class Centre {
     const all = this.statistics();
     const named = (name) => all.find((each) => each.name === name);
     const nearest = all[0]?.sick || all[0]?.past ? null : this.page.run.verdict.nearest; // where all is well
-    return named(this.page.state.get("statistic")) ?? named(nearest?.statistic) ?? all[0] ?? null;
+    return named(this.page.state.get("statistic")) ?? named(causeOf(this.page.run)?.statistic) ?? named(nearest?.statistic) ?? all[0] ?? null;
   }
 
   width() {

@@ -47,6 +47,9 @@ function group(page, head, followers) {
   return h("div", { class: "group" }, item(page, head), below);
 }
 
+// What is to be looked at first: the cause of what is sick now.
+export const causeOf = (run) => run.findings.find((each) => each.source === "monitor" && !each.past && each.follows === null);
+
 // The layer to look at: of a finding on a module that has layers below, the first of these.
 export function layerOf(run, finding) {
   const name = finding.layers[0] ?? "";

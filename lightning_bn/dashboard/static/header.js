@@ -1,5 +1,6 @@
 // Who the run is, how it is, and how large the gap between training and evaluation is.
 import { h, select } from "./dom.js";
+import { causeOf } from "./findings.js";
 import { count, number, ofLimit, plural, when } from "./format.js";
 import { entry } from "./runs.js";
 
@@ -38,7 +39,7 @@ function unseen({ state, run }) {
 
 function verdict(run) {
   const { level, text, nearest } = run.verdict;
-  const cause = run.findings.find((each) => each.source === "monitor" && !each.past && each.follows === null);
+  const cause = causeOf(run);
   return h("div", { class: `verdict is-${level}`, role: "status" },
     h("strong", {}, text), ".",
     cause && h("span", {}, ` First: ${cause.layers[0]}, ${cause.title}.`),
