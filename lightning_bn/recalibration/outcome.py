@@ -77,17 +77,23 @@ def agreed_changes(
     ]
     # The same sums on other hardware may differ in the last bit: the first rank's decide.
     first = ranks.share([None if pair is None else (pair[0].cpu(), pair[1].cpu()) for pair in new])[0]
-    rows = zip(layers, estimate.old, first, strict=True)
+    rows = list(zip(layers, estimate.old, first, strict=True))
+    if not torch.cat([pair[1] for pair in first if pair is not None]).isfinite().all():
+        _refuse_single_values(rows)
     changes = [None if pair is None else _change(layer, old, pair) for layer, old, pair in rows]
     return changes if not ranks.are_several else with_one_history(changes, ranks)
 
 
+def _refuse_single_values(rows: list[tuple[BatchNormLayer, Statistics, Statistics | None]]) -> None:
+    for layer, old, new in rows:
+        if new is not None and not new[1].isfinite().all() and old[1].isfinite().all():
+            raise ValueError(
+                f"recalibrate(model, batches): {layer.name or 'the model'} ({layer.kind}) saw one value per channel, "
+                "which has no variance. Pass more data, or with pooled=False larger batches."
+            )
+
+
 def _change(layer: BatchNormLayer, old: Statistics, new: Statistics) -> StatisticsChange:
-    if not new[1].isfinite().all() and old[1].isfinite().all():
-        raise ValueError(
-            f"recalibrate(model, batches): {layer.name or 'the model'} ({layer.kind}) saw one value per channel, which "
-            "has no variance. Pass more data, or with pooled=False larger batches."
-        )
     module = layer.module
     return StatisticsChange(module, old, (new[0].to(old[0]), new[1].to(old[1])), of_set=set_in_use(module))
 
