@@ -3,7 +3,8 @@
 Each cell is a process of its own: the model, one batch, an eval forward on it as warm-up, then the peak is counted from
 there on (`/proc/self/clear_refs`). fvcore's `update_bn_stats` is measured the same way in the same run, and timed in
 turn with `recalibrate` in one process; printed is the median of the rounds' ratios. The second table is
-`BatchNormRecalibration` at the end of a fit with Adam, the third `exact=True` with more and more batches.
+`BatchNormRecalibration` at the end of a fit with Adam, the third `exact=True` with more and more batches, the last
+`lightning-bn inspect` of a checkpoint of 1,000 MB beside ``import torch``.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -168,6 +171,22 @@ def exact(number: int, options: dict[str, Any]) -> tuple[float, float, int]:
     return peak.added(), seconds, report.spilled >> 20
 
 
+def peak_of(program: str) -> float:
+    """Return the peak of a process that runs `program`, in MB."""
+    told = f"{program}\nimport sys\nprint(open('/proc/self/status').read(), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    return int(done.stderr.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def inspected() -> tuple[float, float]:
+    """Return the peaks of a process that imports torch, and of one that inspects a checkpoint of 1,000 MB."""
+    state = nn.BatchNorm1d(8).state_dict() | {f"w{place}": torch.zeros(25 * 2**18) for place in range(40)}
+    with TemporaryDirectory() as folder:
+        path = f"{folder}/weights.ckpt"
+        torch.save(state, path)
+        return peak_of("import torch"), peak_of(f"from lightning_bn.cli import main\nmain(['inspect', {path!r}])")
+
+
 def alone(call: Callable[..., Any]) -> Any:
     """Call it in a process of its own."""
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
@@ -214,6 +233,8 @@ def main() -> None:
         "in a file, MB",
     ]
     print_table(header, rows)
+    least, peak = alone(inspected)
+    print_table(["a checkpoint of 1,000 MB", "import torch, MB", "inspect, MB"], [["", f"{least:.0f}", f"{peak:.0f}"]])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,19 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset, 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
 
 from lightning_bn import recalibrate
+from lightning_bn.recalibration import kept_tensors, storages
 from lightning_bn.recalibration.transaction import StatisticsChange
+
+
+@pytest.fixture(autouse=True)
+def every_tensor_is_copied_lazily(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is copied at once, the smallest neither: what is left alone rests on torch's lazy copies."""
+
+    def refuse(tensor: Tensor) -> None:
+        raise AssertionError(f"copied at once: {tensor}")
+
+    monkeypatch.setattr(storages, "_PLACEHOLDER", 0)
+    monkeypatch.setattr(kept_tensors, "_Copied", refuse)
 
 
 def loader() -> DataLoader[Any]:
