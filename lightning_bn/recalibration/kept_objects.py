@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import gc
 import io
 import logging
 import queue
@@ -75,7 +76,8 @@ def kept(**roots: object) -> Iterator[KeptTensors]:
     modules = [root for root in roots.values() if isinstance(root, nn.Module)]
     for each in chain.from_iterable(map(modules_of, modules)):
         buffers_of(each).values()  # those that are on their way from other ranks arrive, and the module has its own
-    objects = _Objects(roots.values())
+    with _no_garbage_collected():
+        objects = _Objects(roots.values())
     if any(map(is_lazy, objects.tensors)):
         for module in modules:
             _refuse_lazy(module)
@@ -86,10 +88,24 @@ def kept(**roots: object) -> Iterator[KeptTensors]:
         tensors.restore()
 
     try:
-        tensors.exchange(objects.tensors, objects.arrays)
+        with _no_garbage_collected():
+            tensors.exchange(objects.tensors, objects.arrays)
         yield tensors
     finally:
         completely(restore)
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Let Python not look for garbage inside, where thousands of objects are made and none is dropped: it would walk
+    all that the process holds, the more often the larger the model."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _refuse_lazy(module: nn.Module) -> None:
