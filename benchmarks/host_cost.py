@@ -249,6 +249,7 @@ def accelerator() -> tuple[str | None, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--processes", type=int, default=5, help="each measures all, and medians are shown")
     parser.add_argument("--repeat", type=int, default=10, help="steps in a row, whose times are added up")
@@ -264,15 +265,25 @@ def main() -> None:
     devices = ["cpu"] if device is None else ["cpu", device]
     # Where its tensors happen to lie makes a model a few percent faster or slower for as long as a process lives.
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        tables = [pool.apply(measure, (devices, options.rounds, options.repeat)) for _ in range(options.processes)]
+        tables = [
+            pool.apply(measure, (options.tables, devices, options.rounds, options.repeat))
+            for _ in range(options.processes)
+        ]
     print_table([median_row(rows) for rows in zip(*tables, strict=True)], device, card)
 
 
-def measure(devices: list[str], rounds: int, repeat: int) -> list[Row]:
-    """Return the whole table, as one process measures it."""
+def measure(tables: Sequence[str], devices: list[str], rounds: int, repeat: int) -> list[Row]:
+    """Return some tables' rows, as one process measures them."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    return rows_of_averages(devices, rounds, repeat) + rows_of_callbacks(devices, rounds, repeat) + rows_of_a_sample()
+    return [row for name in tables for row in TABLES[name](devices, rounds, repeat)]
+
+
+TABLES: dict[str, Callable[[list[str], int, int], list[Row]]] = {
+    "averages": rows_of_averages,
+    "callbacks": rows_of_callbacks,
+    "sample": lambda *_: rows_of_a_sample(),
+}
 
 
 def median_row(rows: Sequence[Row]) -> Row:
