@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 from browsers import wait
 from fitting import fit
 from lightning.pytorch.loggers import CSVLogger
+from limits import limit
 from PIL import Image
 from small_models import Small
 
@@ -119,6 +121,29 @@ def test_swanlab_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         swanlab.finish()
     assert len(folders) == 2
     assert all((folder / "activation_stats.csv").exists() for folder in folders)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_aim_on_files(tmp_path: Path) -> None:
+    """Numbers, pictures and the verdict are read back from Aim's store, once its index is made: without ``aim up`` that
+    takes ``aim storage reindex``."""
+    aim = pytest.importorskip("aim")
+    from aim.pytorch_lightning import AimLogger
+    from aim.storage.context import Context
+
+    quiet = {"system_tracking_interval": None, "capture_terminal_logs": False, "log_system_params": False}
+    logger = AimLogger(repo=str(tmp_path), experiment="watched", **quiet)
+    monitor = watched(logger, tmp_path / "root")
+    number = logger.version
+    logger.experiment.close()
+    command = [str(Path(sys.executable).parent / "aim"), "storage", "--repo", str(tmp_path), "reindex"]
+    subprocess.run(command, input="y\n", text=True, check=True, capture_output=True, timeout=limit(60))
+    run, everywhere = aim.Repo(str(tmp_path)).get_run(number), Context({})
+    texts = [each.data for each in run.get_text_sequence("activations/layers", everywhere).values.values_list()]
+    assert any(monitor.verdict()[0] in text for text in texts)
+    for name in MAPS:
+        assert run.get_image_sequence(f"activations_map/{image_names()[name]}", everywhere) is not None, name
+    assert "activations/std/median" in {metric.name for metric in run.metrics()}
 
 
 def test_aim(monkeypatch: pytest.MonkeyPatch) -> None:
