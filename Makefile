@@ -18,9 +18,10 @@ lint: .venv/dev.installed
 types: .venv/dev.installed
 	$(BIN)/mypy
 
-# One thread a worker: two workers with two threads each fight for the cores. By file: a fixture may start processes once for all its tests.
+# One thread a worker: workers with two threads each fight for the cores. Three of them on two cores: they wait for
+# processes and browsers half of the time. By file: a fixture may start processes once for all its tests.
 unit: .venv/dev.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile
 
 # With the oldest versions that pyproject.toml allows, and with the newest that there are. Each has an environment of its
 # own. Deprecation warnings are no errors here: old packages meet new ones.
