@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.discovery import BatchNormLayer
-from lightning_bn.torch_internals import all_parameters, modules_of
+from lightning_bn.torch_internals import all_modules, all_parameters
 
 _SHAPE, _STORAGE, _SIZE = attrgetter("shape"), methodcaller("untyped_storage"), methodcaller("size")
 
@@ -22,7 +22,7 @@ def is_sharded(model: nn.Module) -> bool:
     """Tell whether a forward of `model` fetches parameters from other ranks, so that all ranks must run it together:
     ``fully_shard``, ``FullyShardedDataParallel``, tensor parallelism, DeepSpeed's stage 3."""
     fsdp1 = _known("torch.distributed.fsdp", "FullyShardedDataParallel")
-    if fsdp1 and any(isinstance(module, fsdp1) for module in modules_of(model)):
+    if fsdp1 and any(isinstance(module, fsdp1) for module in all_modules(model)):
         return True
     return any(_is_dtensor(parameter) or is_transient(parameter) for parameter in _unusual(all_parameters(model)))
 

@@ -81,14 +81,14 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
+def all_modules(model: nn.Module) -> list[nn.Module]:
     """Return ``list(model.modules())``; see `modules_by_path`."""
     return list(dict.fromkeys(modules_by_path(model).values()))
 
 
 def all_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return ``list(model.parameters())``; see `modules_by_path`."""
-    every = [each for module in modules_of(model) for each in parameters_of(module).values() if each is not None]
+    every = [each for module in all_modules(model) for each in parameters_of(module).values() if each is not None]
     return list({id(each): each for each in every}.values())
 
 
@@ -206,7 +206,7 @@ def is_compiled(module: nn.Module) -> bool:
         "_orig_mod" in each._modules
         or getattr(each, "_compiled_call_impl", None) is not None
         or _has_compiled_method(each)
-        for each in modules_of(module)
+        for each in all_modules(module)
     )
 
 

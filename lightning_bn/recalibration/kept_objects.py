@@ -29,7 +29,7 @@ from lightning_bn.recalibration.kept_tensors import KeptTensors
 from lightning_bn.recalibration.random_states import generator_keeper, is_generator
 from lightning_bn.recalibration.transaction import completely
 from lightning_bn.sharding import is_fsdp1, is_transient
-from lightning_bn.torch_internals import buffers_of, modules_of
+from lightning_bn.torch_internals import all_modules, buffers_of
 
 # More members than this are data, and no state of what gives them.
 _DATA = 1000
@@ -74,7 +74,7 @@ def kept(**roots: object) -> Iterator[KeptTensors]:
         TypeError: a parameter that is lazy; before anything is done.
     """
     modules = [root for root in roots.values() if isinstance(root, nn.Module)]
-    for each in chain.from_iterable(map(modules_of, modules)):
+    for each in chain.from_iterable(map(all_modules, modules)):
         buffers_of(each).values()  # those that are on their way from other ranks arrive, and the module has its own
     with _no_garbage_collected():
         objects = _Objects(roots.values())
