@@ -12,6 +12,15 @@ from numpy.typing import NDArray
 _SICK = 1e6
 
 
+def distances(values: NDArray[Any], usual: Any, log: Any) -> NDArray[np.float64]:
+    """Return how far values are from `usual` ones: by their ratio to them where `log`, else by their difference; NaN
+    where there is none. `usual` and `log` are one for all, or a row of one for each column."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        ratios = np.log(np.maximum(values, 1e-38) / np.where(usual == 0, 1.0, usual))
+        found: NDArray[np.float64] = np.abs(np.where(log, ratios, values - usual))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Which values of a statistic are sick, and which of two is worse."""
@@ -38,11 +47,7 @@ class Limits:
 
     def distance(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Return how far each value is from healthy; NaN where there is none."""
-        usual = self.usual(values)
-        with np.errstate(invalid="ignore"):
-            wide = values.astype(np.float64)
-            found = np.log(np.maximum(wide, 1e-38) / (usual or 1.0)) if self.log else wide - usual
-        return np.abs(found)
+        return distances(values.astype(np.float64), self.usual(values), self.log)
 
     def badness(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Return how bad each value is: infinite ones before sick ones, these before all within the limits, which go by

@@ -19,7 +19,7 @@ from lightning_bn.activations.episodes import Episode, Episodes, in_order, verdi
 from lightning_bn.activations.pool_to_host import Array, Mask, silent_numbers
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
 from lightning_bn.activations.sample import ABSENT, WARM_UP, Sample, States, dicts, is_judged, warm_ups
-from lightning_bn.grids import Grid
+from lightning_bn.grids import Grid, distances
 
 _PLACES = [COLUMNS.index(name) for name in STATISTICS]
 _LOG = np.array([each.log for each in STATISTICS.values()])
@@ -255,8 +255,6 @@ def _worst_rows(values: Array, applies: Mask) -> NDArray[np.int64]:
     """By statistic, the row farthest from healthy of those that it applies to; before all others one without a
     value."""
     usual = np.array([each.usual(values[applies[:, place], place]) for place, each in enumerate(STATISTICS.values())])
-    scaled = np.log(np.maximum(values, 1e-38) / np.where(usual == 0, 1.0, usual))
-    distance = np.abs(np.where(_LOG, scaled, values - usual))
-    distance = np.where(np.isnan(distance), np.inf, distance)
+    distance = np.nan_to_num(distances(values, usual, _LOG), nan=np.inf, posinf=np.inf)
     rows: NDArray[np.int64] = np.where(applies, distance, -1.0).argmax(axis=0)
     return rows
