@@ -21,6 +21,7 @@ from lightning_bn.callbacks.both_lightnings import (
     MisconfigurationException,
     Trainer,
     callbacks_of,
+    take_turn_after_weight_averaging,
 )
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step, why_no_second_pass
 from lightning_bn.callbacks.observing import (
@@ -32,7 +33,6 @@ from lightning_bn.callbacks.observing import (
     not_logged,
     observing,
 )
-from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.training_pass import quiet, training_pass, validate_once_more

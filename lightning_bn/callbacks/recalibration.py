@@ -18,6 +18,7 @@ from lightning_bn.callbacks.both_lightnings import (
     MisconfigurationException,
     Trainer,
     evaluated_batches,
+    take_turn_after_weight_averaging,
 )
 from lightning_bn.callbacks.checkpoint_files import (
     check_kinds,
@@ -30,16 +31,15 @@ from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
 from lightning_bn.callbacks.learning_layers import LearningLayers
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step, why_no_second_pass
 from lightning_bn.callbacks.observing import begin_together, boundary_of, check_logged, meeting, not_logged, observing
-from lightning_bn.callbacks.ordering import take_turn_after_weight_averaging
 from lightning_bn.callbacks.recalibrated_sets import Sources
 from lightning_bn.callbacks.recalibration_messages import (
     check_arguments,
     check_fit,
+    log_report,
     what_is_missing,
     what_was_repaired,
     why_none_learns,
 )
-from lightning_bn.callbacks.report_logging import log_report
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.terminal import LastWords

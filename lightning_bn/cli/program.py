@@ -9,7 +9,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 import lightning_bn
-from lightning_bn.cli.output import FINDINGS, INTERRUPTED, USAGE, RefusedError, UsageError
+from lightning_bn.cli.output import FINDINGS, INTERRUPTED, OK, USAGE, RefusedError, UsageError
 
 _EXIT_CODES = "Exit codes: 0 all is well; 1 findings, or refused with nothing changed; 2 invalid command line."
 _OVERRIDES = (
@@ -102,9 +102,23 @@ def _rules(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     """Write the page about a run, or about two to compare, as one HTML file."""
-    from lightning_bn.cli.report import report  # which needs no torch
+    from lightning_bn.dashboard.report import find_journal, report_html, run_name  # which need no torch
 
-    return report(_without_overrides(options).runs, output=options.output)
+    runs, output = _without_overrides(options).runs, options.output
+    if len(runs) > 2:
+        raise UsageError(f"report takes one run, or two to compare; here are {len(runs)}.")
+    try:
+        paths = [find_journal(run) for run in runs]
+        names = [run_name(path) for path in paths]
+        if len(set(names)) < len(names):
+            names = [str(path.parent) for path in paths]
+        content = report_html(dict(zip(names, paths, strict=True)))
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        raise RefusedError(str(error)) from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(content, encoding="utf-8")
+    print(f"{output} ({len(content) / 1e6:.1f} MB): open it in a browser.")
+    return OK
 
 
 def _without_overrides(options: argparse.Namespace) -> argparse.Namespace:
@@ -122,9 +136,9 @@ def _configured(command: str, options: argparse.Namespace) -> int:
         import jsonargparse  # noqa: F401, what LightningCLI reads a config with
     except ImportError as error:
         raise RefusedError(f"{command} reads a config: pip install 'lightning-bn[cli]'.") from error
-    from lightning_bn.cli import configured  # which imports Lightning, and that takes seconds
+    from lightning_bn.cli import session  # which imports Lightning, and that takes seconds
 
-    run: Callable[[argparse.Namespace], int] = getattr(configured, f"{command}_checkpoint")
+    run: Callable[[argparse.Namespace], int] = getattr(session, f"{command}_checkpoint")
     return run(options)
 
 

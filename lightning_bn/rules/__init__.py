@@ -5,9 +5,8 @@ from __future__ import annotations
 from lightning_bn.rules.adjacency import BiasBeforeBatchNorm, DropoutBeforeBatchNorm
 from lightning_bn.rules.boundaries import MovedBetweenBatches
 from lightning_bn.rules.configuration import CONFIGURATION_RULES
-from lightning_bn.rules.evaluations import EVALUATION_RULES
+from lightning_bn.rules.evaluations import EVALUATION_RULES, MISMATCH_RULES
 from lightning_bn.rules.finding import Finding, Fix, Level, ModeCheckError
-from lightning_bn.rules.mismatch import MISMATCH_RULES
 from lightning_bn.rules.modes import MODE_RULES
 from lightning_bn.rules.order import SortedBatches
 from lightning_bn.rules.rule import Rule

@@ -14,8 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
-from lightning_bn.rules.evaluated_layers import EvaluatedLayers
-from lightning_bn.rules.fit import Effect
+from lightning_bn.rules.fit import Effect, EvaluatedLayers
 from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.replay import NOT_ASKED, Call, Replay, Replayed
 

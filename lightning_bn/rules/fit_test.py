@@ -14,8 +14,7 @@ from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.modes import kept_attribute
 from lightning_bn.rules.batch_pattern import ForwardRecord
 from lightning_bn.rules.beside import CopiesBeside
-from lightning_bn.rules.evaluated_layers import EvaluatedLayers, affine_weight
-from lightning_bn.rules.fit import Effect
+from lightning_bn.rules.fit import Effect, EvaluatedLayers, affine_weight
 from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.replay import NOT_ASKED, Kept, Replay, Replayed, Share
 from lightning_bn.rules.snapshots import WeightSamples

@@ -16,18 +16,16 @@ from lightning_bn.rules import RULES, Finding, Rule
 from lightning_bn.rules.adjacency import Adjacency, BiasBeforeBatchNorm, DropoutBeforeBatchNorm
 from lightning_bn.rules.arguments import Setting, check_codes, check_patterns
 from lightning_bn.rules.boundaries import Boundaries, MovedBetweenBatches
-from lightning_bn.rules.copies import Copies
 from lightning_bn.rules.evaluations import RanksApart, StaleCopy
 from lightning_bn.rules.fit_test import FitTest
-from lightning_bn.rules.layers_that_ran import LayersThatRan
-from lightning_bn.rules.learning import Learning
+from lightning_bn.rules.layers_that_ran import LayersThatRan, UnseenLayers
+from lightning_bn.rules.learning import Copies, Learning
 from lightning_bn.rules.modes import ModeChangedInTraining
 from lightning_bn.rules.observer import Modes, Observer
 from lightning_bn.rules.order import BatchOrder, SortedBatches
 from lightning_bn.rules.register import Moment, Register
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Return, Seen
 from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart, waiting_sets
-from lightning_bn.rules.unseen_layers import UnseenLayers
 
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
 _LIKE_ONE_OF = 8

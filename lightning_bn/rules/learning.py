@@ -1,13 +1,22 @@
-"""Which parameters learn, and which layers hold none that do."""
+"""Which layers learn, which are frozen, and which are copies of a network whose weights are averaged: someone other
+than an optimizer writes these."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.arguments import Setting
+from lightning_bn.rules.fixes import modules_of
 from lightning_bn.rules.observer import Observer
+from lightning_bn.rules.snapshots import StatisticsSnapshot
+from lightning_bn.rules.versions import versions
+from lightning_bn.sharding import local_value
+from lightning_bn.torch_internals import parameters_of
 
 
 class Learning:
@@ -44,3 +53,141 @@ class Learning:
         return self.frozen(layer) and any(
             parameter.requires_grad for parameter in layer.module.parameters(recurse=False)
         )
+
+
+_SAMPLE = 16  # values of a parameter that are compared: an averaged parameter changes in all of them
+
+
+class Copies:
+    """Watches the weights of the layers that do not learn: on the host from batch to batch, and by their values from
+    epoch to epoch.
+
+    Args:
+        observer: knows the layers.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self.written: set[int] = set()
+        """Indices of the layers whose weights were written while no optimizer held them."""
+        self._observer = observer
+        # Version and values of the weight since the layer does not learn.
+        self._held: dict[int, tuple[int, Tensor | None]] = {}
+        self._watched: list[tuple[int, int, Mapping[str, Tensor | None]]] = []  # index, version, parameters
+        self._decided: set[int] = set()
+        self._start: tuple[Tensor, StatisticsSnapshot] | None = None
+
+    @property
+    def held(self) -> set[int]:
+        """Indices of the layers that do not learn."""
+        return set(self._held)
+
+    def begin(self) -> None:
+        """Training begins: keep what weights and statistics are."""
+        if self._start is None:
+            self._start = self._samples(), StatisticsSnapshot(self._observer.layers)
+
+    def compare(self) -> None:
+        """Note which of the layers that do not learn were written all the same; at the beginning and at the end of each
+        batch, on the host."""
+        if self._watched:
+            now = versions([parameters for _, _, parameters in self._watched], "weight")
+            self.written.update(
+                index for (index, version, _), one in zip(self._watched, now, strict=True) if one != version
+            )
+
+    def hold(self, frozen: Iterable[int]) -> None:
+        """From here on, the layers `frozen`, and no others, do not learn."""
+        frozen = set(frozen)
+        layers = self._observer.layers
+        weights = versions([parameters_of(layer.module) for layer in layers], "weight")
+        self._held = {index: self._held.get(index) or (weights[index], _sample(layers[index])) for index in frozen}
+        self._watched = [(i, version, parameters_of(layers[i].module)) for i, (version, _) in self._held.items()]
+        self.written &= frozen
+        self._decided &= frozen
+
+    def look(self) -> None:
+        """An epoch has passed, in which a copy would have been written; a write to ``.data`` leaves no version. Waits
+        for the device."""
+        for index, (_, before) in self._held.items():
+            now = _sample(self._observer.layers[index])
+            if before is not None and now is not None and not torch.equal(before.to(now.device), now):
+                self.written.add(index)
+        self._decided = set(self._held)
+
+    def stale(self, among: Iterable[int]) -> list[int]:
+        """Return those of the layers `among` whose weights have changed since training began, and whose statistics have
+        not.
+
+        Waits for the device.
+        """
+        candidates = sorted(set(among))
+        if self._start is None or not candidates:
+            return []
+        weights, statistics = self._start
+        changed = (self._samples() != weights.to(self._device())).any(1).tolist()
+        before, now = statistics.values(), StatisticsSnapshot(self._observer.layers).values()
+        return [
+            each
+            for each in candidates
+            if changed[each] and each in before and each in now and now[each].equals(before[each])
+        ]
+
+    def undecided(self, learning: Learning) -> list[str]:
+        """Return the names of the layers that do not learn, have each a twin that does, and of which no more is known
+        yet."""
+        layers = self._observer.layers
+        twins = {
+            _shape(layer)
+            for index, layer in enumerate(layers)
+            if index not in self._held and not learning.frozen(layer)
+        }
+        names = [layers[index].name for index in self._held]
+        odd = [layers[index].name for index in self._held if _shape(layers[index]) not in twins]
+        # A part of the model is a copy as a whole or not at all, together with what is frozen beside it.
+        tops = modules_of(names, [layer.name for layer in layers])
+        parts = [top for top in tops if not any(_inside(name, top.rpartition(".")[0] or top) for name in odd)]
+        open_ = [layers[index].name for index in self._held if index not in self.written | self._decided]
+        return [name for name in open_ if any(_inside(name, top) for top in parts)]
+
+    def _samples(self) -> Tensor:
+        """A few values of the weight of each layer: (layers, _SAMPLE)."""
+        rows = torch.zeros(len(self._observer.layers), _SAMPLE, device=self._device())
+        for row, layer in zip(rows, self._observer.layers, strict=True):
+            values = _sample(layer)
+            if values is not None:
+                row[: len(values)] = values
+        return rows
+
+    def _device(self) -> torch.device:
+        weights = [layer.module.weight for layer in self._observer.layers if layer.module.weight is not None]
+        return weights[0].device if weights and not weights[0].is_meta else torch.device("cpu")
+
+
+def twin(observer: Observer, region: str, moving: Iterable[int]) -> str | None:
+    """Return the name of a module outside of `region` that has the same buffers, and whose statistics move: what
+    `region` is a copy of."""
+    modules = dict(zip(observer.names, observer.modules, strict=True))
+    wanted = [(name, buffer.shape) for name, buffer in modules[region].named_buffers()]
+    moved = [observer.layers[index].name for index in moving]
+    for name, module in modules.items():
+        if _inside(name, region) or _inside(region, name) or not any(_inside(each, name) for each in moved):
+            continue
+        if [(part, buffer.shape) for part, buffer in module.named_buffers()] == wanted:
+            return name
+    return None
+
+
+def _inside(name: str, top: str) -> bool:
+    return not top or name == top or name.startswith(f"{top}.")
+
+
+def _shape(layer: BatchNormLayer) -> tuple[type, int]:
+    return type(layer.module), layer.module.num_features
+
+
+def _sample(layer: BatchNormLayer) -> Tensor | None:
+    """A copy of the first values of the layer's weight, of those that this rank has."""
+    weight = layer.module.weight
+    if weight is None or weight.is_meta or isinstance(weight, nn.UninitializedParameter):
+        return None
+    return local_value(weight).reshape(-1)[:_SAMPLE].float().clone()

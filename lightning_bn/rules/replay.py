@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.modes import extra_pass, kept_attribute, paused_statistics
-from lightning_bn.rules.evaluated_layers import EvaluatedLayers
-from lightning_bn.rules.fit import Effect
+from lightning_bn.rules.fit import Effect, EvaluatedLayers
 from lightning_bn.rules.observer import Modes, Observer, nested_tensors
 from lightning_bn.sharding import is_sharded
 

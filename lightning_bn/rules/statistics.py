@@ -12,9 +12,9 @@ from lightning_bn.averaging import Exponential
 from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.batch_pattern import ForwardRecord
+from lightning_bn.rules.evaluations import level_of
 from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import call, frozen_regions, modules_of, recalibration
-from lightning_bn.rules.mismatch import level_of
 from lightning_bn.rules.modes import visits
 from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Rule, Seen
 from lightning_bn.rules.snapshots import LayerValues, StatisticsSnapshot, Values, learned

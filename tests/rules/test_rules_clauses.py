@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_bn import ModeCheck, check
 from lightning_bn.discovery import find_batch_norms
-from lightning_bn.rules.evaluated_layers import EvaluatedLayers
+from lightning_bn.rules.fit import EvaluatedLayers
 from lightning_bn.rules.order import BatchOrder, Order
 
 BACKBONE = ("model.backbone.0.1", "model.backbone.1.1")

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import BatchNormRecalibration, Finding, ModeCheck
-from lightning_bn.rules.mismatch import level_of
+from lightning_bn.rules.evaluations import level_of
 
 LAYERS = ("model.backbone.0.1", "model.backbone.1.1", "model.head.2")
 PLACES = ("model_eval", "start", "epoch_start", "batch", "step")
