@@ -26,6 +26,8 @@ OUTLIER = 20.0
 # A ReLU's inputs are half below zero: up to there all is well.
 _ZEROS = Scale(0.5, 1, "OrRd", "share; up to a half is healthy")
 
+_LEAKY = "nn.LeakyReLU(0.01)  # in place of nn.ReLU(); F.leaky_relu(x, 0.01) in place of F.relu(x)"
+
 ACTIVATION_COLUMNS: tuple[Column, ...] = (
     Column("mean", "activation", lambda found: found.row_mean),
     Statistic(
@@ -144,7 +146,7 @@ ACTIVATION_COLUMNS: tuple[Column, ...] = (
         high=0.95,
         rank=3,
         advice=f"{LOWER_RATE}, normalise before this layer, or use a function that does not end at 0 (nn.LeakyReLU).",
-        code="nn.LeakyReLU(0.01)  # in place of nn.ReLU()",
+        code=_LEAKY,
         chart="zeros, share (worst layer, median)",
     ),
     Statistic(
@@ -160,7 +162,7 @@ ACTIVATION_COLUMNS: tuple[Column, ...] = (
         judged=lambda found: (found.widths >= FEW) & ~off_by_chance(found, found.dead, MANY_DEAD),
         rank=2,
         advice=f"{LOWER_RATE}, normalise before this layer, or use a function that does not end at 0 (nn.LeakyReLU).",
-        code="nn.LeakyReLU(0.01)  # in place of nn.ReLU()",
+        code=_LEAKY,
         chart="dead channels, share (worst layer, median)",
     ),
     Statistic(
@@ -177,7 +179,7 @@ ACTIVATION_COLUMNS: tuple[Column, ...] = (
         mapped=False,
         advice=f"A channel gives 0 for every input: {LOWER_RATE.lower()}, or use nn.LeakyReLU. A channel that "
         "was never active needs another initialisation.",
-        code="nn.LeakyReLU(0.01)  # in place of nn.ReLU()",
+        code=_LEAKY,
     ),
     Statistic(
         "dormant_fraction",

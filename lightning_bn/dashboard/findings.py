@@ -72,15 +72,11 @@ def _against_limit(event: dict[str, Any], statistic: dict[str, Any]) -> str:
     """Return the peak against the limit it went beyond, in plain words."""
     peak, low, high = event.get("peak"), statistic.get("low"), statistic.get("high")
     if not isinstance(peak, (int, float)):
-        return "there is no finite value" if peak is not None else ""
+        return "no finite value" if peak is not None else ""
     if low is not None and peak < low:
-        return f"down to {_number(peak)}, where {_number(low)} is the least"
+        return f"down to {_number(peak)} (limit {_number(low)})"
     if high is not None:
-        return (
-            f"up to {_number(peak)}, where {_number(high)} is the most"
-            if high
-            else f"up to {_number(peak)}, where there should be none"
-        )
+        return f"up to {_number(peak)} (limit {_number(high)})" if high else f"up to {_number(peak)}, and should be 0"
     return _number(peak)
 
 

@@ -1,7 +1,7 @@
 // Numbers and limits in words.
 import assert from "node:assert/strict";
 import test from "node:test";
-import { against, badness, code, fitted, inWords, isSick, number, ofLimit, place, plain, plural, spacing, wrapped } from "../../lightning_bn/dashboard/static/format.js";
+import { against, badness, code, fitted, inWords, isSick, number, ofLimit, place, plain, plural, spacing, stageName, wrapped } from "../../lightning_bn/dashboard/static/format.js";
 
 const DEAD = { low: null, high: 0.25, healthy: 0, log: false };
 const SPREAD = { low: 1e-7, high: 1e3, healthy: 1, log: true };
@@ -80,4 +80,8 @@ test("a text is broken between words, none of which is cut", () => {
   assert.deepEqual(wrapped("share of channels that are dead", 18), ["share of channels", "that are dead"]);
   assert.deepEqual(wrapped("normalisation, short", 5), ["normalisation,", "short"]);
   assert.deepEqual(wrapped("mean", 60), ["mean"]);
+});
+
+test("a stage has the word that people use, whoever named it", () => {
+  assert.deepEqual(["train", "val", "validate", "other"].map(stageName), ["training", "validation", "validation", "other"]);
 });

@@ -34,6 +34,14 @@ test("of more than forty layers the groups are folded until they are opened", ()
   assert.equal(rowsOf(rows, { open: new Set(["s1"]) }).length, 32);
 });
 
+test("of many layers the groups that hold the first sick one are open, so that it has a row", () => {
+  const names = [...Array(60).keys()].map((n) => `s${Math.floor(n / 20)}.b${Math.floor(n / 5) % 4}.${n % 5}`);
+  const rows = Object.fromEntries(names.map((name) => [name, name === "s1.b2.3" ? [0, 1] : name === "s2.b0.0" ? [0, 0.3] : [0, 0]]));
+  const open = [...[0, 1, 2, 3, 4].map((n) => `s1.b2.${n}`)];
+  assert.deepEqual(rowsOf(rows).map((each) => each.name), ["s0", "s1", "s1.b0", "s1.b1", "s1.b2", ...open, "s1.b3", "s2"]);
+  assert.deepEqual(rowsOf(rows, { fold: new Set(["s1"]) }).map((each) => each.name), ["s0", "s1", "s2"]);
+});
+
 test("a group that is the only one beside single layers is open, and so on inside, down to several groups", () => {
   const names = ["input", ...[...Array(60).keys()].map((n) => `model.net.s${n < 30 ? 0 : 1}.${n}`)];
   const rows = Object.fromEntries(names.map((name) => [name, [0, 0]]));

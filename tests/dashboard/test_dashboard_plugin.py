@@ -77,6 +77,7 @@ def test_a_run_as_the_page_gets_it(runs: Path) -> None:
         ("drift_var", 60, True, None),
     ]
     assert [each["level"] for each in run["findings"]] == ["error", *["warning"] * 4]
+    assert [each["text"] for each in run["findings"][1:]] == ["up to 1 (limit 0.25)"] * 3 + ["up to 1.7 (limit 1)"]
     assert run["gap"]["rows"] == {"own": 0.3, "recalibrated": pytest.approx(0.4 / 3), "batch": pytest.approx(0.1)}
     assert run["lanes"]["eval"] == [{"layer": "model.layer1.0.bn1", "first": 300, "last": 400}]
     assert [statistic["name"] for statistic in run["statistics"] if statistic["sick"]] == ["dead_fraction"]

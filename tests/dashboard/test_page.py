@@ -85,6 +85,36 @@ def test_what_to_do(show: Callable[..., Page]) -> None:
     assert page.complaints() == []
 
 
+def test_code_and_names_break_behind_their_punctuation(show: Callable[..., Page]) -> None:
+    """No word is cut in two by the end of a narrow line, neither in code nor in a layer's name."""
+    page = show("sick")
+    page.js("document.querySelectorAll('details').forEach(each => each.open = true)")
+    lines = """const found = [];
+    for (const element of document.querySelectorAll('.code code, .code pre, .finding .layer, section.layer h2')) {
+      if (!element.offsetParent) continue;
+      const nodes = document.createTreeWalker(element, NodeFilter.SHOW_TEXT), words = [];
+      let text = '', node;
+      const places = [];
+      while ((node = nodes.nextNode())) for (let at = 0; at < node.data.length; at++) {
+        text += node.data[at]; places.push([node, at]); }
+      for (const word of text.matchAll(/\\w+/g)) {
+        const range = document.createRange();
+        range.setStart(...places[word.index]);
+        const [last, at] = places[word.index + word[0].length - 1];
+        range.setEnd(last, at + 1);
+        const tops = [...range.getClientRects()].filter(box => box.width).map(box => Math.round(box.top));
+        found.push([word[0], new Set(tops).size]);
+      }
+    }
+    return found"""
+    for width in (1440, 420):
+        resize(page.driver, width, 1000)
+        page.until(lambda width=width: page.js("return innerWidth") == width, "the width")
+        seen = dict(page.js(lines))
+        assert {"parameters", "optimizer", "relu"} <= set(seen)
+        assert {word: count for word, count in seen.items() if count > 1} == {}
+
+
 def test_channels_are_sorted_and_marked(show: Callable[..., Page]) -> None:
     """The channels of a layer stand in the order of their deviation; dead and drifting ones have marks of their own."""
     page = show("sick", address="#layer=model.layer1.0.bn2")

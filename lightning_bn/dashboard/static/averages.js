@@ -1,5 +1,5 @@
 // The validation metric under each average, and which is recommended.
-import { copyButton, described, h, replace } from "./dom.js";
+import { codeBlock, described, h, replace } from "./dom.js";
 import { inWords, isNumber, plain } from "./format.js";
 import { CONFIG, axis, colours, layout, stepAxis } from "./theme.js";
 import { sortable } from "./table.js";
@@ -11,7 +11,7 @@ export function averages(page, holder, width) {
   const rows = names.map((name) => row(name, averages));
   replace(holder, h("section", { class: "block" },
     h("h3", {}, `${averages.monitor} under each average`),
-    averages.recommended ? h("p", {}, "Recommended: ", h("strong", {}, averages.recommended), ", the best mean over the validations. ", averages.advice && h("span", { class: "code" }, h("code", {}, averages.advice), copyButton(averages.advice))) : null,
+    averages.recommended ? h("p", {}, "Recommended: ", h("strong", {}, averages.recommended), ", the best mean over the validations. ", averages.advice && codeBlock(averages.advice)) : null,
     averages.values.batch && h("p", { class: "muted" }, "batch: each validation batch normalised by its own statistics, as in training. It is no average that a layer could keep."),
     plot,
     sortable([

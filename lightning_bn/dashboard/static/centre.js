@@ -1,7 +1,7 @@
 // The middle of the page: the map, and the views that take its place.
 import { causeOf } from "./findings.js";
 import { h, replace, button, select } from "./dom.js";
-import { number, plural, count, spacing } from "./format.js";
+import { number, plural, count, spacing, stageName } from "./format.js";
 import { HeatMap, zoomButton } from "./map.js";
 import { recalibrations } from "./recalibration.js";
 import { averages } from "./averages.js";
@@ -94,9 +94,8 @@ export class Centre {
   _tools() {
     const { page } = this;
     const { state } = page;
-    const stages = { train: "training", val: "validation", test: "test" };
     replace(this.tools,
-      page.statistic.stages.length > 1 && select("stage", "Stage", page.statistic.stages.map((name) => [name, stages[name] ?? name]), page.stage(), (stage) => state.set({ stage, from: "", to: "" })),
+      page.statistic.stages.length > 1 && select("stage", "Stage", page.statistic.stages.map((name) => [name, stageName(name)]), page.stage(), (stage) => state.set({ stage, from: "", to: "" })),
       select("sort", "Order", [["forward", "forward"], ["worst", "worst first"], ["first", "first sick"]], state.get("sort"), (sort) => state.set({ sort })),
       h("label", { class: "field" }, h("span", {}, "Filter"), h("input", { type: "search", value: state.get("filter"), placeholder: "layer4.*  ( / )", "data-key": "filter", oninput: (event) => state.set({ filter: event.target.value }) })),
       h("label", { class: "check" }, h("input", { type: "checkbox", checked: state.get("sick") === "1", "data-key": "sick", onchange: (event) => state.set({ sick: event.target.checked ? "1" : "" }) }), "sick only"),

@@ -48,7 +48,7 @@ function drawSorted(plot, sample, width) {
   });
   window.Plotly.react(plot, [trace("standard deviation", "y", sample.std), trace("mean", "y2", sample.mean)], layout({
     width, height: 190, margin: { l: 48, r: 6, t: 4, b: 22 }, xaxis: axis({ fixedrange: true, anchor: "y2" }),
-    yaxis: axis({ domain: [0.54, 1], fixedrange: true, nticks: 4, title: { text: "std", font: { size: 11 } } }), yaxis2: axis({ domain: [0, 0.46], fixedrange: true, nticks: 4, title: { text: "mean", font: { size: 11 } } }),
+    yaxis: axis({ domain: [0.54, 1], rangemode: "nonnegative", fixedrange: true, nticks: 4, title: { text: "std", font: { size: 11 } } }), yaxis2: axis({ domain: [0, 0.46], fixedrange: true, nticks: 4, title: { text: "mean", font: { size: 11 } } }),
   }), CONFIG);
 }
 

@@ -57,10 +57,10 @@ function drawDifference(page, holder, ours, theirs, width) {
   const tip = h("p", { class: "muted", role: "status" }, "Point at a cell to read it.");
   const words = statistic.log ? "decades" : "difference";
   const lists = [[run.name, found.only[0]], [state.get("other"), found.only[1]]].filter(([, names]) => names.length);
-  replace(holder, h("h3", {}, `${statistic.label}: ${run.name} less ${state.get("other")}`), found.layers.length ? [plot, tip] : h("p", {}, "The runs share no layer with this statistic."),
+  replace(holder, h("h3", {}, `${statistic.label}: ${run.name} minus ${state.get("other")}`), found.layers.length ? [plot, tip] : h("p", {}, "The runs share no layer with this statistic."),
     lists.map(([name, names]) => h("p", { class: "muted" }, `Only in ${name}: ${names.slice(0, 12).join(", ")}${names.length > 12 ? ` and ${names.length - 12} more` : ""}`)));
   if (!found.layers.length) return;
-  described(plot, `${statistic.label}: ${run.name} less ${state.get("other")}, ${found.layers.length} layers by steps ${count(found.first[0])} to ${count(found.first[found.first.length - 1])}.`);
+  described(plot, `${statistic.label}: ${run.name} minus ${state.get("other")}, ${found.layers.length} layers by steps ${count(found.first[0])} to ${count(found.first[found.first.length - 1])}.`);
   const every = Math.ceil(found.layers.length / 40);
   const rows = found.layers.map((_, row) => row).filter((row) => row % every === 0);
   const reach = Math.max(0, ...found.values.flat().filter(isNumber).map(Math.abs));

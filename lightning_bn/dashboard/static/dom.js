@@ -80,7 +80,13 @@ export function link(address, text) {
   return h("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, text);
 }
 
-export function copyButton(text) {
+// Code and dotted names break behind their punctuation, before they would break within a word.
+export const breakable = (text) => String(text).split(/(?<=[([{,=/_:]|\.(?!\d))/).flatMap((part, place) => (place ? [h("wbr"), part] : [part]));
+
+// Code with what copies it.
+export const codeBlock = (text, tag = "code") => h("div", { class: "code" }, h(tag, {}, breakable(text)), copyButton(text));
+
+function copyButton(text) {
   const copy = async (event) => {
     const target = event.currentTarget;
     target.textContent = (await written(text)) ? "copied" : "select it and copy";

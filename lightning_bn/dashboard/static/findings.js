@@ -1,6 +1,6 @@
 // What was found, in one list: the cause first, and what follows from it below.
-import { copyButton, h, link, select } from "./dom.js";
-import { code, count, plural } from "./format.js";
+import { breakable, codeBlock, h, link, select } from "./dom.js";
+import { code, count, plural, stageName } from "./format.js";
 import { matches } from "./rows.js";
 import { markdown } from "./markdown.js";
 
@@ -66,10 +66,13 @@ function item({ state, run }, finding) {
     h("button", { type: "button", class: "head", onclick: choose, "data-key": `finding:${finding.place}`, title: "Show the layer at this step" },
       h("span", { class: "level" }, finding.past && finding.source === "monitor" ? "recovered" : finding.past ? "mended" : finding.level),
       h("span", { class: "title" }, finding.title),
-      h("span", { class: "layer" }, finding.layers[0] || finding.where || "(the model)", finding.layers.length > 1 ? ` and ${finding.layers.length - 1} more` : ""),
-      h("span", { class: "muted" }, [span, finding.stage && finding.stage !== "train" ? finding.stage : "", finding.text].filter(Boolean).join(": "))),
+      h("span", { class: "layer" }, breakable(finding.layers[0] || finding.where || "(the model)"), finding.layers.length > 1 ? ` and ${finding.layers.length - 1} more` : ""),
+      h("span", { class: "muted" }, [`${span}${inStage(finding)}`, finding.text].filter(Boolean).join(": "))),
     finding.past || finding.level === "info" ? folded(finding, run.rules) : advice(finding, run.rules));
 }
+
+// Training is where findings are unless they say otherwise.
+export const inStage = ({ stage }) => (stage && stage !== "train" ? `, in ${stageName(stage)}` : "");
 
 // What is over, or harmless, takes less room.
 function folded(finding, rules) {
@@ -84,7 +87,7 @@ export function advice(finding, rules = {}) {
   const page = rules[finding.rule];
   return h("div", { class: "advice" },
     finding.why && h("p", {}, finding.why),
-    fix.code && h("div", { class: "code" }, h("code", {}, fix.code), copyButton(fix.code)),
+    fix.code && codeBlock(fix.code),
     fix.note && h("p", { class: "muted" }, fix.note),
     page ? h("details", { class: "rule" }, h("summary", { "data-key": `rule:${finding.rule}:${finding.layers[0]}` }, `Rule ${finding.rule}`), markdown(page)) : link(finding.link, finding.source === "guard" ? `Rule ${finding.code}` : "Read on"));
 }

@@ -17,6 +17,9 @@ export const count = (value) => (isNumber(value) ? value.toLocaleString("en-US")
 
 export const plural = (amount, what) => `${count(amount)} ${what}${amount === 1 ? "" : "s"}`;
 
+const STAGES = { train: "training", val: "validation", validate: "validation", test: "test", predict: "prediction", sanity_check: "the sanity check" };
+export const stageName = (stage) => STAGES[stage] ?? stage;
+
 // A value against the limits of its statistic, in plain words.
 export function against(value, statistic) {
   if (value === null || value === undefined) return "no value";

@@ -1,7 +1,7 @@
 // Who the run is, how it is, and how large the gap between training and evaluation is.
 import { h, select } from "./dom.js";
 import { causeOf } from "./findings.js";
-import { count, number, ofLimit, plural, when } from "./format.js";
+import { count, number, ofLimit, plural, stageName, when } from "./format.js";
 import { entry } from "./runs.js";
 
 const SILENT = 600; // seconds without a line after which a run is not called live
@@ -34,7 +34,7 @@ export function header(page) {
 function unseen({ state, run }) {
   const names = [...new Set(run.unseen.map((each) => each.layer))];
   return h("details", { class: "note" }, h("summary", { "data-key": "unseen" }, `${plural(names.length, "layer")} can't be looked at`),
-    run.unseen.map(({ layer, stage, reason }) => h("div", {}, h("button", { type: "button", class: "plain", onclick: () => state.set({ layer }) }, layer || "(the model)"), ` in ${{ train: "training", val: "validation" }[stage] ?? stage}: ${reason}`)));
+    run.unseen.map(({ layer, stage, reason }) => h("div", {}, h("button", { type: "button", class: "plain", onclick: () => state.set({ layer }) }, layer || "(the model)"), ` in ${stageName(stage)}: ${reason}`)));
 }
 
 function verdict(run) {

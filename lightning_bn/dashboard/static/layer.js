@@ -1,8 +1,8 @@
 // One layer: what it is, what to do about it, and its numbers over the run.
-import { described, h, button, replace } from "./dom.js";
-import { code, count, inWords, isNumber, number, isSick, plain, wrapped } from "./format.js";
+import { breakable, described, h, button, replace } from "./dom.js";
+import { code, count, inWords, isNumber, number, isSick, plain, stageName, wrapped } from "./format.js";
 import { CONFIG, axis, colours, layout, stepAxis } from "./theme.js";
-import { advice } from "./findings.js";
+import { advice, inStage } from "./findings.js";
 import { drawChannels } from "./channels.js";
 
 const FAINT = 24; // other layers behind the chosen one
@@ -65,16 +65,16 @@ export class LayerPanel {
     }
     const spans = run.lanes.eval.filter((each) => each.layer === layer.name).map((each) => `${count(each.first)} to ${count(each.last)}`);
     if (spans.length) facts.push(["eval mode in training", `steps ${spans.join(", ")}`]);
-    for (const { stage, reason } of run.unseen.filter((each) => each.layer === layer.name)) facts.push([`not seen in ${{ train: "training", val: "validation" }[stage] ?? stage}`, reason]);
+    for (const { stage, reason } of run.unseen.filter((each) => each.layer === layer.name)) facts.push([`not seen in ${stageName(stage)}`, reason]);
     // Training and validation often tell the same.
     const all = run.findings.filter((each) => each.layers.some((name) => name === layer.name || (name && layer.name.startsWith(`${name}.`))));
     const own = all.filter((each, place) => all.findIndex((other) => other.code === each.code && other.past === each.past) === place);
     const go = (label, name) => button(label, () => state.set({ layer: name }), { title: name ?? "", disabled: name === undefined, "data-key": `go:${label}` });
     replace(this.facts,
-      h("h2", { title: layer.name }, layer.name || "(the model)"),
+      h("h2", { title: layer.name }, breakable(layer.name || "(the model)")),
       h("div", { class: "neighbours" }, go("↑ before", up), go("↓ after", down)),
       h("dl", {}, facts.map(([label, value]) => [h("dt", {}, label), h("dd", {}, value)])),
-      own.length ? h("div", {}, h("h3", {}, "What to do"), alike(own).map((same) => h("div", { class: "todo" }, same.map((each) => h("p", {}, h("strong", {}, each.title), ` since step ${count(each.first)}${each.stage === "val" ? ", in validation" : ""}${each.past ? ", over by now" : ""}`)), advice(same[0], run.rules)))) : h("p", { class: "muted" }, "Nothing was found here."));
+      own.length ? h("div", {}, h("h3", {}, "What to do"), alike(own).map((same) => h("div", { class: "todo" }, same.map((each) => h("p", {}, h("strong", {}, each.title), ` since step ${count(each.first)}${inStage(each)}${each.past ? ", over by now" : ""}`)), advice(same[0], run.rules)))) : h("p", { class: "muted" }, "Nothing was found here."));
   }
 
   _last(statistic) {
@@ -104,7 +104,7 @@ export class LayerPanel {
       width: room(this.charts), height: 230, margin: { l: 48, r: 6, t: 34, b: 36 }, shapes, showlegend: stages.length > 1,
       legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom", font: { size: 11 } },
       title: { text: statistic.label, x: 0, xanchor: "left", y: 0.98, yanchor: "top", font: { size: 12 } },
-      xaxis: stepAxis({ nticks: 8 }), yaxis: axis({ fixedrange: true, nticks: 5, ...(statistic.log ? { type: "log", exponentformat: "power" } : {}) }),
+      xaxis: stepAxis({ nticks: 8 }), yaxis: axis({ fixedrange: true, nticks: 5, ...scaled(statistic) }),
     }), CONFIG);
   }
 
@@ -114,7 +114,7 @@ export class LayerPanel {
     const all = run.statistics.filter((each) => each.name !== statistic.name && this.series[each.name] && !FIRST.includes(each.name));
     const same = all.filter((each) => isConstant(this.series[each.name]));
     const names = all.filter((each) => !same.includes(each));
-    replace(this.same, same.length ? `Unchanged: ${same.map((each) => `${title(each)} ${number(Object.values(this.series[each.name])[0].values[0])}`).join("; ")}.` : "");
+    replace(this.same, same.length ? `Unchanged: ${same.map((each) => `${title(each)}: ${number(Object.values(this.series[each.name])[0].values[0])}`).join("; ")}.` : "");
     this.small.hidden = !names.length;
     if (!names.length) return;
     described(this.small, names.map((each) => inWords(title(each), this.series[each.name], each)).join(" "));
@@ -136,7 +136,7 @@ export class LayerPanel {
         const isBad = of.values.some((value) => isSick(value, each));
         traces.push({ ...line(of.steps, of.values, { color: isBad ? colours().sick : colours().series[stage], width: 1.3 }), xaxis: `x${x}`, yaxis: `y${y}` });
       });
-      places[`yaxis${y}`] = axis({ domain, anchor: `x${x}`, fixedrange: true, nticks: 3, ...(each.log ? { type: "log", exponentformat: "power", nticks: 2 } : {}) });
+      places[`yaxis${y}`] = axis({ domain, anchor: `x${x}`, fixedrange: true, nticks: 3, ...scaled(each, 2) });
       places[`xaxis${x}`] = stepAxis({ domain: [left, right], anchor: `y${y}`, nticks: 5 }); // below the last of its column
       annotations.push({ text: titles[index].map(plain).join("<br>"), align: "left", xref: "paper", yref: "paper", x: left, y: domain[1], xanchor: "left", yanchor: "bottom", showarrow: false, font: { size: 11, color: colours().muted } });
     });
@@ -147,6 +147,9 @@ export class LayerPanel {
 const room = (element) => Math.max(160, element.clientWidth - 24);
 const nth = (index) => (index ? String(index + 1) : ""); // plotly's first axis has no number
 const title = ({ label, name }) => (label === name ? name.replaceAll("_", " ") : label);
+
+// plotly writes powers a quarter larger than other numbers.
+const scaled = ({ log }, nticks = 5) => (log ? { type: "log", exponentformat: "power", nticks, tickfont: { color: colours().muted, size: 9 } } : {});
 
 function isConstant(stages) {
   const values = Object.values(stages).flatMap((of) => of.values);

@@ -1,12 +1,10 @@
 // The page of a rule: headings, paragraphs, code in fences and between backticks. All of it becomes text nodes.
-import { copyButton, h } from "./dom.js";
+import { codeBlock, h } from "./dom.js";
 
 export function markdown(text) {
   const parts = text.split(/^```\w*\n([\s\S]*?)^```$/m);
-  return h("div", { class: "markdown" }, parts.map((part, index) => (index % 2 ? codeBlock(part.trimEnd()) : paragraphs(part))));
+  return h("div", { class: "markdown" }, parts.map((part, index) => (index % 2 ? codeBlock(part.trimEnd(), "pre") : paragraphs(part))));
 }
-
-const codeBlock = (code) => h("div", { class: "code" }, h("pre", {}, code), copyButton(code));
 
 function paragraphs(text) {
   return text.split(/\n{2,}/).map((each) => each.trim()).filter(Boolean).map((each) => (each.startsWith("#") ? h("strong", {}, each.replace(/^#+ /, "")) : h("p", {}, inline(each.replaceAll("\n", " ")))));

@@ -2,7 +2,7 @@
 import { badness, isSick } from "./format.js";
 import { flags, limitsOfRow, weight } from "./thin.js";
 
-const FEW = 40; // as many rows are shown one by one; of more, groups are folded until they are opened
+const FEW = 40; // as many rows are shown one by one; of more, only the groups of the first sick layer are open
 
 export function makeRows(grid, statistic, options) {
   const leaves = grid.layers.map((name, index) => leaf(name, index, grid, statistic));
@@ -10,7 +10,8 @@ export function makeRows(grid, statistic, options) {
   if (options.sort !== "forward") return sorted(wanted, options.sort);
   const groups = grouped(wanted, 0, "");
   const rows = [];
-  walk(groups, 0, "", rows, { ...options, many: wanted.length > FEW }, grid, statistic);
+  const [first] = sorted(wanted, "first");
+  walk(groups, 0, "", rows, { ...options, many: wanted.length > FEW, first: first?.firstSick === null ? null : first }, grid, statistic);
   return rows;
 }
 
@@ -69,7 +70,7 @@ function walk(nodes, depth, prefix, rows, options, grid, statistic) {
       rows.push({ ...node, depth, label: label(node.name) });
       continue;
     }
-    const isOpen = options.open.has(node.head) || (!options.fold.has(node.head) && (!options.many || only));
+    const isOpen = options.open.has(node.head) || (!options.fold.has(node.head) && (!options.many || only || node.leaves.includes(options.first)));
     rows.push({ ...group(node, grid, statistic), depth, isOpen, label: label(node.head) });
     if (isOpen) walk(node.children, depth + 1, node.head, rows, options, grid, statistic);
   }

@@ -1,5 +1,5 @@
 // What the page says when there is no run to show.
-import { copyButton, h } from "./dom.js";
+import { codeBlock, h } from "./dom.js";
 
 const LINES = `from lightning_bn import ActivationStatsMonitor, ModeCheck
 trainer = Trainer(callbacks=[ActivationStatsMonitor(), ModeCheck()])
@@ -11,7 +11,7 @@ export function empty(searched, file) {
   return h("div", { class: "message" },
     h("h2", {}, "No run to show yet"),
     h("p", {}, "These three lines make one:"),
-    h("div", { class: "code" }, h("pre", {}, LINES), copyButton(LINES)),
+    codeBlock(LINES, "pre"),
     h("p", { class: "muted" }, `Searched for ${file}, with all folders below: `, searched.length ? searched.map((path, index) => [index ? ", " : "", h("code", {}, path)]) : "no log directory was given"),
     h("p", { class: "muted" }, "A run appears here as soon as it has begun; this page looks again every few seconds."));
 }
@@ -22,7 +22,7 @@ export function failed(error, again) {
 
 export const missingPlotly = (install) => h("div", { class: "message" },
   h("h2", {}, "The page needs plotly"), h("p", {}, "It draws with plotly.js, which the package plotly brings. Install it where TensorBoard runs, and start TensorBoard again:"),
-  h("div", { class: "code" }, h("code", {}, install), copyButton(install)));
+  codeBlock(install));
 
 // A run without samples still has findings, recalibrations and averages.
 export function noSamples(run) {
