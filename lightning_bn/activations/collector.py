@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeAlias
 from weakref import ref
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.call_sites import INPUT, CallSite, CallSites
-from lightning_bn.activations.drift import Drift, DriftMeter
-from lightning_bn.activations.host_to_sample import HostMeasurements, SampleBuilder, affine_of
+from lightning_bn.activations.drift import Drift, DriftMeter, Readout
+from lightning_bn.activations.host_to_sample import HostMeasurements, NormShapes, SampleBuilder, affine_of
+from lightning_bn.activations.kept_samples import KeptSamples
 from lightning_bn.activations.moments_to_pool import Key, Pool, merge
 from lightning_bn.activations.pool_to_host import Array, joined, silent_numbers, to_host
 from lightning_bn.activations.readings import Readings, first_float, float_tensors
@@ -31,7 +33,7 @@ from lightning_bn.sharding import full_vectors
 from lightning_bn.torch_internals import in_backward, unseen_by_modes
 from lightning_bn.torchscript import scriptable
 
-_PLAIN = {Tensor, nn.Parameter}
+_PLAIN, _WIDTH = {Tensor, nn.Parameter}, attrgetter("num_features")
 _Summand: TypeAlias = tuple[str, Key]
 
 _FUSED = (
@@ -45,21 +47,18 @@ class LayerCollector:
     Between `attach` and `detach` a forward hook on each layer takes its output in; both can be called any number of
     times before `collect`, which gives one sample of all that was seen and starts the next. Each call site of a layer
     is a row (`places`): ``relu#1``, ``relu#2``; where one is called with several numbers of channels, each further
-    number has a row too: ``relu#2[256]``. Of an output that is a tuple, list or dict the first floating-point tensor
-    counts. A forward that activation checkpointing repeats is not a second sample. Compiled modules run eagerly while
-    hooks are attached, since compiled code has none.
+    number has a row too: ``relu#2[256]``. The first floating-point tensor of a tuple, list or dict counts. A forward
+    that activation checkpointing repeats is not a second sample. Compiled modules run eagerly while hooks are attached.
 
     Args:
         model: which holds the layers.
         layers: by name, as from `layers.select_layers`.
-        training: whether drift is that of training batches, from the buffers, or that of the inputs that an evaluation
-            sees.
+        training: whether drift is that of training batches, from the buffers, or of the inputs of an evaluation.
         activations: whether to place hooks at all. False: drift and affine parameters only.
         gradients: whether to look at the gradients at the layers' outputs too, and at those of their parameters.
         histograms: names of the layers to count into buckets.
         ranked: names of the layers whose effective rank is measured; None: all rows.
-        channel_dim: which dimension holds the channels, but a batch norm's, whose channels are in dimension 1; None: as
-            the layers around it tell.
+        channel_dim: which dimension holds the channels, a batch norm's aside; None: as the layers around it tell.
         functions: whether to look at functions that are not modules too, and at residual sums.
         step_is_forward: whether the model's own forward stands for a whole training step, as under DDP.
         ranks: those whose activations are one sample, None for all.
@@ -86,9 +85,7 @@ class LayerCollector:
         self.layers = dict(layers)
         self._ranks = ranks or Ranks(task="LayerCollector")
         self._model = model
-        self._training = training
-        self._activations = activations
-        self._gradients = gradients
+        self._training, self._activations, self._gradients = training, activations, gradients
         self._readings = Readings(model, self.layers, histograms, ranked, channel_dim)
         self._updates = WeightUpdates(model, None if functions else self.layers)
         self._functions = functions
@@ -113,6 +110,7 @@ class LayerCollector:
             training=training,
             hidden_norms=not self._norms and any(isinstance(each, _BatchNorm) for each in model.modules()),
         )
+        self.kept = KeptSamples(self._builder)
         self._sites = CallSites(
             model,
             self.layers,
@@ -127,8 +125,7 @@ class LayerCollector:
         self._outputs: frozenset[CallSite] = frozenset()
         self._images: frozenset[Key] = frozenset()
         self._attached = ExitStack()
-        self._is_placed = False
-        self._is_attached = False
+        self._is_placed = self._is_attached = False
 
     def attach(self) -> None:
         """Place the hooks; the first time since `collect`, drift begins to count."""
@@ -154,8 +151,7 @@ class LayerCollector:
         self._attached.callback(scriptable(self._model))
 
     def _fused(self) -> set[nn.Module]:
-        """What torch is to run as it would without hooks, in the modes that the layers are in now; what the user chose
-        by name or class is looked at all the same."""
+        """What torch is to run as without hooks, in the layers' present modes; what the user chose is looked at."""
         chosen = set() if self._functions else set(self.layers.values())
         found: set[nn.Module] = set()
         for name, layer in self._fusible.items():
@@ -199,14 +195,9 @@ class LayerCollector:
         self._attached.close()
 
     def pause(self) -> None:
-        """Take nothing in until `attach`, which comes so soon that the hooks may stay: placing them costs a tenth of a
-        step."""
+        """Take nothing in until `attach`, which comes soon: the hooks stay, as placing them costs a tenth of a step."""
         self._is_attached = False
         self._newest.clear()
-
-    @property
-    def _is_looking(self) -> bool:
-        return self._is_attached and not is_extra_pass()
 
     def forget_channels(self) -> None:
         """Let every channel count as never seen: an evaluation begins, whose dead channels are its own."""
@@ -230,15 +221,12 @@ class LayerCollector:
             measured = self.measure()
             host = to_host(measured)
             pool = None if self._readings.pool is None else self._readings.pool.on(*host[:2])
-            names = self._readings.sums
-            sums, start = dict(zip(names, host[2:], strict=False)), 2 + len(names)
+            sums = dict(zip(self._readings.sums, host[2:], strict=False))
+            start = 2 + len(sums)
             weights, biases, norms, statistics = *host[start : start + 3], host[start + 3 :]
             updates = self._updates.of_layers(norms)
-            own = (
-                self._meter.evaluate(statistics)
-                if self._meter is not None and self._training and self._is_open
-                else None
-            )
+            is_measured = self._meter is not None and self._training and self._is_open
+            own = self._meter.evaluate([self._readout._replace(tensors=statistics)])[0] if is_measured else None
         # As objects, since a layer may have run on one rank alone.
         ranks = self._ranks.share(
             (pool, sums, dict(self._order), self._outputs, self._images, (weights, biases, updates, own, statistics))
@@ -252,6 +240,7 @@ class LayerCollector:
             {place: name for _, _, order, *_ in ranks for place, name in order.items()},
             frozenset().union(*(outputs for *_, outputs, _, _ in ranks)),
             frozenset().union(*(images for *_, images, _ in ranks)),
+            self._shapes,
             weights,
             biases,
             drift if self._training else self._drift_of_evaluation(merged, statistics),
@@ -263,6 +252,18 @@ class LayerCollector:
         self._order = {}
         self._is_open = False
         return sample
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether samples may be `kept`: they are of norms alone, and no other rank takes part."""
+        return self._training and not (self._activations or self._gradients or self._ranks.are_several)
+
+    def keep(self) -> None:
+        """Let the sample wait, on its device, in `kept`."""
+        affine = self.measure()[2:4]
+        if self._meter is not None:
+            self.kept.add(self._meter, self._shapes, affine, self._readout)
+        self._is_open = False
 
     def close(self) -> None:
         """Remove the hooks, and whatever else was placed; a sample that was begun is given up."""
@@ -276,25 +277,26 @@ class LayerCollector:
         """Return all that was measured, still on the device, for one transfer; waits for nothing."""
         self._readings.put_together()
         self._hand_in()
-        widths = [layer.num_features for layer in self._norms.values()]
-        affine = [joined(full_vectors(each, widths)) for each in affine_of(self._norms.values())]
-        statistics: list[Tensor] = []
+        widths, parameters = tuple(map(_WIDTH, self._norms.values())), affine_of(self._norms.values())
+        self._shapes = NormShapes(widths, *(tuple([isinstance(p, Tensor) for p in each]) for each in parameters))
+        affine = [joined(full_vectors(each, widths)) for each in parameters]
+        self._readout = Readout([], [], [])
         if self._meter is not None and self._is_open:
-            statistics = self._meter.readout() if self._training else self._meter.statistics()
+            self._readout = self._meter.readout() if self._training else Readout(self._meter.statistics(), [], [])
         pool = self._readings.pool
         pooled = [torch.empty(4, 0), torch.empty(3, 0)] if pool is None else [pool.channels, pool.layers]
-        return [*pooled, *self._readings.sums.values(), *affine, self._updates.measure(), *statistics]
+        return [*pooled, *self._readings.sums.values(), *affine, self._updates.measure(), *self._readout.tensors]
 
     def _hand_in(self) -> None:
         """Tell the drift meter what the layers were given whose buffers don't tell."""
         if not self._training or self._meter is None or self._readings.pool is None or not self._observed:
             return
         indices = {name: index for index, name in enumerate(self._tracking)}
-        found = []
-        for key, values in zip(self._readings.pool.keys, self._readings.pool.split(), strict=True):
-            if key.what == "input":
-                found.append((indices[key.place.path], values[1], values[2] / (values[0] - 1)))
-        self._meter.hand_in(found)
+        self._meter.hand_in(
+            (indices[key.place.path], values[1], values[2] / (values[0] - 1))
+            for key, values in zip(self._readings.pool.keys, self._readings.pool.split(), strict=True)
+            if key.what == "input"
+        )
 
     def _drift_of_evaluation(self, pool: Pool | None, statistics: list[Tensor]) -> Drift | None:
         if self._meter is None or not statistics:
@@ -311,7 +313,7 @@ class LayerCollector:
 
     @guarded
     def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        if not self._is_looking:
+        if not self._is_attached or is_extra_pass():
             return
         # A subclass may have its own idea of what its values are.
         is_plain = not kwargs and type(output) in _PLAIN and _PLAIN.issuperset(map(type, args))
@@ -344,7 +346,7 @@ class LayerCollector:
 
     @guarded
     def _see_function(self, name: str, place: CallSite, tensor: Tensor) -> None:
-        if not self._is_looking or not tensor.is_floating_point():
+        if not self._is_attached or is_extra_pass() or not tensor.is_floating_point():
             return
         if self._gradients and tensor.requires_grad:
             tensor.register_hook(partial(self._see_gradient, name, place))
@@ -359,7 +361,7 @@ class LayerCollector:
 
     def _see_input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take in what the model is given, the first tensor of a batch."""
-        if self._is_given or not self._is_looking:
+        if self._is_given or not self._is_attached or is_extra_pass():
             return
         given = next(float_tensors((args, kwargs), with_bytes=True), None)
         if given is None:

@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter, methodcaller
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.activations.formulas import distance, summarise_drift
 from lightning_bn.activations.pool_to_host import Array, Mask, joined, silent_numbers, to_host
 from lightning_bn.averaging import Averaging, Cumulative, Exponential
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
@@ -26,33 +27,7 @@ YOUNG = 50
 DEFAULT_MEMORY = 0.9
 
 _MODULES, _AVERAGING = itemgetter("_modules"), methodcaller("get", "averaging")
-_MOMENTUM, _WIDTH = attrgetter("momentum"), attrgetter("num_features")
-
-
-def distance(mean: Array, var: Array, running_mean: Array, running_var: Array, eps: Array) -> tuple[Array, Array]:
-    """Return, per channel, ``(mean - running_mean) / sqrt(running_var + eps)`` and
-    ``log((var + eps) / (running_var + eps))``, with *unbiased* variances."""
-    running = running_var + eps
-    return (mean - running_mean) / np.sqrt(running), np.log((np.maximum(var, 0) + eps) / running)
-
-
-def summarise_drift(shift: Array, log_ratio: Array, widths: NDArray[np.int64]) -> Array:
-    """Return the root mean square and the greatest absolute value over channels of both: (L, 4), in the order of
-    `registry.DRIFT_STATISTICS`.
-
-    Args:
-        shift: (..., S), the channels of L layers one behind the other.
-        log_ratio: (..., S), likewise.
-        widths: (L,), channels of each layer.
-
-    Several drifts of the same layers, in further dimensions, cost hardly more than one: (..., L, 4).
-    """
-    starts = np.cumsum(widths) - widths
-    values = np.stack((shift, log_ratio), axis=-2)
-    rms = np.sqrt(np.add.reduceat(np.square(values), starts, axis=-1) / widths)
-    greatest = np.maximum.reduceat(np.abs(values), starts, axis=-1)
-    found: Array = np.stack((rms, greatest), axis=-1).swapaxes(-3, -2).reshape(*rms.shape[:-2], len(widths), 4)
-    return found
+_MOMENTUM, _WIDTH, _SIZE = map(attrgetter, ("momentum", "num_features", "itemsize"))
 
 
 @dataclass(frozen=True)
@@ -72,6 +47,17 @@ class Drift:
     young: Mask = field(default_factory=lambda: np.empty(0, dtype=bool))
     shift: Array = field(default_factory=lambda: np.empty(0))  # (S,), of each channel, as `distance` has it
     log_ratio: Array = field(default_factory=lambda: np.empty(0))  # (S,), likewise
+
+
+Rules: TypeAlias = list[tuple[Averaging, list[int]]]  # each with the indices of its layers
+
+
+class Readout(NamedTuple):
+    """What a `DriftMeter` keeps of a sample until it is evaluated."""
+
+    tensors: list[Tensor]
+    rules: Rules
+    handed: list[list[int]]  # layers of each pair of the further tensors, whose batches are known
 
 
 _NONE = Drift(np.empty((0, 4)), np.empty((0, 4)), np.empty(0, dtype=bool), np.empty(0))
@@ -109,7 +95,7 @@ class DriftMeter:
         self._heard: dict[_BatchNorm, int] = {}  # the layers that tell of their batches
         self._end: Callable[[], None] = _nothing
         self._sets = OtherSets(self.layers)
-        self._rules: list[tuple[Averaging, list[int]]] = []  # of `start` or `statistics`, and their layers
+        self._rules: Rules = []  # of `start` or `statistics`, and their layers
         self._tells: dict[object, bool] = {}  # by rule, whether the statistics tell what the newest batch was like
         self._widths = np.array([layer.num_features for layer in self.layers], dtype=np.int64)
         self._starts = np.cumsum(self._widths) - self._widths
@@ -126,7 +112,7 @@ class DriftMeter:
         widths: list[int] = self._widths.tolist()
         return list(map(_WIDTH, self.layers)) != widths
 
-    def _by_rule(self) -> list[tuple[Averaging, list[int]]]:
+    def _by_rule(self) -> Rules:
         """Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer."""
         averagings = set(map(_AVERAGING, map(_MODULES, map(vars, self.layers))))
         if averagings == {None} and len(set(map(_MOMENTUM, self.layers))) == 1:
@@ -140,10 +126,11 @@ class DriftMeter:
             indices.append(index)
         return list(found.values())
 
-    def _silent(self, rules: list[tuple[Averaging, list[int]]]) -> list[int]:
+    def _silent(self, rules: Rules) -> list[int]:
         """The layers whose buffers don't tell, as their average is a window, pooled or a user's own, or is kept in 16
         bits."""
-        found = [index for index, mean in enumerate(buffer_of_each(self.layers, "running_mean")) if mean.itemsize < 4]
+        sizes = list(map(_SIZE, buffer_of_each(self.layers, "running_mean")))
+        found = [index for index, size in enumerate(sizes) if size < 4] if min(sizes, default=4) < 4 else []
         for rule, indices in rules:
             key = _key(rule)
             if key not in self._tells:
@@ -198,14 +185,14 @@ class DriftMeter:
             free[index] = mean, var
 
     @torch.no_grad()
-    def readout(self) -> list[Tensor]:
+    def readout(self) -> Readout:
         """Return what `evaluate` needs, still on the device, for one transfer.
 
         Raises:
             RuntimeError: `start` was not called.
         """
         if not self.layers:
-            return []
+            return Readout([], [], [])
         if self._before is None:
             raise RuntimeError(
                 "DriftMeter.measure() without start(): call start() before the batch, measure() after it."
@@ -213,36 +200,46 @@ class DriftMeter:
         after = self._buffers()  # batches that are on their way from other ranks arrive, and are heard of
         self.close()
         handed = [joined([moments[part] for moments in each.values()]) for each in self._handed for part in (0, 1)]
-        return [*self._before, *after, *handed]
+        return Readout([*self._before, *after, *handed], self._rules, [list(each) for each in self._handed])
 
     def measure(self) -> Drift:
         """Return the drift since `start`: `readout`, a transfer, `evaluate`."""
-        return self.evaluate(to_host(self.readout()))
+        readout = self.readout()
+        return self.evaluate([readout._replace(tensors=to_host(readout.tensors))])[0]
 
     @silent_numbers()
-    def evaluate(self, host: Sequence[Tensor]) -> Drift:
-        """Return the drift of all layers between `start` and `readout`.
+    def evaluate(self, readouts: Sequence[Readout]) -> list[Drift]:
+        """Return the drift of all layers between `start` and `readout`, of T samples in their order, which together
+        cost hardly more than one.
 
         NaN for a layer that took no batch in, or whose buffers don't tell and for which nothing was handed in. Of
         several batches since then it is their mean.
+
+        Args:
+            readouts: with their tensors on the host.
         """
         if not self.layers:
-            return _NONE
-        before, after = _moments(host[0]), _moments(host[2])
-        tracked, now = host[1], host[3]
+            return [_NONE] * len(readouts)
+        first = readouts[0]
+        if any(each[1:] != first[1:] for each in readouts):  # of other rules, or of batches of other layers
+            return [drift for each in readouts for drift in self.evaluate([each])]
+        host = [torch.stack(each) for each in zip(*(each.tensors for each in readouts), strict=True)]
+        before, after, tracked, now = _moments(host[0]), _moments(host[2]), host[1], host[3]
         batches = now - tracked
-        weight, whole = self._newest_weight(torch.stack((now, tracked)), torch.stack((batches, tracked)))
-        weight = np.repeat(weight, self._widths)
-        batch = self._with_handed(before + (after - before) / weight, host[4:])
+        parts = torch.stack((now, tracked)), torch.stack((batches, tracked))
+        weight, whole = self._newest_weight(first.rules, *parts)
+        weight = np.repeat(weight, self._widths, axis=-1)
+        batch = self._with_handed(before + (after - before) / weight, first.handed, host[4:])
         ran = (batches > 0).numpy()
-        share = self._share_of_start(before, tracked, whole)
+        share, begins = self._share_of_start(before, tracked, whole)
         values, settled, channels = self._against_both(batch, before, share)
         values[~ran] = settled[~ran] = np.nan
-        settled[self._is_young(tracked, share) & ran] = 0
+        settled[_is_young(begins, tracked, share) & ran] = 0
         # What follows from the buffers is known to their rounding, no better.
         known = (before[1] * 2.0**-20 < weight * self._eps) | np.isnan(weight)
         below_eps = np.where(ran, self._below_eps(batch[1], known), np.nan)
-        return Drift(values, settled, ran, self._nonfinite(before), below_eps, (tracked < YOUNG).numpy(), *channels)
+        found = (values, settled, ran, self._nonfinite(before), below_eps, (tracked < YOUNG).numpy(), *channels)
+        return [Drift(*each) for each in zip(*found, strict=True)]
 
     @torch.no_grad()
     def statistics(self) -> list[Tensor]:
@@ -271,36 +268,33 @@ class DriftMeter:
                 for part in (0, 1)
             ]
         )
-        share = self._share_of_start(running, counts, self._newest_weight(counts, counts))
+        share, begins = self._share_of_start(running, counts, self._newest_weight(self._rules, counts, counts))
         values, settled, channels = self._against_both(batch, running, share)
         steps = counts.numpy()
-        young = self._is_young(counts, share) & ((steps > 0) | (steps == 0).all())
+        young = _is_young(begins, counts, share) & ((steps > 0) | (steps == 0).all())
         settled = np.where(young[:, None], 0.0, np.where(_is_quick(counts, share)[:, None], settled, values))
         ran = np.isin(np.arange(len(self.layers)), list(inputs))
         below_eps = np.where(ran, self._below_eps(batch[1], np.True_), np.nan)
         return Drift(values, settled, ran, self._nonfinite(running), below_eps, (counts < YOUNG).numpy(), *channels)
 
     def _against_both(self, batch: Array, running: Array, share: Array) -> tuple[Array, Array, tuple[Array, Array]]:
-        """The drift of a batch, (2, S), against the running statistics and against these less their start, (L, 4) each;
-        and by channel that against the running statistics."""
-        both = np.stack((running, self._less_start(running, share)), axis=1)  # (2, 2, S)
+        """The drift of a batch, (2, ..., S), against the running statistics and against these less their start,
+        (..., L, 4) each; and by channel that against the running statistics."""
+        both = np.stack((running, self._less_start(running, share)), axis=1)  # (2, 2, ..., S)
         shift, log_ratio = distance(batch[0], batch[1], both[0], both[1], self._eps)
         values, settled = summarise_drift(shift, log_ratio, self._widths)
         return values, settled, (shift[0], log_ratio[0])
 
-    def _below_eps(self, var: Array, known: Mask | np.bool_) -> Array:
-        share: Array = np.add.reduceat((var < self._eps) & known, self._starts, dtype=np.float64) / self._widths
-        return share
+    def _total(self, channels: Mask | np.bool_) -> Array:
+        """How many channels of each layer are so: (..., L)."""
+        found: Array = np.add.reduceat(channels, self._starts, axis=-1, dtype=np.float64)
+        return found
 
-    def _is_young(self, counts: Tensor, share: Array) -> Mask:
-        """Which layers began with 0/1 and have seen so few batches that torch's own average would be in its start too;
-        their weights move fast."""
-        young: Mask = self._from_zero_one & (counts.numpy() < YOUNG) & _is_quick(counts, share)
-        return young
+    def _below_eps(self, var: Array, known: Mask | np.bool_) -> Array:
+        return self._total((var < self._eps) & known) / self._widths
 
     def _nonfinite(self, running: Array) -> Array:
-        found: Array = np.add.reduceat(~np.isfinite(running).all(axis=0), self._starts, dtype=np.float64)
-        return found
+        return self._total(~np.isfinite(running).all(axis=0))
 
     def _buffers(self) -> list[Tensor]:
         """Running means and then variances of all layers in one flat vector, (2 S,), and the numbers of batches they
@@ -310,60 +304,72 @@ class DriftMeter:
         )
         return [joined(mean + var), joined(counts)]
 
-    def _share_of_start(self, running: Array, counts: Tensor, whole: Array) -> Array:
-        """How much of the running statistics is still the 0/1 that they began with: (L,).
+    def _share_of_start(self, running: Array, counts: Tensor, whole: Array) -> tuple[Array, Mask]:
+        """How much of the running statistics is still the 0/1 that they began with, and which began so: (..., L).
 
         Args:
-            running: (2, S).
-            counts: (L,), batches in them.
-            whole: (L,), how much these weigh, NaN where that is not known.
+            running: (2, ..., S).
+            counts: (..., L), batches in them.
+            whole: (..., L), how much these weigh, NaN where that is not known.
         """
-        self._look_at_start(running, counts)
+        begins = self._look_at_start(running, counts)
         weight = 1 - whole
         # What does not tell its weights has no start in it, once it has a batch.
         weight = np.where((counts == 0).numpy(), 1.0, np.nan_to_num(weight, nan=0.0))
-        return np.where(self._from_zero_one, weight, 0.0)
+        return np.where(begins, weight, 0.0), begins
 
     def _less_start(self, running: Array, shares: Array) -> Array:
-        """The running statistics as they would be without the share of 0 and 1 that they began with: (2, S)."""
-        share = np.repeat(shares, self._widths)
+        """The running statistics as they would be without the share of 0 and 1 that they began with: (2, ..., S)."""
+        share = np.repeat(shares, self._widths, axis=-1)
         rest = np.where(share < 1, 1 - share, np.nan)
         return np.stack((running[0] / rest, np.maximum((running[1] - share) / rest, 0.0)))
 
-    def _look_at_start(self, running: Array, counts: Tensor) -> None:
-        """Take note of layers that have taken no batch in and hold other statistics than 0/1, as pretrained ones
-        may."""
-        begins: Mask = (counts == 0).numpy()
-        if begins.any():
-            other = ((running[0] != 0) | (running[1] != 1)).astype(np.int64)
-            is_other = np.add.reduceat(other, self._starts) > 0
-            self._from_zero_one = np.where(begins, ~is_other, self._from_zero_one)
+    def _look_at_start(self, running: Array, counts: Tensor) -> Mask:
+        """Take note of layers that have taken no batch in and hold other statistics than 0/1, as pretrained ones may;
+        return which began with 0/1, as it is known at each sample: (..., L)."""
+        new: Mask = (counts == 0).numpy()
+        if not new.any():
+            return np.broadcast_to(self._from_zero_one, new.shape)
+        is_other = self._total((running[0] != 0) | (running[1] != 1)) > 0
+        found = np.empty_like(new)
+        for place in np.ndindex(new.shape[:-1]):
+            self._from_zero_one = np.where(new[place], ~is_other[place], self._from_zero_one)
+            found[place] = self._from_zero_one
+        return found
 
-    def _newest_weight(self, step: Tensor, batches: Tensor) -> Array:
+    @staticmethod
+    def _newest_weight(rules: Rules, step: Tensor, batches: Tensor) -> Array:
         """Weight of the newest batches in each layer's statistics: (..., L), NaN where the layer's rule can't tell."""
-        if len(self._rules) == 1:  # as in most models: nothing to pick out
-            weight = self._rules[0][0].newest_weight(step, batches)
+        if len(rules) == 1:  # as in most models: nothing to pick out
+            weight = rules[0][0].newest_weight(step, batches)
             return np.full(step.shape, np.nan) if weight is None else weight.double().numpy()
         weights = torch.full(step.shape, torch.nan, dtype=torch.float64)
-        for rule, indices in self._rules:
+        for rule, indices in rules:
             weight = rule.newest_weight(step[..., indices], batches[..., indices])
             if weight is not None:
                 weights[..., indices] = weight.double()
         return weights.numpy()
 
-    def _with_handed(self, batch: Array, host: Sequence[Tensor]) -> Array:
-        """The same with what was handed in, in the places of those layers; a batch that was not finite is left out."""
-        if not self._handed:
+    def _with_handed(self, batch: Array, handed: Sequence[list[int]], host: Sequence[Tensor]) -> Array:
+        """The same, (2, T, S), with what was handed in, in the places of those layers; a batch that was not finite is
+        left out."""
+        if not handed:
             return batch
-        ends = self._starts + self._widths
-        known = np.full((len(self._handed), *batch.shape), np.nan)
-        for number, each in enumerate(self._handed):
-            places = np.concatenate([np.arange(ends[index] - self._widths[index], ends[index]) for index in each])
+        known = np.full((len(handed), *batch.shape), np.nan)
+        for number, indices in enumerate(handed):
+            places = np.concatenate([self._starts[each] + np.arange(self._widths[each]) for each in indices])
             for part in (0, 1):
-                known[number, part, places] = host[2 * number + part].double().numpy()
+                known[number, part][:, places] = host[2 * number + part].double().numpy()
         finite = np.isfinite(known[:, 1:])
         mean = np.where(finite, known, 0.0).sum(0) / finite.sum(0)
         return np.where(np.isnan(mean), batch, mean)
+
+
+def _is_young(begins: Mask, counts: Tensor, share: Array) -> Mask:
+    """Which layers began with 0/1 and have seen so few batches that torch's own average would be in its start too;
+    their weights move fast."""
+    young: Mask = begins & (counts.numpy() < YOUNG) & _is_quick(counts, share)
+    return young
 
 
 def _is_quick(counts: Tensor, share: Array) -> Mask:
@@ -373,8 +379,9 @@ def _is_quick(counts: Tensor, share: Array) -> Mask:
 
 
 def _moments(flat: Tensor) -> Array:
-    both: Array = flat.double().numpy().reshape(2, -1)
-    return both
+    """Means and variances of what is laid out as in `DriftMeter._buffers`: (2, ..., S)."""
+    both: Array = flat.double().numpy().reshape(*flat.shape[:-1], 2, -1)
+    return np.moveaxis(both, -2, 0)
 
 
 def _key(rule: Averaging) -> object:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_bn.activations.pool_to_host import Array, Channels, Mask, Norms
 
@@ -73,4 +74,30 @@ def near_zero(weight: Array, starts: Any) -> Array:
 def rms(weight: Array, starts: Any) -> Array:
     ends = np.append(starts[1:], len(weight))
     found: Array = np.sqrt(np.add.reduceat(np.square(weight), starts) / (ends - starts))
+    return found
+
+
+def distance(mean: Array, var: Array, running_mean: Array, running_var: Array, eps: Array) -> tuple[Array, Array]:
+    """Return, per channel, ``(mean - running_mean) / sqrt(running_var + eps)`` and
+    ``log((var + eps) / (running_var + eps))``, with *unbiased* variances."""
+    running = running_var + eps
+    return (mean - running_mean) / np.sqrt(running), np.log((np.maximum(var, 0) + eps) / running)
+
+
+def summarise_drift(shift: Array, log_ratio: Array, widths: NDArray[np.int64]) -> Array:
+    """Return the root mean square and the greatest absolute value over channels of both: (L, 4), in the order of
+    `registry.DRIFT_STATISTICS`.
+
+    Args:
+        shift: (..., S), the channels of L layers one behind the other.
+        log_ratio: (..., S), likewise.
+        widths: (L,), channels of each layer.
+
+    Several drifts of the same layers, in further dimensions, cost hardly more than one: (..., L, 4).
+    """
+    starts = np.cumsum(widths) - widths
+    values = np.stack((shift, log_ratio), axis=-2)
+    rms = np.sqrt(np.add.reduceat(np.square(values), starts, axis=-1) / widths)
+    greatest = np.maximum.reduceat(np.abs(values), starts, axis=-1)
+    found: Array = np.stack((rms, greatest), axis=-1).swapaxes(-3, -2).reshape(*rms.shape[:-2], len(widths), 4)
     return found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.activations.call_sites import CallSite
 from lightning_bn.activations.column import Statistic
-from lightning_bn.activations.drift import Drift, distance, summarise_drift
+from lightning_bn.activations.drift import Drift
 from lightning_bn.activations.drift_by_chance import DriftByChance
 from lightning_bn.activations.effective_rank import effective_rank
+from lightning_bn.activations.formulas import distance, summarise_drift
 from lightning_bn.activations.moments_to_pool import Key, Pool
 from lightning_bn.activations.pool_to_host import (
     Array,
@@ -54,6 +55,14 @@ def affine_of(norms: Iterable[_BatchNorm]) -> tuple[list[Any], list[Any]]:
     return [weight for weight, _ in pairs], [bias for _, bias in pairs]
 
 
+class NormShapes(NamedTuple):
+    """What N batch norms have, which pruning may take away in the middle of a run: (N,) each."""
+
+    widths: tuple[int, ...]  # channels
+    has_weight: tuple[bool, ...]
+    has_bias: tuple[bool, ...]
+
+
 @dataclass(frozen=True)
 class HostMeasurements:
     """What one sample brought to the host, of all ranks."""
@@ -62,11 +71,17 @@ class HostMeasurements:
     order: Mapping[CallSite, str]  # places in forward order, and the module called at each
     outputs: frozenset[CallSite]  # whose activation is what the model returns
     images: frozenset[Key]  # inputs of which each channel has several values a sample
+    shapes: NormShapes
     weights: Tensor  # of all batch norms that have one, one after the other
     biases: Tensor
     drift: Drift | None  # of the batch norms that keep running statistics
     sums: Mapping[tuple[str, Key], Tensor]  # histograms, and products of channels
     updates: Mapping[str, Array]  # by layer, norm of the gradient and ratio of the step's norm to the weights'
+
+    @classmethod
+    def of_norms(cls, shapes: NormShapes, weights: Tensor, biases: Tensor, drift: Drift | None) -> HostMeasurements:
+        """Return what a sample of norms alone brings."""
+        return cls(None, {}, frozenset(), frozenset(), shapes, weights, biases, drift, {}, {})
 
 
 class SampleBuilder:
@@ -116,7 +131,7 @@ class SampleBuilder:
         values = np.full((len(layout.labels), len(COLUMNS)), np.nan)
         states = np.zeros(values.shape, dtype=np.int8)
         channels: dict[str, tuple[Array, Array]] = {}
-        norms = self._of_norms(found)
+        norms = self._of_norms([found])
         if norms is not None:
             _fill(values, states, "norm", norms, layout.norms)
         if (pool := _part(found.pool, "activation", "given")) is not None:
@@ -135,13 +150,31 @@ class SampleBuilder:
         if found.updates:
             _fill(values, states, "weight", np.stack(list(found.updates.values())), layout.weights)
         if norms is not None:
-            self._mark_warm_up(values, states, norms, layout)
+            self._mark_warm_up(values, states, norms, layout.norms, layout.follows)
         if found.pool is not None and self._training:
             self._mark_beginning(values, states, found.pool, layout)
         rows = dict(zip(layout.keys, layout.labels, strict=True))
         histograms = {rows[key]: counts for (kind, key), counts in found.sums.items() if kind == "histogram"}
-        drift = self._drift_by_row(found.drift, layout) if channels else {}
+        drift = self._drift_by_row(found, layout) if channels else {}
         return Sample(layout.labels, layout.modules, values, states, channels, drift, histograms)
+
+    @silent_numbers()
+    def build_norms(self, found: Sequence[HostMeasurements]) -> list[Sample]:
+        """Return T samples of norms alone, in their order, which together cost hardly more than one."""
+        if not self._norms:
+            return [Sample()] * len(found)
+        layout = self._layout(found[0], ())
+        shape = (len(found), len(layout.labels), len(COLUMNS))
+        values, states = np.full(shape, np.nan), np.zeros(shape, dtype=np.int8)
+        # As if they were one sample of so many times as many norms.
+        first = np.arange(shape[0])[:, None] * shape[1]
+        rows, follows = ((first + each).ravel() for each in (layout.norms, layout.follows))
+        flat = values.reshape(-1, shape[2]), states.reshape(-1, shape[2])
+        norms = self._of_norms(found)
+        if norms is not None:
+            _fill(*flat, "norm", norms, rows)
+            self._mark_warm_up(*flat, norms, rows, follows)
+        return [Sample(layout.labels, layout.modules, *each) for each in zip(values, states, strict=True)]
 
     def _layout(self, found: HostMeasurements, keys: tuple[Key, ...]) -> RowLayout:
         # Hardly ever another from sample to sample.
@@ -160,36 +193,37 @@ class SampleBuilder:
             self._layouts = {what: layout}
         return self._layouts[what]
 
-    def _of_norms(self, found: HostMeasurements) -> Norms | None:
+    def _of_norms(self, found: Sequence[HostMeasurements]) -> Norms | None:
+        """The norms of T samples, one behind the other: T N of them."""
         if not self._norms:
             return None
-        number, widths = len(self._norms), self._widths()
-        drift, settled, nonfinite = np.full((number, 4), np.nan), np.full((number, 4), np.nan), np.full(number, np.nan)
-        drift_z = np.full((number, 2), np.nan)
-        below_eps, ran, young = np.full(number, np.nan), np.zeros(number, dtype=bool), np.zeros(number, dtype=bool)
-        if found.drift is not None:
-            drift[self._tracks], settled[self._tracks] = found.drift.values, found.drift.settled
-            drift_z[self._tracks] = self._chance.update(found.drift, widths[self._tracks])
-            nonfinite[self._tracks], ran[self._tracks] = found.drift.nonfinite, found.drift.ran
-            below_eps[self._tracks], young[self._tracks] = found.drift.below_eps, found.drift.young
-        has_weight, has_bias = (
-            np.array([isinstance(each, Tensor) for each in tensors]) for tensors in affine_of(self._norms.values())
+        times, (widths, *has) = len(found), (np.array(each) for each in found[0].shapes)
+        shape, tracks = (times, len(widths)), self._tracks
+        drift, settled, drift_z = (np.full((*shape, columns), np.nan) for columns in (4, 4, 2))
+        nonfinite, below_eps = np.full(shape, np.nan), np.full(shape, np.nan)
+        ran, young = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+        for place, each in enumerate(drifts := [each.drift for each in found if each.drift is not None]):
+            drift[place, tracks], settled[place, tracks] = each.values, each.settled
+            nonfinite[place, tracks], below_eps[place, tracks] = each.nonfinite, each.below_eps
+            ran[place, tracks], young[place, tracks] = each.ran, each.young
+        if drifts:
+            drift_z[:, tracks] = self._chance.update_each(drifts, widths[tracks])
+        weights, biases = (
+            torch.cat([getattr(each, name) for each in found]).double().numpy() for name in ("weights", "biases")
         )
+        has_weight, has_bias = (np.tile(each, times) for each in has)
         return Norms(
-            widths,
-            *(found.weights.double().numpy(), has_weight, found.biases.double().numpy(), has_bias),
-            *(drift, drift_z, settled, ran, below_eps, young, nonfinite, self._tracks),
+            *(np.tile(widths, times), weights, has_weight, biases, has_bias),
+            *(drift.reshape(-1, 4), drift_z.reshape(-1, 2), settled.reshape(-1, 4)),
+            *(ran.ravel(), below_eps.ravel(), young.ravel(), nonfinite.ravel(), np.tile(tracks, times)),
         )
 
-    def _widths(self) -> Indices:
-        """Channels of each batch norm, which pruning may take away in the middle of a run."""
-        return np.array([layer.num_features for layer in self._norms.values()], dtype=np.int64)
-
-    def _drift_by_row(self, drift: Drift | None, layout: RowLayout) -> dict[str, tuple[Array, Array]]:
+    def _drift_by_row(self, found: HostMeasurements, layout: RowLayout) -> dict[str, tuple[Array, Array]]:
+        drift = found.drift
         if drift is None or not self._tracks.any():
             return {}
         labels = [layout.labels[row] for row in layout.norms[self._tracks]]
-        return _by_row(labels, self._widths()[self._tracks], drift.shift, drift.log_ratio)
+        return _by_row(labels, np.array(found.shapes.widths)[self._tracks], drift.shift, drift.log_ratio)
 
     def _compare_input(
         self, pool: Pool, layout: RowLayout, reference: SampleBuilder | None, values: Array, states: States
@@ -205,25 +239,35 @@ class SampleBuilder:
                 rows = layout.activations[place : place + 1]
                 _fill(values, states, "given", _input_drift(moments, before), rows)
 
-    def _mark_warm_up(self, values: Array, states: States, norms: Norms, layout: RowLayout) -> None:
-        """Mark what a known start explains: statistics that begin with 0/1, norms whose weight begins with 0."""
+    def _mark_warm_up(self, values: Array, states: States, norms: Norms, rows: Indices, follows: Indices) -> None:
+        """Mark what a known start explains: statistics that begin with 0/1, norms whose weight begins with 0.
 
+        Args:
+            values: (T R, len(COLUMNS)), of T samples one behind the other.
+            states: likewise.
+            norms: T N of them.
+            rows: (T N,), of the norms.
+            follows: (T N,), of what they feed.
+        """
         for place, name in enumerate(DRIFT_STATISTICS):
             if name in STATISTICS:
-                _mark(values, states, name, layout.norms, ~STATISTICS[name].sick(norms.settled[:, place]))
+                _mark(values, states, name, rows, ~STATISTICS[name].sick(norms.settled[:, place]))
         # Small initial weights leave small variances, which the first steps mend.
-        _mark(values, states, "below_eps_fraction", layout.norms, norms.young)
+        _mark(values, states, "below_eps_fraction", rows, norms.young)
         near = STATISTICS["weight_near_zero"]
         small = near.sick(near.value(norms))
         # Small from the first sample on, which an optimizer may have moved away from 0 by one step.
-        self._born_small = small if self._born_small is None else self._born_small
-        self._zero_born = self._born_small if self._zero_born is None else self._zero_born & small
-        _mark(values, states, "weight_rms", layout.norms, self._born_small)
-        _mark(values, states, "weight_near_zero", layout.norms, self._zero_born)
-        if self._zero_born.any():
+        each = small.reshape(-1, len(self._norms))
+        self._born_small = each[0] if self._born_small is None else self._born_small
+        before = self._born_small if self._zero_born is None else self._zero_born
+        zero_born = np.logical_and.accumulate(np.concatenate((before[None], each)))[1:]
+        self._zero_born = zero_born[-1]
+        _mark(values, states, "weight_rms", rows, np.tile(self._born_small, len(each)))
+        _mark(values, states, "weight_near_zero", rows, zero_born.ravel())
+        if zero_born.any():
             for name in SILENT:
-                _mark(values, states, name, layout.norms, self._zero_born)
-                _mark(values, states, name, layout.follows, self._zero_born)
+                _mark(values, states, name, rows, zero_born.ravel())
+                _mark(values, states, name, follows, zero_born.ravel())
             _mark(values, states, "grad_std", slice(None), values[:, COLUMNS.index("grad_std")] == 0)
 
     def _mark_beginning(self, values: Array, states: States, pool: Pool, layout: RowLayout) -> None:

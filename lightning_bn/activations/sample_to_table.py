@@ -157,13 +157,13 @@ class LayerTable:
         self._episodes.load_state_dict(state["episodes"])
         self._judged = set(state.get("judged", self._order))  # which older checkpoints lack
 
-    def append_csv(self, path: Path) -> None:
-        """Write the newest sample to the end of a CSV file, with six significant digits, and a head line where the file
-        is new. A statistic that does not apply is empty, one without a value is ``nan``."""
+    def append_csv(self, path: Path, newest: int = 1) -> None:
+        """Write the newest samples to the end of a CSV file, with six significant digits, and a head line where the
+        file is new. A statistic that does not apply is empty, one without a value is ``nan``."""
         with path.open("a", newline="") as file:
             if file.tell() == 0:
                 csv.writer(file).writerow((*INDEX, *COLUMNS, "warm_up"))
-            file.write(self._samples[-1].csv())
+            file.write("".join([each.csv() for each in self._samples[-newest:]]))
 
 
 def cut_csv(path: Path, step: int) -> None:

@@ -13,7 +13,7 @@ from lightning_bn.activations.call_sites import interval_at
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.report import Report
-from lightning_bn.activations.sample_to_table import LayerTable, scalars
+from lightning_bn.activations.sample_to_table import LayerTable
 from lightning_bn.activations.watched_layers import is_watched, select_layers
 from lightning_bn.callbacks.arguments import stable_text
 from lightning_bn.callbacks.blindness import Blindness
@@ -23,13 +23,12 @@ from lightning_bn.callbacks.both_lightnings import (
     logging_interval,
 )
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step
-from lightning_bn.callbacks.loggers import log_numbers, needs_pictures, sinks
-from lightning_bn.callbacks.monitored_run import FILE, MonitoredRun
+from lightning_bn.callbacks.loggers import needs_pictures, sinks
+from lightning_bn.callbacks.monitored_run import MonitoredRun
 from lightning_bn.callbacks.observing import boundary_of, meet, meeting, observing
-from lightning_bn.callbacks.run_journal import journal_of
+from lightning_bn.callbacks.run_journal import Moment, journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.choices import Choices, check_choices
-from lightning_bn.error_boundary import theirs
 from lightning_bn.layers.deferred import settle_together
 from lightning_bn.ranks.collective import Ranks
 
@@ -350,36 +349,13 @@ class ActivationStatsMonitor(MonitoredRun):
         self._tell_blindness(trainer, stage)
 
     def _take(self, trainer: Trainer, stage: str, step: int) -> None:
-        collector = self._collectors[stage]
-        sample = collector.collect(None if stage == "train" else self._collectors.get("train"))
-        if not sample.layers:
+        collector, moment = self._collectors[stage], Moment.of(trainer, stage, step)
+        if stage != "train" or self.on_episode is not None or not collector.can_keep:
+            sample = collector.collect(None if stage == "train" else self._collectors.get("train"))
+            self._record(trainer, stage, collector, [moment], [sample])
             return
-        begun = self._table.append(stage, step, trainer.current_epoch, sample)
-        if trainer.loggers:
-            tags = self.prefix if stage == "train" else f"{self.prefix}_{stage}"
-            found = scalars(sample, self._has_own_scalars(collector), self._table.places())
-            numbers = {f"{tags}/{name}": value for name, value in found.items()}
-            for logger in trainer.loggers:
-                part = f"its numbers in {type(logger).__name__}"
-                self._boundary.attempt(part, log_numbers, logger, numbers, step)
-        if trainer.is_global_zero:
-            self._boundary.attempt(f"the table {FILE}", self._write, trainer, stage)
-        if stage == "train":
-            self._newest = sample
-            self._update_report(trainer, step)
-        self._write_journal(trainer, stage, step, sample)
-        if self.on_episode is not None and trainer.is_global_zero:
-            with theirs():
-                for episode in begun:
-                    self.on_episode(episode)
-
-    def _has_own_scalars(self, collector: LayerCollector) -> Any:
-        if self.scalars == "worst":
-            return None
-        if self.scalars == "all":
-            return lambda layer: True
-        modules = {name: module for name, module in collector.layers.items() if is_watched(self.scalars, name, module)}
-        return lambda module: module in modules
+        is_next = not trainer.is_last_batch and self._is_due(trainer, step + 1)
+        self._keep(trainer, collector, moment, is_last=not is_next)
 
     def _tell_blindness(self, trainer: Trainer, stage: str) -> None:
         """Warn of the layers of which nothing is seen, of each once a stage."""

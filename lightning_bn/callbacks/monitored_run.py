@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.description import describe_episodes, describe_statistics
 from lightning_bn.activations.episodes import Episode
 from lightning_bn.activations.heatmap import Pixels, draw_grid, plot_grid
 from lightning_bn.activations.registry import STATISTICS
 from lightning_bn.activations.report import Report
 from lightning_bn.activations.sample import Sample
-from lightning_bn.activations.sample_to_table import LayerTable, cut_csv
+from lightning_bn.activations.sample_to_table import LayerTable, cut_csv, scalars
 from lightning_bn.activations.tensor_to_moments import histogram_edges
+from lightning_bn.activations.watched_layers import is_watched
 from lightning_bn.callbacks.both_lightnings import Callback, Trainer
-from lightning_bn.callbacks.loggers import directories
-from lightning_bn.callbacks.run_journal import journal_of
+from lightning_bn.callbacks.loggers import directories, log_numbers
+from lightning_bn.callbacks.run_journal import Moment, journal_of
 from lightning_bn.callbacks.terminal import LastWords
 from lightning_bn.choices import Choices
-from lightning_bn.error_boundary import ErrorBoundary
+from lightning_bn.error_boundary import ErrorBoundary, theirs
 from lightning_bn.grids import Grid
 
 if TYPE_CHECKING:
@@ -27,22 +32,43 @@ if TYPE_CHECKING:
 
 FILE = "activation_stats.csv"
 
+# Samples of drift alone at consecutive steps are evaluated together: what is done for one costs more than a tenth of a
+# small step. After a kill these are missing.
+MAX_WAITING = 16
+MAX_SECONDS = 2.0
+
 
 class MonitoredRun(Callback):
     """The table of a run, and what follows from it: what was sick, the verdict, the pictures."""
 
     _boundary: ErrorBoundary
+    prefix: str
+    scalars: Literal["worst", "all"] | Choices
+    on_episode: Callable[[Episode], object] | None
 
     def __init__(self) -> None:
         super().__init__()
         self.histograms: bool | Choices = False
         self.verbose = True
+        self._catch_up: Callable[[], object] = _nothing  # takes in the samples that wait
+        self._waiting: list[Moment] = []
+        self._waiting_since = 0.0
         self._table = LayerTable()
         self._report = Report([])
         self._newest = Sample()  # of training
         self._is_described = False  # in the journal, what the statistics mean
         self._is_fresh = True  # whether the table is that of a new run
         self._first_step: int | None = None  # at which the fit began, or goes on from a checkpoint
+
+    @property
+    def _table(self) -> LayerTable:
+        """Whoever reads the table finds in it the samples that were waiting."""
+        self._catch_up()
+        return self._taken
+
+    @_table.setter
+    def _table(self, table: LayerTable) -> None:
+        self._taken = table
 
     def table(self) -> list[dict[str, Any]]:
         """Return the table of the last run: a dict for each layer, stage and step.
@@ -102,12 +128,68 @@ class MonitoredRun(Callback):
             )
         return grid
 
-    def _write(self, trainer: Trainer, stage: str) -> None:
+    def _keep(self, trainer: Trainer, collector: LayerCollector, moment: Moment, *, is_last: bool) -> None:
+        """Let a sample wait for the next one, unless it is the last of several, or they have waited long enough."""
+        if not self._waiting:
+            self._waiting_since = monotonic()
+            self._catch_up = partial(self._boundary.attempt, "", self._record_kept, trainer, collector)
+        collector.keep()
+        self._waiting.append(moment)
+        if is_last or len(self._waiting) >= MAX_WAITING or monotonic() - self._waiting_since > MAX_SECONDS:
+            self._catch_up()
+
+    def _record_kept(self, trainer: Trainer, collector: LayerCollector) -> None:
+        self._catch_up = _nothing
+        moments, self._waiting = self._waiting, []
+        self._record(trainer, "train", collector, moments, collector.kept.collect())
+
+    def _record(
+        self,
+        trainer: Trainer,
+        stage: str,
+        collector: LayerCollector,
+        moments: Sequence[Moment],
+        samples: Sequence[Sample],
+    ) -> None:
+        """Tell of samples of one stage."""
+        newest, step = samples[-1], moments[-1].step
+        if not newest.layers:
+            return
+        tags = self.prefix if stage == "train" else f"{self.prefix}_{stage}"
+        begun = []
+        for moment, sample in zip(moments, samples, strict=True):
+            begun += self._table.append(stage, moment.step, moment.epoch, sample)
+            if trainer.loggers:
+                found = scalars(sample, self._has_own_scalars(collector), self._table.places())
+                numbers = {f"{tags}/{name}": value for name, value in found.items()}
+                for logger in trainer.loggers:
+                    part = f"its numbers in {type(logger).__name__}"
+                    self._boundary.attempt(part, log_numbers, logger, numbers, moment.step)
+        if trainer.is_global_zero:
+            self._boundary.attempt(f"the table {FILE}", self._write, trainer, len(samples))
+        if stage == "train":
+            self._newest = newest
+            self._update_report(trainer, step)
+        self._write_journal(trainer, stage, moments, samples)
+        if self.on_episode is not None and trainer.is_global_zero:
+            with theirs():
+                for episode in begun:
+                    self.on_episode(episode)
+
+    def _has_own_scalars(self, collector: LayerCollector) -> Any:
+        if self.scalars == "worst":
+            return None
+        if self.scalars == "all":
+            return lambda layer: True
+        modules = {name: module for name, module in collector.layers.items() if is_watched(self.scalars, name, module)}
+        return lambda module: module in modules
+
+    def _write(self, trainer: Trainer, newest: int) -> None:
         for directory in directories(trainer):
             directory.mkdir(parents=True, exist_ok=True)
             if self._is_fresh and self._first_step is not None:
                 cut_csv(directory / FILE, self._first_step)
-            self._table.append_csv(directory / FILE)
+            self._table.append_csv(directory / FILE, newest)
         self._is_fresh = False
 
     def _describe(self, trainer: Trainer) -> None:
@@ -117,13 +199,17 @@ class MonitoredRun(Callback):
         edges = histogram_edges().tolist() if self.histograms else []
         journal_of(trainer).journal.write_once("statistics", statistics=describe_statistics(), histogram_edges=edges)
 
-    def _write_journal(self, trainer: Trainer, stage: str, step: int, sample: Sample) -> None:
+    def _write_journal(
+        self, trainer: Trainer, stage: str, moments: Sequence[Moment], samples: Sequence[Sample]
+    ) -> None:
         run = journal_of(trainer)
         if run.journal.path is None:
             return
         self._describe(trainer)
-        run.sample(trainer, stage, step, sample)
-        run.channels(stage, step, self._table.samples(stage), sample.channels, sample.channel_drift, sample.histograms)
+        for moment, sample in zip(moments, samples, strict=True):
+            run.sample(stage, moment, sample)
+            number = self._table.samples(stage)
+            run.channels(stage, moment.step, number, sample.channels, sample.channel_drift, sample.histograms)
         run.episodes(trainer, describe_episodes(self._table.episodes()))
 
     def _update_report(self, trainer: Trainer, step: int | None = None) -> None:
@@ -139,3 +225,7 @@ class MonitoredRun(Callback):
         self._update_report(trainer)  # with the mistakes that were found after the last batch
         self._report = Report([])  # which holds writers
         return LastWords(0, self.verdict()) if self.verbose and self._table.last_step() is not None else None
+
+
+def _nothing() -> None:
+    """No sample waits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,6 +27,18 @@ from lightning_bn.rules.page import rule_page
 Vectors: TypeAlias = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 _JOURNALS: WeakKeyDictionary[Any, RunJournal] = WeakKeyDictionary()
+
+
+class Moment(NamedTuple):
+    """When a sample was taken."""
+
+    step: int
+    epoch: int
+    rates: dict[str, float]  # learning rates by name, in training
+
+    @classmethod
+    def of(cls, trainer: Trainer, stage: str, step: int) -> Moment:
+        return cls(step, trainer.current_epoch, rates_of(trainer) if stage == "train" else {})
 
 
 class RunJournal:
@@ -94,17 +106,17 @@ class RunJournal:
             self._waiting.append((kind, fields))
 
     @guarded
-    def sample(self, trainer: Trainer, stage: str, step: int, sample: Sample) -> None:
+    def sample(self, stage: str, moment: Moment, sample: Sample) -> None:
         """Write what was measured of all layers."""
         self.journal.write_sample(
             stage,
-            step,
-            trainer.current_epoch,
+            moment.step,
+            moment.epoch,
             rows=sample.layers,
             columns=COLUMNS,
             values=sample.values,
             has_value=sample.states != ABSENT,
-            rates=rates_of(trainer) if stage == "train" else {},
+            rates=moment.rates,
             warming=warming(sample),
             unjudged=unjudged(sample),
         )

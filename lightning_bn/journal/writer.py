@@ -43,6 +43,7 @@ class Journal:
         self.path = None if directory is None else directory / FILE_NAME
         self._begun = False
         self._told: dict[str, str] = {}
+        self._values: dict[str, Any] = {}
         self._head: dict[str, Any] = {}
         self._rows = ""
         self._channels = 0
@@ -66,9 +67,8 @@ class Journal:
     def write_changed(self, kind: str, name: str, value: Any, **fields: Any) -> None:
         """Append a line with `value` under `name` where it differs from that of the last line of its kind; at the start
         it is as if that had been empty."""
-        told = encode(kind, {name: value})
-        if self.path is not None and self._told.get(kind, encode(kind, {name: []})) != told:
-            self._told[kind] = told
+        if self.path is not None and self._values.get(kind, []) != value:
+            self._values[kind] = value
             self.write(kind, **fields, **{name: value})
 
     def write_sample(
@@ -108,8 +108,9 @@ class Journal:
             self.write("rows", id=self._rows, **head)
         fields = {"stage": stage, "step": step, "epoch": epoch, "rows": self._rows, "rates": rates or {}}
         fields["warming"] = {name: list(places) for name, places in (warming or {}).items() if places}
-        columns_of = zip(columns, values.T.tolist(), has_value.T.tolist(), strict=True)
-        text = encode_object((name, encode_numbers(cells, has)) for name, cells, has in columns_of if any(has))
+        places = np.flatnonzero(has_value.any(axis=0)).tolist()
+        columns_of = zip(places, values.T[places].tolist(), has_value.T[places].tolist(), strict=True)
+        text = encode_object((columns[place], encode_numbers(cells, has)) for place, cells, has in columns_of)
         self._append(encode("sample", fields, values=text))
 
     def wants_channels(self, stage: str, samples: int) -> bool:
@@ -136,7 +137,7 @@ class Journal:
 
     def forget(self) -> None:
         """Begin as in a new file: nothing was told, and no channels were kept."""
-        self._told, self._head, self._next_channels = {}, {}, {}
+        self._told, self._values, self._head, self._next_channels = {}, {}, {}, {}
 
     def _append(self, line: str) -> None:
         if self.path is None:
