@@ -35,7 +35,8 @@ from lightning_bn import ModeCheck, recalibrate
 
 try:
     from lightning_bn.rules import fit
-    from lightning_bn.rules.fit_test import FEW_CHANGE, LEAST_BATCHES, FitTest
+    from lightning_bn.rules.fit_test import LEAST_BATCHES, FitTest
+    from lightning_bn.rules.replay import FEW_CHANGE
 except ImportError:
     fit, LEAST_BATCHES = None, 30  # type: ignore[assignment, misc]
 

@@ -131,6 +131,39 @@ def find_batch_norms(model: nn.Module) -> list[BatchNormLayer]:
     ]
 
 
+Modes = tuple[bool, ...]
+"""The ``training`` flags of `NamedModules.modules`, in their order."""
+
+
+class NamedModules:
+    """The modules of `model` by the names that a user gave them, and its batch-norm layers, as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(user_name(name), module) for name, module in model.named_modules()]
+        self.names = [name for name, _ in named]
+        self.modules: list[nn.Module] = [module for _, module in named]
+        self.layers: list[BatchNormLayer] = find_batch_norms(model)
+
+    def module(self, name: str) -> nn.Module:
+        """Return the module of that name."""
+        return self.modules[self.names.index(name)]
+
+    def snapshot(self) -> Modes:
+        """Return the ``training`` flag of every module."""
+        return tuple([module.training for module in self.modules])
+
+    def restore(self, modes: Modes) -> None:
+        """Give every module its flag of `modes` back."""
+        for module, training in zip(self.modules, modes, strict=True):
+            module.training = training
+
+    def differing(self, before: Modes, after: Modes) -> list[str]:
+        """Return the names of the topmost modules whose flags differ; what is below one that changed alike goes
+        unnamed."""
+        changed = {name: one for name, was, one in zip(self.names, before, after, strict=True) if was != one}
+        return [name for name, now in changed.items() if all(changed.get(parent) != now for parent in ancestors(name))]
+
+
 def find_unserved(model: nn.Module) -> list[UnservedNorm]:
     """Return the modules of `model` that hold running statistics and are not among `find_batch_norms`.
 
@@ -200,6 +233,11 @@ def ancestors(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def is_inside(name: str, top: str) -> bool:
+    """Tell whether the module `name` is `top` or below it."""
+    return not top or name == top or name.startswith(f"{top}.")
 
 
 def unsaved_by_adapter(model: nn.Module, layers: Iterable[str]) -> list[str]:

@@ -31,7 +31,7 @@ from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.terminal import LastWords
 from lightning_bn.callbacks.training_pass import on_training_device
 from lightning_bn.choices import Choices, as_list, as_patterns, check_choices
-from lightning_bn.discovery import find_batch_norms, parts_called_by
+from lightning_bn.discovery import Modes, find_batch_norms, parts_called_by
 from lightning_bn.layers.deferred import settle_together
 from lightning_bn.modes import is_held_in_eval
 from lightning_bn.ranks.collective import Ranks
@@ -39,7 +39,6 @@ from lightning_bn.rules import RULES, Finding, ModeCheckError
 from lightning_bn.rules.arguments import Setting, check_action, check_codes
 from lightning_bn.rules.finding import Action, findings_markdown, open_mistakes, what_is_open
 from lightning_bn.rules.inspection import Inspection
-from lightning_bn.rules.observer import Modes
 
 _TAG = "batch_norm/mode_check"
 

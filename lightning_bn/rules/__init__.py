@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from lightning_bn.rules.adjacency import BiasBeforeBatchNorm, DropoutBeforeBatchNorm
-from lightning_bn.rules.boundaries import MovedBetweenBatches
-from lightning_bn.rules.configuration import CONFIGURATION_RULES
-from lightning_bn.rules.evaluations import EVALUATION_RULES, MISMATCH_RULES
+from lightning_bn.rules import adjacency, boundaries, configuration, evaluations, modes, order, statistics
 from lightning_bn.rules.finding import Finding, Fix, Level, ModeCheckError
-from lightning_bn.rules.modes import MODE_RULES
-from lightning_bn.rules.order import SortedBatches
 from lightning_bn.rules.rule import Rule
-from lightning_bn.rules.statistics import STATISTICS_RULES
 
 __all__ = ["RULES", "Finding", "Fix", "Level", "ModeCheckError", "Rule"]
 
-_RULES: tuple[Rule, ...] = (
-    *MODE_RULES,
-    *STATISTICS_RULES,
-    *MISMATCH_RULES,
-    *EVALUATION_RULES,
-    *CONFIGURATION_RULES,
-    MovedBetweenBatches(),
-    BiasBeforeBatchNorm(),
-    DropoutBeforeBatchNorm(),
-    SortedBatches(),
-)
+_FILES = (adjacency, boundaries, configuration, evaluations, modes, order, statistics)
+_NAMED = [each for file in _FILES for each in vars(file).values() if isinstance(each, type)]
+_CLASSES = {each for each in _NAMED if issubclass(each, Rule) and each is not Rule}
 
-RULES: dict[str, Rule] = {rule.code: rule for rule in sorted(_RULES, key=lambda rule: rule.code)}
-"""Every rule by its code."""
+RULES: dict[str, Rule] = {rule.code: rule() for rule in sorted(_CLASSES, key=lambda rule: rule.code)}
+"""Every rule of these files by its code."""

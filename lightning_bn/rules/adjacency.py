@@ -5,43 +5,33 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from lightning_bn.discovery import BatchNormLayer, user_name
-from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
+from lightning_bn.discovery import user_name
 from lightning_bn.rules.finding import Fix
 from lightning_bn.rules.fixes import listing
-from lightning_bn.rules.rule import Rule, Seen
+from lightning_bn.rules.observer import Observer, nested_tensors
+from lightning_bn.rules.rule import Moment, Rule, Seen
 
 # Where the bias stands among the inputs of a node, and the dimension of its output that it is added along.
 _BIAS_PLACE = {"ConvolutionBackward0": 2, "AddmmBackward0": 0}
 
 
-@dataclass(frozen=True)
-class DeadBias:
-    """A bias added to what a batch norm, and nothing else, then takes the mean of."""
-
-    bias: str
-    layer: str
-
-
-@dataclass(frozen=True)
-class DropoutShift:
+class DropoutShift(NamedTuple):
     """A dropout whose output is the very input of a batch norm."""
 
     dropout: str
     layer: str
     p: float
-    ratio: float
+    ratio: Tensor
     """Mean over channels of the variance behind it over the variance before it, in one training batch."""
 
 
@@ -54,12 +44,12 @@ class BiasBeforeBatchNorm(Rule):
         "gradient."
     )
 
-    def seen(self, biases: Sequence[DeadBias]) -> Iterator[Seen]:
-        """Look at the biases that a batch norm takes away."""
+    def graph(self, at: Moment, adjacency: Adjacency) -> Iterator[Seen]:
+        biases = adjacency.dead_biases()
         if biases:
-            names = [each.bias for each in biases]
+            names = list(biases.values())
             yield Seen(
-                [each.layer for each in biases],
+                list(biases),
                 f"in the graph of the loss, {listing(names)} goes into a batch norm and nowhere else.",
                 fix=Fix(
                     "bias=False",
@@ -78,16 +68,23 @@ class DropoutBeforeBatchNorm(Rule):
         "et al. 2019)."
     )
 
-    def seen(self, dropouts: Sequence[DropoutShift], root: str) -> Iterator[Seen]:
-        """Look at the variances on either side of a dropout that feeds a batch norm; `root` is how the model is
-        called."""
-        if dropouts:
-            first = dropouts[0]
+    def __init__(self) -> None:
+        self._shifts: list[DropoutShift] = []
+
+    def graph(self, at: Moment, adjacency: Adjacency) -> None:
+        self._shifts = adjacency.shifts  # on the device
+
+    def examine(self, at: Moment) -> Iterator[Seen]:
+        shifts, self._shifts = self._shifts, []
+        if shifts:
+            dropout, _, p, ratio = shifts[0]
             yield Seen(
-                [each.layer for each in dropouts],
-                f"behind {first.dropout} (p={first.p}) the variance was {first.ratio:.2f} times that before it.",
+                [each.layer for each in shifts],
+                f"behind {dropout} (p={p}) the variance was {ratio.item():.2f} times that before it.",
                 fix=Fix(
-                    f"recalibrate({root}, batches)", "after training", "or put the dropout after the last batch norm"
+                    f"recalibrate({at.setting.root}, batches)",
+                    "after training",
+                    "or put the dropout after the last batch norm",
                 ),
             )
 
@@ -96,38 +93,31 @@ class Adjacency:
     """Hooks for the length of one training batch; `close` removes them.
 
     Args:
-        model: whose parameters and dropouts are named.
-        layers: its batch-norm layers.
-        boundary: stands around every hook.
-
-    Attributes:
-        tracing: whether the batch is still to come.
+        observer: knows the model; its boundary stands around every hook.
     """
 
-    def __init__(self, model: nn.Module, layers: Iterable[BatchNormLayer], boundary: ErrorBoundary = UNBOUNDED) -> None:
-        self._boundary = boundary
-        self.tracing = True
-        self._parameters: dict[Tensor, str] = {
-            parameter: user_name(name) for name, parameter in model.named_parameters()
-        }
+    def __init__(self, observer: Observer) -> None:
+        self._boundary = observer.boundary
+        named = observer.modules[0].named_parameters()
+        self._parameters: dict[Tensor, str] = {parameter: user_name(name) for name, parameter in named}
         self._candidates: dict[str, tuple[Node, str]] = {}  # by batch norm: the node before it, and the bias in that
         self._edges: Counter[Node] = Counter()
         self.uses: Counter[str] = Counter()
         """How often the loss depends on each layer that ran more than once."""
         self._calls: Counter[str] = Counter()
-        self._layers = {layer.name: layer.module for layer in layers}
+        self._layers = {layer.name: layer.module for layer in observer.layers}
         self._dropped: list[tuple[weakref.ref[Tensor], str, float, Tensor]] = []
-        self._shifts: list[tuple[str, str, float, Tensor]] = []
+        self.shifts: list[DropoutShift] = []
+        """The dropouts whose output was a batch norm's input."""
         self._handles: list[RemovableHandle] = [
             layer.register_forward_pre_hook(self._before_batch_norm(name)) for name, layer in self._layers.items()
         ]
-        for name, module in model.named_modules():
+        for name, module in zip(observer.names, observer.modules, strict=True):
             if isinstance(module, _DropoutNd):
-                self._handles.append(module.register_forward_hook(self._after_dropout(user_name(name))))
+                self._handles.append(module.register_forward_hook(self._after_dropout(name)))
 
     def close(self) -> None:
         """Remove the hooks, and let go of the graph."""
-        self.tracing = False
         for handle in self._handles:
             handle.remove()
         self._handles, self._candidates, self._dropped = [], {}, []
@@ -143,7 +133,7 @@ class Adjacency:
             for name, layer in self._layers.items()
             if loss and self._calls[name] > 1 and layer.weight is not None
         }
-        todo = [tensor.grad_fn for tensor in _flat(outputs) if tensor.grad_fn is not None]
+        todo = [tensor.grad_fn for tensor in nested_tensors(outputs) if tensor.grad_fn is not None]
         known = set(todo)
         while todo and (wanted or again):
             reader = todo.pop()
@@ -156,13 +146,9 @@ class Adjacency:
                     known.add(node)
                     todo.append(node)
 
-    def dead_biases(self) -> list[DeadBias]:
-        """Return the biases of which `trace` met one reader, the batch norm."""
-        return [DeadBias(bias, layer) for layer, (node, bias) in self._candidates.items() if self._edges[node] == 1]
-
-    def dropout_shifts(self) -> list[DropoutShift]:
-        """Return the dropouts whose output was a batch norm's input; waits for the device."""
-        return [DropoutShift(dropout, layer, p, ratio.item()) for dropout, layer, p, ratio in self._shifts]
+    def dead_biases(self) -> dict[str, str]:
+        """Return the biases of which `trace` met one reader, the batch norm of that name."""
+        return {layer: bias for layer, (node, bias) in self._candidates.items() if self._edges[node] == 1}
 
     def _before_batch_norm(self, name: str) -> Callable[[_BatchNorm, tuple[Any, ...]], None]:
         def look(layer: _BatchNorm, args: tuple[Any, ...]) -> None:
@@ -172,7 +158,7 @@ class Adjacency:
             self._calls[name] += torch.is_grad_enabled()
             for dropped, dropout, p, ratio in self._dropped:
                 if dropped() is input:
-                    self._shifts.append((dropout, name, p, ratio))
+                    self.shifts.append(DropoutShift(dropout, name, p, ratio))
             node, bias = input.grad_fn, self._bias_before(input)
             if node is not None and bias is not None:
                 self._candidates.setdefault(name, (node, bias))
@@ -217,11 +203,3 @@ def _leaf(node: Node | None) -> Tensor | None:
 def _parameters(node: Node) -> list[Tensor]:
     """Return the parameters that a node reads."""
     return [leaf for source, _ in node.next_functions if (leaf := _leaf(source)) is not None]
-
-
-def _flat(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [tensor for item in value for tensor in _flat(item)] if isinstance(value, (tuple, list)) else []

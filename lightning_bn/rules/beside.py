@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,22 +13,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms
-from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
-from lightning_bn.rules.fit import Effect, EvaluatedLayers
+from lightning_bn.rules.fit import EvaluatedLayers
 from lightning_bn.rules.observer import Observer
-from lightning_bn.rules.replay import NOT_ASKED, Call, Replay, Replayed
-
-
-class Judged(NamedTuple):
-    """A copy with statistics that do not fit what the evaluation gave it."""
-
-    name: str
-    """Of its class."""
-    observer: Observer
-    noticed: dict[int, Effect]
-    """How far its layers are off, by their indices."""
-    replayed: Replayed
-    """What the last training batch shows."""
+from lightning_bn.rules.replay import NOT_ASKED, Call, Misfit, Replay, decided
 
 
 class CopiesBeside:
@@ -36,19 +23,18 @@ class CopiesBeside:
     measures what these get until `judge`. Nothing waits for the device before.
 
     Args:
-        observer: knows what belongs to the model.
-        boundary: stands around every hook.
+        observer: knows what belongs to the model; its boundary stands around every hook.
     """
 
-    def __init__(self, observer: Observer, boundary: ErrorBoundary = UNBOUNDED) -> None:
-        self._boundary = boundary
+    def __init__(self, observer: Observer) -> None:
+        self._boundary = observer.boundary
         self._layers = observer.layers
         self._own = frozenset(observer.modules)
         self._seen = set(self._own)
         self._like = _shapes(observer.layers)
         self._found: list[tuple[nn.Module, EvaluatedLayers]] = []
         # The only hook that sees what nobody has told of; all modules have it, for the length of one batch.
-        self._everywhere: RemovableHandle | None = register_module_forward_pre_hook(boundary.guard(self._see))
+        self._everywhere: RemovableHandle | None = register_module_forward_pre_hook(observer.boundary.guard(self._see))
 
     def found_all(self) -> None:
         """The first batch has ended."""
@@ -62,8 +48,11 @@ class CopiesBeside:
         for _, layers in self._found:
             layers.close()
 
-    def judge(self, call: Call | None, images: int, frozen: Collection[int], *, alone: bool) -> list[Judged]:
-        """Return each copy with statistics that do not fit the evaluation; waits for the device.
+    def judge(
+        self, call: Call | None, images: int, frozen: Collection[int], *, alone: bool
+    ) -> list[tuple[str, Misfit]]:
+        """Return the class of each copy with statistics that do not fit the evaluation, and what is wrong with them;
+        waits for the device.
 
         Args:
             call: what the model was called with in the last training batch, which is run through the copy.
@@ -82,7 +71,7 @@ class CopiesBeside:
             noticed = {index: each for index, each in effects.items() if each.noticed and index not in kept}
             if noticed:
                 replayed = Replay(observer, call, sizes, kept).alone(noticed, list(effects)) if alone else NOT_ASKED
-                found.append(Judged(type(copy).__name__, observer, noticed, replayed))
+                found.append((type(copy).__name__, decided(Misfit(), observer, noticed, replayed)))
         return found
 
     def _see(self, module: nn.Module, args: Any) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.finding import Fix
-from lightning_bn.rules.fixes import RECALIBRATION, expression, modules_of
-from lightning_bn.rules.rule import Configuration, Rule, Seen
+from lightning_bn.rules.fixes import RECALIBRATION
+from lightning_bn.rules.rule import Moment, Rule, Seen
 from lightning_bn.rules.versions import unsure, versions, writes
 from lightning_bn.torch_internals import buffers_of, parameters_of
 
@@ -22,10 +22,27 @@ class MovedBetweenBatches(Rule):
     title = "a forward between two batches moved the running statistics"
     why = "they become a mixture of training batches and of what else was run in training mode."
 
-    def seen(self, layers: Sequence[str], when: str, at: Configuration, before_evaluation: bool) -> Iterator[Seen]:
-        """Look at layers whose statistics a forward moved while no batch was running; before an evaluation it may be a
-        recalibration."""
-        if before_evaluation:
+    def __init__(self) -> None:
+        self._boundaries = Boundaries(())
+
+    def begin(self, at: Moment) -> None:
+        self._boundaries = Boundaries(at.layers)
+
+    def end_batch(self, at: Moment) -> None:
+        self._boundaries.leave()
+
+    def begin_batch(self, at: Moment) -> Iterator[Seen]:
+        return self._look(at, f"before batch {at.index}")
+
+    def begin_evaluation(self, at: Moment) -> Iterator[Seen]:
+        return self._look(at, f"before {at.stage}", before_evaluation=True)
+
+    def end_training(self, at: Moment) -> Iterator[Seen]:
+        return self._look(at, "after the last batch")
+
+    def _look(self, at: Moment, when: str, *, before_evaluation: bool = False) -> Iterator[Seen]:
+        layers = at.named(self._boundaries.back(at.held))
+        if layers and before_evaluation:  # it may be a recalibration
             yield Seen(
                 layers,
                 f"{when} the model ran in training mode, as a recalibration of the statistics does.",
@@ -33,19 +50,13 @@ class MovedBetweenBatches(Rule):
                 RECALIBRATION,
                 "with training batches this is right; the callback does it by pooled moments, and puts all else back.",
             )
-            return
-        modules = modules_of(layers, [layer.name for layer in at.observer.layers])
-        target = expression(at.setting.root, modules[0] if len(modules) == 1 else "", at.model)
-        fix = Fix(
-            f"with paused_statistics({target}):",
-            "around that forward",
-            f"or {target}.eval() before and {target}.train() after it",
-        )
-        yield Seen(
-            layers,
-            f"{when} the running statistics moved: in a hook, a data set or a callback the model ran in training mode.",
-            fix=fix,
-        )
+        elif layers:
+            modules = at.tops(layers)
+            target = at.path(modules[0] if len(modules) == 1 else "")
+            event = "the running statistics moved: in a hook, a data set or a callback the model ran in training mode."
+            note = f"or {target}.eval() before and {target}.train() after it"
+            fix = Fix(f"with paused_statistics({target}):", "around that forward", note)
+            yield Seen(layers, f"{when} {event}", fix=fix)
 
 
 class _State(NamedTuple):
@@ -90,14 +101,6 @@ class Boundaries:
         """A batch or an evaluation ends."""
         self._left = self._state()
         self._counts = self._count() if self._own else None
-
-    def forget(self) -> None:
-        """What comes next is not compared with what came before."""
-        self._left = None
-
-    def untouched(self, index: int) -> bool:
-        """Whether a layer's mean is unwritten since `leave`."""
-        return self._left is not None and self._left.same_mean(self._state(), index)
 
     def back(self, held: Collection[int] = ()) -> list[int]:
         """The next batch or evaluation begins: return the indices of the layers that a forward moved since `leave`.

@@ -14,8 +14,8 @@ from lightning_bn.layers.settlement import is_synchronised
 from lightning_bn.layers.subclasses import has_attached_averaging
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.finding import Fix, Level
-from lightning_bn.rules.fixes import each_of, expression, group_norms, listing
-from lightning_bn.rules.rule import BatchRecord, Configuration, Rule, Seen
+from lightning_bn.rules.fixes import each_of, group_norms, listing
+from lightning_bn.rules.rule import BatchRecord, Moment, Rule, Seen
 
 OF_KERAS = 0.9
 """BN301: momentum from which on it only makes sense as the weight of the old value, as in Keras (0.99) and TensorFlow
@@ -41,17 +41,15 @@ class ExtremeMomentum(Rule):
         "batch alone."
     )
 
-    def configuration(self, at: Configuration) -> Iterator[Seen]:
+    def configuration(self, at: Moment) -> Iterator[Seen]:
         names = [
-            layer.name
-            for layer in at.observer.layers
-            if layer.tracks and layer.module.training and momentum_of(layer) == 0
+            layer.name for layer in at.layers if layer.tracks and layer.module.training and momentum_of(layer) == 0
         ]
         if names:
             yield Seen(names, "momentum is 0.", fix=_with_momentum(at, names, 0.1, "to freeze a layer: layer.eval()"))
         large = {
             layer.name: momentum
-            for layer in at.observer.layers
+            for layer in at.layers
             if 0.5 < (momentum := momentum_of(layer) or 0) < 1 and layer.tracks
         }
         if large:
@@ -186,12 +184,11 @@ def _ranks(layer: BatchNormLayer, setting: Setting) -> int:
     return setting.ranks if layer.synced or is_synchronised(layer.module) else 1
 
 
-def _with_momentum(at: Configuration | BatchRecord, names: Sequence[str], momentum: float, note: str = "") -> Fix:
+def _with_momentum(at: Moment, names: Sequence[str], momentum: float, note: str = "") -> Fix:
     """The code that gives the layers `names` a momentum."""
-    root = at.setting.root
     if len(names) == 1:
-        return Fix(f"{expression(root, names[0], at.model)}.momentum = {momentum:g}", note=note)
-    return Fix(f"for layer in {each_of(root, names, at.model)}: layer.momentum = {momentum:g}", note=note)
+        return Fix(f"{at.path(names[0])}.momentum = {momentum:g}", note=note)
+    return Fix(f"for layer in {each_of(at.setting.root, names, at.model)}: layer.momentum = {momentum:g}", note=note)
 
 
 class Replaced(Rule):
@@ -200,13 +197,13 @@ class Replaced(Rule):
     why = "the conversion makes new layers: an average is no longer called, and what a subclass does besides is gone."
     fix = Fix("callbacks=[..., BatchNormSync()]", "in the Trainer", "instead of sync_batchnorm=True")
 
-    def configuration(self, at: Configuration) -> Iterator[Seen]:
-        averaged = [layer.name for layer in at.observer.layers if _holds_idle_averaging(layer.module)]
+    def configuration(self, at: Moment) -> Iterator[Seen]:
+        averaged = [layer.name for layer in at.layers if _holds_idle_averaging(layer.module)]
         if averaged:
             event = "{kind} holds an averaging that nothing calls: the layer that it was is gone."
             yield self._seen(averaged, event, at)
         classes: dict[type[nn.Module], list[str]] = {}
-        for layer in at.observer.layers:
+        for layer in at.layers:
             before = at.setting.classes.get(layer.name)
             if before is None or not layer.synced or layer.name in averaged:
                 continue
@@ -215,8 +212,8 @@ class Replaced(Rule):
         for before, names in classes.items():
             yield self._seen(names, f"{before.__name__} has become {{kind}}.", at)
 
-    def _seen(self, names: list[str], event: str, at: Configuration) -> Seen:
-        kinds = dict.fromkeys(layer.kind for layer in at.observer.layers if layer.name in names)
+    def _seen(self, names: list[str], event: str, at: Moment) -> Seen:
+        kinds = dict.fromkeys(layer.kind for layer in at.layers if layer.name in names)
         return Seen(names, event.format(kind=", ".join(kinds)))
 
 
@@ -229,11 +226,3 @@ def _holds_idle_averaging(layer: _BatchNorm) -> bool:
     # The conversion keeps the children of a layer.
     works = isinstance(layer, AveragedBatchNorm) or has_attached_averaging(layer)
     return not works and any(isinstance(child, Averaging) for child in layer.children())
-
-
-CONFIGURATION_RULES: tuple[Rule, ...] = (
-    ExtremeMomentum(),
-    FewValues(),
-    BatchPerDevice(),
-    Replaced(),
-)

@@ -8,13 +8,15 @@ from dataclasses import replace
 
 from torch import nn
 
+from lightning_bn.discovery import NamedModules
+from lightning_bn.ranks.collective import share
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.finding import Fix, Level
-from lightning_bn.rules.fit_test import FEW_CHANGE, Misfit
-from lightning_bn.rules.fixes import RECALIBRATION, call, expression, modules_of, recalibration
+from lightning_bn.rules.fixes import RECALIBRATION
 from lightning_bn.rules.learning import twin
-from lightning_bn.rules.observer import Observer
-from lightning_bn.rules.rule import Configuration, Evaluation, Rule, Seen
+from lightning_bn.rules.replay import FEW_CHANGE, Misfit
+from lightning_bn.rules.rule import Evaluation, Moment, Rule, Seen
+from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart
 
 
 class StaleCopy(Rule):
@@ -25,11 +27,9 @@ class StaleCopy(Rule):
         "it no longer has."
     )
 
-    def seen(self, layers: Sequence[str], at: Configuration) -> Iterator[Seen]:
-        """Look at averaged copies that ran in eval mode in training, and whose statistics stayed as they were."""
-        modules = modules_of(layers, [layer.name for layer in at.observer.layers])
+    def copies(self, at: Moment, layers: Sequence[str]) -> Iterator[Seen]:
         fix = Fix(
-            call(at.setting.root, modules, "train", at.model),
+            at.call(at.tops(layers), "train"),
             note="as a mean teacher: it then normalises with the batch, and its statistics follow",
         )
         yield Seen(
@@ -41,17 +41,15 @@ class StaleCopy(Rule):
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
         if not evaluation.copies:
             return
-        observer, root, model = evaluation.observer, evaluation.setting.root, evaluation.model
-        names = [observer.layers[index].name for index in evaluation.copies]
-        tops = modules_of(names, [layer.name for layer in observer.layers])
-        modules = [part for top in tops for part in _called(top, observer, names)]
-        original = twin(observer, modules[0], evaluation.moving) if len(modules) == 1 else None
+        observer, names = evaluation.observer, evaluation.named(evaluation.copies)
+        modules = [part for top in evaluation.tops(names) for part in _called(top, observer, names)]
+        original = twin(observer, modules[0], evaluation.ran.moving) if len(modules) == 1 else None
         if original is None:
             # An average of the weights requires no grad, and recalibrate() leaves such layers out unless it is told to.
-            calls = [f'recalibrate({expression(root, name, model)}, batches, layers="all")' for name in modules]
+            calls = [f'recalibrate({evaluation.path(name)}, batches, layers="all")' for name in modules]
             fix = Fix("; ".join(calls), "after training")
         else:
-            own, other = (expression(root, name, model) for name in (modules[0], original))
+            own, other = evaluation.path(modules[0]), evaluation.path(original)
             pairs = f"zip({own}.buffers(), {other}.buffers(), strict=True)"
             fix = Fix(f"for own, other in {pairs}: own.copy_(other)", "after the teacher's weights are averaged")
         yield Seen(
@@ -61,14 +59,14 @@ class StaleCopy(Rule):
         )
 
 
-def _called(top: str, observer: Observer, layers: Sequence[str]) -> list[str]:
+def _called(top: str, model: NamedModules, layers: Sequence[str]) -> list[str]:
     """Return what can be called in `top` and holds some of `layers`: a list of copies has no forward."""
-    module = observer.modules[observer.names.index(top)]
+    module = model.module(top)
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return [top]
     parts = [f"{top}.{name}" for name, _ in module.named_children()]
     held = [part for part in parts if any(f"{layer}.".startswith(f"{part}.") for layer in layers)]
-    return [called for part in held for called in _called(part, observer, layers)]
+    return [called for part in held for called in _called(part, model, layers)]
 
 
 class VanishingVariance(Rule):
@@ -78,7 +76,7 @@ class VanishingVariance(Rule):
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
         if evaluation.vanishing:
-            found, layers = evaluation.vanishing, evaluation.observer.layers
+            found = evaluation.vanishing
             yield Seen(
                 list(found),
                 lambda names: (
@@ -86,7 +84,7 @@ class VanishingVariance(Rule):
                     f"below 10 eps; in {evaluation.stage} its input varies 100 times as much."
                 ),
                 fix=Fix(
-                    recalibration(evaluation.setting.root, [layer for layer in layers if layer.name in found], layers),
+                    evaluation.recalibration([layer for layer in evaluation.layers if layer.name in found]),
                     "after training",
                     "with batches like those of the evaluation",
                 ),
@@ -105,7 +103,7 @@ class DependsOnBatch(Rule):
     fix = Fix("track_running_stats=True", "where the model is built", "unless it is intended")
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
-        layers = [evaluation.observer.layers[index] for index in sorted(evaluation.evaluated)]
+        layers = [evaluation.layers[index] for index in sorted(evaluation.ran.evaluated)]
         names = [layer.name for layer in layers if layer.module.running_mean is None]
         if names:
             yield Seen(names, f"{evaluation.stage} ran it, and it keeps no running statistics.")
@@ -119,13 +117,13 @@ class RanksApart(Rule):
     )
     fix = Fix("plugins=[BatchNormSync()]", "in the Trainer", "or DDPStrategy() with its default broadcast_buffers=True")
 
-    def seen(self, layers: Sequence[str], spread: float) -> Iterator[Seen]:
-        """Look at layers whose statistics differ from rank to rank."""
-        if layers:
-            yield Seen(layers, f"the running means of two ranks are up to {spread:.2g} deviations apart.")
-
-
-EVALUATION_RULES: tuple[Rule, ...] = (StaleCopy(), VanishingVariance(), DependsOnBatch(), RanksApart())
+    def begin_evaluation(self, at: Moment) -> Iterator[Seen]:
+        if at.setting.own_statistics:
+            values = StatisticsSnapshot(at.layers).values()
+            spread = ranks_apart(share({index: (each.mean, each.var) for index, each in values.items()}))
+            if spread:
+                event = f"the running means of two ranks are up to {max(spread.values()):.2g} deviations apart."
+                yield Seen(at.named(spread), event)
 
 
 MANY_CHANGE = 0.4
@@ -145,13 +143,12 @@ class OtherWeights(Rule):
     level = "error"
     why = "the statistics were gathered with weights that are not the ones evaluated; accuracy can fall to chance."
 
-    def fit(self, misfit: Misfit, evaluation: Evaluation, told: Collection[str]) -> Iterator[Seen]:
+    def fit(self, evaluation: Evaluation, misfit: Misfit, told: Collection[str]) -> Iterator[Seen]:
         if not misfit.exchanged:
             return
         if not misfit.began:
-            layers = evaluation.observer.layers
             yield Seen(
-                [layer.name for layer in layers],
+                [layer.name for layer in evaluation.layers],
                 "the weights that were put in have not moved since the first training batch: the average never began, "
                 f"and none of {misfit.batches} training batches has updated it.",
                 fix=Fix(
@@ -189,7 +186,7 @@ class TrainEvalGap(Rule):
     why = "evaluation normalises differently from training: the train/eval gap."
     fix = replace(RECALIBRATION, note="or convert_batch_norm(model, Window(20))")
 
-    def fit(self, misfit: Misfit, evaluation: Evaluation, told: Collection[str]) -> Iterator[Seen]:
+    def fit(self, evaluation: Evaluation, misfit: Misfit, told: Collection[str]) -> Iterator[Seen]:
         lagging = [name for name in misfit.layers if name not in told]
         if lagging and not misfit.exchanged:
             yield Seen(
@@ -255,6 +252,3 @@ def _measured(misfit: Misfit, name: str, evaluation: Evaluation) -> str:
         f"{stage} normalises even the training images {found.size:.1f}{bound} output deviations off at {name}, "
         f"{first}{changed}."
     )
-
-
-MISMATCH_RULES: tuple[Rule, ...] = (OtherWeights(), TrainEvalGap())

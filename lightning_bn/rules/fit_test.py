@@ -4,60 +4,26 @@ do not, on the last training batch, run once more as the evaluation runs."""
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.modes import kept_attribute
 from lightning_bn.rules.batch_pattern import ForwardRecord
 from lightning_bn.rules.beside import CopiesBeside
 from lightning_bn.rules.fit import Effect, EvaluatedLayers, affine_weight
 from lightning_bn.rules.observer import Observer
-from lightning_bn.rules.replay import NOT_ASKED, Kept, Replay, Replayed, Share
+from lightning_bn.rules.replay import NOT_ASKED, Kept, Misfit, Replay, Replayed, Share, Where, decided, named
 from lightning_bn.rules.snapshots import WeightSamples
 from lightning_bn.torch_internals import is_compiled
 
 EVALUATED = 4
 """Batches of an evaluation that are measured."""
 
-FEW_CHANGE = 0.1
-"""Share of answers that change with the batch's own statistics, below which a misfit costs next to nothing."""
-
 LEAST_BATCHES = 30
 """Training batches before which nothing is judged: torch's default average has left its start by then."""
-
-Where = Literal["before", "inside", "after"]
-
-
-@dataclass(frozen=True)
-class Misfit:
-    """What the test tells of one evaluation, or of the end of a fit."""
-
-    layers: dict[str, Effect] = field(default_factory=dict)
-    """Of the layers whose statistics do not fit, in the order in which they ran: the effect on the training images."""
-    only_here: dict[str, Effect] = field(default_factory=dict)
-    """Of layers whose statistics do not fit the evaluation's images, and fit training's, or whose training images could
-    not be run: the effect on the evaluation's."""
-    fitting: frozenset[int] = frozenset()
-    """Indices of the layers that were judged, and whose statistics fit."""
-    changed: float | None = None
-    """Share of the answers to the training images that change where layers take the batch's own statistics; None where
-    the model's output has none."""
-    left_out: str = ""
-    """Why training images were not run, in words."""
-    exchanged: bool = False
-    """Whether the weights that are evaluated are not those that were trained."""
-    began: bool = True
-    """False: the weights that were put in have not moved since training began."""
-    batches: int = 0
-    """Training batches before it."""
-    where: Where = "before"
-    """Where weights were exchanged: before the evaluation; inside of its step; after the last training step."""
-    copies: tuple[tuple[str, Misfit], ...] = ()
-    """Of copies that the evaluation ran and that are no part of the model: the class, and what the test tells of it."""
 
 
 class FitTest:
@@ -67,13 +33,11 @@ class FitTest:
     one whose statistics do not fit, two forwards of a training batch.
 
     Args:
-        observer: knows the layers, and what they are called with.
-        boundary: stands around every hook.
+        observer: knows the layers, and what they are called with; its boundary stands around every hook.
     """
 
-    def __init__(self, observer: Observer, boundary: ErrorBoundary = UNBOUNDED) -> None:
+    def __init__(self, observer: Observer) -> None:
         self._observer = observer
-        self._boundary = boundary
         self._model = observer.modules[0]
         self.batches = 0
         self._images: dict[int, int] = {}
@@ -137,10 +101,10 @@ class FitTest:
     def begin_batch(self, index: int, batches: float | None) -> None:
         """Batch number `index` of `batches` of the evaluation begins."""
         if index == 0 and self.layers is None and not is_compiled(self._model):  # a hook would compile it anew
-            self.layers = EvaluatedLayers(self._observer.layers, self._boundary)
+            self.layers = EvaluatedLayers(self._observer.layers, self._observer.boundary)
             self._last = int(min(batches or EVALUATED, EVALUATED)) - 1
             if self.batches >= LEAST_BATCHES and not any(map(is_compiled, self._observer.modules)):
-                self._beside = CopiesBeside(self._observer, self._boundary)
+                self._beside = CopiesBeside(self._observer)
         if self.layers is not None and index == self._last and not self._is_judged:
             modules = enumerate(self._observer.layers)
             self._weights = {
@@ -158,10 +122,6 @@ class FitTest:
             if index == self._last:
                 self._judge_copies(self._beside)
                 self._beside = None
-
-    def end_evaluation(self) -> None:
-        """The evaluation has ended."""
-        self.close()
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -212,13 +172,11 @@ class FitTest:
                 self._take(noticed, replayed)
 
     def _take(self, noticed: Mapping[int, Effect], replayed: Replayed) -> None:
-        self.result = _decided(self.result, self._observer, noticed, replayed)
+        self.result = decided(self.result, self._observer, noticed, replayed)
 
     def _judge_copies(self, beside: CopiesBeside) -> None:
-        images = max(self._images.values(), default=1)
-        frozen = {*self.frozen, *self._mixing}
-        found = beside.judge(self._call, images, frozen, alone=self.alone and self.share is None)
-        copies = [(each.name, _decided(Misfit(), each.observer, each.noticed, each.replayed)) for each in found]
+        images, frozen = max(self._images.values(), default=1), {*self.frozen, *self._mixing}
+        copies = beside.judge(self._call, images, frozen, alone=self.alone and self.share is None)
         self.result = replace(self.result, copies=tuple(copies))
 
     def after_training(self) -> Misfit:
@@ -233,8 +191,8 @@ class FitTest:
         with kept_attribute(self._observer.modules, "training"):
             self._model.eval()
             replayed = self._replay().together(every, every, self.share or (lambda value: [value]))
-        misfits = {index for index in _misfits(replayed) if self._may_judge(index)}
-        found = _named(self._observer, {i: each for i, each in replayed.effects.items() if i in misfits})
+        misfits = {index for index in replayed.misfits() if self._may_judge(index)}
+        found = named(self._observer, {i: each for i, each in replayed.effects.items() if i in misfits})
         fitting = frozenset(replayed.effects) - misfits
         return Misfit(found, {}, fitting, replayed.changed, replayed.left_out, exchanged, began, self.batches, "after")
 
@@ -254,27 +212,3 @@ class FitTest:
         exchanged = self._anchor.differ(now)
         never = exchanged and self._first is not None and not self._first.differ(now)
         return exchanged, not never
-
-
-def _decided(result: Misfit, observer: Observer, noticed: Mapping[int, Effect], replayed: Replayed) -> Misfit:
-    """Return `result` with what a training batch tells of the layers that were off in the evaluation."""
-    misfits = {index: replayed.effects[index] for index in noticed if index in _misfits(replayed)}
-    only_here = {index: each for index, each in noticed.items() if each.beyond and index not in misfits}
-    return replace(
-        result,
-        layers=_named(observer, misfits),
-        only_here=_named(observer, only_here),
-        fitting=result.fitting | (noticed.keys() - misfits.keys() - only_here.keys()),
-        changed=replayed.changed,
-        left_out=replayed.left_out,
-    )
-
-
-def _named(observer: Observer, effects: Mapping[int, Effect]) -> dict[str, Effect]:
-    return {observer.layers[index].name: each for index, each in effects.items()}
-
-
-def _misfits(replayed: Replayed) -> frozenset[int]:
-    """Return the layers whose statistics do not fit the training images: by what it changes, or, where no answers can
-    be compared or few change, by the effect alone."""
-    return replayed.noticeable if (replayed.changed or 0) > FEW_CHANGE else replayed.beyond

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.discovery import ancestors
+from lightning_bn.discovery import NamedModules, ancestors
 from lightning_bn.rules.finding import Fix
-from lightning_bn.rules.observer import Modes
-
-if TYPE_CHECKING:
-    from lightning_bn.discovery import BatchNormLayer
-    from lightning_bn.rules.observer import Observer
 
 MANY, FEW_HOLDERS = 6, 3
 """Layers that a line of code still names one by one; modules that hold them, which it names instead."""
@@ -44,7 +38,7 @@ def modules_of(layers: Collection[str], among: Collection[str]) -> list[str]:
 
 
 def frozen_regions(
-    layers: Collection[str], observer: Observer, learning: Callable[[nn.Parameter], bool] | None = None
+    layers: Collection[str], model: NamedModules, learning: Callable[[nn.Parameter], bool] | None = None
 ) -> list[str]:
     """Return the topmost modules that hold all of `layers`, no other batch norm, and no parameter that learns (or that
     requires grad).
@@ -52,9 +46,9 @@ def frozen_regions(
     In eval mode such a region is frozen whole, and nothing that learns has its dropout switched off.
     """
     learning = learning or (lambda parameter: parameter.requires_grad)
-    modules = zip(observer.names, observer.modules, strict=True)
+    modules = zip(model.names, model.modules, strict=True)
     own = {name for name, module in modules if any(map(learning, module.parameters(recurse=False)))}
-    return modules_of(layers, {layer.name for layer in observer.layers} | own - set(layers))
+    return modules_of(layers, {layer.name for layer in model.layers} | own - set(layers))
 
 
 def expression(root: str, name: str, model: nn.Module) -> str:
@@ -123,39 +117,6 @@ def each_of(root: str, names: Sequence[str], model: nn.Module) -> str:
             every = parts[0] if len(parts) == 1 else f"({', '.join(f'*{part}' for part in parts)})"
             return f"[each for each in {every} if isinstance(each, nn.modules.batchnorm._BatchNorm)]"
     return f"({', '.join(expression(root, name, model) for name in names)})"
-
-
-def mode_calls(root: str, observer: Observer, tops: Sequence[str], wanted: Modes) -> str:
-    """Return code that gives the modules `tops`, and all below them, the modes `wanted`, in as few calls as ``train``
-    and ``eval`` need.
-
-    ``self.model.train()`` alone would wake a frozen part: it is followed by ``self.model.backbone.eval()``.
-    """
-    want, model = dict(zip(observer.names, wanted, strict=True)), observer.modules[0]
-    given: dict[str, bool] = {}
-    calls: list[tuple[str, bool]] = []
-    for name, mode in want.items():  # each module after those that hold it
-        above = next((given[parent] for parent in ancestors(name) if parent in given), None)
-        if name in tops or above is not None:
-            given[name] = mode
-            if above != mode:
-                calls.append((name, mode))
-    if len({mode for _, mode in calls}) == 1:
-        return call(root, [name for name, _ in calls], "train" if calls[0][1] else "eval", model)
-    return "; ".join(f"{expression(root, name, model)}.{'train' if mode else 'eval'}()" for name, mode in calls)
-
-
-def recalibration(root: str, layers: Sequence[BatchNormLayer], among: Sequence[BatchNormLayer]) -> str:
-    """Return a call of `recalibrate` that reaches `layers`, out of all layers `among`.
-
-    It leaves frozen layers out unless they are named, and refuses a model that has no others.
-    """
-    if not any(layer.frozen for layer in layers):
-        return f"recalibrate({root}, batches)"
-    names, every = [layer.name for layer in layers], [layer.name for layer in among]
-    tops = [top if top in every else f"{top}.*" for top in modules_of(names, every)]
-    chosen = "all" if set(names) == set(every) else tops
-    return f"recalibrate({root}, batches, layers={chosen!r})"
 
 
 def allowed(names: Sequence[str], shown: int = 6) -> str:

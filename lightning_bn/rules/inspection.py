@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 from torch import nn
 
+from lightning_bn.discovery import Modes
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
-from lightning_bn.ranks.collective import Ranks, share
-from lightning_bn.rules import RULES, Finding, Rule
-from lightning_bn.rules.adjacency import Adjacency, BiasBeforeBatchNorm, DropoutBeforeBatchNorm
+from lightning_bn.ranks.collective import Ranks
+from lightning_bn.rules import RULES, Finding
+from lightning_bn.rules.adjacency import Adjacency
 from lightning_bn.rules.arguments import Setting, check_codes, check_patterns
-from lightning_bn.rules.boundaries import Boundaries, MovedBetweenBatches
-from lightning_bn.rules.evaluations import RanksApart, StaleCopy
 from lightning_bn.rules.fit_test import FitTest
 from lightning_bn.rules.layers_that_ran import LayersThatRan, UnseenLayers
 from lightning_bn.rules.learning import Copies, Learning
-from lightning_bn.rules.modes import ModeChangedInTraining
-from lightning_bn.rules.observer import Modes, Observer
-from lightning_bn.rules.order import BatchOrder, SortedBatches
-from lightning_bn.rules.register import Moment, Register
-from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Return, Seen
-from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart, waiting_sets
+from lightning_bn.rules.observer import Observer
+from lightning_bn.rules.register import Register
+from lightning_bn.rules.rule import BatchRecord, Evaluation, Moment, Return
+from lightning_bn.rules.snapshots import StatisticsSnapshot
 
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
 _LIKE_ONE_OF = 8
@@ -60,43 +56,39 @@ class Inspection:
     ) -> None:
         check_codes(f"{setting.caller}(ignore={list(ignore)})", ignore, RULES)
         self.model = model
-        self._boundary = boundary
-        self.observer = Observer(model, boundary)
         self.setting = setting
-        self._register = Register(ignore, fix, boundary)
         self.stage, self.step, self.index = "check", 0, -1
         self.trained = False
-        check_patterns(setting, self.observer.names)
         self.modes_from: Literal["start", "forward", "end"] = "start"
-        self._after: Modes | None = None
-        self._judged: dict[str, deque[Any]] = {}
+        self._boundary = boundary
+        self._register = Register(ignore, fix, boundary)
         self._ran = LayersThatRan()
-        self._away: Modes | None = None
         self._interrupted = False
         self._evaluating = False  # whether the first batch of an evaluation has begun
         self._last_check = "nothing was known of them before"
-        self._fit = FitTest(self.observer, boundary)
+        self._adjacency: Adjacency | None = None  # until the first training batch has ended
+        self._uses: Mapping[str, int] = {}
+        self._find_layers()
+        check_patterns(setting, self.observer.names)
+
+    def _find_layers(self) -> None:
+        """Begin anew what knows layers by their places."""
+        self.observer = Observer(self.model, self._boundary)
+        self._fit = FitTest(self.observer)
         self._unseen = UnseenLayers(self.observer)
         self._copies = Copies(self.observer)
-        self._boundaries = Boundaries(self.observer.layers)
-        self._order = BatchOrder()
+        self._after: Modes | None = None
+        self._away: Modes | None = None
         self._last: BatchRecord | None = None
-        self._adjacency: Adjacency | None = None
-        self._uses: Mapping[str, int] = {}
+        self._judged: dict[str, deque[Any]] = {}
 
-    def attach(self, entries: Iterable[nn.Module]) -> None:
-        """Set the hooks; `entries` are the modules that a training step calls."""
-        self._watch(entries)
-        self._adjacency = Adjacency(self.model, self.observer.layers, self._boundary)
-
-    def _watch(self, entries: Iterable[nn.Module]) -> None:
+    def attach(self, entries: Iterable[nn.Module], *, traces: bool = True) -> None:
+        """Set the hooks; `entries` are the modules that a training step calls, `traces` whether a first training batch
+        is to come."""
         self.observer.attach(entries)
+        self._adjacency = Adjacency(self.observer) if traces else None
         self._unseen.begin(self._fit.batches)
-
-    @property
-    def tracing(self) -> bool:
-        """Whether `trace` is still to be told what the first training batch computed."""
-        return self._adjacency is not None and self._adjacency.tracing
+        self._ask("begin", self._now)
 
     def renew(self, entries: Callable[[], Iterable[nn.Module]]) -> bool:
         """Observe the modules that the model has now; returns whether any came, went or was replaced since they were
@@ -105,36 +97,26 @@ class Inspection:
         Args:
             entries: returns the modules that a training step calls now.
         """
-        old = self.observer
+        old, traces = self.observer, self._adjacency is not None
         if list(self.model.modules()) == old.modules:
             return False
-        old.close()
-        self.observer = Observer(self.model, self._boundary)
+        self.close()
+        self._find_layers()
         now = {layer.module: index for index, layer in enumerate(self.observer.layers)}
         places = {index: now[layer.module] for index, layer in enumerate(old.layers) if layer.module in now}
         self._ran.follow(places)
         self.observer.seen = {places[index] for index in old.seen if index in places}
-        self._judged, self._away, self._after = {}, None, None
-        # These know the layers by their places.
-        self._copies, self._boundaries = Copies(self.observer), Boundaries(self.observer.layers)
-        self._fit.close()
-        self._fit, self._last = FitTest(self.observer, self._boundary), None
-        self._unseen = UnseenLayers(self.observer)
-        if self._adjacency is not None and self._adjacency.tracing:
-            self._adjacency.close()
-            self.attach(entries())
-        else:
-            self._watch(entries())
+        self.attach(entries(), traces=traces)
         self.configuration()
         return True
 
     def close(self) -> None:
         """Remove every hook."""
         self.observer.close()
-        self._boundaries.forget()
         self._fit.close()
         if self._adjacency is not None:
             self._adjacency.close()
+            self._adjacency = None
 
     @property
     def findings(self) -> list[Finding]:
@@ -145,25 +127,17 @@ class Inspection:
         """Return the findings that were not returned before."""
         return self._register.new()
 
-    def at_rest(self) -> None:
-        """Look at everything that can be seen without a run."""
-        self.configuration()
-        at = self._at_rest
-        self._ask(lambda rule: rule.at_rest(at))
-        self.examine()
-
     def configuration(self) -> None:
         """Look at the configuration of the layers before training."""
-        at = self._at_rest
-        self._ask(lambda rule: rule.configuration(at))
+        self._ask("configuration", self._now)
 
     def begin_epoch(self) -> None:
         """Begin a training epoch: what could be told of its batches from the last one's is forgotten, as parameters may
         be frozen now."""
         self._judged = {}
         self.observer.watch_closely()
-        self._order.begin_epoch()
         self._fit.begin_epoch()
+        self._ask("begin_epoch", self._now)
 
     def begin_batch(self, stage: str, step: int, index: int, batches: float | None = None) -> None:
         """Begin a batch.
@@ -176,11 +150,10 @@ class Inspection:
         self.stage, self.step, self.index = stage, step, index
         training = stage == "train"
         if training:
-            self._compare_boundary(f"before batch {index}")
+            self._ask("begin_batch", self._now)
             self._copies.begin()
             self._fit.begin_training()
             self._copies.compare()
-            self.observer.on_input = self._order.begin_batch()
         else:
             self._evaluating = True
             if stage != "sanity_check":
@@ -205,11 +178,11 @@ class Inspection:
         opened = self.observer.modes or after
         self._copies.compare()
         self._judge(after if self.modes_from == "end" else opened, opened, after)
-        self._boundaries.leave()
-        if self._adjacency is not None and self.tracing and any(each.training for each in self.observer.forwards):
-            biases = self._adjacency.dead_biases()
-            self._adjacency.close()  # what was measured of dropouts stays on the device until the next check
-            self._tell(rule := BiasBeforeBatchNorm(), partial(rule.seen, biases))
+        self._ask("end_batch", self._now)
+        if self._adjacency is not None and any(each.training for each in self.observer.forwards):
+            self._ask("graph", self._now, self._adjacency)
+            self._adjacency.close()
+            self._adjacency = None
 
     @property
     def modes(self) -> Modes:
@@ -219,21 +192,19 @@ class Inspection:
     def trace(self, outputs: Any, *, loss: bool = False) -> None:
         """Look through the autograd graph behind `outputs`, a `loss` or what the model returned; only of the first
         training batch."""
-        if self._adjacency is not None and self.tracing:
+        if self._adjacency is not None:
             self._adjacency.trace(outputs, loss=loss)
             self._uses = self._adjacency.uses
 
     def begin_evaluation(self, stage: str, step: int, modes: Modes | None = None) -> None:
         """Begin a validation, test or prediction; `modes` are those before it, where they shall be back after it."""
-        self._compare_boundary(f"before {stage}", before_evaluation=True)
         self.stage, self.step, self.index = stage, step, -1
         self._away, self._interrupted = modes, False
         self._ran.begin_evaluation()
         self._evaluating = False
         self._fit.share = self.setting.share
         self._fit.begin_evaluation()
-        if self.setting.own_statistics:
-            self._compare_ranks()
+        self._ask("begin_evaluation", self._now)
         self._judged.pop(stage, None)
         # Its hooks say nothing: what it wrote shows in a comparison alone.
         self._unseen.begin_evaluation()
@@ -250,21 +221,19 @@ class Inspection:
         sanity = self.stage == "sanity_check"
         values = reading.values() if self._ran.evaluated and not sanity else None
         evaluation = self._evaluation()
-        evaluation.values, evaluation.counted, evaluation.held = values, counted, self._copies.held
-        evaluation.trained, evaluation.fitting = self.trained, self._away is not None
-        evaluation.moving = self._ran.moving
-        evaluation.other_sets = {} if sanity else self._ran.values_of_other_sets(self.observer)
-        evaluation.copies = self._copies.stale(self._ran.only_evaluated) if self.trained and not sanity else ()
+        evaluation.values, evaluation.counted = values, counted
         if not sanity:
+            evaluation.other_sets = self._ran.values_of_other_sets(self.observer)
+            evaluation.copies = self._copies.stale(self._ran.only_evaluated) if self.trained else ()
             self._fit.settle()
             evaluation.fit = self._fit.result
             if self._fit.layers is not None:
                 channels = self._fit.layers.vanishing()
                 evaluation.vanishing = {self.observer.layers[i].name: found for i, found in channels.items()}
             self._tell_fit(evaluation)
-        self._ask(lambda rule: rule.evaluation(evaluation))
-        self._fit.end_evaluation()
-        self._boundaries.leave()
+        self._ask("evaluation", evaluation)
+        self._fit.close()
+        self._ask("end_batch", self._now)
 
     def begin_evaluating_call(self) -> None:
         """A call begins, in a loop of which stages are not known, that is the first of an evaluation."""
@@ -276,12 +245,9 @@ class Inspection:
     def end_evaluating_call(self) -> None:
         """Judge by it whether the statistics fit; waits for the device."""
         self._fit.end_batch(0)
-        stage, self.stage = self.stage, "evaluation"
         at = self._evaluation()
-        at.fit = self._fit.result
+        at.stage, at.fit = "evaluation", self._fit.result
         self._tell_fit(at)
-        self.stage = stage
-        self._fit.end_evaluation()
         self._fit.begin_evaluation()
 
     def finish(self) -> None:
@@ -311,15 +277,15 @@ class Inspection:
         if before is not None and len(before) == len(self.observer.modules):
             if self._look_for_export(before, "since the last training batch"):
                 return
-            back = Return(self.observer, self.setting, before, self.observer.snapshot(), self._interrupted)
-            self._ask(lambda rule: rule.returned(back))
+            now = self.observer.snapshot()
+            self._ask("returned", Return(**vars(self._now), before=before, after=now, interrupted=self._interrupted))
 
     def _look_for_export(self, before: Modes | None, when: str) -> bool:
         """Compare the modes with those `before` an exporter ran the model; returns whether one did and changed any."""
         exported, self.observer.exported = self.observer.exported, False
         if not exported or before is None or before == self.observer.snapshot():
             return False
-        self._tell(rule := ModeChangedInTraining(), partial(rule.exported, self._at_rest, before, when))
+        self._ask("exported", self._now, before, when)
         return True
 
     def anchor(self) -> None:
@@ -328,48 +294,37 @@ class Inspection:
 
     def boundary(self) -> None:
         """From here on, what moves statistics outside of batches is told."""
-        self._boundaries.leave()
+        self._ask("end_batch", self._now)
 
     def end_training(self) -> None:
         """Look at what moved after the last batch."""
-        self._compare_boundary("after the last batch")
+        self._ask("end_training", self._now)
 
     def left(self) -> None:
         """Look at what a fit leaves, when nobody will exchange weights any more; waits for the device."""
         self._fit.frozen = self._fixed()
         self._fit.share = self.setting.share
         at = self._evaluation()
-        at.held, at.fit = self._copies.held, self._fit.after_training()
+        at.fit = self._fit.after_training()
         self._tell_fit(at)
         if self.trained:
             at.values = StatisticsSnapshot(self.observer.layers).values()
             at.copies = self._copies.stale(self._ran.only_evaluated)
-            self._ask(lambda rule: rule.ended(at))
+            self._ask("ended", at)
 
     def examine(self) -> None:
         """Look at the values of the running statistics; waits for the device."""
-        reading, last = StatisticsSnapshot(self.observer.layers), self._last_check
-        self._last_check = f"they were sound at step {self.step}"
-        self._count(reading)
-        if self._adjacency is not None and not self.tracing:
-            shifts, self._adjacency = self._adjacency.dropout_shifts(), None
-            self._tell(rule := DropoutBeforeBatchNorm(), partial(rule.seen, shifts, self.setting.root))
-        self._examine(reading, last)
-        for name, layers in waiting_sets(self.observer.layers).items():
-            self._examine(StatisticsSnapshot(layers), last, name)
-
-    def _examine(self, reading: StatisticsSnapshot, last: str, in_set: str | None = None) -> None:
-        if not reading.sound():
-            values = reading.values()
-            self._ask(lambda rule: rule.values(values, last, self.setting.root, in_set))
+        last, self._last_check = self._last_check, f"they were sound at step {self.step}"
+        if self.trained and self._unseen.places:
+            self._ask("counts", self._batch(), *self._unseen.counted(self._fit.batches))
+        self._ask("examine", self._now)
+        if self._register.ask_of_values(self._now, last):
+            self._after = None
 
     def end_epoch(self) -> None:
         """Compare the running statistics with the latest batches'; waits for the device."""
         self._decide()
-        order = self._order.found()
-        if order is not None:
-            name = next(layer.name for layer in self.observer.layers if layer.tracks)
-            self._tell(rule := SortedBatches(), partial(rule.seen, name, order))
+        self._ask("end_epoch", self._now)
 
     def _fixed(self) -> set[int]:
         """The layers whose statistics training does not move: they ran in eval mode in it, or are meant to."""
@@ -377,12 +332,12 @@ class Inspection:
         return self._ran.steady | {index for index, layer in layers if self.setting.allows_eval(layer.name)}
 
     def _evaluation(self) -> Evaluation:
-        return Evaluation(self.observer, self.setting, self.stage, self._ran.evaluated, self._ran.steady)
+        return Evaluation(**vars(self._now), ran=self._ran, trained=self.trained, fitting=self._away is not None)
 
     def _tell_fit(self, evaluation: Evaluation) -> None:
         told = {name for code in ("BN204", "BN209") for name in self._register.reported(code)}
-        if (misfit := evaluation.fit) is not None:
-            self._ask(lambda rule: rule.fit(misfit, evaluation, told))
+        if evaluation.fit is not None:
+            self._ask("fit", evaluation, evaluation.fit, told)
 
     def _decide(self) -> None:
         """By now an averaged copy would have been written: what is frozen and was not is frozen."""
@@ -390,32 +345,16 @@ class Inspection:
         stale = self._copies.stale(self._ran.only_evaluated) if self.stage == "train" else []
         self._copies.look()
         if stale:
-            self._tell(rule := StaleCopy(), partial(rule.seen, self._names(stale), self._at_rest))
+            self._ask("copies", self._now, self._now.named(stale))
         if last is not None:
-            batch = replace(last, averaged=self._averaged(), undecided=())
-            self._ask(lambda rule: rule.batch(batch))
+            self._ask("batch", replace(last, step=self.step, averaged=self._averaged(), undecided=()))
 
     def _averaged(self) -> list[str]:
-        return self._names(sorted(self._copies.written))
-
-    def _names(self, places: Iterable[int]) -> list[str]:
-        return [self.observer.layers[place].name for place in places]
+        return self._now.named(sorted(self._copies.written))
 
     @property
-    def _at_rest(self) -> Configuration:
-        return Configuration(self.observer, self.setting)
-
-    def _compare_boundary(self, when: str, *, before_evaluation: bool = False) -> None:
-        if moved := self._names(self._boundaries.back(self._copies.held)):
-            rule = MovedBetweenBatches()
-            self._tell(rule, partial(rule.seen, moved, when, self._at_rest, before_evaluation))
-
-    def _compare_ranks(self) -> None:
-        own = {
-            index: (each.mean, each.var) for index, each in StatisticsSnapshot(self.observer.layers).values().items()
-        }
-        spread = ranks_apart(share(own))
-        self._tell(rule := RanksApart(), partial(rule.seen, self._names(spread), max(spread.values(), default=0.0)))
+    def _now(self) -> Moment:
+        return Moment(self.observer, self.setting, self.stage, self.step, self.index, self._copies.held)
 
     def _judge(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> None:
         """Show the batch to the rules, unless it is like one of the last of its stage; without modes, its forwards
@@ -430,43 +369,29 @@ class Inspection:
         batch = self._batch(before, opened, after)
         if batch.undecided:
             self._last = batch
-        self._ask(lambda rule: rule.batch(batch))
+        self._ask("batch", batch)
 
     def _batch(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> BatchRecord:
-        explained = {name for code in ("BN103", "BN105") for name in self._register.reported(code)}
-        stage = self.stage
-        batch = BatchRecord(
-            self.observer,
-            self.setting,
-            stage,
-            self.step,
-            self.index,
-            before,
-            opened,
-            after,
-            stage != "train" and not self._evaluating,
-            explained,
-            self.observer.forwards,
-        )
-        if self.stage == "train":
-            learning = batch.learning = Learning(self.observer, self.setting)
+        training = self.stage == "train"
+        learning = Learning(self.observer, self.setting) if training else None
+        if learning is not None:
             self._copies.hold(index for index, layer in enumerate(self.observer.layers) if learning.frozen(layer))
-            batch.averaged, batch.undecided = self._averaged(), self._copies.undecided(learning)
-        batch.largest, batch.uses = self._ran.largest, self._uses
-        return batch
+        return BatchRecord(
+            **vars(self._now),
+            before=before,
+            opened=opened,
+            after=after,
+            early=not training and not self._evaluating,
+            explained={name for code in ("BN103", "BN105") for name in self._register.reported(code)},
+            forwards=self.observer.forwards,
+            entered_backward=self.observer.entered_backward,
+            learning=learning,
+            averaged=self._averaged() if training else (),
+            undecided=() if learning is None else self._copies.undecided(learning),
+            largest=self._ran.largest,
+            uses=self._uses,
+        )
 
-    def _count(self, reading: StatisticsSnapshot) -> None:
-        """Ask the rules about layers whose count of batches rose and whose forwards were never seen."""
-        if self.trained and self._unseen.places:
-            batch = self._batch()
-            moved, batches = self._unseen.counted(reading, self._fit.batches)
-            self._ask(lambda rule: rule.counts(batch, moved, batches))
-
-    def _ask(self, question: Callable[[Rule], Iterable[Seen]]) -> None:
-        for rule in RULES.values():
-            self._tell(rule, partial(question, rule))
-
-    def _tell(self, rule: Rule, question: Callable[[], Iterable[Seen]]) -> None:
-        moment = Moment(self.observer.layers, self.stage, self.step, self.setting.caller)
-        if self._register.ask(rule, question, moment):
+    def _ask(self, moment: str, at: Moment, *evidence: object) -> None:
+        if self._register.ask(moment, at, *evidence):
             self._after = None  # modes were mended

@@ -13,6 +13,7 @@ class LayersThatRan:
     """What stays known of forwards, by the indices of the layers of an `Observer`.
 
     Attributes:
+        trained: those that ran in a training batch.
         moving: those whose statistics a training batch moved.
         steady: those that ran in eval mode in a training batch, with gradients.
         evaluated: those that ran in eval mode otherwise, since `begin_evaluation`.
@@ -20,6 +21,7 @@ class LayersThatRan:
     """
 
     def __init__(self) -> None:
+        self.trained: set[int] = set()
         self.moving: set[int] = set()
         self.steady: set[int] = set()
         self.evaluated: set[int] = set()
@@ -32,16 +34,16 @@ class LayersThatRan:
 
     def follow(self, places: Mapping[int, int]) -> None:
         """The layers have other indices: by the old one the new one, of those that are still there."""
-        self.moving, self.steady, self.evaluated = (
+        self.trained, self.moving, self.steady, self.evaluated = (
             {places[index] for index in known if index in places}
-            for known in (self.moving, self.steady, self.evaluated)
+            for known in (self.trained, self.moving, self.steady, self.evaluated)
         )
 
     def remember(self, observer: Observer, *, training: bool) -> None:
         """Take note of the forwards of a batch."""
         for forward in observer.forwards:
             if training:
-                observer.trained.add(forward.layer)
+                self.trained.add(forward.layer)
                 self.largest = max(self.largest, forward.samples)
                 if forward.moved:
                     self.moving.add(forward.layer)
@@ -93,9 +95,10 @@ class UnseenLayers:
         now = reading.counts() if self._before else {}
         return [index for index in self.places if now.get(index, 0) > self._before.get(index, 0)]
 
-    def counted(self, reading: StatisticsSnapshot, batches: int) -> tuple[dict[int, int], int]:
+    def counted(self, batches: int) -> tuple[dict[int, int], int]:
         """Return by how much counts rose since this was last asked, where they did, and in how many training batches;
         waits for the device."""
+        reading = StatisticsSnapshot(self._observer.layers)
         before, now = self._reading.counts(), reading.counts()
         risen = {index: rise for index in self.places if index in before and (rise := now[index] - before[index]) > 0}
         trained, self._batches, self._reading = batches - self._batches, batches, reading

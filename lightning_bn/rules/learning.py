@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS
 
-from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.discovery import BatchNormLayer, NamedModules, is_inside
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.fixes import modules_of
 from lightning_bn.rules.observer import Observer
@@ -145,9 +145,9 @@ class Copies:
         odd = [layers[index].name for index in self._held if _shape(layers[index]) not in twins]
         # A part of the model is a copy as a whole or not at all, together with what is frozen beside it.
         tops = modules_of(names, [layer.name for layer in layers])
-        parts = [top for top in tops if not any(_inside(name, top.rpartition(".")[0] or top) for name in odd)]
+        parts = [top for top in tops if not any(is_inside(name, top.rpartition(".")[0] or top) for name in odd)]
         open_ = [layers[index].name for index in self._held if index not in self.written | self._decided]
-        return [name for name in open_ if any(_inside(name, top) for top in parts)]
+        return [name for name in open_ if any(is_inside(name, top) for top in parts)]
 
     def _samples(self) -> Tensor:
         """A few values of the weight of each layer: (layers, _SAMPLE)."""
@@ -163,22 +163,18 @@ class Copies:
         return weights[0].device if weights and not weights[0].is_meta else torch.device("cpu")
 
 
-def twin(observer: Observer, region: str, moving: Iterable[int]) -> str | None:
+def twin(model: NamedModules, region: str, moving: Iterable[int]) -> str | None:
     """Return the name of a module outside of `region` that has the same buffers, and whose statistics move: what
     `region` is a copy of."""
-    modules = dict(zip(observer.names, observer.modules, strict=True))
+    modules = dict(zip(model.names, model.modules, strict=True))
     wanted = [(name, buffer.shape) for name, buffer in modules[region].named_buffers()]
-    moved = [observer.layers[index].name for index in moving]
+    moved = [model.layers[index].name for index in moving]
     for name, module in modules.items():
-        if _inside(name, region) or _inside(region, name) or not any(_inside(each, name) for each in moved):
+        if is_inside(name, region) or is_inside(region, name) or not any(is_inside(each, name) for each in moved):
             continue
         if [(part, buffer.shape) for part, buffer in module.named_buffers()] == wanted:
             return name
     return None
-
-
-def _inside(name: str, top: str) -> bool:
-    return not top or name == top or name.startswith(f"{top}.")
 
 
 def _shape(layer: BatchNormLayer) -> tuple[type, int]:

@@ -8,13 +8,11 @@ from functools import partial
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.discovery import BatchNormLayer, UnservedNorm, ancestors, find_unserved, user_name
-from lightning_bn.rules.arguments import Setting
+from lightning_bn.discovery import Modes, NamedModules, UnservedNorm, ancestors, find_unserved, is_inside, user_name
 from lightning_bn.rules.batch_pattern import ForwardRecord
 from lightning_bn.rules.finding import Fix, Level
-from lightning_bn.rules.fixes import RECALIBRATION, allowed, call, expression, learns, mode_calls, modules_of
-from lightning_bn.rules.observer import Modes, Observer
-from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Return, Rule, Seen
+from lightning_bn.rules.fixes import RECALIBRATION, allowed, learns
+from lightning_bn.rules.rule import BatchRecord, Evaluation, Moment, Return, Rule, Seen
 from lightning_bn.torch_internals import is_compiled
 
 
@@ -25,7 +23,7 @@ class Unseen(Rule):
     why = "what a rule can't see it does not report, and its silence says nothing."
     fix = Fix("fit once without torch.compile, so that every rule applies", "advice")
 
-    def configuration(self, at: Configuration) -> Iterator[Seen]:
+    def configuration(self, at: Moment) -> Iterator[Seen]:
         kinds: dict[str, list[UnservedNorm]] = {}
         for norm in find_unserved(at.model):
             if not norm.is_constant:
@@ -41,7 +39,7 @@ class Unseen(Rule):
     def counts(self, batch: BatchRecord, moved: dict[int, int], batches: int) -> Iterator[Seen]:
         if moved:
             yield Seen(
-                [batch.observer.layers[index].name for index in moved],
+                batch.named(moved),
                 "num_batches_tracked rose, and no forward was seen: no hook fires inside compiled code, and the rules "
                 "that look at single forwards (BN106, BN205, BN3xx) are silent.",
             )
@@ -55,25 +53,16 @@ class ModuleInEval(Rule):
     mendable = True
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
-        setting, observer = batch.setting, batch.observer
-        if (
-            not batch.training
-            or not batch.opened
-            or batch.opened[0]
-            or batch.after[0]
-            or "" in batch.explained
-            or setting.allows_eval("")
-        ):
-            return
-        yield Seen(
-            [""],
-            f"{batch.when} training was False at the first forward and at the end.",
-            fix=Fix(
-                mode_calls(setting.root, observer, [""], _trained(observer, setting, [""])),
-                note="parts that stay in eval mode: .eval() after it",
-            ),
-            mend=lambda: _train(observer, setting, [""]),
-        )
+        excused = "" in batch.explained or batch.setting.allows_eval("")
+        if batch.training and batch.opened and not batch.opened[0] and not batch.after[0] and not excused:
+            yield Seen(
+                [""],
+                f"{batch.when} training was False at the first forward and at the end.",
+                fix=Fix(
+                    batch.mode_calls([""], _trained(batch, [""])), note="parts that stay in eval mode: .eval() after it"
+                ),
+                mend=partial(_train, batch, [""]),
+            )
 
 
 class SubmoduleInEval(Rule):
@@ -87,43 +76,36 @@ class SubmoduleInEval(Rule):
             return ()
         modes = tuple(one or other for one, other in zip(batch.opened, batch.after, strict=True))
         # A network that training never runs may be in any mode: an averaged copy, a metric's.
-        idle = {layer.name for layer in batch.observer.layers} - {layer.name for layer in batch.by_layer()}
-        if is_compiled(batch.observer.modules[0]):
+        idle = {layer.name for layer in batch.layers} - {layer.name for layer in batch.by_layer()}
+        if is_compiled(batch.model):
             idle = set()  # what ran can't be seen
         learning = batch.learning.parameter if batch.learning is not None else None
-        names = eval_regions(batch.observer, modes, learning, idle)
-        return self._look(batch.observer, batch.setting, names, set(batch.explained), batch.when)
+        return self._look(batch, eval_regions(batch.observer, modes, learning, idle), set(batch.explained), batch.when)
 
-    def at_rest(self, at: Configuration) -> Iterable[Seen]:
+    def at_rest(self, at: Moment) -> Iterable[Seen]:
         modes = at.observer.snapshot()
-        return (
-            self._look(at.observer, at.setting, eval_regions(at.observer, modes), set(), "at rest") if modes[0] else ()
-        )
+        return self._look(at, eval_regions(at.observer, modes), set(), "at rest") if modes[0] else ()
 
-    def _look(
-        self, observer: Observer, setting: Setting, names: list[str], explained: set[str], when: str
-    ) -> Iterator[Seen]:
+    def _look(self, at: Moment, names: list[str], explained: set[str], when: str) -> Iterator[Seen]:
+        setting = at.setting
         names = [
             name
             for name in names
             if not setting.allows_eval(name) and not explained.intersection((name, *ancestors(name)))
         ]
-        alone = [name for name in names if isinstance(observer.modules[observer.names.index(name)], _BatchNorm)]
+        alone = [name for name in names if isinstance(at.observer.module(name), _BatchNorm)]
         others = [name for name in names if name not in alone]
         # Batch norms alone in eval mode are what detection does on purpose: no one puts all of them there by mistake.
         groups: tuple[tuple[list[str], Level], ...] = ((others, "warning"), (alone, "info"))
         for group, level in groups:
             if group:
-                wanted = _trained(observer, setting, group)
+                code, note = at.mode_calls(group, _trained(at, group)), f"{setting.caller}({allowed(group)})"
                 yield Seen(
                     group,
                     f"{when} training is False, and it has parameters that learn.",
                     level=level,
-                    fix=Fix(
-                        mode_calls(setting.root, observer, group, wanted),
-                        note=f"or, if intended, {setting.caller}({allowed(group)})",
-                    ),
-                    mend=partial(_train, observer, setting, group),
+                    fix=Fix(code, note=f"or, if intended, {note}"),
+                    mend=partial(_train, at, group),
                 )
 
 
@@ -137,31 +119,28 @@ class ModeChangedInTraining(Rule):
         if batch.training and batch.after:  # of a batch that an error ended, the modes are not known
             yield from self._changed(batch, batch.before, batch.after, batch.when)
 
-    def exported(self, at: Configuration, before: Modes, when: str) -> Iterator[Seen]:
+    def exported(self, at: Moment, before: Modes, when: str) -> Iterator[Seen]:
         """Look at what an exporter has left: ``Module.train()``, with which most end, thaws frozen parts, and some
         leave the model in eval mode."""
         fix = Fix(f"with exporting({at.setting.root}):", "around the export")
         yield from self._changed(at, before, at.observer.snapshot(), f"{when} an exporter ran the model, and", fix)
 
-    def _changed(
-        self, at: Configuration, before: Modes, after: Modes, when: str, fix: Fix | None = None
-    ) -> Iterator[Seen]:
-        observer, setting = at.observer, at.setting
+    def _changed(self, at: Moment, before: Modes, after: Modes, when: str, fix: Fix | None = None) -> Iterator[Seen]:
+        observer = at.observer
         for now in (False, True):
             names = [
                 name
                 for name in observer.differing(before, after)
                 if after[observer.names.index(name)] is now
                 # To put a frozen part in eval mode at the head of the step is a way to freeze it.
-                and (now or (learns(observer.modules[observer.names.index(name)]) and not setting.allows_eval(name)))
+                and (now or (learns(observer.module(name)) and not at.setting.allows_eval(name)))
             ]
             if names:
                 yield Seen(
                     names,
                     f"{when} training went from {not now} to {now}.",
-                    fix=fix
-                    or Fix(mode_calls(setting.root, observer, names, before), "at the end of the training step"),
-                    mend=lambda: observer.restore(before),
+                    fix=fix or Fix(at.mode_calls(names, before), "at the end of the training step"),
+                    mend=partial(observer.restore, before),
                 )
 
 
@@ -174,10 +153,10 @@ class StatisticsWrittenInEvaluation(Rule):
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         if batch.training:
             return
-        moved = [layer for layer, forwards in batch.by_layer().items() if any(f.moved for f in forwards)]
+        moved = [layer.name for layer, forwards in batch.by_layer().items() if any(f.moved for f in forwards)]
         if moved and batch.early and not any(f.grad for f in batch.forwards):
             yield Seen(
-                [layer.name for layer in moved],
+                moved,
                 f"before the first batch of {batch.stage} the model ran in training mode without grad, as a "
                 "recalibration of the statistics does.",
                 "info",
@@ -185,30 +164,16 @@ class StatisticsWrittenInEvaluation(Rule):
                 "with training batches this is right; the callback does it by pooled moments, and puts all else back.",
             )
         elif moved:
-            yield self._seen(
-                batch.observer, batch.setting, moved, f"{batch.when} of {batch.stage} the running statistics moved."
-            )
+            yield self._seen(batch, moved, f"{batch.when} of {batch.stage} the running statistics moved.")
 
     def evaluation(self, evaluation: Evaluation) -> Iterator[Seen]:
-        observer = evaluation.observer
         if evaluation.counted:
-            layers = [observer.layers[index] for index in evaluation.counted]
-            yield self._seen(
-                observer,
-                evaluation.setting,
-                layers,
-                f"num_batches_tracked is higher after {evaluation.stage} than before.",
-            )
+            event = f"num_batches_tracked is higher after {evaluation.stage} than before."
+            yield self._seen(evaluation, evaluation.named(evaluation.counted), event)
 
-    def _seen(self, observer: Observer, setting: Setting, moved: list[BatchNormLayer], event: str) -> Seen:
-        names = [layer.name for layer in moved]
-        modules = modules_of(names, [layer.name for layer in observer.layers])
-        fix = Fix(
-            call(setting.root, modules, "eval", observer.modules[0]),
-            "at the start of the evaluation step",
-            "and no .train() in it",
-        )
-        return Seen(names, event, fix=fix)
+    def _seen(self, at: Moment, names: list[str], event: str) -> Seen:
+        code = at.call(at.tops(names), "eval")
+        return Seen(names, event, fix=Fix(code, "at the start of the evaluation step", "and no .train() in it"))
 
 
 class ModesNotPutBack(Rule):
@@ -235,10 +200,10 @@ class ModesNotPutBack(Rule):
             names,
             f"training was {was} before the validation and is {not was} after it: {cause}.",
             fix=Fix(
-                mode_calls(back.setting.root, observer, names, before),
+                back.mode_calls(names, before),
                 "instead of the override of on_validation_model_train" if not back.interrupted else "before fit",
             ),
-            mend=lambda: observer.restore(before),
+            mend=partial(observer.restore, before),
         )
 
 
@@ -258,7 +223,7 @@ class MovedWithoutGrad(Rule):
                     copies.append(layer.name)
                 elif layer.name not in batch.undecided:
                     without_grad.append(layer.name)
-            if visits(forwards, batch.observer):
+            if visits(forwards, batch.entered_backward):
                 at_other_weights.append(layer.name)
         repeats = batch.learning is not None and batch.learning.repeats
         second = f"{batch.when} a second forward of the same input, at changed weights, moved them"
@@ -277,13 +242,13 @@ class MovedWithoutGrad(Rule):
 
     def _seen(self, batch: BatchRecord, names: list[str], event: str, level: Level) -> Iterator[Seen]:
         if names:
-            modules = modules_of(names, [layer.name for layer in batch.observer.layers])
-            target = expression(batch.setting.root, modules[0] if len(modules) == 1 else "", batch.model)
+            modules = batch.tops(names)
+            target = batch.path(modules[0] if len(modules) == 1 else "")
             note = f"or {target}.eval() if its running statistics are to be used" if len(modules) == 1 else ""
             yield Seen(names, event, level, Fix(f"with paused_statistics({target}):", "around that forward", note))
 
 
-def visits(forwards: Sequence[ForwardRecord], observer: Observer) -> list[ForwardRecord]:
+def visits(forwards: Sequence[ForwardRecord], entered_backward: Collection[int]) -> list[ForwardRecord]:
     """Return those of a layer's forwards that were a second one in sharpness-aware minimisation.
 
     That is: of the same input as an earlier one, at other weights, and with a backward of its own. A GAN's parts are
@@ -295,13 +260,13 @@ def visits(forwards: Sequence[ForwardRecord], observer: Observer) -> list[Forwar
         if forward.moved
         and forward.reweighted
         and not forward.recomputed
-        and forward.call in observer.entered_backward
+        and forward.call in entered_backward
         and any(earlier.source == forward.source for earlier in forwards[:place])
     ]
 
 
 def eval_regions(
-    observer: Observer,
+    model: NamedModules,
     modes: Modes,
     learning: Callable[[nn.Parameter], bool] | None = None,
     idle: Collection[str] = (),
@@ -310,16 +275,14 @@ def eval_regions(
     eval mode.
 
     Args:
-        observer: knows the modules.
+        model: knows the modules.
         modes: theirs.
         learning: whether a parameter learns; None: whether it requires grad.
         idle: batch-norm layers that did not run: a region whose every layer is among them is left out.
     """
     learning = learning or (lambda parameter: parameter.requires_grad)
     in_eval = {
-        name: module
-        for name, module, training in zip(observer.names, observer.modules, modes, strict=True)
-        if not training
+        name: module for name, module, training in zip(model.names, model.modules, modes, strict=True) if not training
     }
     tops = []
     for name, module in in_eval.items():
@@ -330,48 +293,33 @@ def eval_regions(
                     break
                 above = parent
             tops.append(above)
-    return [top for top in dict.fromkeys(tops) if not _idle(observer, top, idle)]
+    inside = {top: {layer.name for layer in model.layers if is_inside(layer.name, top)} for top in tops}
+    return [top for top, layers in inside.items() if not layers or not layers <= set(idle)]
 
 
-def _idle(observer: Observer, top: str, idle: Collection[str]) -> bool:
-    inside = [
-        layer.name for layer in observer.layers if not top or layer.name == top or layer.name.startswith(f"{top}.")
-    ]
-    return bool(inside) and set(inside) <= set(idle)
-
-
-def _trained(observer: Observer, setting: Setting, tops: list[str]) -> Modes:
+def _trained(at: Moment, tops: list[str]) -> Modes:
     """Return the modes after `_train`, which are given back at once."""
-    before = observer.snapshot()
+    before = at.observer.snapshot()
     try:
-        _train(observer, setting, tops)
-        return observer.snapshot()
+        _train(at, tops)
+        return at.observer.snapshot()
     finally:
-        observer.restore(before)
+        at.observer.restore(before)
 
 
-def _train(observer: Observer, setting: Setting, tops: list[str]) -> None:
+def _train(at: Moment, tops: list[str]) -> None:
     """Put the modules in train mode and what is below them, but whatever is frozen or may stay in eval mode, with all
     below it."""
 
     def walk(module: nn.Module, name: str) -> None:
         parameters = list(module.parameters())
-        if setting.allows_eval(name) or (parameters and not any(parameter.requires_grad for parameter in parameters)):
+        if at.setting.allows_eval(name) or (
+            parameters and not any(parameter.requires_grad for parameter in parameters)
+        ):
             return
         module.training = True
         for part, child in module.named_children():
             walk(child, user_name(f"{name}.{part}" if name else part))
 
     for top in tops:
-        walk(observer.modules[observer.names.index(top)], top)
-
-
-MODE_RULES: tuple[Rule, ...] = (
-    Unseen(),
-    ModuleInEval(),
-    SubmoduleInEval(),
-    ModeChangedInTraining(),
-    StatisticsWrittenInEvaluation(),
-    ModesNotPutBack(),
-    MovedWithoutGrad(),
-)
+        walk(at.observer.module(top), top)

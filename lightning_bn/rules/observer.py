@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.buffers import running_mean, running_var
-from lightning_bn.discovery import BatchNormLayer, ancestors, find_batch_norms, user_name
+from lightning_bn.discovery import Modes, NamedModules
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
@@ -31,13 +31,10 @@ from lightning_bn.torch_internals import (
 )
 from lightning_bn.torchscript import scriptable
 
-Modes = tuple[bool, ...]
-"""The ``training`` flags of `Observer.modules`, in their order."""
-
 _flags = attrgetter("training", "track_running_stats")
 
 
-class Observer:
+class Observer(NamedModules):
     """Hooks on the batch-norm layers of `model`, and on the modules that a training step calls.
 
     Under `torch.compile` the hooks do nothing, and are traced to nothing: a layer that moves and was never seen is
@@ -49,14 +46,9 @@ class Observer:
     """
 
     def __init__(self, model: nn.Module, boundary: ErrorBoundary = UNBOUNDED) -> None:
+        super().__init__(model)
         self.boundary = boundary
-        named = [(user_name(name), module) for name, module in model.named_modules()]
-        self.names = [name for name, _ in named]
-        self.modules: list[nn.Module] = [module for _, module in named]
-        self.layers: list[BatchNormLayer] = find_batch_norms(model)
         self.seen: set[int] = set()
-        self.trained: set[int] = set()
-        """Indices of the layers that ran in a training batch."""
         self.forwards: list[ForwardRecord] = []
         """The forwards of this batch, in their order."""
         self.entered_backward: set[int] = set()
@@ -184,21 +176,6 @@ class Observer:
         if self._call_hooks:
             self.watch_layers()
 
-    def snapshot(self) -> Modes:
-        """Return the ``training`` flag of every module."""
-        return tuple([module.training for module in self.modules])
-
-    def restore(self, modes: Modes) -> None:
-        """Give every module its flag of `modes` back."""
-        for module, training in zip(self.modules, modes, strict=True):
-            module.training = training
-
-    def differing(self, before: Modes, after: Modes) -> list[str]:
-        """Return the names of the topmost modules whose flags differ; what is below one that changed alike goes
-        unnamed."""
-        changed = {name: one for name, was, one in zip(self.names, before, after, strict=True) if was != one}
-        return [name for name, now in changed.items() if all(changed.get(parent) != now for parent in ancestors(name))]
-
     def enter(
         self, module: nn.Module, layers: list[_BatchNorm], place: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -254,13 +231,10 @@ class _Hooks:
 
     _observer: Observer | None = None
     _boundary = UNBOUNDED
+    _handles: tuple[RemovableHandle, ...] = ()
 
-    def __init__(
-        self, observer: Observer, before: Callable[[], RemovableHandle], after: Callable[[], RemovableHandle]
-    ) -> None:
-        self._observer = observer
-        self._boundary = observer.boundary
-        self._handles = (before(), after())
+    def __init__(self, observer: Observer) -> None:
+        self._observer, self._boundary = observer, observer.boundary
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -276,10 +250,10 @@ class _CallHooks(_Hooks):
     def __init__(self, observer: Observer, place: int, module: nn.Module) -> None:
         self._place = place
         self._layers = [part for part in module.modules() if isinstance(part, _BatchNorm)]
-        super().__init__(
-            observer,
-            lambda: module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            lambda: module.register_forward_hook(self._leave, always_call=True),
+        super().__init__(observer)
+        self._handles = (
+            module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            module.register_forward_hook(self._leave, always_call=True),
         )
 
     @guarded
@@ -311,11 +285,11 @@ class _LayerHooks(_Hooks):
         self._before: int | None = None
         self._values: tuple[Tensor, Tensor] | None = None
         self._moves: bool | None = None
-        super().__init__(
-            observer,
+        super().__init__(observer)
+        self._handles = (
             # First in, last out: the layer may have hooks that exchange its buffers for the length of a forward.
-            lambda: layer.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
-            lambda: layer.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+            layer.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
+            layer.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         )
 
     @guarded

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_bn.rules.finding import Fix
-from lightning_bn.rules.rule import Rule, Seen
+from lightning_bn.rules.observer import Observer
+from lightning_bn.rules.rule import Moment, Rule, Seen
 
 MOST_BATCHES = 64
 """Batches of an epoch that are looked at; of a longer one every second, every fourth and so on."""
@@ -57,11 +58,21 @@ class SortedBatches(Rule):
     why = "an average of the last batches is then one of the last classes: it fits no evaluation."
     fix = Fix("shuffle=True", "in the training DataLoader")
 
-    def seen(self, layer: str, order: Order) -> Iterator[Seen]:
-        """Look at the order in which two epochs gave their batches; `layer` is the first one to normalise them."""
-        if order.is_sorted:
+    def __init__(self) -> None:
+        self._order = BatchOrder()
+
+    def begin_epoch(self, at: Moment) -> None:
+        self._order.begin_epoch()
+
+    def begin_batch(self, at: Moment) -> None:
+        if isinstance(at.observer, Observer):
+            at.observer.on_input = self._order.begin_batch()
+
+    def end_epoch(self, at: Moment) -> Iterator[Seen]:
+        order = self._order.found()
+        if order is not None and order.is_sorted:
             yield Seen(
-                [layer],
+                [next(layer.name for layer in at.layers if layer.tracks)],
                 f"the means of {order.batches} batches spread {order.spread:.3g} times as much as those of random "
                 "samples would, and each is like its neighbour in the epoch before (correlation "
                 f"{order.likeness:.2f}).",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
-from lightning_bn.discovery import BatchNormLayer, ancestors
+from lightning_bn.discovery import ancestors
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.rules import RULES, Finding, Level, Rule
 from lightning_bn.rules.fixes import listing, modules_of
-from lightning_bn.rules.rule import Seen
+from lightning_bn.rules.rule import MOMENTS, Moment, Seen
+from lightning_bn.rules.snapshots import StatisticsSnapshot, waiting_sets
 
 LINK = "lightning-bn rules {code}"
 """Where a message sends its reader: the page of the rule, printed by the command that is installed with the package."""
@@ -28,17 +28,6 @@ _CAUSES = {
 }
 
 
-class Moment(NamedTuple):
-    """When and of what the rules are asked."""
-
-    layers: Sequence[BatchNormLayer]
-    """All that are observed."""
-    stage: str
-    step: int
-    caller: str
-    """What the user called, and may give ``ignore``."""
-
-
 class Register:
     """Asks the rules, and keeps what they answer.
 
@@ -48,10 +37,11 @@ class Register:
         boundary: of the observer; a rule that fails is asked no more.
     """
 
-    def __init__(self, ignore: Collection[str], fix: Collection[str], boundary: ErrorBoundary = UNBOUNDED) -> None:
+    def __init__(self, ignore: Collection[str], fix: Collection[str] = (), boundary: ErrorBoundary = UNBOUNDED) -> None:
         self._boundary = boundary
         self.findings: list[Finding] = []
-        self._ignore = set(ignore)
+        rules = [type(rule)() for code, rule in RULES.items() if code not in ignore]
+        self._asked = {moment: [rule for rule in rules if hasattr(rule, moment)] for moment in MOMENTS}
         self._fix = set(fix)
         self._told = 0
         self._severity: dict[str, dict[str, int]] = {code: {} for code in RULES}  # by rule and layer
@@ -70,17 +60,26 @@ class Register:
         """Return the layers or modules that a rule has spoken of, and that stay as they are."""
         return () if code in self._fix else self._severity[code].keys()
 
-    def ask(self, rule: Rule, question: Callable[[], Iterable[Seen]], moment: Moment) -> bool:
-        """Ask a rule, unless it is ignored; returns whether anything was mended."""
-        if rule.code in self._ignore:
-            return False
-        return bool(self._boundary.attempt(f"rule {rule.code}", self._ask, rule, question, moment))
+    def ask(self, moment: str, at: Moment, *evidence: object) -> bool:
+        """Ask the rules that have something to say at one of the `MOMENTS`; returns whether anything was mended."""
+        asked = self._asked[moment]
+        answers = [self._boundary.attempt(f"rule {r.code}", self._ask, r, moment, at, evidence) for r in asked]
+        return any(answers)
 
-    def _ask(self, rule: Rule, question: Callable[[], Iterable[Seen]], moment: Moment) -> bool:
-        mended = [self._take(rule, seen, moment) for seen in question()]
+    def ask_of_values(self, at: Moment, last: str) -> bool:
+        """Ask about the values of all sets of running statistics, as `Rule.values`; waits for the device."""
+        mended = False
+        for in_set, layers in {None: at.layers, **waiting_sets(at.layers)}.items():
+            reading = StatisticsSnapshot(layers)
+            if not reading.sound():
+                mended |= self.ask("values", at, reading.values(), last, in_set)
+        return mended
+
+    def _ask(self, rule: Rule, moment: str, at: Moment, evidence: Sequence[object]) -> bool:
+        mended = [self._take(rule, seen, at) for seen in getattr(rule, moment)(at, *evidence) or ()]
         return any(mended)
 
-    def _take(self, rule: Rule, seen: Seen, moment: Moment) -> bool:
+    def _take(self, rule: Rule, seen: Seen, at: Moment) -> bool:
         mended = rule.code in self._fix and seen.mend is not None
         if mended and seen.mend is not None:
             seen.mend()
@@ -90,7 +89,7 @@ class Register:
         new = [name for name in seen.layers if known.get(name, -1) < severity]
         if new:
             known.update(dict.fromkeys(new, severity))
-            self.findings.append(_finding(rule, replace(seen, layers=new, level=level), moment, mended, cause))
+            self.findings.append(_finding(rule, replace(seen, layers=new, level=level), at, mended, cause))
         return mended
 
     def _cause(self, rule: Rule, seen: Seen) -> str | None:
@@ -102,8 +101,8 @@ class Register:
         return None
 
 
-def _finding(rule: Rule, seen: Seen, moment: Moment, mended: bool, cause: str | None) -> Finding:
-    names = [layer.name for layer in moment.layers]
+def _finding(rule: Rule, seen: Seen, at: Moment, mended: bool, cause: str | None) -> Finding:
+    names = [layer.name for layer in at.layers]
     parts = list(seen.layers)
     if set(seen.layers) <= set(names) and not seen.worst_first:
         parts = modules_of(seen.layers, names)
@@ -113,13 +112,13 @@ def _finding(rule: Rule, seen: Seen, moment: Moment, mended: bool, cause: str | 
         title=seen.title or rule.title,
         layers=tuple(seen.layers),
         where=listing(parts) + f" ({len(seen.layers)} layers)" * (len(seen.layers) > len(parts)),
-        stage=moment.stage,
-        step=moment.step,
+        stage=at.stage,
+        step=at.step,
         seen=seen.event if isinstance(seen.event, str) else seen.event(seen.layers),
         why=seen.why or rule.why,
         fix=seen.fix or rule.fix,
         link=LINK.format(code=rule.code),
-        quiet=f'{moment.caller}(ignore=["{rule.code}"])',
+        quiet=f'{at.setting.caller}(ignore=["{rule.code}"])',
         mended=mended,
         follows=cause,
     )

@@ -6,21 +6,25 @@ again: those of the evaluation are kept until then and put in for the replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.discovery import Modes
 from lightning_bn.modes import extra_pass, kept_attribute, paused_statistics
 from lightning_bn.rules.fit import Effect, EvaluatedLayers
-from lightning_bn.rules.observer import Modes, Observer, nested_tensors
+from lightning_bn.rules.observer import Observer, nested_tensors
 from lightning_bn.sharding import is_sharded
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
+
+FEW_CHANGE = 0.1
+"""Share of answers that change with the batch's own statistics, below which a misfit costs next to nothing."""
 
 Share = Callable[[Any], list[Any]]
 """Returns what each rank has passed; every rank calls it as often."""
@@ -42,8 +46,63 @@ class Replayed:
     left_out: str = ""
     """Why it was left out, in words."""
 
+    def misfits(self) -> frozenset[int]:
+        """Return the layers whose statistics do not fit the training images: by what it changes, or, where no answers
+        can be compared or few change, by the effect alone."""
+        return self.noticeable if (self.changed or 0) > FEW_CHANGE else self.beyond
+
 
 NOT_ASKED = Replayed(left_out="the other ranks were not asked")
+
+
+Where = Literal["before", "inside", "after"]
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """What the test tells of one evaluation, or of the end of a fit."""
+
+    layers: dict[str, Effect] = field(default_factory=dict)
+    """Of the layers whose statistics do not fit, in the order in which they ran: the effect on the training images."""
+    only_here: dict[str, Effect] = field(default_factory=dict)
+    """Of layers whose statistics do not fit the evaluation's images, and fit training's, or whose training images could
+    not be run: the effect on the evaluation's."""
+    fitting: frozenset[int] = frozenset()
+    """Indices of the layers that were judged, and whose statistics fit."""
+    changed: float | None = None
+    """Share of the answers to the training images that change where layers take the batch's own statistics; None where
+    the model's output has none."""
+    left_out: str = ""
+    """Why training images were not run, in words."""
+    exchanged: bool = False
+    """Whether the weights that are evaluated are not those that were trained."""
+    began: bool = True
+    """False: the weights that were put in have not moved since training began."""
+    batches: int = 0
+    """Training batches before it."""
+    where: Where = "before"
+    """Where weights were exchanged: before the evaluation; inside of its step; after the last training step."""
+    copies: tuple[tuple[str, Misfit], ...] = ()
+    """Of copies that the evaluation ran and that are no part of the model: the class, and what the test tells of it."""
+
+
+def decided(result: Misfit, observer: Observer, noticed: Mapping[int, Effect], replayed: Replayed) -> Misfit:
+    """Return `result` with what a training batch tells of the layers that were off in the evaluation."""
+    misfits = {index: replayed.effects[index] for index in noticed if index in replayed.misfits()}
+    only_here = {index: each for index, each in noticed.items() if each.beyond and index not in misfits}
+    return replace(
+        result,
+        layers=named(observer, misfits),
+        only_here=named(observer, only_here),
+        fitting=result.fitting | (noticed.keys() - misfits.keys() - only_here.keys()),
+        changed=replayed.changed,
+        left_out=replayed.left_out,
+    )
+
+
+def named(observer: Observer, effects: Mapping[int, Effect]) -> dict[str, Effect]:
+    """Return `effects` by the names of the layers."""
+    return {observer.layers[index].name: each for index, each in effects.items()}
 
 
 class Kept:
@@ -70,21 +129,6 @@ class Kept:
             self._observer.restore(modes)
             for tensor, _, before in changed:
                 tensor.copy_(before)
-
-
-@dataclass
-class _Run:
-    """One attempt with one part of the model."""
-
-    error: str = ""
-    effects: dict[int, Effect] = field(default_factory=dict)
-    changed: float | None = None
-
-    def beyond(self) -> set[int]:
-        return {index for index, each in self.effects.items() if each.beyond}
-
-    def noticeable(self) -> set[int]:
-        return {index for index, each in self.effects.items() if each.noticeable}
 
 
 class Replay:
@@ -139,23 +183,24 @@ class Replay:
             return Replayed(left_out="the ranks ran different parts of the model")
         error = "no part of the model ran all of these layers in it"
         for part in parts:
-            run = self._attempt(part, agreed, evaluated, kept)
-            outcomes = share((run.error, run.beyond(), run.noticeable(), run.changed))
-            errors = [failure for failure, _, _, _ in outcomes if failure]
-            if not errors:
-                beyond, noticeable = (
-                    frozenset.intersection(*(frozenset(each[k]) for each in outcomes)) for k in (1, 2)
+            own = self._attempt(part, self._call, agreed, evaluated, kept)
+            runs = share(replace(own, effects={}))
+            error = next((each.left_out for each in runs if each.left_out), "")
+            if not error:
+                known = [each.changed for each in runs if each.changed is not None]
+                return Replayed(
+                    own.effects,
+                    frozenset.intersection(*(each.beyond for each in runs)),
+                    frozenset.intersection(*(each.noticeable for each in runs)),
+                    sum(known) / len(known) if known else None,
                 )
-                known = [changed for _, _, _, changed in outcomes if changed is not None]
-                changed = sum(known) / len(known) if known else None
-                return Replayed(run.effects, beyond, noticeable, changed)
-            error = errors[0]
         return Replayed(left_out=error)
 
-    def _attempt(self, part: nn.Module, wanted: Collection[int], evaluated: Sequence[int], kept: Kept | None) -> _Run:
-        if self._call is None:
-            return _Run("no training batch was seen")
-        _, args, kwargs = self._call
+    def _attempt(
+        self, part: nn.Module, call: Call, wanted: Collection[int], evaluated: Sequence[int], kept: Kept | None
+    ) -> Replayed:
+        """Run the batch through one part of the model, in this process."""
+        _, args, kwargs = call
         layers = EvaluatedLayers(self._observer.layers)
         try:
             with ExitStack() as stack:
@@ -169,10 +214,14 @@ class Replay:
                     others = _answers(part(*args, **kwargs))
             found = layers.effects(self._images, self._frozen)
             if not set(wanted) & set(found):
-                return _Run("no part of the model ran all of these layers in it")
-            return _Run("", found, _share(answers, others))
+                return Replayed(left_out="no part of the model ran all of these layers in it")
+            beyond, noticeable = (
+                frozenset(index for index, each in found.items() if getattr(each, bound))
+                for bound in ("beyond", "noticeable")
+            )
+            return Replayed(found, beyond, noticeable, _share(answers, others))
         except Exception as failure:
-            return _Run(f"{type(failure).__name__} in it")
+            return Replayed(left_out=f"{type(failure).__name__} in it")
         finally:
             layers.close()
 
@@ -182,7 +231,7 @@ class Replay:
         evaluated = self._observer.first_call
         parts = [each[0] for each in (evaluated, self._call) if each is not None]
         names = [self._observer.layers[index].name for index in wanted]
-        parts.append(self._observer.modules[self._observer.names.index(_common(names))])
+        parts.append(self._observer.module(_common(names)))
         parts.insert(0 if self._observer.calls > 1 else len(parts), self._model)
         wanted_modules = {self._observer.layers[index].module for index in wanted}
         for part in dict.fromkeys(_unwrapped(each) for each in parts):

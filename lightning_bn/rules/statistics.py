@@ -14,10 +14,11 @@ from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.batch_pattern import ForwardRecord
 from lightning_bn.rules.evaluations import level_of
 from lightning_bn.rules.finding import Fix, Level
-from lightning_bn.rules.fixes import call, frozen_regions, modules_of, recalibration
+from lightning_bn.rules.fixes import frozen_regions
 from lightning_bn.rules.modes import visits
-from lightning_bn.rules.rule import BatchRecord, Configuration, Evaluation, Rule, Seen
+from lightning_bn.rules.rule import BatchRecord, Evaluation, Moment, Rule, Seen
 from lightning_bn.rules.snapshots import LayerValues, StatisticsSnapshot, Values, learned
+from lightning_bn.rules.versions import unsure
 
 DEAD_ZONE = 0.05
 """BN206: the relative distance from the truth at which 16-bit statistics may stop, ``finfo.eps / (2 * momentum)``."""
@@ -38,13 +39,13 @@ class FrozenMoves(Rule):
         return self._seen(batch, moved, f"{batch.when} its running statistics moved")
 
     def counts(self, batch: BatchRecord, moved: dict[int, int], batches: int) -> Iterable[Seen]:
-        layers = [layer for index in moved if self._stands_still(batch, layer := batch.observer.layers[index])]
+        layers = [layer for index in moved if self._stands_still(batch, layer := batch.layers[index])]
         return self._seen(batch, layers, f"num_batches_tracked rose in {batches} batches")
 
-    def at_rest(self, at: Configuration) -> Iterable[Seen]:
+    def at_rest(self, at: Moment) -> Iterable[Seen]:
         layers = [
             layer
-            for layer in at.observer.layers
+            for layer in at.layers
             if layer.frozen and layer.tracks and layer.module.training and layer.module.momentum != 0
         ]
         return self._seen(at, layers, "it is in train mode, so every training batch will move them")
@@ -53,7 +54,7 @@ class FrozenMoves(Rule):
         frozen = layer.frozen if batch.learning is None else batch.learning.frozen(layer)
         return frozen and layer.name not in batch.averaged and layer.name not in batch.undecided
 
-    def _seen(self, at: BatchRecord | Configuration, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
+    def _seen(self, at: Moment, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
         if not layers:
             return
         names = [layer.name for layer in layers]
@@ -67,7 +68,7 @@ class FrozenMoves(Rule):
             f"{event}; {cause}.",
             level="info" if at.setting.scheduled else None,
             fix=Fix(
-                call(at.setting.root, modules, "eval", at.model),
+                at.call(modules, "eval"),
                 note="once: Lightning keeps the mode; for data unlike those of its training "
                 f'recalibrate({at.setting.root}, batches, layers="all") before it',
             ),
@@ -85,7 +86,7 @@ class MovedTwice(Rule):
             return
         by_cause: dict[tuple[str, Level, Fix], list[str]] = defaultdict(list)
         for layer, forwards in batch.by_layer_and_set():
-            elsewhere = visits(forwards, batch.observer)
+            elsewhere = visits(forwards, batch.entered_backward)
             moved = [f for f in forwards if f.moved and (f.grad or f.recomputed) and f not in elsewhere]
             if any(f.recomputed for f in moved) or len(moved) > 1:
                 by_cause[self._cause(batch, layer, moved)].append(layer.name)
@@ -93,14 +94,10 @@ class MovedTwice(Rule):
             yield Seen(names, f"{batch.when} {cause}.", level=level, fix=fix)
 
     def counts(self, batch: BatchRecord, moved: dict[int, int], batches: int) -> Iterator[Seen]:
-        names = [batch.observer.layers[index].name for index, rise in moved.items() if rise > batches]
+        names = batch.named(index for index, rise in moved.items() if rise > batches)
         if names:
-            most = max(moved.values())
-            yield Seen(
-                names,
-                f"num_batches_tracked rose by up to {most} in {batches} batches; which forward did it can't be seen "
-                f"here.",
-            )
+            event = f"num_batches_tracked rose by up to {max(moved.values())} in {batches} batches"
+            yield Seen(names, f"{event}; which forward did it can't be seen here.")
 
     def _cause(self, batch: BatchRecord, layer: BatchNormLayer, moved: list[ForwardRecord]) -> tuple[str, Level, Fix]:
         if any(f.recomputed for f in moved):
@@ -145,7 +142,8 @@ class NotFinite(Rule):
         "looks fine."
     )
 
-    def values(self, values: Values, last: str, root: str, in_set: str | None) -> Iterator[Seen]:
+    def values(self, at: Moment, values: Values, last: str, in_set: str | None) -> Iterator[Seen]:
+        root = at.setting.root
         bad = {each.layer.name: each.unsound for each in values.values() if each.unsound}
         if bad:
 
@@ -155,8 +153,7 @@ class NotFinite(Rule):
 
             # What is there is mended by recalibrate(); a layer of this package skips such batches from then on.
             if in_set is None:
-                layers = [each.layer for each in values.values()]
-                mend = recalibration(root, [layer for layer in layers if layer.name in bad], layers)
+                mend = at.recalibration([layer for layer in at.layers if layer.name in bad])
                 fix = Fix(f"convert_batch_norm({root}); {mend}", "before fit", "the first skips such batches")
             else:
                 mend = f"recalibrate({root}, batches) inside of sets.use({in_set!r})"
@@ -178,24 +175,25 @@ class NeverUpdated(Rule):
             yield from self._of_other_sets(evaluation)
         if evaluation.values is None:
             return
-        layers = evaluation.observer.layers
+        layers, ran = evaluation.layers, evaluation.ran
         # A frozen layer that has always run in eval mode is a constant, and the same one in training.
         meant = {
             index
-            for index in evaluation.steady
+            for index in ran.steady
             if index in evaluation.held or evaluation.setting.allows_eval(layers[index].name)
         }
         fit = evaluation.fit
         fitting = fit.fitting if fit is not None else ()
-        ran = set(evaluation.evaluated) - meant - set(evaluation.copies) - set(fitting)
+        judged = ran.evaluated - meant - set(evaluation.copies) - set(fitting)
         if fit is not None and not fit.began:
             return
-        untouched = {index: each for index, each in evaluation.values.items() if index in ran and each.untouched}
+        values = {index: each for index, each in evaluation.values.items() if index in judged}
         if not evaluation.trained:
-            yield from self._loaded(evaluation, [each for index, each in evaluation.values.items() if index in ran])
+            yield from self._loaded(evaluation, values.values())
             return
+        untouched = {index: each for index, each in values.items() if each.untouched}
         # A part that training has not run yet may have its turn in a later epoch.
-        waiting = {index for index in untouched if evaluation.fitting and index not in evaluation.observer.trained}
+        waiting = {index for index in untouched if evaluation.fitting and index not in ran.trained}
         measured = fit is not None and any(layers[index].name in fit.layers for index in untouched)
         level = level_of(fit.changed) if fit is not None and measured else "error"
         groups: tuple[tuple[set[int], Level], ...] = ((set(untouched) - waiting, level), (waiting, "info"))
@@ -221,8 +219,8 @@ class NeverUpdated(Rule):
     def ended(self, evaluation: Evaluation) -> Iterator[Seen]:
         return self.evaluation(evaluation)
 
-    def at_rest(self, at: Configuration) -> Iterator[Seen]:
-        yield from self._loaded(at, StatisticsSnapshot(at.observer.layers).values().values())
+    def at_rest(self, at: Moment) -> Iterator[Seen]:
+        yield from self._loaded(at, StatisticsSnapshot(at.layers).values().values())
 
     def _seen(self, evaluation: Evaluation, untouched: list[LayerValues], level: Level) -> Seen:
         tracked = sorted({each.tracked for each in untouched})
@@ -233,15 +231,15 @@ class NeverUpdated(Rule):
             f"{_numbers(tracked)}.",
             level,
             Fix(
-                recalibration(evaluation.setting.root, layers, evaluation.observer.layers),
+                evaluation.recalibration(layers),
                 "after training",
                 "and run the layer in training mode while it trains",
             ),
         )
 
-    def _loaded(self, at: Configuration, among: Iterable[LayerValues]) -> Iterator[Seen]:
+    def _loaded(self, at: Moment, among: Iterable[LayerValues]) -> Iterator[Seen]:
         # A class with a forward of its own may keep one of the two alone.
-        hand_made = {at.observer.layers[index].name for index in at.observer.unsure}
+        hand_made = set(at.named(unsure(at.layers)))
         found = defaultdict(list)
         for each in among:
             if each.initial and (each.untouched or each.layer.name not in hand_made) and learned(each.layer):
@@ -252,7 +250,7 @@ class NeverUpdated(Rule):
                 [layer.name for layer in layers],
                 f"weight and bias were trained, and {initial} in all channels: {cause}.",
                 fix=Fix(
-                    recalibration(at.setting.root, layers, at.observer.layers),
+                    at.recalibration(layers),
                     "after training",
                     "or load the checkpoint's buffers too",
                 ),
@@ -276,17 +274,16 @@ class StaleBuffers(Rule):
         ]
         return self._seen(batch, layers, f"{batch.when} it normalised with the batch.")
 
-    def at_rest(self, at: Configuration) -> Iterable[Seen]:
+    def at_rest(self, at: Moment) -> Iterable[Seen]:
         return self._seen(
             at,
-            [layer for layer in at.observer.layers if layer.module.training and _stale(layer)],
+            [layer for layer in at.layers if layer.module.training and _stale(layer)],
             "it is in train mode.",
         )
 
-    def _seen(self, at: BatchRecord | Configuration, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
+    def _seen(self, at: Moment, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
         if layers:
             names = [layer.name for layer in layers]
-            modules = modules_of(names, [layer.name for layer in at.observer.layers])
             yield Seen(
                 names,
                 event,
@@ -295,7 +292,7 @@ class StaleBuffers(Rule):
                 )
                 if at.setting.scheduled
                 else Fix(
-                    call(at.setting.root, modules, "eval", at.model),
+                    at.call(at.tops(names), "eval"),
                     note="BaseFinetuning.freeze(train_bn=False) leaves layers like this",
                 ),
             )
@@ -308,10 +305,10 @@ class TooFewBits(Rule):
         "an update smaller than half the spacing of the dtype rounds to nothing: the average stops short of the truth."
     )
 
-    def configuration(self, at: Configuration) -> Iterator[Seen]:
+    def configuration(self, at: Moment) -> Iterator[Seen]:
         stuck: dict[str, float] = {}
         momentum = 0.1
-        for layer in at.observer.layers:
+        for layer in at.layers:
             zone = dead_zone(layer)
             if zone > DEAD_ZONE:
                 stuck[layer.name] = zone
@@ -356,13 +353,3 @@ def _stale(layer: BatchNormLayer) -> bool:
 
 def _numbers(numbers: Sequence[int], shown: int = 8) -> str:
     return ", ".join(str(number) for number in numbers[:shown]) + ", ..." * (len(numbers) > shown)
-
-
-STATISTICS_RULES: tuple[Rule, ...] = (
-    FrozenMoves(),
-    MovedTwice(),
-    NotFinite(),
-    NeverUpdated(),
-    StaleBuffers(),
-    TooFewBits(),
-)

@@ -14,11 +14,14 @@ from torch.optim import LBFGS
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_bn.choices import Choices, as_patterns
-from lightning_bn.rules import Finding, ModeCheckError
-from lightning_bn.rules.arguments import Setting, check_action
+from lightning_bn.discovery import NamedModules
+from lightning_bn.rules import RULES, Finding, ModeCheckError
+from lightning_bn.rules.arguments import Setting, check_action, check_codes, check_patterns
 from lightning_bn.rules.finding import Action
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import nested_tensors
+from lightning_bn.rules.register import Register
+from lightning_bn.rules.rule import Moment
 
 
 def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Choices = ()) -> list[Finding]:
@@ -42,9 +45,13 @@ def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Choices =
         [('BN301', ('1',))]
     """
     setting = Setting(caller="check", allow_eval=as_patterns(model, allow_eval))
-    inspection = Inspection(model, setting, ignore=ignore)
-    inspection.at_rest()
-    return inspection.findings
+    check_codes(f"check(ignore={list(ignore)})", ignore, RULES)
+    at, register = Moment(NamedModules(model), setting), Register(ignore)
+    check_patterns(setting, at.observer.names)
+    register.ask("configuration", at)
+    register.ask("at_rest", at)
+    register.ask_of_values(at, "nothing was known of them before")
+    return register.findings
 
 
 @contextmanager

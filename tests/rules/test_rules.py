@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import found
@@ -22,6 +23,8 @@ from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.exported import EXPORT_RULES
 from lightning_bn.rules.fixes import expression, group_norms, modules_of
 from lightning_bn.rules.inspection import Inspection
+from lightning_bn.rules.observer import Observer
+from lightning_bn.rules.rule import Moment, Rule, Seen
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "rules"
 
@@ -226,6 +229,52 @@ def test_no_synchronisation_between_checks() -> None:
         with pytest.raises(Exception, match="aten"):
             inspection.examine()
         inspection.close()
+
+
+class Louder(Rule):
+    """Evidence of its own, as a newcomer would write it: the first input of the model in each batch."""
+
+    code = "BN999"
+    title = "inputs get louder"
+    why = "a test says so."
+
+    def __init__(self) -> None:
+        self._sizes: list[torch.Tensor] = []
+
+    def begin_batch(self, at: Moment) -> None:
+        assert isinstance(at.observer, Observer)
+        at.observer.on_input = lambda input: self._sizes.append(input.detach().abs().mean())
+
+    def end_epoch(self, at: Moment) -> Iterator[Seen]:
+        if self._sizes[-1] > 2 * self._sizes[0]:
+            yield Seen([at.layers[0].name], f"{len(self._sizes)} batches")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_rule_keeps_its_own_evidence(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that is listed needs no other file, and each inspection has evidence of its own."""
+    monkeypatch.setitem(RULES, "BN999", Louder())
+    for _ in range(2):
+        net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        inspection = Inspection(net, Setting())
+        inspection.attach([net])
+        inspection.begin_epoch()
+        for index in range(4):
+            inspection.begin_batch("train", index, index)
+            net(torch.linspace(1, 2, 32).reshape(8, 4) * factor**index).sum().backward()
+            inspection.end_batch()
+        inspection.end_epoch()
+        inspection.close()
+        told = found.of("BN999", inspection.findings)
+        assert [(each.layers, each.seen) for each in told] == [(("1",), "4 batches")] * (factor > 1)
+
+
+def test_a_method_that_nobody_calls_is_an_error() -> None:
+    """A rule with a moment misspelt would be silent for ever."""
+    with pytest.raises(TypeError, match=r"Late\.end_of_epoch would never be called: a rule has .*end_epoch"):
+
+        class Late(Rule):
+            def end_of_epoch(self, at: Moment) -> None: ...
 
 
 class TestEveryRule:
