@@ -12,6 +12,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -149,10 +150,11 @@ class ErrorBoundary:
         if place is None:
             place = "in the log 'lightning_bn'"
             _log.error("%s: %s\n%s", self.observer, part or "closed", text)
+        on = f"on rank {dist.get_rank()}; " if dist.is_available() and dist.is_initialized() else ""
         without = f"goes on without {part}" if part else "has stopped, and the run goes on without it"
         last = traceback.format_exception_only(type(error), error)[-1].strip()
         warnings.warn(
-            f"{self.observer} {without}: {last} (nothing else is affected; the whole traceback is {place})",
+            f"{self.observer} {without}: {last} ({on}nothing else is affected; the whole traceback is {place})",
             stacklevel=2,
         )
 

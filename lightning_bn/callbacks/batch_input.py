@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -36,9 +37,18 @@ def input_styles(module: LightningModule, batch: Any) -> list[InputStyle]:
     | mapping             | `forward(**batch)`, of the keys it names| `forward(batch)` | `training_step` |
     | tensor, other object| `forward(batch)`                        |                  | `training_step` |
     """
-    styles = _styles_of_forward(module, batch)
-    if module.automatic_optimization and (step := _style_of_training_step(module)):
-        styles.append(step)
+    styles: list[InputStyle] = []
+    if is_overridden("forward", module):
+        signature = inspect.signature(module.forward)
+        for call, arguments in _forms(signature, batch).items():
+            args, kwargs = arguments(batch)
+            if _takes(signature, *args, **kwargs):
+                styles.append(InputStyle(call, partial(_forward, arguments)))
+    signature = inspect.signature(module.training_step)
+    # One that takes a dataloader_iter asks for the loader itself.
+    if module.automatic_optimization and "dataloader_iter" not in signature.parameters:
+        index = (0,) if _takes(signature, None, 0) else ()
+        styles.append(InputStyle("training_step(batch)", lambda module, batch: module.training_step(batch, *index)))
     return styles
 
 
@@ -100,29 +110,22 @@ class BatchInput:
 
     def run(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Run the module on the batch, under the Trainer's precision."""
-        # The precision context is around the forward alone: true half precision would also halve the tensors that
-        # moments are kept in.
         if self._style is None:
             raise RuntimeError("BatchInput.run: learn_from() finds out how a batch goes in, and comes first.")
-        with trainer.precision_plugin.forward_context():
-            inside_wrapper(trainer, module, self._style.run, batch)
+        _run(trainer, module, self._style, batch)
 
     def _find(self, trainer: Trainer, module: LightningModule, batch: Any) -> InputStyle:
         # A signature tells which arguments a forward takes, not whether it can do with them: so each call is tried.
         failures: list[str] = []
         last: Exception | None = None
         for style in input_styles(module, batch):
-            # The batch is the fit's own, and the step is about to be run on it.
-            with kept(module=module, batch=batch):
-                try:
-                    module.eval()
-                    with trainer.precision_plugin.forward_context():
-                        inside_wrapper(trainer, module, style.run, batch)
-                    return style
-                except Exception as error:  # a user's forward may raise anything; all of it is passed on below
-                    how = " in eval mode" if style.call.startswith("training_step") else ""
-                    failures.append(f"{style.call}{how} raised {type(error).__name__}: {error}")
-                    last = error
+            try:
+                _try(trainer, module, style, batch)
+                return style
+            except Exception as error:  # a user's forward may raise anything; all of it is passed on below
+                how = " in eval mode" if style.call.startswith("training_step") else ""
+                failures.append(f"{style.call}{how} raised {type(error).__name__}: {error}")
+                last = error
         if not module.automatic_optimization:
             failures.append("training_step was not tried, since the module uses manual optimization")
         raise MisconfigurationException(
@@ -130,6 +133,20 @@ class BatchInput:
             f"{'; '.join(failures) or 'no forward takes it'}. "
             f"{(_another_style(trainer, module, batch) if self._takes_forward else None) or self._advice}"
         ) from last
+
+
+def _run(trainer: Trainer, module: LightningModule, style: InputStyle, batch: Any) -> None:
+    # The precision context is around the forward alone: true half precision would also halve the tensors that moments
+    # are kept in.
+    with trainer.precision_plugin.forward_context():
+        inside_wrapper(trainer, module, style.run, batch)
+
+
+def _try(trainer: Trainer, module: LightningModule, style: InputStyle, batch: Any) -> None:
+    # The batch is the fit's own, and the step is about to be run on it.
+    with kept(module=module, batch=batch):
+        module.eval()
+        _run(trainer, module, style, batch)
 
 
 def calls_of_parts(module: LightningModule, value: Callable[[str], str] = lambda _: "...") -> str | None:
@@ -154,10 +171,7 @@ def _another_style(trainer: Trainer, module: LightningModule, batch: Any) -> str
     def value(part: str) -> str:
         run = InputStyle(part, lambda module, batch: getattr(module, part)(batch[first] if is_parts else batch))
         try:
-            with kept(module=module, batch=batch):
-                module.eval()
-                with trainer.precision_plugin.forward_context():
-                    inside_wrapper(trainer, module, run.run, batch)
+            _try(trainer, module, run, batch)
         except Exception:  # a user's forward may raise anything; the message leaves the argument open
             return "..."
         return f"batch[{first!r}]" if is_parts else "batch"
@@ -171,39 +185,24 @@ def _another_style(trainer: Trainer, module: LightningModule, batch: Any) -> str
     return f"Call the parts that hold the batch-norm layers, each with what it takes: {calls}.{left}"
 
 
-def _styles_of_forward(module: LightningModule, batch: Any) -> list[InputStyle]:
-    if not is_overridden("forward", module):
-        return []
-    signature = inspect.signature(module.forward)
+def _forms(signature: inspect.Signature, batch: Any) -> dict[str, Callable[[Any], tuple[Any, dict[str, Any]]]]:
+    """Return how a batch of this form may go into a forward: the call, and its arguments."""
+    whole: dict[str, Callable[[Any], tuple[Any, dict[str, Any]]]] = {"forward(batch)": lambda batch: ((batch,), {})}
     if isinstance(batch, Mapping):
         names = _named(signature, batch)
-        keywords = InputStyle("forward(**batch)", lambda module, batch: module(**{name: batch[name] for name in names}))
-        return [
-            *([keywords] if names and _takes(signature, **{name: batch[name] for name in names}) else []),
-            *([InputStyle("forward(batch)", lambda module, batch: module(batch))] if _takes(signature, batch) else []),
-        ]
+        keywords = {"forward(**batch)": lambda batch: ((), {name: batch[name] for name in names})}
+        return {**keywords, **whole} if names else whole
     if isinstance(batch, Sequence) and batch and not isinstance(batch, (str, bytes)):
-        return [
-            *(
-                [InputStyle("forward(batch[0])", lambda module, batch: module(batch[0]))]
-                if _takes(signature, batch[0])
-                else []
-            ),
-            *(
-                [InputStyle("forward(*batch)", lambda module, batch: module(*batch))]
-                if _takes(signature, *batch)
-                else []
-            ),
-        ]
-    return [InputStyle("forward(batch)", lambda module, batch: module(batch))] if _takes(signature, batch) else []
+        return {
+            "forward(batch[0])": lambda batch: ((batch[0],), {}),
+            "forward(*batch)": lambda batch: (tuple(batch), {}),
+        }
+    return whole
 
 
-def _style_of_training_step(module: LightningModule) -> InputStyle | None:
-    signature = inspect.signature(module.training_step)
-    if "dataloader_iter" in signature.parameters:
-        return None  # it asks for the loader itself
-    arguments: tuple[Any, ...] = (0,) if _takes(signature, None, 0) else ()
-    return InputStyle("training_step(batch)", lambda module, batch: module.training_step(batch, *arguments))
+def _forward(arguments: Callable[[Any], tuple[Any, dict[str, Any]]], module: LightningModule, batch: Any) -> Any:
+    args, kwargs = arguments(batch)
+    return module(*args, **kwargs)
 
 
 def _named(signature: inspect.Signature, batch: Mapping[Any, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,22 +107,16 @@ def write_recalibrated_copy(
     The file's weights are recalibrated inside the module, which has its own again at the end, also on an exception.
     Every rank takes part; the first reads and writes.
     """
-    checkpoint: dict[str, Any] = {}
-    ranks = Ranks(task=f"the recalibrated copy of {path}")
-    with ranks.told():
-        if trainer.is_global_zero:
-            # The file is this very run's.
-            checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-    ranks.share(None)
+    ranks, is_first = Ranks(task=f"the recalibrated copy of {path}"), trainer.is_global_zero
+    # The file is this very run's.
+    read = partial(torch.load, path, map_location="cpu", weights_only=False)
+    checkpoint: dict[str, Any] = ranks.each(lambda: read() if is_first else {})
     state: dict[str, Tensor] = trainer.strategy.broadcast(checkpoint.get("state_dict", {}))
-    with _holding(module, state):
+    with ranks.told(), _holding(module, state):
         recalibrate()
         statistics = {key: value.detach().cpu().clone() for key, value in statistics_in(module).items()}
-    with ranks.told():
-        if trainer.is_global_zero:
-            checkpoint["state_dict"].update(statistics)
-            write_atomically(checkpoint, _copy_of(path))
-    ranks.share(None)
+    checkpoint.get("state_dict", {}).update(statistics)
+    ranks.each(lambda: write_atomically(checkpoint, _copy_of(path)) if is_first else None)
 
 
 @contextmanager

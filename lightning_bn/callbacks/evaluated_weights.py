@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_bn.callbacks.both_lightnings import LightningModule, Trainer
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
+from lightning_bn.ranks.collective import Ranks
 from lightning_bn.sharding import is_sharded, local_value
 from lightning_bn.torch_internals import is_compiled
 
@@ -77,10 +78,10 @@ class EvaluatedWeights:
         """Whether anything is remembered of this module."""
         return self._known is not None and self._module in (None, module)
 
-    def are_others(self, trainer: Trainer, module: LightningModule) -> bool:
+    def are_others(self, module: LightningModule) -> bool:
         """Whether they were exchanged since `remember`, on any rank; False where nothing is remembered. Waits for the
         device."""
-        return self._known is not None and _on_any_rank(trainer, not _same(_sums(module.parameters()), self._known))
+        return self._known is not None and _on_any_rank(not _same(_sums(module.parameters()), self._known))
 
     def look(self, module: LightningModule, batch: Literal["first", "last"]) -> None:
         """Look at the weights that the next forward runs with, wherever in a step they are put in.
@@ -114,7 +115,7 @@ class EvaluatedWeights:
             others = _versions(module) != self._versions
         else:
             others = not _same(seen[0], self._known) and _same(seen[1], self._statistics)
-        if (_on_any_rank(trainer, others) if batch == "first" else others) and not self._is_told:
+        if (_on_any_rank(others) if batch == "first" else others) and not self._is_told:
             self._is_told = True
             rank_zero_warn(_of_others(trainer))
 
@@ -143,9 +144,9 @@ def _of_others(trainer: Trainer) -> str:
     )
 
 
-def _on_any_rank(trainer: Trainer, here: bool) -> bool:
+def _on_any_rank(here: bool) -> bool:
     """Every rank must ask, whatever it found itself: the ranks meet."""
-    return bool(trainer.strategy.reduce_boolean_decision(here, all=False))
+    return any(Ranks(task="BatchNormRecalibration").share(here))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

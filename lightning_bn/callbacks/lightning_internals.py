@@ -143,7 +143,7 @@ def validation_metrics(trainer: Trainer, loader: CombinedLoader) -> dict[str, Te
             (trainer, "loggers", []),
             (trainer, "profiler", package_of(trainer).profilers.PassThroughProfiler()),
         ):
-            stack.enter_context(_exchanged(owner, name, value))
+            stack.enter_context(exchanged(owner, name, value))
         stack.callback(again.teardown)
         again.run()
         return {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
@@ -211,17 +211,18 @@ def _deaf_progress_bar(trainer: Trainer) -> list[Callback]:
     if bar is None:
         return []
     hooks = [name for name in dir(Callback) if name.startswith("on_") or name in ("setup", "teardown")]
-    deaf: Callback = object.__new__(type(type(bar).__name__, (type(bar),), dict.fromkeys(hooks, _nothing)))
+    deaf: Callback = object.__new__(type(type(bar).__name__, (type(bar),), dict.fromkeys(hooks, nothing)))
     deaf.__dict__ = bar.__dict__
     return [deaf]
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Take whatever a hook takes."""
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """Take whatever a hook or a logging method takes."""
 
 
 @contextmanager
-def _exchanged(owner: Any, name: str, value: Any) -> Iterator[None]:
+def exchanged(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let an attribute have another value for the block."""
     before = getattr(owner, name, None)
     setattr(owner, name, value)
     try:

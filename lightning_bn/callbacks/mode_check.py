@@ -137,8 +137,8 @@ class ModeCheck(Callback):
         journal_of(trainer).begin(trainer, pl_module)
         inspection = self._look()
         inspection.returned()
-        inspection.configuration()
-        inspection.boundary()
+        inspection.tell("configuration")
+        inspection.tell("end_batch")
         self._report(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,7 +179,7 @@ class ModeCheck(Callback):
         self._report(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._look().end_training()
+        self._look().tell("end_training")
         self._report(trainer)
 
     @meeting

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -264,27 +265,36 @@ class BatchNormRecalibration(Callback):
         begin_together(self._boundary, self._together(trainer), partial(self._end_fit, trainer, pl_module))
 
     def _end_fit(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self._layers.found:  # nothing was trained in a fit that was resumed at its end
-            self._layers.look(module)
+        def files() -> list[Path]:
+            if not self._layers.found:  # nothing was trained in a fit that was resumed at its end
+                self._layers.look(module)
+            return files_of(trainer, self.checkpoints if self._layers.names else ())
+
+        written = self._together(trainer).each(files)
         with on_training_device(trainer, module):
             # A fit resumed from a checkpoint with no step left to train ends without on_train_end.
             if self.when == "fit_end" and 0 < trainer.global_step != self._last_step:
                 self._act(trainer, module)
             self._act_on_others(trainer, module)  # which the module's own on_train_end, that came later, may put in
             again = partial(self._recalibrate, trainer, module)
-            for path in files_of(trainer, self.checkpoints if self._layers.names else ()):
+            for path in written:
                 what = f"the recalibrated copy of {path}"
                 self._boundary.attempt(what, write_recalibrated_copy, trainer, module, path, again)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         journal_of(trainer).end(trainer, type(exception).__name__)
 
+    @meeting
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            with on_training_device(trainer, pl_module):
-                self._act_on_others(trainer, pl_module)  # of the module's own on_fit_end
-        self._weights.stop_waiting()
+            # Others than those of on_fit_end, which the module's own may put in.
+            begin_together(self._boundary, self._together(trainer), partial(self._end_with_others, trainer, pl_module))
+        self._boundary.attempt("", self._weights.stop_waiting)
         journal_of(trainer).end(trainer)
+
+    def _end_with_others(self, trainer: Trainer, module: LightningModule) -> None:
+        with on_training_device(trainer, module):
+            self._act_on_others(trainer, module)
 
     def _last_words(self, trainer: Trainer) -> LastWords | None:
         """What was repaired, and which files don't have it: nothing else says so."""
@@ -309,7 +319,7 @@ class BatchNormRecalibration(Callback):
 
     def _act_on_others(self, trainer: Trainer, module: LightningModule) -> None:
         """Act again where the weights are others than those that were acted on."""
-        if self._weights.are_others(trainer, module):
+        if self._weights.are_others(module):
             self._act(trainer, module)
             self._weights.come_late = True
 

@@ -4,7 +4,7 @@ LightningModule's own code runs once more, and leaves no trace in its training."
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from lightning_bn.callbacks.both_lightnings import CombinedLoader, LightningModu
 from lightning_bn.callbacks.lightning_internals import (
     afresh,
     batch_to_device,
+    exchanged,
+    nothing,
     training_loader,
     validation_loader,
     validation_metrics,
@@ -124,10 +126,12 @@ def isolated(module: LightningModule, loader: Any = None) -> Iterator[None]:
             dataset, is as before at exit, and so are the attributes of the Trainer's datamodule.
     """
     trainer = module.trainer
+    datamodule = getattr(trainer, "datamodule", None)  # whose transfer hooks see each batch
+    sources = loader.flattened if isinstance(loader, CombinedLoader) else [loader]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     with (
         kept_random_states(loader),
-        kept_sources(*(loader.flattened if isinstance(loader, CombinedLoader) else [loader]), _attributes(trainer)),
+        kept_sources(*sources, {} if datamodule is None else vars(datamodule)),
         # Lightning validates in inference mode, whose tensors could not be written into again outside it.
         torch.inference_mode(False),
         torch.no_grad(),
@@ -139,27 +143,19 @@ def isolated(module: LightningModule, loader: Any = None) -> Iterator[None]:
 @contextmanager
 def muted(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Let ``self.log``, ``self.log_dict``, ``self.print`` and ``self.logger`` of the module go nowhere."""
-    loggers = trainer.loggers
+    deaf = [package_of(trainer).loggers.logger.DummyLogger() for _ in trainer.loggers]
     with ExitStack() as stack:
-        for part in _lightning_modules(module):
-            stack.enter_context(_replaced(vars(part), dict.fromkeys(("log", "log_dict", "print"), _nothing)))
-        stop = trainer.should_stop
-        trainer.loggers = [package_of(trainer).loggers.logger.DummyLogger() for _ in loggers]
-        try:
-            yield
-        finally:
-            trainer.loggers, trainer.should_stop = loggers, stop
-
-
-@contextmanager
-def in_stage(trainer: Trainer, stage: RunningStage) -> Iterator[None]:
-    """Let ``trainer.training`` and its like answer for `stage`: batch transfer hooks ask them whether to augment."""
-    before = trainer.state.stage
-    trainer.state.stage = stage
-    try:
+        for part in module.modules():
+            if isinstance(part, LightningModule):
+                stack.enter_context(_replaced(vars(part), dict.fromkeys(("log", "log_dict", "print"), nothing)))
+        stack.enter_context(exchanged(trainer, "should_stop", trainer.should_stop))
+        stack.enter_context(exchanged(trainer, "loggers", deaf))
         yield
-    finally:
-        trainer.state.stage = before
+
+
+def in_stage(trainer: Trainer, stage: RunningStage) -> AbstractContextManager[None]:
+    """Let ``trainer.training`` and its like answer for `stage`: batch transfer hooks ask them whether to augment."""
+    return exchanged(trainer.state, "stage", stage)
 
 
 @contextmanager
@@ -172,17 +168,3 @@ def _replaced(namespace: dict[str, Any], values: dict[str, Any]) -> Iterator[Non
         for name in values:
             namespace.pop(name, None)
         namespace.update(before)
-
-
-def _lightning_modules(module: LightningModule) -> list[LightningModule]:
-    return [part for part in module.modules() if isinstance(part, LightningModule)]
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Take whatever a logging method takes."""
-
-
-def _attributes(trainer: Trainer) -> dict[str, Any]:
-    """Those of the datamodule, whose transfer hooks see each batch."""
-    datamodule = getattr(trainer, "datamodule", None)
-    return {} if datamodule is None else vars(datamodule)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import lightning_bn
 from lightning_bn.cli.output import FINDINGS, INTERRUPTED, OK, USAGE, RefusedError, UsageError
@@ -16,6 +17,9 @@ _OVERRIDES = (
     "What stands after -- goes to the LightningCLI and overrides the config, as in: -- --trainer.accelerator=cpu "
     "--data.batch_size=64. Classes are imported from the current directory too. "
 )
+
+
+_JSON: dict[str, Any] = {"action": "store_true", "help": "print one JSON document"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,49 +63,64 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lightning-bn {lightning_bn.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for run, build, epilog in (
-        (_recalibrate, _add_recalibrate, _OVERRIDES),
-        (_validate, _add_validate, _OVERRIDES),
-        (_inspect, _add_inspect, ""),
-        (_rules, _add_rules, ""),
-        (_report, _add_report, ""),
-    ):
-        name, text = run.__name__.removeprefix("_"), " ".join(str(run.__doc__).split())
-        command = commands.add_parser(
-            name, help=text, description=text, epilog=epilog + _EXIT_CODES, allow_abbrev=False
-        )
-        build(command)
-        command.set_defaults(run=run)
+
+    def command(run: Callable[[argparse.Namespace], int], name: str, text: str, epilog: str = "") -> Callable[..., Any]:
+        one = commands.add_parser(name, help=text, description=text, epilog=epilog + _EXIT_CODES, allow_abbrev=False)
+        one.set_defaults(run=run)
+        return one.add_argument
+
+    text = "Estimate the running statistics in a checkpoint anew, with its weights, and write another checkpoint."
+    add = command(_configured, "recalibrate", text, _OVERRIDES)
+    _add_run(add)
+    _add_recalibration(add)
+    add("--output", type=Path, help="the new file; default: <ckpt_path>-recalibrated.ckpt next to the old one")
+    add("--overwrite", action="store_true", help="let the new file replace one that is there, be it the input")
+    add("--dry_run", action="store_true", help="report what would change, and write nothing")
+    add("--json", **_JSON)
+
+    text = (
+        "Validate a checkpoint; with --compare under its own, recalibrated and batch statistics: the train/eval gap in "
+        "one table."
+    )
+    add = command(_configured, "validate", text, _OVERRIDES)
+    _add_run(add)
+    add("--compare", action="store_true", help="also validate under recalibrated and under batch statistics")
+    _add_recalibration(add)
+    add("--json", **_JSON)
+
+    text = "Say what is in the batch-norm layers of a checkpoint, or how far they moved between two; no model is built."
+    add = command(_inspect, "inspect", text)
+    files = "a checkpoint, a folder of model files, or an exported program; a second checkpoint to compare"
+    add("checkpoints", type=Path, nargs="+", metavar="CKPT", help=files)
+    reference = "the checkpoint that an exported program is to be compared with"
+    add("--reference", type=Path, metavar="CKPT", help=reference)
+    add("--json", **_JSON)
+
+    add = command(_rules, "rules", "List the rules about batch norm, or explain one.")
+    add("code", nargs="?", metavar="CODE", help="the rule to explain, as BN104")
+    add("--full", action="store_true", help="with what its page says in detail, below its programs")
+    add("--json", **_JSON)
+
+    add = command(_report, "report", "Write the page about a run, or about two to compare, as one HTML file.")
+    runs = "the folder of a run, in which its lightning_bn.jsonl lies, or one with a single run below"
+    add("runs", type=Path, nargs="+", metavar="RUN", help=runs)
+    add("--output", type=Path, default=Path("report.html"), help="the file to write")
     return parser
 
 
-def _recalibrate(options: argparse.Namespace) -> int:
-    """Estimate the running statistics in a checkpoint anew, with its weights, and write another checkpoint."""
-    return _configured("recalibrate", options)
-
-
-def _validate(options: argparse.Namespace) -> int:
-    """Validate a checkpoint; with --compare under its own, recalibrated and batch statistics: the train/eval gap in one
-    table."""
-    return _configured("validate", options)
-
-
 def _inspect(options: argparse.Namespace) -> int:
-    """Say what is in the batch-norm layers of a checkpoint, or how far they moved between two; no model is built."""
     from lightning_bn.cli.reading import inspect
 
     return inspect(_without_overrides(options).checkpoints, reference=options.reference, json=options.json)
 
 
 def _rules(options: argparse.Namespace) -> int:
-    """List the rules about batch norm, or explain one."""
     from lightning_bn.cli.reading import rules
 
     return rules(_without_overrides(options).code, full=options.full, json=options.json)
 
 
 def _report(options: argparse.Namespace) -> int:
-    """Write the page about a run, or about two to compare, as one HTML file."""
     from lightning_bn.dashboard.report import find_journal, report_html, run_name  # which need no torch
 
     runs, output = _without_overrides(options).runs, options.output
@@ -127,7 +146,7 @@ def _without_overrides(options: argparse.Namespace) -> argparse.Namespace:
     return options
 
 
-def _configured(command: str, options: argparse.Namespace) -> int:
+def _configured(options: argparse.Namespace) -> int:
     if options.exact and options.tolerance is not None:
         raise UsageError(
             "--exact needs all batches at once and can't stop at a --tolerance; give --num_batches with it."
@@ -135,68 +154,14 @@ def _configured(command: str, options: argparse.Namespace) -> int:
     try:
         import jsonargparse  # noqa: F401, what LightningCLI reads a config with
     except ImportError as error:
-        raise RefusedError(f"{command} reads a config: pip install 'lightning-bn[cli]'.") from error
+        raise RefusedError(f"{options.command} reads a config: pip install 'lightning-bn[cli]'.") from error
     from lightning_bn.cli import session  # which imports Lightning, and that takes seconds
 
-    run: Callable[[argparse.Namespace], int] = getattr(session, f"{command}_checkpoint")
+    run: Callable[[argparse.Namespace], int] = getattr(session, f"{options.command}_checkpoint")
     return run(options)
 
 
-def _add_recalibrate(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    _add_recalibration(parser)
-    parser.add_argument(
-        "--output", type=Path, help="the new file; default: <ckpt_path>-recalibrated.ckpt next to the old one"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="let the new file replace one that is there, be it the input"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="report what would change, and write nothing")
-    _add_json(parser)
-
-
-def _add_validate(parser: argparse.ArgumentParser) -> None:
-    _add_run(parser)
-    parser.add_argument(
-        "--compare", action="store_true", help="also validate under recalibrated and under batch statistics"
-    )
-    _add_recalibration(parser)
-    _add_json(parser)
-
-
-def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoints",
-        type=Path,
-        nargs="+",
-        metavar="CKPT",
-        help="a checkpoint, a folder of model files, or an exported program; a second checkpoint to compare",
-    )
-    parser.add_argument(
-        "--reference", type=Path, metavar="CKPT", help="the checkpoint that an exported program is to be compared with"
-    )
-    _add_json(parser)
-
-
-def _add_rules(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("code", nargs="?", metavar="CODE", help="the rule to explain, as BN104")
-    parser.add_argument("--full", action="store_true", help="with what its page says in detail, below its programs")
-    _add_json(parser)
-
-
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
-        help="the folder of a run, in which its lightning_bn.jsonl lies, or one with a single run below",
-    )
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the file to write")
-
-
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _add_run(add: Callable[..., Any]) -> None:
     add("--config", type=Path, required=True, nargs="+", help="the config of a LightningCLI; later ones override")
     add("--ckpt_path", type=Path, required=True, help="the checkpoint")
     add("--model", help="class of the model, as main.Classifier, where the config has no class_path for it")
@@ -211,8 +176,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_recalibration(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+def _add_recalibration(add: Callable[..., Any]) -> None:
     add("--num_batches", type=_batches, default=200, help="batches to look at, at most")
     add("--tolerance", type=_tolerance, help="stop at this standard error of the means, in standard deviations")
     add(
@@ -228,10 +192,6 @@ def _add_recalibration(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="patterns of layer names; default: all whose parameters require grad",
     )
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def _batches(text: str) -> int:

@@ -132,6 +132,17 @@ class Ranks:
             self.fail(error)
             raise
 
+    def each(self, function: Callable[[], T]) -> T:
+        """Return what `function`, in which ranks do not meet, returns here, once it has ended on all of them.
+
+        Raises:
+            RankError: it failed on another rank; on that one, its own error.
+        """
+        with self.told():
+            result = function()
+        self.share(None)
+        return result
+
     def broadcast(self, value: T, source: int) -> T:
         """Return the `value` of the rank `source`, by its place in the group."""
         if not self.are_several:

@@ -3,60 +3,17 @@ host keeps."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_bn.discovery import BatchNormLayer
 from lightning_bn.rules.finding import Fix
-from lightning_bn.rules.fixes import RECALIBRATION
+from lightning_bn.rules.modes import as_recalibration
 from lightning_bn.rules.rule import Moment, Rule, Seen
 from lightning_bn.rules.versions import unsure, versions, writes
 from lightning_bn.torch_internals import buffers_of, parameters_of
-
-
-class MovedBetweenBatches(Rule):
-    code = "BN107"
-    title = "a forward between two batches moved the running statistics"
-    why = "they become a mixture of training batches and of what else was run in training mode."
-
-    def __init__(self) -> None:
-        self._boundaries = Boundaries(())
-
-    def begin(self, at: Moment) -> None:
-        self._boundaries = Boundaries(at.layers)
-
-    def end_batch(self, at: Moment) -> None:
-        self._boundaries.leave()
-
-    def begin_batch(self, at: Moment) -> Iterator[Seen]:
-        return self._look(at, f"before batch {at.index}")
-
-    def begin_evaluation(self, at: Moment) -> Iterator[Seen]:
-        return self._look(at, f"before {at.stage}", before_evaluation=True)
-
-    def end_training(self, at: Moment) -> Iterator[Seen]:
-        return self._look(at, "after the last batch")
-
-    def _look(self, at: Moment, when: str, *, before_evaluation: bool = False) -> Iterator[Seen]:
-        layers = at.named(self._boundaries.back(at.held))
-        if layers and before_evaluation:  # it may be a recalibration
-            yield Seen(
-                layers,
-                f"{when} the model ran in training mode, as a recalibration of the statistics does.",
-                "info",
-                RECALIBRATION,
-                "with training batches this is right; the callback does it by pooled moments, and puts all else back.",
-            )
-        elif layers:
-            modules = at.tops(layers)
-            target = at.path(modules[0] if len(modules) == 1 else "")
-            event = "the running statistics moved: in a hook, a data set or a callback the model ran in training mode."
-            note = f"or {target}.eval() before and {target}.train() after it"
-            fix = Fix(f"with paused_statistics({target}):", "around that forward", note)
-            yield Seen(layers, f"{when} {event}", fix=fix)
 
 
 class _State(NamedTuple):
@@ -72,51 +29,61 @@ class _State(NamedTuple):
         return self.means[index] == other.means[index] and self.tensors[index] is other.tensors[index]
 
 
-class Boundaries:
+class MovedBetweenBatches(Rule):
     """Compares the buffers at the end of a batch, or of an evaluation, with those at the next beginning.
 
     A forward counts its batch. So does whoever copies a state in, such as a checkpoint or averaged weights; that also
     writes the mean where autograd sees it, which torch's kernel does not. The layers of this package, and those with a
     forward of their own, write both; then a state was copied if the weight was written too, or if the layer does not
     learn and is in eval mode; and the count of this package's layers must have risen.
-
-    Args:
-        layers: the model's batch-norm layers.
     """
 
-    def __init__(self, layers: Sequence[BatchNormLayer]) -> None:
-        self._modules = [layer.module for layer in layers]
-        self._left: _State | None = None
+    code = "BN107"
+    title = "a forward between two batches moved the running statistics"
+    why = "they become a mixture of training batches and of what else was run in training mode."
+
+    def begin(self, at: Moment) -> None:
+        self._modules = [layer.module for layer in at.layers]
         own = (
             index
-            for index, layer in enumerate(layers)
+            for index, layer in enumerate(at.layers)
             if layer.tracks
             and (getattr(layer.module, "averaging", None) or type(layer.module).__module__ == "lightning_bn")
         )
         self._own = {index: place for place, index in enumerate(own)}
-        self._unsure = unsure(layers)
+        self._unsure = unsure(at.layers)
+        self._left: _State | None = None
         self._counts: Tensor | None = None
 
-    def leave(self) -> None:
-        """A batch or an evaluation ends."""
+    def end_batch(self, at: Moment) -> None:
         self._left = self._state()
         self._counts = self._count() if self._own else None
 
-    def back(self, held: Collection[int] = ()) -> list[int]:
-        """The next batch or evaluation begins: return the indices of the layers that a forward moved since `leave`.
+    def begin_batch(self, at: Moment) -> Iterator[Seen]:
+        return self._look(at, f"before batch {at.index}")
 
-        Args:
-            held: indices of the layers that do not learn.
-        """
+    def begin_evaluation(self, at: Moment) -> Iterator[Seen]:
+        return self._look(at, f"before {at.stage}", before_evaluation=True)
+
+    def end_training(self, at: Moment) -> Iterator[Seen]:
+        return self._look(at, "after the last batch")
+
+    def _look(self, at: Moment, when: str, *, before_evaluation: bool = False) -> Iterator[Seen]:
         left, self._left = self._left, None
-        if left is None:
-            return []
-        counts = writes(self._modules, self._unsure)
-        if counts == left.counts:  # as between almost all batches
-            return []
+        counts = [] if left is None else writes(self._modules, self._unsure)
+        if left is None or counts == left.counts:  # as between almost all batches
+            return
         now = self._state()
         moved = [index for index, (one, other) in enumerate(zip(counts, left.counts, strict=True)) if one != other]
-        return [index for index in moved if self._by_forward(index, left, now, index in held)]
+        layers = at.named(index for index in moved if self._by_forward(index, left, now, index in at.held))
+        if layers and before_evaluation:  # it may be a recalibration
+            yield as_recalibration(layers, when)
+        elif layers:
+            target = at.around(layers)
+            event = "the running statistics moved: in a hook, a data set or a callback the model ran in training mode."
+            note = f"or {target}.eval() before and {target}.train() after it"
+            fix = Fix(f"with paused_statistics({target}):", "around that forward", note)
+            yield Seen(layers, f"{when} {event}", fix=fix)
 
     def _by_forward(self, index: int, left: _State, now: _State, held: bool) -> bool:
         if left.tensors[index] is not now.tensors[index] or self._modules[index].momentum == 0:

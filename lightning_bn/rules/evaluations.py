@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_bn.discovery import NamedModules
 from lightning_bn.ranks.collective import share
@@ -16,7 +17,7 @@ from lightning_bn.rules.fixes import RECALIBRATION
 from lightning_bn.rules.learning import twin
 from lightning_bn.rules.replay import FEW_CHANGE, Misfit
 from lightning_bn.rules.rule import Evaluation, Moment, Rule, Seen
-from lightning_bn.rules.snapshots import StatisticsSnapshot, ranks_apart
+from lightning_bn.rules.snapshots import StatisticsSnapshot
 
 
 class StaleCopy(Rule):
@@ -120,10 +121,21 @@ class RanksApart(Rule):
     def begin_evaluation(self, at: Moment) -> Iterator[Seen]:
         if at.setting.own_statistics:
             values = StatisticsSnapshot(at.layers).values()
-            spread = ranks_apart(share({index: (each.mean, each.var) for index, each in values.items()}))
+            spread = _apart(share({index: (each.mean, each.var) for index, each in values.items()}))
             if spread:
                 event = f"the running means of two ranks are up to {max(spread.values()):.2g} deviations apart."
                 yield Seen(at.named(spread), event)
+
+
+def _apart(of_ranks: Sequence[dict[int, tuple[Tensor, Tensor]]]) -> dict[int, float]:
+    """Return, by layer, how many running deviations the means of ranks differ, where any of their statistics do."""
+    apart: dict[int, float] = {}
+    for other in of_ranks[1:]:
+        for index, (mean, var) in of_ranks[0].items():
+            if index in other and not (torch.equal(mean, other[index][0]) and torch.equal(var, other[index][1])):
+                distance = ((mean - other[index][0]) / (var + 1e-5).sqrt()).abs().max().item()
+                apart[index] = max(distance, apart.get(index, 0.0))
+    return apart
 
 
 MANY_CHANGE = 0.4

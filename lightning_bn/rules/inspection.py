@@ -20,7 +20,7 @@ from lightning_bn.rules.layers_that_ran import LayersThatRan, UnseenLayers
 from lightning_bn.rules.learning import Copies, Learning
 from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.register import Register
-from lightning_bn.rules.rule import BatchRecord, Evaluation, Moment, Return
+from lightning_bn.rules.rule import BatchRecord, Evaluation, Moment
 from lightning_bn.rules.snapshots import StatisticsSnapshot
 
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
@@ -28,7 +28,8 @@ _LIKE_ONE_OF = 8
 
 
 class Inspection:
-    """One model under observation. `findings` are all of them, `new` returns those since it was last asked.
+    """One model under observation. `findings` are all of them, and the list grows; `new` returns those
+    since it was last asked.
 
     Args:
         model: its modules are found now.
@@ -62,6 +63,7 @@ class Inspection:
         self.modes_from: Literal["start", "forward", "end"] = "start"
         self._boundary = boundary
         self._register = Register(ignore, fix, boundary)
+        self.findings, self._told = self._register.findings, 0
         self._ran = LayersThatRan()
         self._interrupted = False
         self._evaluating = False  # whether the first batch of an evaluation has begun
@@ -107,7 +109,7 @@ class Inspection:
         self._ran.follow(places)
         self.observer.seen = {places[index] for index in old.seen if index in places}
         self.attach(entries(), traces=traces)
-        self.configuration()
+        self.tell("configuration")
         return True
 
     def close(self) -> None:
@@ -118,18 +120,14 @@ class Inspection:
             self._adjacency.close()
             self._adjacency = None
 
-    @property
-    def findings(self) -> list[Finding]:
-        """All of them; the list grows."""
-        return self._register.findings
-
     def new(self) -> list[Finding]:
         """Return the findings that were not returned before."""
-        return self._register.new()
+        new, self._told = self.findings[self._told :], len(self.findings)
+        return new
 
-    def configuration(self) -> None:
-        """Look at the configuration of the layers before training."""
-        self._ask("configuration", self._now)
+    def tell(self, moment: str) -> None:
+        """Something happens that the rules alone need to know of, one of the `MOMENTS`."""
+        self._ask(moment, self._now)
 
     def begin_epoch(self) -> None:
         """Begin a training epoch: what could be told of its batches from the last one's is forgotten, as parameters may
@@ -277,8 +275,7 @@ class Inspection:
         if before is not None and len(before) == len(self.observer.modules):
             if self._look_for_export(before, "since the last training batch"):
                 return
-            now = self.observer.snapshot()
-            self._ask("returned", Return(**vars(self._now), before=before, after=now, interrupted=self._interrupted))
+            self._ask("returned", self._now, before, self._interrupted)
 
     def _look_for_export(self, before: Modes | None, when: str) -> bool:
         """Compare the modes with those `before` an exporter ran the model; returns whether one did and changed any."""
@@ -291,14 +288,6 @@ class Inspection:
     def anchor(self) -> None:
         """The weights are those that training has left: an exchange is told from them."""
         self._fit.anchor()
-
-    def boundary(self) -> None:
-        """From here on, what moves statistics outside of batches is told."""
-        self._ask("end_batch", self._now)
-
-    def end_training(self) -> None:
-        """Look at what moved after the last batch."""
-        self._ask("end_training", self._now)
 
     def left(self) -> None:
         """Look at what a fit leaves, when nobody will exchange weights any more; waits for the device."""

@@ -40,10 +40,6 @@ class Learning:
         """Whether the parameter learns."""
         return parameter.requires_grad and (self.held is None or id(parameter) in self.held)
 
-    def module(self, module: nn.Module, *, below: bool = True) -> bool:
-        """Whether a parameter of the module, or of one below it, learns."""
-        return any(self.parameter(parameter) for parameter in module.parameters(recurse=below))
-
     def frozen(self, layer: BatchNormLayer) -> bool:
         """Whether no parameter of the layer learns; a layer without any is as free as the module around it."""
         return layer.is_frozen(self.parameter)

@@ -12,7 +12,7 @@ from lightning_bn.discovery import Modes, NamedModules, UnservedNorm, ancestors,
 from lightning_bn.rules.batch_pattern import ForwardRecord
 from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import RECALIBRATION, allowed, learns
-from lightning_bn.rules.rule import BatchRecord, Evaluation, Moment, Return, Rule, Seen
+from lightning_bn.rules.rule import BatchRecord, Evaluation, Moment, Rule, Seen
 from lightning_bn.torch_internals import is_compiled
 
 
@@ -155,14 +155,7 @@ class StatisticsWrittenInEvaluation(Rule):
             return
         moved = [layer.name for layer, forwards in batch.by_layer().items() if any(f.moved for f in forwards)]
         if moved and batch.early and not any(f.grad for f in batch.forwards):
-            yield Seen(
-                moved,
-                f"before the first batch of {batch.stage} the model ran in training mode without grad, as a "
-                "recalibration of the statistics does.",
-                "info",
-                RECALIBRATION,
-                "with training batches this is right; the callback does it by pooled moments, and puts all else back.",
-            )
+            yield as_recalibration(moved, f"before the first batch of {batch.stage}", " without grad")
         elif moved:
             yield self._seen(batch, moved, f"{batch.when} of {batch.stage} the running statistics moved.")
 
@@ -185,23 +178,21 @@ class ModesNotPutBack(Rule):
     )
     mendable = True
 
-    def returned(self, back: Return) -> Iterator[Seen]:
-        observer, before = back.observer, back.before
-        names = observer.differing(before, back.after)
+    def returned(self, at: Moment, before: Modes, interrupted: bool) -> Iterator[Seen]:
+        observer = at.observer
+        names = observer.differing(before, observer.snapshot())
         if not names:
             return
         cause = (
-            "the validation ended in an exception"
-            if back.interrupted
-            else "on_validation_model_train did not restore it"
+            "the validation ended in an exception" if interrupted else "on_validation_model_train did not restore it"
         )
         was = before[observer.names.index(names[0])]
         yield Seen(
             names,
             f"training was {was} before the validation and is {not was} after it: {cause}.",
             fix=Fix(
-                back.mode_calls(names, before),
-                "instead of the override of on_validation_model_train" if not back.interrupted else "before fit",
+                at.mode_calls(names, before),
+                "instead of the override of on_validation_model_train" if not interrupted else "before fit",
             ),
             mend=partial(observer.restore, before),
         )
@@ -242,10 +233,20 @@ class MovedWithoutGrad(Rule):
 
     def _seen(self, batch: BatchRecord, names: list[str], event: str, level: Level) -> Iterator[Seen]:
         if names:
-            modules = batch.tops(names)
-            target = batch.path(modules[0] if len(modules) == 1 else "")
-            note = f"or {target}.eval() if its running statistics are to be used" if len(modules) == 1 else ""
+            target, is_whole = batch.around(names), len(batch.tops(names)) > 1
+            note = "" if is_whole else f"or {target}.eval() if its running statistics are to be used"
             yield Seen(names, event, level, Fix(f"with paused_statistics({target}):", "around that forward", note))
+
+
+def as_recalibration(layers: Sequence[str], when: str, how: str = "") -> Seen:
+    """Return what is seen where somebody may have recalibrated `layers`."""
+    return Seen(
+        layers,
+        f"{when} the model ran in training mode{how}, as a recalibration of the statistics does.",
+        "info",
+        RECALIBRATION,
+        "with training batches this is right; the callback does it by pooled moments, and puts all else back.",
+    )
 
 
 def visits(forwards: Sequence[ForwardRecord], entered_backward: Collection[int]) -> list[ForwardRecord]:

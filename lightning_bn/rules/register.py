@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from lightning_bn.discovery import ancestors
+from lightning_bn.discovery import BatchNormLayer, ancestors
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.rules import RULES, Finding, Level, Rule
 from lightning_bn.rules.fixes import listing, modules_of
@@ -43,18 +43,12 @@ class Register:
         rules = [type(rule)() for code, rule in RULES.items() if code not in ignore]
         self._asked = {moment: [rule for rule in rules if hasattr(rule, moment)] for moment in MOMENTS}
         self._fix = set(fix)
-        self._told = 0
         self._severity: dict[str, dict[str, int]] = {code: {} for code in RULES}  # by rule and layer
 
     @property
     def mends(self) -> bool:
         """Whether anything is fixed at once."""
         return bool(self._fix)
-
-    def new(self) -> list[Finding]:
-        """Return the findings that were not returned before."""
-        new, self._told = self.findings[self._told :], len(self.findings)
-        return new
 
     def reported(self, code: str) -> Collection[str]:
         """Return the layers or modules that a rule has spoken of, and that stay as they are."""
@@ -69,7 +63,8 @@ class Register:
     def ask_of_values(self, at: Moment, last: str) -> bool:
         """Ask about the values of all sets of running statistics, as `Rule.values`; waits for the device."""
         mended = False
-        for in_set, layers in {None: at.layers, **waiting_sets(at.layers)}.items():
+        sets: list[tuple[str | None, Sequence[BatchNormLayer]]] = [(None, at.layers), *waiting_sets(at.layers).items()]
+        for in_set, layers in sets:
             reading = StatisticsSnapshot(layers)
             if not reading.sound():
                 mended |= self.ask("values", at, reading.values(), last, in_set)

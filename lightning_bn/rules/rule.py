@@ -30,14 +30,11 @@ class Seen:
     event: str | Callable[[Sequence[str]], str]
     """What was seen; a function of the layers where the words name one of them, since those that were told before are
     left out."""
+    # None: the rule's own.
     level: Level | None = None
-    """None: the rule's own."""
     fix: Fix | None = None
-    """None: the rule's own."""
     why: str | None = None
-    """None: the rule's own."""
     title: str | None = None
-    """None: the rule's own."""
     mend: Callable[[], None] | None = None
     worst_first: bool = False
     """Whether the first of the layers is the one to name, rather than a module that holds several."""
@@ -82,6 +79,11 @@ class Moment:
     def tops(self, names: Collection[str]) -> list[str]:
         """Return the topmost modules that hold no other batch norms than those of `names`."""
         return modules_of(names, [layer.name for layer in self.layers])
+
+    def around(self, layers: Collection[str]) -> str:
+        """Return the code of the one module that holds `layers` and no others, of the model where there are several."""
+        tops = self.tops(layers)
+        return self.path(tops[0] if len(tops) == 1 else "")
 
     def path(self, name: str) -> str:
         """Return the code of a module."""
@@ -186,16 +188,6 @@ class Evaluation(Moment):
     """The statistics after it of sets that were used in it, of the layers that ran with them."""
 
 
-@dataclass(kw_only=True)
-class Return(Moment):
-    """The way back from an evaluation to training."""
-
-    before: Modes
-    after: Modes
-    interrupted: bool
-    """Whether the evaluation ended in an exception."""
-
-
 MOMENTS = {
     "configuration": "(at) a model at rest, before a run or in `check`",
     "at_rest": "(at) a model at rest in `check` alone: for what a run shows with more certainty",
@@ -219,7 +211,7 @@ MOMENTS = {
     "fit": "(evaluation, misfit, told) whether statistics fit what it got; `told`: layers for which a rule has named "
     "the cause",
     "ended": "(evaluation) a fit has ended: the layers that its last evaluation ran",
-    "returned": "(back) training goes on after an evaluation",
+    "returned": "(at, before, interrupted) training goes on after an evaluation, `before` which the modes were these",
 }
 """The methods that a rule may have: their arguments, and when they are called."""
 

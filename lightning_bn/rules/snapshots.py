@@ -70,7 +70,9 @@ class StatisticsSnapshot:
         modules = [layer.module for layer in self.layers.values()]
         device = running_mean(modules[0]).device
         self._statistics = torch.stack([_flat([getattr(m, name) for m in modules], device) for name in _STATISTICS])
-        self._tracked = torch.stack([_count(m).to(device) for m in modules])
+        none = torch.zeros((), dtype=torch.int64)
+        counts = [none if m.num_batches_tracked is None else m.num_batches_tracked for m in modules]
+        self._tracked = torch.stack([count.to(device) for count in counts])
 
     def values(self) -> Values:
         """Return the statistics on the host; waits for the device."""
@@ -105,23 +107,6 @@ def waiting_sets(layers: Sequence[BatchNormLayer]) -> dict[str, list[BatchNormLa
             part = BatchNormLayer((f"{layer.name}@{name}",), cast(_BatchNorm, holder), layer.around)
             found.setdefault(name, []).append(part)
     return found
-
-
-def ranks_apart(of_ranks: Sequence[dict[int, tuple[Tensor, Tensor]]], eps: float = 1e-5) -> dict[int, float]:
-    """Return by how many running deviations the running means differ between ranks, at the layers where statistics
-    differ at all.
-
-    Args:
-        of_ranks: for each rank the running mean and variance of its layers, (C,) each, on the host.
-        eps: what is added to a variance.
-    """
-    apart: dict[int, float] = {}
-    for other in of_ranks[1:]:
-        for index, (mean, var) in of_ranks[0].items():
-            if index in other and not (torch.equal(mean, other[index][0]) and torch.equal(var, other[index][1])):
-                distance = ((mean - other[index][0]) / (var + eps).sqrt()).abs().max().item()
-                apart[index] = max(distance, apart.get(index, 0.0))
-    return apart
 
 
 class WeightSamples:
@@ -160,16 +145,8 @@ def learned(layer: BatchNormLayer) -> bool:
 
 
 def _readable(layer: BatchNormLayer) -> bool:
-    module = layer.module
-    if module.running_mean is None or is_lazy(module.running_mean):
-        return False
-    return not module.running_mean.is_meta
-
-
-def _count(module: _BatchNorm) -> Tensor:
-    if module.num_batches_tracked is None:
-        return torch.zeros((), dtype=torch.int64)
-    return module.num_batches_tracked
+    mean = layer.module.running_mean
+    return mean is not None and not is_lazy(mean) and not mean.is_meta
 
 
 def _flat(tensors: list[Tensor], device: torch.device) -> Tensor:

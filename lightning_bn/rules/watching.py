@@ -118,7 +118,7 @@ def watch(
         register_optimizer_step_post_hook(after_step),
     ]
     try:
-        inspection.configuration()
+        inspection.tell("configuration")
         inspection.begin_batch("train", 0, 0)
         yield inspection.findings
     finally:

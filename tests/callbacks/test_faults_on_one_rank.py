@@ -21,6 +21,7 @@ from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.host_to_sample import SampleBuilder
 from lightning_bn.callbacks import checkpoint_files, recalibration
 from lightning_bn.callbacks.blindness import Blindness
+from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
 from lightning_bn.callbacks.learning_layers import LearningLayers
 from lightning_bn.callbacks.observing import boundary_of
 from lightning_bn.callbacks.recalibrated_sets import Sources
@@ -48,10 +49,14 @@ RECALIBRATION: dict[tuple[str, str], tuple[int, Any, str]] = {
     ("fit_end", "opens its batches"): (1, Sources, "recalibrated"),
     ("validation", "opens its batches"): (1, Sources, "recalibrated"),
     ("fit_end", "tells what it did"): (1, recalibration, "what_is_missing"),
+    ("fit_end", "looks for saved files"): (1, recalibration, "files_of"),
     ("fit_end", "reads the saved file"): (0, Path, "nothing"),
     ("fit_end", "writes the recalibrated copy"): (0, checkpoint_files, "write_atomically"),
 }
 """By when a `BatchNormRecalibration` acts and what fails in it: the rank, and the name in which class or module."""
+
+
+LATE = ("fit_end", "fails behind the last meeting")
 
 
 class Failing(pl.Callback):
@@ -66,6 +71,8 @@ class Failing(pl.Callback):
             self.patch.setattr(*name, lambda *_, **__: 1 / 0, raising=False)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.what == LATE and trainer.global_rank == 1:
+            self.patch.setattr(EvaluatedWeights, "stop_waiting", lambda *_, **__: 1 / 0)
         if "reads the saved file" in self.what and trainer.is_global_zero:
             Path(self.saver.last_model_path).write_bytes(b"")
 
@@ -114,7 +121,7 @@ def fitted(folder: Path, name: str | None, rank: int) -> dict[str, Any]:
 def _rank(rank: int, world: int, folder: Path, port: int) -> dict[Any, Any]:
     environment(rank, world, port)
     fits = {name: fitted(folder, name, rank) for name in (None, *PLACES)}
-    return fits | {what: recalibrated(folder, what) for what in (("fit_end", ""), *RECALIBRATION)}
+    return fits | {what: recalibrated(folder, what) for what in (("fit_end", ""), LATE, *RECALIBRATION)}
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +158,19 @@ def test_a_recalibration_that_fails_on_one_rank(ranks: list[dict[Any, Any]], wha
     assert there.startswith("BatchNormRecalibration ")
     assert "EOFError" in here if "reads the saved file" in what else "ZeroDivisionError" in here
     assert f"failed on rank {bad}" in there
+
+
+def test_a_recalibration_that_fails_when_ranks_meet_no_more(ranks: list[dict[Any, Any]]) -> None:
+    """The rank says so itself, by its number; the other has nothing to say, and both have what they would have."""
+    (said,) = ranks[1][LATE]["said"]
+    assert said.startswith("BatchNormRecalibration has stopped")
+    assert "ZeroDivisionError" in said
+    assert "(on rank 1; " in said
+    assert not ranks[0][LATE]["said"]
+    for rank in ranks:
+        assert rank[LATE]["copies"] == ["last-recalibrated.ckpt"]
+        for key, value in rank["fit_end", ""]["state"].items():
+            assert torch.equal(rank[LATE]["state"][key], value), key
 
 
 def test_a_recalibration_that_does_not_fail(ranks: list[dict[Any, Any]]) -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bn import BatchNormRecalibration, recalibrate
 from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
+from lightning_bn.ranks.collective import Ranks
 
 
 class Shadow:
@@ -196,18 +197,16 @@ def test_weights_loaded_by_a_hook() -> None:
 def test_another_order_of_adding_is_no_exchange() -> None:
     """On another number of threads sums differ in their last digits."""
     module, weights = torch.nn.Linear(1000, 300), EvaluatedWeights()
-    strategy = type("Strategy", (), {"reduce_boolean_decision": lambda self, decision, all: decision})()
-    runner = type("Runner", (), {"strategy": strategy})()
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         weights.remember(module)
         torch.set_num_threads(3)
-        assert not weights.are_others(runner, module)
+        assert not weights.are_others(module)
     finally:
         torch.set_num_threads(threads)
     module.weight.data[7, 7] += 1e-3
-    assert weights.are_others(runner, module)
+    assert weights.are_others(module)
 
 
 @pytest.mark.parametrize("mended", [False, True])
@@ -246,16 +245,15 @@ def test_a_recalibration_for_validations_leaves_its_own_statistics(places: tuple
 
 
 @pytest.mark.parametrize("moved_here", [False, True])
-def test_every_rank_is_asked_whatever_it_found_itself(moved_here: bool) -> None:
+def test_every_rank_is_asked_whatever_it_found_itself(moved_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank whose forward ran with other weights meets the others too, who would wait for it."""
     asked: list[bool] = []
 
-    class Strategy:
-        def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-            asked.append(decision)
-            return False
+    def share(ranks: Ranks, decision: bool) -> list[bool]:
+        asked.append(decision)
+        return [False, False]
 
-    runner = type("Runner", (), {"strategy": Strategy()})()
+    monkeypatch.setattr(Ranks, "share", share)
     module, weights = Small(), EvaluatedWeights()
     weights.remember(module)
     if moved_here:
@@ -263,5 +261,5 @@ def test_every_rank_is_asked_whatever_it_found_itself(moved_here: bool) -> None:
             module.first.weight.add_(1)
     weights.look(module, "first")
     module.eval()(torch.randn(4, 4))
-    weights.tell_of_others(runner, module)
+    weights.tell_of_others(pl.Trainer(logger=False, enable_checkpointing=False), module)
     assert asked == [moved_here]
