@@ -61,8 +61,6 @@ class ExtremeMomentum(Rule):
             yield Seen(list(large), event, level, _with_momentum(at, list(large), other))
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
-        if not batch.training:
-            return
         small = {}
         for layer, forwards in batch.by_layer().items():
             samples = max((f.samples for f in forwards if f.moved), default=SMALL_BATCH) * _ranks(layer, batch.setting)
@@ -83,56 +81,37 @@ class FewValues(Rule):
     why = "so small a batch has a noisy mean and variance; the noise goes into the outputs and the running statistics."
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
-        if not batch.training:
-            return
-        alone: list[BatchNormLayer] = []
-        single: list[BatchNormLayer] = []
-        few: dict[str, int] = {}
-        fewest = 0
+        smallest: dict[BatchNormLayer, tuple[int, int]] = {}
         for layer, forwards in batch.by_layer().items():
-            smallest = min((f for f in forwards if f.training), key=lambda f: f.values, default=None)
-            if smallest is None:
-                continue
             ranks = _ranks(layer, batch.setting)
-            samples, values = smallest.samples * ranks, smallest.values * ranks
-            if samples == 1 or values == 1:
-                alone.append(layer)
-                fewest = min(fewest, values) if len(alone) > 1 else values
-                single += [layer] * (values == 1)
-            elif 0 < values < FEW_VALUES:
-                few[layer.name] = values
+            sizes = [(f.values * ranks, f.samples * ranks) for f in forwards if f.training]
+            if sizes:
+                smallest[layer] = min(sizes, key=lambda size: size[0])
+        alone = {layer: size[0] for layer, size in smallest.items() if 1 in size}
+        few = {layer.name: n for layer, (n, _) in smallest.items() if layer not in alone and 0 < n < FEW_VALUES}
         if alone:
-            yield self._one_sample(batch, alone, single, fewest)
+            yield self._one_sample(batch, alone)
         if few:
             event = f"{batch.when} {min(few.values())} values per channel (fewer than {FEW_VALUES})."
             yield Seen(list(few), event, "info", Fix("a larger batch, or statistics over all devices", "advice"))
 
-    def _one_sample(
-        self, batch: BatchRecord, alone: list[BatchNormLayer], single: list[BatchNormLayer], fewest: int
-    ) -> Seen:
+    def _one_sample(self, batch: BatchRecord, alone: dict[BatchNormLayer, int]) -> Seen:
         """One cause, one finding: some layers of a network still have a whole image to normalise, others one value."""
-        names = [layer.name for layer in alone]
-        level: Level = "error" if single else "warning"
-        event = (
-            f"a batch of one sample, {fewest} values per channel: it is normalised by itself in training, as by "
-            f"instance norm"
-        )
+        single = [layer.name for layer, values in alone.items() if values == 1]
+        event = f"a batch of one sample, {min(alone.values())} values per channel: it is normalised by itself in "
+        event += "training, as by instance norm"
         if single:
-            where = listing([layer.name for layer in single])
-            event = f"a batch of one sample: at {where} one value per channel has no variance: torch raises"
+            event = f"a batch of one sample: at {listing(single)} one value per channel has no variance: torch raises"
         if batch.largest > 1:
-            event = f"{event}; other batches have {batch.largest}"
-            return Seen(names, f"{batch.when} {event}.", level, Fix("drop_last=True", "in the training DataLoader"))
-        if single or len(names) > MOST_REPLACED:
-            return Seen(
-                names,
-                f"{batch.when} {event}.",
-                level,
-                Fix("batch_size=16", "in the training DataLoader", "any size above 1"),
-            )
-        channels = [(layer.name, layer.module.num_features) for layer in alone]
-        norms = group_norms(batch.setting.root, channels, batch.model)
-        return Seen(names, f"{batch.when} {event}.", level, Fix(norms, note="or a larger batch"))
+            event += f"; other batches have {batch.largest}"
+            fix = Fix("drop_last=True", "in the training DataLoader")
+        elif single or len(alone) > MOST_REPLACED:
+            fix = Fix("batch_size=16", "in the training DataLoader", "any size above 1")
+        else:
+            channels = [(layer.name, layer.module.num_features) for layer in alone]
+            fix = Fix(group_norms(batch.setting.root, channels, batch.model), note="or a larger batch")
+        level: Level = "error" if single else "warning"
+        return Seen([layer.name for layer in alone], f"{batch.when} {event}.", level, fix)
 
 
 class BatchPerDevice(Rule):
@@ -145,8 +124,6 @@ class BatchPerDevice(Rule):
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         setting = batch.setting
-        if not batch.training:
-            return
         alone = {
             layer.name: max(f.samples for f in forwards)
             for layer, forwards in batch.by_layer().items()

@@ -358,7 +358,7 @@ class Inspection:
         batch = self._batch(before, opened, after)
         if batch.undecided:
             self._last = batch
-        self._ask("batch", batch)
+        self._ask("batch" if self.stage == "train" else "other_batch", batch)
 
     def _batch(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> BatchRecord:
         training = self.stage == "train"

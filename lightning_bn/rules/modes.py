@@ -54,7 +54,7 @@ class ModuleInEval(Rule):
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
         excused = "" in batch.explained or batch.setting.allows_eval("")
-        if batch.training and batch.opened and not batch.opened[0] and not batch.after[0] and not excused:
+        if batch.opened and not batch.opened[0] and not batch.after[0] and not excused:
             yield Seen(
                 [""],
                 f"{batch.when} training was False at the first forward and at the end.",
@@ -72,7 +72,7 @@ class SubmoduleInEval(Rule):
     mendable = True
 
     def batch(self, batch: BatchRecord) -> Iterable[Seen]:
-        if not batch.training or not batch.opened or not batch.opened[0]:
+        if not batch.opened or not batch.opened[0]:
             return ()
         modes = tuple(one or other for one, other in zip(batch.opened, batch.after, strict=True))
         # A network that training never runs may be in any mode: an averaged copy, a metric's.
@@ -116,7 +116,7 @@ class ModeChangedInTraining(Rule):
     mendable = True
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
-        if batch.training and batch.after:  # of a batch that an error ended, the modes are not known
+        if batch.after:  # of a batch that an error ended, the modes are not known
             yield from self._changed(batch, batch.before, batch.after, batch.when)
 
     def exported(self, at: Moment, before: Modes, when: str) -> Iterator[Seen]:
@@ -150,9 +150,7 @@ class StatisticsWrittenInEvaluation(Rule):
     level = "error"
     why = "the model is fitted to the data it is evaluated on, and its predictions depend on the order of the batches."
 
-    def batch(self, batch: BatchRecord) -> Iterator[Seen]:
-        if batch.training:
-            return
+    def other_batch(self, batch: BatchRecord) -> Iterator[Seen]:
         moved = [layer.name for layer, forwards in batch.by_layer().items() if any(f.moved for f in forwards)]
         if moved and batch.early and not any(f.grad for f in batch.forwards):
             yield as_recalibration(moved, f"before the first batch of {batch.stage}", " without grad")
@@ -204,8 +202,6 @@ class MovedWithoutGrad(Rule):
     why = "they become a mixture with those of other inputs, or of weights that are never evaluated."
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
-        if not batch.training:
-            return
         without_grad, copies, at_other_weights = [], [], []
         for layer, forwards in batch.by_layer().items():
             # The first pass of reentrant checkpointing has no grad either, and its second comes inside backward.

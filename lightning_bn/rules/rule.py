@@ -65,10 +65,6 @@ class Moment:
         return self.observer.layers
 
     @property
-    def training(self) -> bool:
-        return self.stage == "train"
-
-    @property
     def when(self) -> str:
         return f"in batch {self.index}" if self.index >= 0 else "outside of a batch"
 
@@ -197,7 +193,8 @@ MOMENTS = {
     "begin_epoch": "(at) a training epoch begins",
     "begin_batch": "(at) a training batch begins",
     "graph": "(at, adjacency) the first training batch has ended, and `Adjacency` has seen it",
-    "batch": "(batch) a batch of any stage that was unlike the last ones",
+    "batch": "(batch) a training batch has ended that was unlike the last ones",
+    "other_batch": "(batch) likewise a batch of an evaluation, or what ran between two of them",
     "end_batch": "(at) a training batch or an evaluation has ended, or training begins",
     "counts": "(batch, moved, batches) how often layers that can't be seen `moved` in `batches` training batches",
     "copies": "(at, layers) by the end of an epoch copies are known, that training runs in eval mode and writes the "

@@ -33,7 +33,7 @@ class FrozenMoves(Rule):
     def batch(self, batch: BatchRecord) -> Iterable[Seen]:
         moved = [
             layer
-            for layer, forwards in (batch.by_layer().items() if batch.training else ())
+            for layer, forwards in batch.by_layer().items()
             if any(f.moved and f.grad for f in forwards) and self._stands_still(batch, layer)
         ]
         return self._seen(batch, moved, f"{batch.when} its running statistics moved")
@@ -82,8 +82,6 @@ class MovedTwice(Rule):
     why = "the effective momentum is higher than the one that was set, and a batch counts more than once."
 
     def batch(self, batch: BatchRecord) -> Iterator[Seen]:
-        if not batch.training:
-            return
         by_cause: dict[tuple[str, Level, Fix], list[str]] = defaultdict(list)
         for layer, forwards in batch.by_layer_and_set():
             elsewhere = visits(forwards, batch.entered_backward)
@@ -268,7 +266,7 @@ class StaleBuffers(Rule):
     def batch(self, batch: BatchRecord) -> Iterable[Seen]:
         layers = [
             layer
-            for layer, forwards in (batch.by_layer().items() if batch.training else ())
+            for layer, forwards in batch.by_layer().items()
             # Within paused_statistics it is False for a while too.
             if any(f.training and not f.tracking for f in forwards) and _stale(layer)
         ]
