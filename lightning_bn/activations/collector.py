@@ -225,8 +225,9 @@ class LayerCollector:
             start = 2 + len(sums)
             weights, biases, norms, statistics = *host[start : start + 3], host[start + 3 :]
             updates = self._updates.of_layers(norms)
-            is_measured = self._meter is not None and self._training and self._is_open
-            own = self._meter.evaluate([self._readout._replace(tensors=statistics)])[0] if is_measured else None
+            own = None
+            if self._meter is not None and self._training and self._is_open:
+                (own,) = self._meter.evaluate([self._readout._replace(tensors=statistics)])
         # As objects, since a layer may have run on one rank alone.
         ranks = self._ranks.share(
             (pool, sums, dict(self._order), self._outputs, self._images, (weights, biases, updates, own, statistics))

@@ -60,7 +60,7 @@ class DriftByChance:
         self._newest = before[-1]
         squares = np.add.reduceat(np.square(now), starts, axis=-1) / widths
         found = np.add.reduceat(np.square(now - before[:-1]), starts, axis=-1) / widths / 2
-        is_pair: Mask = np.isfinite(found).all(axis=1)
+        is_pair = np.logical_and.reduce(np.isfinite(found), axis=1)
         z = np.full((len(drifts), len(widths), 2), np.nan)
         for place in range(len(drifts)):
             known = is_finite[place] & (self._pairs >= LEAST)

@@ -61,7 +61,7 @@ class KeptSamples:
         drifts = kept[0].meter.evaluate([each.readout for each in kept])
         return self._builder.build_norms(
             [
-                HostMeasurements.of_norms(each.shapes, *each.affine, drift)
+                HostMeasurements.of_norms(each.shapes, each.affine[0], each.affine[1], drift)
                 for each, drift in zip(kept, drifts, strict=True)
             ]
         )
