@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,6 @@ from lightning_bn.layers.settlement import (
     advance,
     batch_moments,
     is_finite,
-    is_synchronised,
     kept_statistics,
     listening,
     rule_of,
@@ -42,6 +41,10 @@ from lightning_bn.ranks.synchronization import merge_over_ranks
 from lightning_bn.set_in_use import OtherSets
 from lightning_bn.torch_internals import backward_task, buffer_of_each, buffers_of, innermost_transform, is_compiled
 from lightning_bn.torchscript import scriptable
+
+# A batch of one layer: its mean, (C,); its unbiased variance, (C,), or the kernel's 1 / sqrt(biased variance + eps);
+# values per channel; and whether it is what the kernel keeps.
+_Moments: TypeAlias = tuple[Tensor, Tensor, "Tensor | int", bool]
 
 
 class Followers:
@@ -235,7 +238,7 @@ class Followers:
             if has_run:
                 if layer in self._pending:
                     self._flush()
-                self._pending[layer] = _Moments(mean, var, count)
+                self._pending[layer] = mean, var, count, False
 
     def _hook(self, path: str, layer: _BatchNorm) -> Any:
         """Return what sees a layer of plain torch, and a compiled layer of any class: `torch.compile` makes it part of
@@ -270,11 +273,11 @@ class Followers:
         if buffers_of(layer)["running_mean"].shape[0] != self._sizes[layer]:  # type: ignore[union-attr]
             self._renew_if_resized([layer])
         self._seen.add(layer)
-        kept = None if is_synchronised(layer) else kept_statistics(layer, output)
+        kept = kept_statistics(layer, output)
         if kept is not None:
-            moments = _Moments(*kept, output.numel() // output.shape[1], kept=True)
+            moments: _Moments = (*kept, output.numel() // output.shape[1], True)
         else:
-            moments = _Moments(*_moments(layer, *input_and_mask(layer, args, kwargs), output))
+            moments = (*_moments(layer, *input_and_mask(layer, args, kwargs), output), False)
         if layer in self._pending:
             self._flush()
         self._pending[layer] = moments
@@ -284,15 +287,6 @@ class Followers:
         pending, self._pending = self._pending, {}
         for wide in self._wide:
             wide.take_each(pending)
-
-
-class _Moments(NamedTuple):
-    """A batch of one layer."""
-
-    mean: Tensor  # (C,)
-    var: Tensor  # (C,), unbiased; or where `kept`, the kernel's 1 / sqrt(biased variance + eps)
-    values: Tensor | int  # per channel
-    kept: bool = False
 
 
 class _Wide:
@@ -308,18 +302,17 @@ class _Wide:
             like.device, non_blocking=True
         )
         nothing = [torch.zeros(len(running_mean(layer)), dtype=like.dtype, device=like.device) for layer in layers]
-        self._absent = [_Moments(none, none, 0) for none in nothing]
+        self._absent: list[_Moments] = [(none, none, 0, False) for none in nothing]
 
     def take_each(self, pending: Mapping[_BatchNorm, _Moments]) -> None:
         """Take in the batches of those layers that ran."""
-        if not any(layer in pending for layer in self.layers):
+        if pending.keys().isdisjoint(self.layers):
             return
-        batches = [pending.get(layer, none) for layer, none in zip(self.layers, self._absent, strict=True)]
+        means, variances, values, kept = zip(*map(pending.get, self.layers, self._absent), strict=True)
         first = self._groups[0]
-        both = torch.cat([*(batch.mean for batch in batches), *(batch.var for batch in batches)]).to(first.dtype)
-        mean, var = both.chunk(2)
-        count = first.numbers([batch.values for batch in batches])
-        self.take(mean, self._variances(var, count, tuple(batch.kept for batch in batches)), count)
+        mean, var = torch.cat((*means, *variances)).to(first.dtype).chunk(2)
+        count = first.numbers(values)
+        self.take(mean, self._variances(var, count, kept), count)
 
     def _variances(self, var: Tensor, count: Tensor, kept: tuple[bool, ...]) -> Tensor:
         """Make variances of what the kernel has kept, for all layers together."""

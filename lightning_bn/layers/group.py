@@ -269,7 +269,7 @@ class LayerGroup:
     def numbers(self, values: Sequence[int | Tensor]) -> Tensor:
         """Return a number for each layer as a tensor, (L,), in the dtype of moments."""
         dtype = self._wide_dtype
-        if not any(isinstance(value, Tensor) for value in values):
+        if {int}.issuperset(map(type, values)):
             return self._constant("number", tuple(values), dtype)
         return torch.stack(
             [

@@ -219,7 +219,9 @@ def batch_moments(layer: _BatchNorm, input: Tensor, output: Tensor) -> tuple[Ten
 
 def kept_statistics(layer: _BatchNorm, output: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the mean and ``1 / sqrt(biased variance + eps)`` that the kernel has kept of the batch behind `output`;
-    None if that is not known."""
+    None if that is not known, or not the batch that the layer normalises with."""
+    if SYNCHRONISED in layer.__dict__:
+        return None
     # Another class may do more in its forward than call the kernel once.
     known = type(layer).forward in _KERNEL_FORWARDS and "forward" not in layer.__dict__
     return saved_statistics(output) if known or getattr(type(layer), "takes_mask", False) else None
