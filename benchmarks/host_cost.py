@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from io import BytesIO
 from multiprocessing import get_context
 
 import lightning.pytorch as pl
@@ -194,6 +195,22 @@ def rows_of_a_sample() -> list[Row]:
     return [launched, *(Row(f"a sample's memory, {device}: {much}", asked="<= 2") for device, much in held.items())]
 
 
+def rows_of_state_dicts(devices: list[str], rounds: int, repeat: int) -> list[Row]:
+    """Return how long a `state_dict` takes with each average, relative to torch's layers, and with `torch.save`."""
+    models = {TORCH: resnet50(WIDTH), AGAIN: resnet50(WIDTH)} | {n: converted(each) for n, each in AVERAGES.items()}
+    for model in models.values():
+        training_step(model, "cpu", torch.randn(SHAPE))()  # after which the histories lie side by side
+    rows = []
+    for what, take in {"state_dict": nn.Module.state_dict, "state_dict, saved": _save}.items():
+        found = ratios({name: partial(take, model) for name, model in models.items()}, "cpu", rounds, repeat)
+        rows += [Row(f"{what}: {n}", asked="<= 1.5", times={"cpu": found[n]}) for n in (AGAIN, *AVERAGES)]
+    return rows
+
+
+def _save(model: nn.Module) -> None:
+    torch.save(model.state_dict(), BytesIO())
+
+
 def _sampled(model: nn.Module, step: Step) -> Step:
     collector = LayerCollector(model, select_layers(model))
 
@@ -235,6 +252,7 @@ def print_table(rows: list[Row], device: str | None, card: str) -> None:
     print("Of a callback, operations beyond those of the step without it, divided by the layers that it looks at:")
     print(f"{LAYERS} where the monitor looks at activations, else {NORMS} batch norms.")
     print("Python calls and bytecodes of a callback are those beyond the step without it.")
+    print("The time of a state_dict is relative to that of torch's layers, in memory or with torch.save.")
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -286,6 +304,7 @@ TABLES: dict[str, Callable[[list[str], int, int], list[Row]]] = {
     "averages": rows_of_averages,
     "callbacks": rows_of_callbacks,
     "sample": lambda *_: rows_of_a_sample(),
+    "state_dict": rows_of_state_dicts,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_bn.averaging.training_state import TrainingState
+from lightning_bn.averaging.base import TrainingState
 from lightning_bn.torchscript import watchers_hooks
 
 _FLAGS = ("training", "track_running_stats", "momentum")

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function_unary
 
 from lightning_bn.averaging import Averaging, Batch, Exponential, check_averaging
-from lightning_bn.averaging.training_state import apply_to_statistics
+from lightning_bn.averaging.base import apply_to_statistics
 from lightning_bn.buffers import next_step, running_mean, running_statistics
 from lightning_bn.layers.masks import check_mask, masked_batch_norm
 from lightning_bn.layers.settlement import (

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_bn.averaging import Averaging, check_averaging
-from lightning_bn.averaging.training_state import TrainingState
+from lightning_bn.averaging.base import TrainingState
 from lightning_bn.buffers import running_mean, running_statistics, running_var
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, find_unserved, has_known_forward, unserved
 from lightning_bn.layers import subclasses
@@ -69,8 +69,8 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
     if averaging is not None:
         check_averaging(averaging, f"convert_batch_norm(module, {averaging!r})")
     layers = find_batch_norms(module)
-    check_not_distributed(layers, f"convert_batch_norm(module, {averaging!r})")
     left_out = [norm for norm in find_unserved(module) if averaging is not None and not norm.is_constant]
+    check_not_distributed(layers, f"convert_batch_norm(module, {averaging!r})")
     refused = [_listing(layer, reason) for layer in layers if (reason := _refusal(layer.module, averaging))]
     refused += [str(norm) for norm in left_out if isinstance(norm.module, _BatchNorm)]
     if refused:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from lightning_bn.averaging import Averaging, Batch
-from lightning_bn.averaging.training_state import apply_to_statistics
+from lightning_bn.averaging.base import apply_to_statistics
 from lightning_bn.buffers import next_step, running_mean, running_statistics
 from lightning_bn.layers.settlement import (
     ATTACHED,

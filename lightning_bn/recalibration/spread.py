@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.averaging.training_state import TrainingState
+from lightning_bn.averaging.base import TrainingState
 from lightning_bn.buffers import running_statistics
 from lightning_bn.discovery import find_batch_norms
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging
-from lightning_bn.averaging.training_state import apply_to_statistics
+from lightning_bn.averaging.base import apply_to_statistics
 from lightning_bn.buffers import running_mean, running_statistics
 from lightning_bn.modes import out_of_inference_mode
 from lightning_bn.torch_internals import is_wrapper
