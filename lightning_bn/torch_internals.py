@@ -202,21 +202,29 @@ def is_compiled(module: nn.Module) -> bool:
 
     torch has no public question for either; where these marks are gone, the answer is False.
     """
-    return any(
-        "_orig_mod" in each._modules
-        or getattr(each, "_compiled_call_impl", None) is not None
-        or _has_compiled_method(each)
-        for each in all_modules(module)
-    )
+    return any(map(compiled_methods, all_modules(module)))
 
 
-def _has_compiled_method(module: nn.Module) -> bool:
-    """Whether compiled code stands in the place of a method, as in the module of
-    ``trainer.fit(torch.compile(module))``."""
-    values = vars(module).values()
-    return FunctionType in set(map(type, values)) and any(
-        type(value) is FunctionType and hasattr(value, "_torchdynamo_orig_callable") for value in values
-    )
+def compiled_methods(module: nn.Module) -> dict[str, Any]:
+    """Return by name what compiled code stands in the place of, in the attributes of `module`: its forward or call, or
+    any method, as in the module of ``trainer.fit(torch.compile(module))``; see `is_compiled`."""
+    own = vars(module)
+    if FunctionType not in set(map(type, own.values())):
+        return {}
+    return {
+        name: value._torchdynamo_orig_callable
+        for name, value in own.items()
+        if type(value) is FunctionType and hasattr(value, "_torchdynamo_orig_callable")
+    }
+
+
+def in_compiled_call() -> bool:
+    """Tell whether torch's wrapper around compiled code is being executed, and keeps state on a stack meanwhile, as
+    torch 2.14 does; where it has no such stack, or calls the wrapper otherwise, the answer is False."""
+    frame = sys._getframe(1) if hasattr(torch._C, "_dynamo_save_local_dispatch_key_set") else None
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        frame = frame.f_back
+    return frame is not None
 
 
 def kernel_moments(data: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,14 +30,14 @@ _NONE = object()
 class PassResult(NamedTuple):
     """The outcome of a pass: of one rank, or merged over all."""
 
-    summaries: list[Summary | None]
-    """By layer; on the CPU; None, or of no batches, for a layer that did not run."""
+    summary: Summary
+    """Of all layers side by side, on the CPU; of no batches where a layer did not run."""
     batches: int
     samples: int
     skipped: int
-    stopped_by: str
-    spilled: int = 0
+    spilled: int
     """Bytes of activations that were in a file at most."""
+    stopped_by: str
 
 
 class Tallies:
@@ -47,8 +47,12 @@ class Tallies:
         places: dict[torch.device, list[int]] = {}
         for place, layer in enumerate(layers):
             places.setdefault(running_mean(layer).device, []).append(place)
-        self._parts = [_Part(layers, own, device, pending) for device, own in places.items()]
-        self._home = {place: (part.tally, number) for part in self._parts for number, place in enumerate(part.places)}
+        self._layers = layers
+        self._parts = [
+            (own, Tally([layers[place].num_features for place in own], device, pending))
+            for device, own in places.items()
+        ]
+        self._home = {place: (tally, number) for own, tally in self._parts for number, place in enumerate(own)}
         self._samples: dict[int, int] = {}
         self.batches = 0
 
@@ -67,47 +71,23 @@ class Tallies:
     def standard_error(self) -> float:
         """Return the standard error of the mean of the worst layer, in units of the standard deviation; NaN while it
         can't be told."""
-        errors = [error.cpu() for part in self._parts for error in part.standard_errors()]
+        errors = [
+            summary.standard_error(self._layers[place].eps).cpu()
+            for places, tally in self._parts
+            for place, summary in zip(places, tally.summary().split(tally.sizes), strict=True)
+            if summary.batches[0]
+        ]
         return torch.stack(errors).max().item() if errors else float("nan")
 
-    def seen(self, num_batches: int | None, *, tolerance_met: bool = False) -> PassResult:
-        """Return the outcome, on the CPU."""
-        closed = {part: part.tally.close() for part in self._parts}
-        summaries = {
-            place: found
-            for part, (found_all, _) in closed.items()
-            for place, found in zip(part.places, found_all, strict=True)
-        }
-        ended = "num_batches" if self.batches == num_batches else "end"
-        return PassResult(
-            summaries=[summaries[place] for place in sorted(summaries)],
-            batches=self.batches,
-            samples=sum(self._samples.values()),
-            skipped=len(set().union(*(skipped for _, skipped in closed.values()))),
-            stopped_by="tolerance" if tolerance_met else ended,
-        )
-
-
-class _Part:
-    """The layers on one device."""
-
-    def __init__(
-        self, layers: Sequence[_BatchNorm], places: list[int], device: torch.device, pending: int | None
-    ) -> None:
-        self.places = places
-        self._sizes = [layers[place].num_features for place in places]
-        self._eps = torch.tensor([layers[place].eps for place in places], dtype=torch.float64)
-        self.tally = Tally(self._sizes, device, pending)
-
-    def standard_errors(self) -> list[Tensor]:
-        """Return that of each layer which saw anything, (); see `Summary.standard_error`."""
-        summary = self.tally.summary()
-        if summary is None:
-            return []
-        eps = self._eps.repeat_interleave(torch.tensor(self._sizes)).to(summary.within)
-        squares = summary.relative_errors(eps).split(self._sizes)
-        ran = [each[0] for each in summary.batches.split(self._sizes)]
-        return [square.mean().sqrt() for square, batches in zip(squares, ran, strict=True) if batches]
+    def seen(self, stopped_by: str, spilled: int = 0) -> PassResult:
+        """Return the outcome."""
+        closed = [(places, tally.sizes, *tally.close()) for places, tally in self._parts]
+        summary = closed[0][2]
+        if len(closed) > 1:
+            found = [pair for places, sizes, each, _ in closed for pair in zip(places, each.split(sizes), strict=True)]
+            summary = Summary.side_by_side(map(dict(found).__getitem__, range(len(found))))
+        skipped = set().union(*(each for *_, each in closed))
+        return PassResult(summary, self.batches, sum(self._samples.values()), len(skipped), spilled, stopped_by)
 
 
 class OnePass:
@@ -158,7 +138,8 @@ class OnePass:
                     self._tallies.batches += 1
                     bar.update()
                     self._met = self._tolerance is not None and self._meets(self._tolerance, bar)
-        return self._tallies.seen(self._num_batches, tolerance_met=self._met)
+        ended = "num_batches" if self._tallies.batches == self._num_batches else "end"
+        return self._tallies.seen("tolerance" if self._met else ended)
 
     def _taken(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
         if self._in_step:
@@ -229,31 +210,21 @@ def progress_bar(
 
 def merged(seen: PassResult, ranks: Ranks) -> PassResult:
     """Return what all ranks have seen; every rank must call it."""
-    if not ranks.are_several:
-        return seen
-    # Each is a view of all layers' numbers, and would be sent with the whole of them.
-    everyone = ranks.share(
-        seen._replace(summaries=[None if summary is None else summary.clone() for summary in seen.summaries])
+    everyone = ranks.share(seen)
+    return PassResult(
+        reduce(Summary.merge, (each.summary for each in everyone)),
+        batches=sum(each.batches for each in everyone),
+        samples=sum(each.samples for each in everyone),
+        skipped=sum(each.skipped for each in everyone),
+        spilled=sum(each.spilled for each in everyone),
+        stopped_by=seen.stopped_by,
     )
-    total = everyone[0]
-    for other in everyone[1:]:
-        pairs = zip(total.summaries, other.summaries, strict=True)
-        total = total._replace(
-            summaries=[_merge(one, another) for one, another in pairs],
-            batches=total.batches + other.batches,
-            samples=total.samples + other.samples,
-            skipped=total.skipped + other.skipped,
-            spilled=total.spilled + other.spilled,
-        )
-    return total._replace(stopped_by=seen.stopped_by)
 
 
 def merged_summary(summary: Summary | None, ranks: Ranks) -> Summary | None:
     """Return what all ranks have seen at one layer; every rank must call it."""
     if not ranks.are_several:
         return summary
-    return reduce(_merge, ranks.share(None if summary is None else summary.to(torch.device("cpu"))))
-
-
-def _merge(one: Summary | None, other: Summary | None) -> Summary | None:
-    return one.merge(other) if one is not None and other is not None else one or other
+    everyone = ranks.share(None if summary is None else summary.to(torch.device("cpu")))
+    found = [each for each in everyone if each is not None]
+    return reduce(Summary.merge, found) if found else None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.modes import eager, extra_pass
+from lightning_bn.modes import as_written, extra_pass
 from lightning_bn.recalibration.kept_objects import kept
 from lightning_bn.recalibration.kept_tensors import KeptTensors
 from lightning_bn.recalibration.random_states import kept_random_states
@@ -137,7 +137,7 @@ def all_else_kept(model: nn.Module, batches: object) -> Iterator[KeptTensors]:
         extra_pass(),
         kept_random_states(batches),
         kept(model=model) as tensors,
-        eager(model),
+        as_written(model),
         torch.inference_mode(False),
         torch.no_grad(),
     ):

@@ -19,6 +19,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from lightning_bn.recalibration.spilling import Spilling
+from lightning_bn.torch_internals import in_compiled_call
 
 Stop = tuple[int, int]
 """Place of a layer, and how often the batch has stopped there before. Stops are gone on from in this order."""
@@ -49,6 +50,12 @@ class Lockstep:
     def stop(self, place: int) -> None:
         """Wait, inside a job, until all jobs that come to the layer at `place` have come."""
         job = self._running_job()
+        if not job.stops and in_compiled_call():
+            raise RuntimeError(
+                "recalibrate(model, batches, exact=True): a batch-norm layer was called from a compiled function or a "
+                "compiled method of a class, which can't wait there for the other batches. Pass the forward as it was "
+                "before torch.compile, forward=lambda model, batch: ..., or leave exact=True out."
+            )
         stop = (place, job.stops[place])
         job.stops[place] += 1
         with _switched_to(self._state):

@@ -22,7 +22,7 @@ Statistics = tuple[Tensor, Tensor]
 
 
 class Estimator:
-    """How the statistics of each of `layers` follow from data: which variance, and how much the old ones weigh.
+    """How the statistics of `layers` follow from data: which variance, and how much the old ones weigh.
 
     Every rank must make one, since ranks may start from different statistics: with a prior, those of the first rank
     count.
@@ -36,24 +36,32 @@ class Estimator:
         self._prior = prior
         self._before = self.old
         if prior and ranks.are_several:
-            first = ranks.share([(mean.cpu(), var.cpu()) for mean, var in self.old])[0]
-            self._before = [(mean.to(own), var.to(own)) for (mean, var), (own, _) in zip(first, self.old, strict=True)]
+            self._before = ranks.share([(mean.cpu(), var.cpu()) for mean, var in self.old])[0]
 
-    def __call__(self, place: int, summary: Summary) -> Statistics:
+    def of_layer(self, place: int, summary: Summary) -> Statistics:
         """Return mean and variance, (C,), for the layer at `place`, in the dtype of its buffers and on their device."""
-        old = self._before[place]
-        if math.isinf(self._prior):
-            return old
-        mean, var = (
-            self._blend(*pair, summary) for pair in zip(old, summary.statistics(pooled=self._pooled), strict=True)
-        )
-        return mean, var
+        (new,) = _typed(self.of(summary, self._before[place : place + 1]), self.old[place : place + 1])
+        return new
 
-    def _blend(self, old: Tensor, new: Tensor, summary: Summary) -> Tensor:
-        if self._prior:
-            weight = summary.samples / (summary.samples + self._prior)
-            new = old.to(new) * (1 - weight) + new * weight
-        return new.to(old)
+    def of_all(self, summary: Summary) -> Statistics:
+        """Return mean and variance for all layers side by side, (C,), float64."""
+        return self.of(summary, self._before)
+
+    def of(self, summary: Summary, before: list[Statistics]) -> Statistics:
+        new = summary.statistics(pooled=self._pooled)
+        if not self._prior:
+            return new
+        mean, var = (torch.cat([value.to(summary.mean) for value in values]) for values in zip(*before, strict=True))
+        if math.isinf(self._prior):
+            return mean, var
+        weight = summary.samples / (summary.samples + self._prior)
+        return mean * (1 - weight) + new[0] * weight, var * (1 - weight) + new[1] * weight
+
+
+def _typed(new: Statistics, like: list[Statistics]) -> list[Statistics]:
+    """Return each layer's part of statistics side by side, in the dtypes and on the devices of others."""
+    means, variances = (value.split([len(mean) for mean, _ in like]) for value in new)
+    return [(mean.to(old), var.to(old)) for mean, var, (old, _) in zip(means, variances, like, strict=True)]
 
 
 def agreed_changes(
@@ -68,34 +76,27 @@ def agreed_changes(
     Raises:
         ValueError: no layer saw any data; or one saw a single value per channel.
     """
-    ran = [summary is not None and bool(summary.batches) for summary in seen.summaries]
+    ran = [bool(batches[0]) for batches in seen.summary.batches.split([len(mean) for mean, _ in estimate.old])]
     if not any(ran):
         raise ValueError(_nothing_seen(layers, seen))
-    new = [
-        estimate(place, summary) if summary is not None and data else None
-        for place, (summary, data) in enumerate(zip(seen.summaries, ran, strict=True))
-    ]
     # The same sums on other hardware may differ in the last bit: the first rank's decide.
-    first = ranks.share([None if pair is None else (pair[0].cpu(), pair[1].cpu()) for pair in new])[0]
-    rows = list(zip(layers, estimate.old, first, strict=True))
-    if not torch.cat([pair[1] for pair in first if pair is not None]).isfinite().all():
-        _refuse_single_values(rows)
-    changes = [None if pair is None else _change(layer, old, pair) for layer, old, pair in rows]
+    first = ranks.share(estimate.of_all(seen.summary))[0]
+    changes = [
+        StatisticsChange(layer.module, old, new, of_set=set_in_use(layer.module)) if data else None
+        for layer, old, new, data in zip(layers, estimate.old, _typed(first, estimate.old), ran, strict=True)
+    ]
+    if not first[1].isfinite().all():
+        _refuse_single_values(layers, changes)
     return changes if not ranks.are_several else with_one_history(changes, ranks)
 
 
-def _refuse_single_values(rows: list[tuple[BatchNormLayer, Statistics, Statistics | None]]) -> None:
-    for layer, old, new in rows:
-        if new is not None and not new[1].isfinite().all() and old[1].isfinite().all():
+def _refuse_single_values(layers: list[BatchNormLayer], changes: list[StatisticsChange | None]) -> None:
+    for layer, change in zip(layers, changes, strict=True):
+        if change is not None and not change.new[1].isfinite().all() and change.old[1].isfinite().all():
             raise ValueError(
                 f"recalibrate(model, batches): {layer.name or 'the model'} ({layer.kind}) saw one value per channel, "
                 "which has no variance. Pass more data, or with pooled=False larger batches."
             )
-
-
-def _change(layer: BatchNormLayer, old: Statistics, new: Statistics) -> StatisticsChange:
-    module = layer.module
-    return StatisticsChange(module, old, (new[0].to(old[0]), new[1].to(old[1])), of_set=set_in_use(module))
 
 
 def _nothing_seen(layers: list[BatchNormLayer], seen: PassResult) -> str:
@@ -117,55 +118,40 @@ def _nothing_seen(layers: list[BatchNormLayer], seen: PassResult) -> str:
 
 
 def layer_reports(
-    layers: list[BatchNormLayer], changes: list[StatisticsChange], summaries: list[Summary]
+    layers: list[BatchNormLayer], old: list[Statistics], changes: list[StatisticsChange | None], summary: Summary
 ) -> tuple[LayerReport, ...]:
-    """Return the figures of each layer, computed for all at once."""
-    figures = _figures(layers, changes, summaries).T.tolist() if layers else []
-    return tuple(
-        LayerReport(
-            name=layer.name,
-            kind=layer.kind,
-            samples=int(samples),
-            batches=int(batches),
-            mean_shift_max=shift_max,
-            mean_shift_rms=shift_rms,
-            log_variance_ratio_max=ratio_max,
-            log_variance_ratio_rms=ratio_rms,
-            standard_error=error,
-        )
-        for layer, (samples, batches, shift_max, shift_rms, ratio_max, ratio_rms, error) in zip(
-            layers, figures, strict=True
-        )
-    )
-
-
-def _figures(layers: list[BatchNormLayer], changes: list[StatisticsChange], summaries: list[Summary]) -> Tensor:
-    """Return a row for each figure and a column for each layer, (7, L), float64; all layers' channels lie side by side
-    meanwhile."""
-    widths = torch.tensor([len(change.old[0]) for change in changes])
-    layer = torch.arange(len(layers)).repeat_interleave(widths)
-    eps = torch.tensor([each.module.eps for each in layers], dtype=torch.float64)[layer]
-
-    def flat(values: list[Tensor]) -> Tensor:
-        return torch.cat([value.cpu() for value in values]).double()
+    """Return the figures of each layer that has a change, computed for all at once."""
+    new = [before if change is None else change.new for before, change in zip(old, changes, strict=True)]
+    widths = torch.tensor([len(mean) for mean, _ in old])
+    own = torch.arange(len(layers)).repeat_interleave(widths)
+    eps = torch.tensor([each.module.eps for each in layers], dtype=torch.float64)[own]
 
     def rms(squared: Tensor) -> Tensor:
-        return (torch.zeros(len(layers), dtype=torch.float64).index_add_(0, layer, squared) / widths).sqrt()
+        return (torch.zeros(len(layers), dtype=torch.float64).index_add_(0, own, squared) / widths).sqrt()
 
     def largest(values: Tensor) -> Tensor:
-        return torch.zeros(len(layers), dtype=torch.float64).scatter_reduce_(0, layer, values.abs(), "amax")
+        return torch.zeros(len(layers), dtype=torch.float64).scatter_reduce_(0, own, values.abs(), "amax")
 
-    old_mean, old_var = (flat([change.old[place] for change in changes]) for place in range(2))
-    new_mean, new_var = (flat([change.new[place] for change in changes]) for place in range(2))
+    (old_mean, old_var), (new_mean, new_var) = map(_flat, (old, new))
     shift, ratio = statistics_shift(new_mean, new_var, old_mean, old_var, eps)
-    return torch.stack(
+    first = widths.cumsum(0) - widths
+    figures = torch.stack(
         (
-            torch.stack([summary.samples for summary in summaries]),
-            torch.stack([summary.batches for summary in summaries]),
+            summary.samples[first],
+            summary.batches[first],
             largest(shift),
             rms(shift.square()),
             largest(ratio),
             rms(ratio.square()),
-            rms(Summary.side_by_side(summaries).relative_errors(eps)),
+            rms(summary.relative_errors(eps)),
         )
     )
+    return tuple(
+        LayerReport(layer.name, layer.kind, int(samples), int(batches), *others)
+        for layer, change, (samples, batches, *others) in zip(layers, changes, figures.T.tolist(), strict=True)
+        if change is not None
+    )
+
+
+def _flat(statistics: list[Statistics]) -> list[Tensor]:
+    return [torch.cat([value.cpu() for value in values]).double() for values in zip(*statistics, strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer, unsaved_by_adapter
 from lightning_bn.ranks.collective import Group, Ranks
-from lightning_bn.recalibration.collection import OnePass, PassResult, merged
+from lightning_bn.recalibration.collection import OnePass, merged
 from lightning_bn.recalibration.feeding import Forward, all_else_kept, runner, with_the_weights_as_they_are
 from lightning_bn.recalibration.measuring import measured
 from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_reports
@@ -256,7 +256,20 @@ def _estimated(
         seen = merged(seen, ranks)
         changes = agreed_changes(chosen, ranks, estimator, seen)
     made = [] if options.dry_run else [change for change in changes if change is not None]
-    return _report(chosen, changes, seen, options), made
+    report = RecalibrationReport(
+        batches=seen.batches,
+        samples=seen.samples,
+        skipped=seen.skipped,
+        layers=layer_reports(chosen, estimator.old, changes, seen.summary),
+        not_run=tuple(layer.name for layer, change in zip(chosen, changes, strict=True) if change is None),
+        stopped_by=seen.stopped_by,
+        num_batches=options.num_batches,
+        tolerance=options.tolerance,
+        dry_run=options.dry_run,
+        spilled=seen.spilled,
+        _changes=tuple(made),
+    )
+    return report, made
 
 
 @dataclass(frozen=True)
@@ -370,31 +383,9 @@ def _pass(
     return ExactPass(
         modules,
         ranks,
-        estimator,
+        estimator.of_layer,
         num_batches=options.num_batches,
         progress=options.progress,
         budget=budget,
         model=model,
-    )
-
-
-def _report(
-    chosen: list[BatchNormLayer], changes: list[StatisticsChange | None], seen: PassResult, options: _Options
-) -> RecalibrationReport:
-    rows = zip(chosen, changes, seen.summaries, strict=True)
-    changed = [
-        (layer, change, summary) for layer, change, summary in rows if change is not None and summary is not None
-    ]
-    return RecalibrationReport(
-        batches=seen.batches,
-        samples=seen.samples,
-        skipped=seen.skipped,
-        layers=layer_reports(*(list(column) for column in zip(*changed, strict=True))),
-        not_run=tuple(layer.name for layer, change in zip(chosen, changes, strict=True) if change is None),
-        stopped_by=seen.stopped_by,
-        spilled=seen.spilled,
-        num_batches=options.num_batches,
-        tolerance=options.tolerance,
-        dry_run=options.dry_run,
-        _changes=() if options.dry_run else tuple(change for _, change, _ in changed),
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from itertools import accumulate, chain
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -42,118 +41,87 @@ def _moments(row: BatchMoments) -> Moments:
     return Moments(count, row.mean.to(dtype), row.var.to(dtype) * count)
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The sums over some batches from which both estimators and the standard error follow; float64, and merged by
-    addition.
+class Summary(NamedTuple):
+    """The sums over some batches from which both estimators and the standard error follow: (C,) each, float64, and
+    merged by addition. Of one layer, or of several whose channels stand side by side."""
 
-    Of one layer, or of several whose channels stand side by side: then what is one number a layer, (), is given per
-    channel, (C,).
-    """
-
-    moments: Moments
-    """Of all the data taken together."""
+    values: Tensor
+    mean: Tensor
+    m2: Tensor
+    """With the two before, the moments of all the data taken together."""
     within: Tensor
-    """(C,), sum over the batches of their own m2; the rest of ``moments.m2`` is the spread between batches."""
+    """Sum over the batches of their own m2; the rest of `m2` is the spread between batches."""
     mean_sum: Tensor
-    """(C,), sum of the batch means."""
+    """Sum of the batch means."""
     var_sum: Tensor
-    """(C,), sum of the unbiased within-batch variances."""
+    """Sum of the unbiased within-batch variances."""
     batches: Tensor
-    """() or (C,), with any data."""
+    """With any data."""
     varied: Tensor
-    """() or (C,), batches with at least two values per channel, which alone have an unbiased variance."""
+    """Batches with at least two values per channel, which alone have an unbiased variance."""
     samples: Tensor
-    """() or (C,)"""
 
     @classmethod
     def of(cls, mean: Tensor, var: Tensor, count: Tensor, samples: Tensor) -> Summary:
         """Sum up over batches: four tensors (batches, C), with a `count` of 0 where there was nothing or it is to be
         left out."""
         seen, varied = count > 0, count > 1
-        samples = samples * seen
         # A NaN would survive the weight 0 which a batch that is left out gets.
         mean, var = torch.where(seen, mean, 0.0), torch.where(seen, var, 0.0)
         total = count.sum(0)
         centre = (mean * count).sum(0) / total.clamp(min=1)
-        within = (var * count).sum(0)
+        squares = var * count
+        within = squares.sum(0)
         between = (torch.where(seen, mean - centre, 0.0).square() * count).sum(0)
-        unbiased = var * count / (count - 1).clamp(min=1)
+        unbiased = squares / (count - 1).clamp(min=1)
         return cls(
-            moments=Moments(total, centre, within + between),
-            within=within,
-            mean_sum=mean.sum(0),
-            var_sum=torch.where(varied, unbiased, 0.0).sum(0),
-            batches=seen.sum(0).to(count),
-            varied=varied.sum(0).to(count),
-            samples=samples.sum(0),
+            total,
+            centre,
+            within + between,
+            within,
+            mean.sum(0),
+            torch.where(varied, unbiased, 0.0).sum(0),
+            seen.sum(0).to(count),
+            varied.sum(0).to(count),
+            (samples * seen).sum(0),
         )
 
+    @classmethod
+    def of_nothing(cls, channels: int, device: torch.device) -> Summary:
+        """Return the summary of no batches, which merges into any other as it is."""
+        return cls(*torch.zeros(len(cls._fields), channels, dtype=torch.float64, device=device))
+
     def merge(self, other: Summary) -> Summary:
-        """Return the summary of both sets of batches: `moments` by Chan's formula, and the sums added up."""
-        merged = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in merged.items():
-            others = getattr(other, name)
-            merged[name] = value.merge(others) if isinstance(value, Moments) else value + others
-        return Summary(**merged)
+        """Return the summary of both sets of batches: the moments by Chan's formula, and the sums added up."""
+        merged = Moments(*self[:3]).merge(Moments(*other[:3]))
+        return Summary(merged.count, merged.mean, merged.m2, *map(torch.add, self[3:], other[3:]))
 
     def to(self, device: torch.device) -> Summary:
         """Return the summary on `device`."""
-        return self._each(lambda value: value.to(device))
-
-    def clone(self) -> Summary:
-        """Return the summary in memory of its own."""
-        return self._each(torch.clone)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Summary:
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        moments: Moments = parts.pop("moments")
-        changed = Moments(change(moments.count), change(moments.mean), change(moments.m2))
-        return Summary(moments=changed, **{name: change(value) for name, value in parts.items()})
+        return Summary(*(each.to(device) for each in self))
 
     def split(self, sizes: Sequence[int]) -> list[Summary]:
         """Return the summary of each layer, of those whose channels stand side by side."""
-        first = torch.tensor([0, *accumulate(sizes[:-1])], device=self.within.device)
-        each = {name: getattr(self, name).split(sizes) for name in ("within", "mean_sum", "var_sum")}
-        each |= {name: getattr(self, name)[first].unbind() for name in ("batches", "varied", "samples")}
-        moments = zip(
-            self.moments.count[first].unbind(),
-            self.moments.mean.split(sizes),
-            self.moments.m2.split(sizes),
-            strict=True,
-        )
-        return [
-            Summary(Moments(*parts), **dict(zip(each, values, strict=True)))
-            for parts, *values in zip(moments, *each.values(), strict=True)
-        ]
+        return [Summary(*parts) for parts in zip(*(each.split(sizes) for each in self), strict=True)]
 
     @classmethod
-    def side_by_side(cls, summaries: Sequence[Summary]) -> Summary:
-        """Return the one that `split` makes `summaries` of, each of one layer, on one device."""
-        widths = torch.tensor([len(each.within) for each in summaries])
-        layer = torch.arange(len(summaries)).repeat_interleave(widths)
-
-        def channels(values: list[Tensor]) -> Tensor:
-            return torch.stack(values)[layer] if values[0].dim() == 0 else torch.cat(values)
-
-        moments = zip(*((each.moments.count, each.moments.mean, each.moments.m2) for each in summaries), strict=True)
-        others = [each.name for each in fields(cls) if each.name != "moments"]
-        each = {name: channels([getattr(summary, name) for summary in summaries]) for name in others}
-        return cls(Moments(*(channels(list(values)) for values in moments)), **each)
+    def side_by_side(cls, summaries: Iterable[Summary]) -> Summary:
+        """Return the one that `split` makes `summaries` of."""
+        return cls(*map(torch.cat, zip(*summaries, strict=True)))
 
     def statistics(self, *, pooled: bool) -> tuple[Tensor, Tensor]:
         """Return mean and unbiased variance, (C,): of all the data together, or averaged over the batches."""
         if pooled:
-            return self.moments.mean, self.moments.variance(unbiased=True)
+            return self.mean, Moments(*self[:3]).variance(unbiased=True)
         return self.mean_sum / self.batches, self.var_sum / self.varied
 
     def relative_errors(self, eps: Tensor | float) -> Tensor:
         """Return the squared standard error of the mean in units of ``var + eps``, (C,); see `standard_error`."""
-        between = (self.moments.m2 - self.within).clamp(min=0)
-        squared = between / (self.moments.count * (self.batches - 1))
-        return squared / (self.moments.m2 / self.moments.count + eps)
+        between = (self.m2 - self.within).clamp(min=0)
+        squared = between / (self.values * (self.batches - 1))
+        return squared / (self.m2 / self.values + eps)
 
-    def standard_error(self, eps: float) -> Tensor:
+    def standard_error(self, eps: Tensor | float) -> Tensor:
         """Return the standard error of the mean in units of ``sqrt(var + eps)``, rms over channels: ().
 
         ``se**2 = sum(n_i * (m_i - m)**2) / (n * (k - 1))`` over the k batches of n_i values and mean m_i: from the
@@ -174,26 +142,31 @@ class Tally:
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device, pending: int | None) -> None:
-        self._sizes = list(sizes)
+        self.sizes = list(sizes)
         self._device = device
         # Where the device has no float64, the few numbers a batch go to the host, which has.
         self._home = device if wide_dtype(device) is torch.float64 else torch.device("cpu")
         # (C,), the layer of each channel.
-        self._layer = torch.repeat_interleave(torch.tensor(self._sizes)).to(self._home)
+        self._layer = torch.arange(len(sizes)).repeat_interleave(torch.tensor(self.sizes)).to(self._home)
         self._pending = pending
         self._blocks: list[Tensor] = []
         self._batches: dict[int, _Batch] = {}
-        self._folded: Summary | None = None
+        self._sums = Summary.of_nothing(sum(sizes), self._home)
         self._finite: list[tuple[list[int], Tensor]] = []
 
     def add(self, batch: int, place: int, row: BatchMoments) -> None:
         """Take in what the layer at `place` saw in one call in the batch number `batch`; calls in one batch count as
         one batch."""
-        if batch not in self._batches:
+        if (found := self._batches.get(batch)) is None:
             if len(self._batches) == self._pending:
                 self._fold()
-            self._batches[batch] = self._new_batch(len(self._batches))
-        self._batches[batch].add(place, row)
+            found = self._batches[batch] = self._new_batch(len(self._batches))
+        mean, var = found.means[place], found.vars[place]
+        if found.samples[place]:
+            row = BatchMoments(found.samples[place], found.values[place], mean, var).merge(row)
+        mean.copy_(row.mean)
+        var.copy_(row.var)
+        found.samples[place], found.values[place] = row.samples, row.values
 
     def _new_batch(self, number: int) -> _Batch:
         """Return memory for a row, off a block: small tensors kept between large ones break the heap up, and the model
@@ -202,13 +175,14 @@ class Tally:
         # not.
         with out_of_inference_mode():
             if number == _BLOCK * len(self._blocks):
-                shape = (_BLOCK, 2, sum(self._sizes))
+                shape = (_BLOCK, 2, sum(self.sizes))
                 self._blocks.append(torch.empty(shape, dtype=wide_dtype(self._device), device=self._device))
             row = self._blocks[number // _BLOCK][number % _BLOCK]
-            return _Batch(row, row[0].split(self._sizes), row[1].split(self._sizes), [(0, 0)] * len(self._sizes))
+            nothing = [0] * len(self.sizes)
+            return _Batch(row, row[0].split(self.sizes), row[1].split(self.sizes), [*nothing], [*nothing])
 
     def _fold(self) -> None:
-        self._folded, finite = self._summed_up()
+        self._sums, finite = self._summed_up()
         self._finite.append((list(self._batches), finite))
         self._batches = {}
 
@@ -216,72 +190,53 @@ class Tally:
         """Return the sums of all so far, and which of the pending batches were finite at every layer, (k,) bool."""
         batches = list(self._batches.values())
         mean, var = torch.stack([batch.row for batch in batches]).to(self._home).unbind(1)
-        numbers = torch.tensor(
-            [[*map(float, chain(*batch.numbers))] for batch in batches], dtype=torch.float64, device=self._home
-        )
-        samples, count = numbers.view(len(batches), -1, 2)[:, self._layer].unbind(2)
+        samples, count = self._numbers(chain.from_iterable((each.samples, each.values) for each in batches))
         good = var.isfinite() | (count == 0)
         finite = good.all(1)
         if not finite.all():
             count = torch.where(self._by_layer(good)[:, self._layer], count, 0.0)
-        latest = Summary.of(mean, var, count, samples)
-        return latest if self._folded is None else self._folded.merge(latest), finite
+        return self._sums.merge(Summary.of(mean, var, count, samples)), finite
+
+    def _numbers(self, numbers: Iterable[Sequence[int | Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return samples and values, (k, C) each, of two lists a batch with one number a layer."""
+        rows = torch.tensor([list(map(float, row)) for row in numbers], dtype=torch.float64, device=self._home)
+        by_channel = rows[:, self._layer]
+        return by_channel[::2], by_channel[1::2]
 
     def _by_layer(self, good: Tensor) -> Tensor:
         """Return whether all channels are good, (k, L): one that is not finite spoils its layer's batch, and no other
         layer's."""
-        bad = torch.zeros(len(good), len(self._sizes), dtype=torch.float64, device=self._home)
+        bad = torch.zeros(len(good), len(self.sizes), dtype=torch.float64, device=self._home)
         return bad.index_add_(1, self._layer, (~good).to(bad)) == 0
 
-    def summary(self) -> Summary | None:
-        """Return what all layers have seen so far side by side, None if none of them has seen anything."""
-        return self._summed_up()[0] if self._batches else self._folded
+    def summary(self) -> Summary:
+        """Return what all layers have seen so far, side by side."""
+        return self._summed_up()[0] if self._batches else self._sums
 
     def summary_of(self, place: int) -> Summary | None:
         """Return what the layer at `place` has seen of the pending batches, None if nothing."""
-        ran = [batch for batch in self._batches.values() if batch.numbers[place][0]]
-        found = [(batch.means[place], batch.vars[place], *batch.numbers[place]) for batch in ran]
-        if not found:
+        ran = [batch for batch in self._batches.values() if batch.samples[place]]
+        if not ran:
             return None
-        means, variances, images, values = zip(*found, strict=True)
-        mean, var = torch.stack(means).to(self._home), torch.stack(variances).to(self._home)
-        samples, count = (
-            torch.tensor([[float(n)] for n in each], dtype=torch.float64, device=self._home)
-            for each in (images, values)
-        )
+        mean = torch.stack([batch.means[place] for batch in ran]).to(self._home)
+        var = torch.stack([batch.vars[place] for batch in ran]).to(self._home)
+        numbers = [[float(batch.samples[place]), float(batch.values[place])] for batch in ran]
+        samples, count = torch.tensor(numbers, dtype=torch.float64, device=self._home).unsqueeze(1).unbind(2)
         count = torch.where(var.isfinite().all(1, keepdim=True), count, 0.0)
-        (alone,) = Summary.of(mean, var, count.expand_as(var), samples.expand_as(var)).split([self._sizes[place]])
-        return alone
+        return Summary.of(mean, var, count.expand_as(var), samples.expand_as(var))
 
-    def close(self) -> tuple[list[Summary | None], set[int]]:
-        """Return what each layer has seen, on the CPU, and the numbers of the batches that some layer left out as not
-        finite."""
+    def close(self) -> tuple[Summary, set[int]]:
+        """Return what all layers have seen, side by side on the CPU, and the numbers of the batches that some layer
+        left out as not finite."""
         if self._batches:
             self._fold()
-        skipped = {
-            batch
-            for batches, finite in self._finite
-            for batch, good in zip(batches, finite.tolist(), strict=True)
-            if not good
-        }
-        if self._folded is None:
-            return [None] * len(self._sizes), skipped
-        return list(self._folded.to(torch.device("cpu")).split(self._sizes)), skipped
+        rows = (zip(batches, finite.tolist(), strict=True) for batches, finite in self._finite)
+        return self._sums.to(torch.device("cpu")), {batch for row in rows for batch, good in row if not good}
 
 
 class _Batch(NamedTuple):
     row: Tensor  # (2, C of all layers): means and biased variances
     means: tuple[Tensor, ...]  # views into it, one a layer
     vars: tuple[Tensor, ...]
-    numbers: list[
-        tuple[int, int | Tensor]
-    ]  # samples and values per channel, one pair a layer; zeros where it did not run
-
-    def add(self, place: int, row: BatchMoments) -> None:
-        mean, var = self.means[place], self.vars[place]
-        samples, values = self.numbers[place]
-        if samples:
-            row = BatchMoments(samples, values, mean, var).merge(row)
-        mean.copy_(row.mean)
-        var.copy_(row.var)
-        self.numbers[place] = (row.samples, row.values)
+    samples: list[int]  # one a layer, as of what follows; zero where it did not run
+    values: list[int | Tensor]  # per channel
