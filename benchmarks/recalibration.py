@@ -5,8 +5,9 @@ All variants are timed in turn, round after round, in this one run; printed are 
 bare train-mode loop. Accuracy is that of the statistics against one float64 batch of all the data, class-sorted as it
 comes: worst channel of the first batch norm and of all. Peak memory is what a process of its own adds to its resident
 set for one pass (Linux alone). A second table has short passes over small images, where what is the same for any data
-counts most; it gives the process's own time. The last two tables show what `tolerance` saves on trained networks; the
-smaller the network, the more of the time goes into what is the same for any data.
+counts most; it gives the process's own time. A third one has four times the layers. The last two tables show what
+`tolerance` saves on trained networks; the smaller the network, the more of the time goes into what is the same for any
+data.
 """
 
 from __future__ import annotations
@@ -189,6 +190,22 @@ def compare_short_passes(rounds: int) -> None:
     print_table(["", "batches", "recalibrate's time of fvcore's", "asked"], rows)
 
 
+def deep(layers: int) -> nn.Module:
+    blocks = [nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10), nn.ReLU()) for _ in range(layers)]
+    return nn.Sequential(*blocks)
+
+
+def compare_growth(rounds: int, few: int = 400, many: int = 1600) -> None:
+    batches, names = list(torch.randn(2, 8, 10)), ("fvcore update_bn_stats", "recalibrate", "recalibrate, exact")
+    models = {layers: deep(layers) for layers in (few, many)}
+    rows = []
+    for name in names:
+        ways = {str(layers): lambda m=model, w=WAYS[name]: w(m.train(), batches) for layers, model in models.items()}
+        rows.append([name, f"{ratios(ways, rounds, time.process_time)[str(many)]:.2f}", f"{many / few:.0f}"])
+    print(f"\n{many} layers of 10 channels, two batches of 8, {rounds} rounds\n")
+    print_table(["", f"time, of that of {few} layers", "times as many layers"], rows)
+
+
 def compare_tolerance(title: str, make: Callable[[], nn.Module], enlarge: bool, seeds: int, rounds: int) -> None:
     rows = []
     for seed in range(seeds):
@@ -265,6 +282,7 @@ def main() -> None:
     options = parser.parse_args()
     compare_ways(options.images, options.batch_size, options.rounds)
     compare_short_passes(3 * options.rounds)
+    compare_growth(options.rounds)
     compare_tolerance("ResNet-20 on 3x32x32", resnet20, True, options.seeds, options.rounds)
     compare_tolerance("The examples' ConvNet on 1x8x8", ConvNet, False, options.seeds, options.rounds)
 

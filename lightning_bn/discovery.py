@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from lightning_bn.torch_internals import modules_by_path
+from lightning_bn.torch_internals import buffers_of, modules_by_path
 
 # What torch names the module inside of one that it puts around it.
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -175,9 +175,10 @@ def find_unserved(model: nn.Module) -> list[UnservedNorm]:
         >>> [str(norm) for norm in find_unserved(nn.Sequential(nn.BatchNorm1d(8), ByType()))]
         ["1 (ByType): it is no subclass of torch's batch norm"]
     """
-    found = []
-    for path, module in model.named_modules():
-        reason = _why_unserved(module)
+    found, seen = [], set()
+    for path, module in modules_by_path(model).items():
+        reason = None if module in seen else _why_unserved(module)
+        seen.add(module)
         if reason is not None:
             held = dict(module.named_buffers(recurse=False))
             is_constant = not isinstance(module, _BatchNorm) and {"weight", "bias"} <= held.keys()
@@ -200,8 +201,9 @@ def unserved(model: nn.Module, *, constant: bool = False) -> str:
 def _why_unserved(module: nn.Module) -> str | None:
     if isinstance(module, _BatchNorm):
         return _why_not_per_channel(module)
-    names = [name for name, _ in module.named_buffers(recurse=False)]
-    if not any(name.endswith(_STATISTICS) for name in names) or isinstance(module, _InstanceNorm):
+    buffers = buffers_of(module)
+    statistics = [name for name in buffers if name.endswith(_STATISTICS) and buffers[name] is not None]
+    if not statistics or isinstance(module, _InstanceNorm):
         return None
     if getattr(type(module), "keeps_for_another", False):  # another set of a layer's
         return None

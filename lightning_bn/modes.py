@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,36 @@ def extra_pass() -> Iterator[None]:
 def is_extra_pass() -> bool:
     """Whether this thread is inside `extra_pass`."""
     return _passes.depth > 0
+
+
+@contextmanager
+def no_garbage_collected() -> Iterator[None]:
+    """Let Python not look for garbage inside, where thousands of objects are made and none is dropped: it would walk
+    all that the process holds, the more often the larger the model."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def old_objects_kept(collects: bool) -> Iterator[None]:
+    """Inside of `no_garbage_collected`, let Python look for garbage again if `collects`, but only among what is made
+    inside; nothing if somebody has frozen objects already, which can't be told from others."""
+    freezes = collects and not gc.get_freeze_count()
+    if collects:
+        gc.enable()
+    if freezes:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        gc.disable()
+        if freezes:
+            gc.unfreeze()
 
 
 @contextmanager

@@ -83,7 +83,13 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
     """Return ``list(model.modules())``; see `modules_by_path`."""
-    return list(dict.fromkeys(modules_by_path(model).values()))
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        if (module := waiting.pop()) is not None and module not in found:
+            found[module] = None
+            waiting += reversed([*children_of(module).values()])
+    return list(found)
 
 
 def all_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -208,23 +214,12 @@ def is_compiled(module: nn.Module) -> bool:
 def compiled_methods(module: nn.Module) -> dict[str, Any]:
     """Return by name what compiled code stands in the place of, in the attributes of `module`: its forward or call, or
     any method, as in the module of ``trainer.fit(torch.compile(module))``; see `is_compiled`."""
-    own = vars(module)
-    if FunctionType not in set(map(type, own.values())):
-        return {}
-    return {
-        name: value._torchdynamo_orig_callable
-        for name, value in own.items()
-        if type(value) is FunctionType and hasattr(value, "_torchdynamo_orig_callable")
-    }
-
-
-def in_compiled_call() -> bool:
-    """Tell whether torch's wrapper around compiled code is being executed, and keeps state on a stack meanwhile, as
-    torch 2.14 does; where it has no such stack, or calls the wrapper otherwise, the answer is False."""
-    frame = sys._getframe(1) if hasattr(torch._C, "_dynamo_save_local_dispatch_key_set") else None
-    while frame is not None and frame.f_code.co_name != "compile_wrapper":
-        frame = frame.f_back
-    return frame is not None
+    found = {}
+    if FunctionType in set(map(type, vars(module).values())):
+        for name, value in vars(module).items():
+            if type(value) is FunctionType and hasattr(value, "_torchdynamo_orig_callable"):
+                found[name] = value._torchdynamo_orig_callable
+    return found
 
 
 def kernel_moments(data: Tensor) -> tuple[Tensor, Tensor]:

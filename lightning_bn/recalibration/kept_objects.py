@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import gc
 import io
 import logging
 import queue
@@ -12,19 +11,20 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, compress, filterfalse, repeat
 from multiprocessing.shared_memory import SharedMemory
-from operator import is_, not_
+from operator import is_, is_not, not_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from lightning_bn.modes import no_garbage_collected
 from lightning_bn.recalibration.kept_tensors import KeptTensors
 from lightning_bn.recalibration.random_states import generator_keeper, is_generator
 from lightning_bn.recalibration.transaction import completely
@@ -50,6 +50,7 @@ _FRAMEWORKS = {"lightning", "pytorch_lightning", "lightning_fabric"}
 # they are.
 _HOOKS = frozenset(name for name in vars(nn.Module()) if "hook" in name)
 _OWN = ("_parameters", "_buffers", "_modules", *_HOOKS)
+_CONTAINERS = (dict, list, deque, set, tuple, frozenset)
 
 
 @contextmanager
@@ -76,9 +77,9 @@ def kept(**roots: object) -> Iterator[KeptTensors]:
     modules = [root for root in roots.values() if isinstance(root, nn.Module)]
     for each in chain.from_iterable(map(all_modules, modules)):
         buffers_of(each).values()  # those that are on their way from other ranks arrive, and the module has its own
-    with _no_garbage_collected():
+    with no_garbage_collected():
         objects = _Objects(roots.values())
-    if any(map(is_lazy, objects.tensors)):
+    if not {UninitializedBuffer, UninitializedParameter}.isdisjoint(map(type, objects.tensors)):
         for module in modules:
             _refuse_lazy(module)
     tensors = KeptTensors()
@@ -88,29 +89,16 @@ def kept(**roots: object) -> Iterator[KeptTensors]:
         tensors.restore()
 
     try:
-        with _no_garbage_collected():
+        with no_garbage_collected():
             tensors.exchange(objects.tensors, objects.arrays)
         yield tensors
     finally:
         completely(restore)
 
 
-@contextmanager
-def _no_garbage_collected() -> Iterator[None]:
-    """Let Python not look for garbage inside, where thousands of objects are made and none is dropped: it would walk
-    all that the process holds, the more often the larger the model."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def _refuse_lazy(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
-        if is_lazy(parameter):
+        if isinstance(parameter, UninitializedParameter):
             raise TypeError(
                 f"recalibrate(model, batches): model.{name} is lazy and has no values yet. Run a batch through the "
                 f"model first."
@@ -126,17 +114,31 @@ class _Objects:
     """
 
     def __init__(self, roots: Iterable[object]) -> None:
-        self.tensors: list[Tensor] = []
         self.arrays: list[int] = []
+        self._tensors: list[Tensor] = []
         self._undo: list[Callable[[], None]] = []
         self._empty: list[Any] = []
-        self._seen: dict[int, object] = {}
-        self._waiting: list[Any] = list(roots)
+        self._waiting = list(roots)
+        self._visits: dict[type, Callable[[Any], None]] = {}
+        seen: dict[int, object] = {}
         while self._waiting:
-            thing = self._waiting.pop()
-            if id(thing) not in self._seen:
-                self._seen[id(thing)] = thing
-                self._visit(thing)
+            things = self._variable(self._waiting)
+            new = dict(zip(map(id, things), things, strict=True))
+            for known in new.keys() & seen.keys():
+                del new[known]
+            seen |= new
+            self._waiting = []
+            for thing in new.values():
+                kind = type(thing)
+                if kind is tuple:  # the most frequent: sizes of kernels, strides
+                    self._waiting += thing
+                    continue
+                if kind not in self._visits:
+                    self._visits[kind] = self._visit_of(thing, kind)
+                self._visits[kind](thing)
+        # Those that FSDP 1 or DeepSpeed lends have attributes, as most have none.
+        self.tensors = list(filterfalse(vars, self._tensors))
+        self.tensors += [each for each in filter(vars, self._tensors) if not is_transient(each)]
 
     def restore(self) -> None:
         """Put everything back."""
@@ -145,30 +147,32 @@ class _Objects:
         for undo in self._undo:
             undo()
 
-    def _visit(self, thing: Any) -> None:
-        if type(thing) is tuple:  # the most frequent: sizes of kernels, strides
-            self._later(thing)
-        elif isinstance(thing, Tensor):
-            if not is_transient(thing):
-                self.tensors.append(thing)
-            if thing.is_leaf and thing.grad is not None:
-                self._waiting.append(thing.grad)
-        elif isinstance(thing, nn.Module):
-            self._visit_module(thing)
-        elif isinstance(thing, (dict, list, deque, set, tuple, frozenset)):
-            self._visit_container(thing)
-        elif is_generator(thing):
-            self._undo.append(generator_keeper(thing))
-        elif _is_array(thing):
-            self.arrays.append(thing.__array_interface__["data"][0])
-            self._undo.append(partial(_restore_array, thing, thing.copy()))
-        elif not _is_left_alone(type(thing)):
-            self._visit_attributes(thing)
+    def _variable(self, things: list[Any]) -> list[Any]:
+        """Leave out what can't change; in C, since a module has some fifty of them."""
+        return list(compress(things, map(not_, map(_CONSTANTS.__contains__, map(type, things)))))
 
-    def _later(self, values: Iterable[Any]) -> None:
-        # In C: a module has some fifty of them.
-        values = list(values)
-        self._waiting += compress(values, map(not_, map(_CONSTANTS.__contains__, map(type, values))))
+    def _visit_of(self, thing: Any, kind: type) -> Callable[[Any], None]:
+        """Return how to visit things of the kind of this one."""
+        if isinstance(thing, Tensor):
+            return self._visit_tensor
+        if isinstance(thing, nn.Module):
+            return self._visit_module
+        if isinstance(thing, _CONTAINERS):
+            return self._visit_container
+        if is_generator(thing):
+            return lambda generator: self._undo.append(generator_keeper(generator))
+        if _is_array(thing):
+            return self._visit_array
+        return _leave_alone if _is_left_alone(kind) else self._visit_attributes
+
+    def _visit_tensor(self, tensor: Tensor) -> None:
+        self._tensors.append(tensor)
+        if tensor.is_leaf and tensor.grad is not None:
+            self._waiting.append(tensor.grad)
+
+    def _visit_array(self, array: Any) -> None:
+        self.arrays.append(array.__array_interface__["data"][0])
+        self._undo.append(partial(_restore_array, array, array.copy()))
 
     def _visit_module(self, module: nn.Module) -> None:
         attributes = vars(module)
@@ -180,25 +184,27 @@ class _Objects:
         if isinstance(module, torch.jit.ScriptModule):
             # Its attributes lie in C++; its training flag goes by the module's own setter.
             self._undo.append(partial(setattr, module, "training", module.training))
-            self._later((*module.parameters(), *module.buffers()))
+            self._waiting += (*module.parameters(), *module.buffers())
             return
         others = dict(attributes)
         own = list(map(others.pop, _OWN, repeat(None)))
-        self._later(others.values())
-        self._later(chain.from_iterable(members.values() for members in own[:3] if members))
+        self._waiting += others.values()
+        self._waiting += chain.from_iterable(map(dict.values, filter(None, own[:3])))
         self._empty += filterfalse(None, own)
         self._undo += [partial(_restore_dict, members, dict(members)) for members in filter(None, own)]
 
     def _visit_container(self, thing: Any) -> None:
-        if isinstance(thing, dict):
+        if isinstance(thing, (tuple, frozenset)):
+            self._waiting += thing
+        elif not thing:
+            self._empty.append(thing)
+        elif isinstance(thing, dict):
             self._undo.append(partial(_restore_dict, thing, dict(thing)))
-            self._later(thing.values())
+            self._waiting += thing.values()
         else:
-            if isinstance(thing, (list, deque)):
-                self._undo.append(partial(_restore_list, thing, list(thing)))
-            elif isinstance(thing, set):
-                self._undo.append(partial(_restore_set, thing, set(thing)))
-            self._later(thing)
+            before = set(thing) if isinstance(thing, set) else list(thing)
+            self._undo.append(partial(_restore_members, thing, before))
+            self._waiting += thing
         if type(thing).__module__ != "builtins":
             self._visit_attributes(thing)
 
@@ -206,7 +212,11 @@ class _Objects:
         own = getattr(thing, "__dict__", None)
         if own and not any(isinstance(value, _SHARED) for value in own.values() if type(value) not in _CONSTANTS):
             self._undo.append(partial(_restore_dict, own, dict(own)))
-            self._later(own.values())
+            self._waiting += own.values()
+
+
+def _leave_alone(thing: object) -> None:
+    pass
 
 
 class _Sources(_Objects):
@@ -218,28 +228,35 @@ class _Sources(_Objects):
 
     shared = False
 
-    def _later(self, values: Iterable[Any]) -> None:
-        values = list(values)
-        super()._later(values)
+    def _variable(self, things: list[Any]) -> list[Any]:
         # Of what a function closes over generators alone: the rest may be the model, whose new statistics stay.
-        cells = [cell for each in values if isinstance(each, types.FunctionType) for cell in each.__closure__ or ()]
-        super()._later(filter(is_generator, map(_content, cells)))
+        cells = [cell for each in things if isinstance(each, types.FunctionType) for cell in each.__closure__ or ()]
+        return [*super()._variable(things), *filter(is_generator, map(_content, cells))]
 
-    def _visit(self, thing: Any) -> None:
+    def _visit_of(self, thing: Any, kind: type) -> Callable[[Any], None]:
         if isinstance(thing, SharedMemory):
             self.shared = True
-        elif isinstance(thing, Tensor):
-            if thing.numel() <= _DATA:
-                self._undo.append(partial(_restore_tensor, thing, thing.detach().clone()))
-        elif isinstance(thing, DataLoader):
-            # A copy of it is iterated; these are what the two share.
-            self._later((thing.dataset, thing.sampler, thing.batch_sampler, thing.collate_fn, thing.generator))
-        elif isinstance(thing, (Dataset, Sampler)):
-            self._visit_attributes(thing)
-        elif not (isinstance(thing, (dict, list, deque, set, tuple, frozenset)) and len(thing) > _DATA) and not (
-            _is_array(thing) and thing.size > _DATA
-        ):
-            super()._visit(thing)
+        if isinstance(thing, DataLoader):
+            return self._visit_loader
+        if isinstance(thing, (Dataset, Sampler)):
+            return self._visit_attributes
+        return super()._visit_of(thing, kind)
+
+    def _visit_loader(self, loader: DataLoader[Any]) -> None:
+        # A copy of it is iterated; these are what the two share.
+        self._waiting += (loader.dataset, loader.sampler, loader.batch_sampler, loader.collate_fn, loader.generator)
+
+    def _visit_tensor(self, tensor: Tensor) -> None:
+        if tensor.numel() <= _DATA:
+            self._undo.append(partial(_restore_tensor, tensor, tensor.detach().clone()))
+
+    def _visit_container(self, thing: Any) -> None:
+        if len(thing) <= _DATA:
+            super()._visit_container(thing)
+
+    def _visit_array(self, array: Any) -> None:
+        if array.size <= _DATA:
+            super()._visit_array(array)
 
 
 @contextmanager
@@ -283,33 +300,22 @@ def _is_array(thing: object) -> bool:
 
 
 def _restore_dict(members: dict[Any, Any], before: dict[Any, Any]) -> None:
-    if (
-        len(members) == len(before)
-        and all(map(is_, members.values(), before.values()))
-        and all(map(is_, members, before))
-    ):
-        return
-    if type(members) is dict:
-        members.clear()
-        members.update(before)
-        return
     # A subclass may have a say in what is set, and must not here; but an ordered one keeps its order beside what a
     # plain one holds.
     kind = OrderedDict if isinstance(members, OrderedDict) else dict
-    kind.clear(members)
-    for key, value in before.items():
-        kind.__setitem__(members, key, value)
+    changed: Iterable[Any] = before
+    if len(members) != len(before) or not all(map(is_, members, before)):
+        kind.clear(members)
+    else:
+        changed = compress(before, map(is_not, members.values(), before.values()))
+    for key in changed:
+        kind.__setitem__(members, key, before[key])
 
 
-def _restore_list(members: Any, before: list[Any]) -> None:
+def _restore_members(members: Any, before: Collection[Any]) -> None:
     if len(members) != len(before) or not all(map(is_, members, before)):
         members.clear()
-        members.extend(before)
-
-
-def _restore_set(members: set[Any], before: set[Any]) -> None:
-    members.clear()
-    members.update(before)
+        getattr(members, "update" if isinstance(members, set) else "extend")(before)
 
 
 def _restore_tensor(tensor: Tensor, before: Tensor) -> None:

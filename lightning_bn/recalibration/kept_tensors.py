@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from itertools import chain
-from operator import attrgetter
+from itertools import chain, compress, count
+from operator import attrgetter, is_not, ne
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from lightning_bn.recalibration.storages import StorageReference, address, is_la
 _left: list[Tensor] = []
 
 _PLAIN = (Tensor, Parameter, torch.nn.Buffer)
-_SHAPE = attrgetter("shape")
+_SHAPE, _IS_LEAF, _LEARNS, _GRADIENT = map(attrgetter, ("shape", "is_leaf", "requires_grad", "grad"))
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -41,7 +41,9 @@ class KeptTensors:
         self._copied: list[_Copied] = []
         self._watched: list[Tensor] = []  # parameters on lazy copies, with the memory that is their own
         self._unwritten: list[object] = []
-        self._gradients: list[tuple[Tensor, bool, Tensor | None]] = []
+        self._leaves: list[Tensor] = []
+        self._learning: list[bool] = []
+        self._gradients: list[Tensor | None] = []
 
     def exchange(self, tensors: Iterable[Tensor], arrays: Sequence[int] = ()) -> None:
         """Give `tensors`, each once, the memory to work on.
@@ -50,11 +52,12 @@ class KeptTensors:
             tensors: those to keep.
             arrays: where the memory of each of numpy's arrays that may be written begins.
         """
+        tensors = list(tensors)
+        self._leaves = list(filter(_IS_LEAF, tensors))
+        self._learning, self._gradients = list(map(_LEARNS, self._leaves)), list(map(_GRADIENT, self._leaves))
         by_storage: dict[int, _Storage] = {}
         with out_of_inference_mode():
             for tensor in tensors:
-                if tensor.is_leaf:
-                    self._gradients.append((tensor, tensor.requires_grad, tensor.grad))
                 if tensor.is_meta:
                     continue
                 if not _is_plain(tensor) or tensor.is_inference():
@@ -64,16 +67,16 @@ class KeptTensors:
                 untyped = memory.untyped_storage()
                 if tensor.numel() and not untyped.nbytes():  # FSDP has freed it
                     continue
-                if untyped._cdata in by_storage:
-                    by_storage[untyped._cdata].members.append((tensor, memory))
-                else:
-                    by_storage[untyped._cdata] = _Storage(tensor, memory)
-                    self._storages.append(by_storage[untyped._cdata])
-            for storage in self._storages:
+                if (storage := by_storage.get(untyped._cdata)) is None:
+                    storage = by_storage[untyped._cdata] = _Storage(memory)
+                storage.add(tensor, memory)
+            for storage in by_storage.values():
+                self._storages.append(storage)  # before, so that an interrupt finds it
                 if (arrays and _holds_any(storage.members[0][1], arrays)) or not storage.exchange():
+                    self._storages.pop()
                     self._copied += [_Copied(tensor) for tensor, _ in storage.members]
-            self._storages = [storage for storage in self._storages if storage.original is not None]
-        self._watched = [each for storage in self._storages if storage.has_parameter for each in storage.tensors()]
+        with_parameters = [storage.members for storage in self._storages if storage.has_parameter]
+        self._watched = [*chain.from_iterable(chain.from_iterable(with_parameters))]
         self._unwritten = self._places()
 
     def restore_parameters(self) -> None:
@@ -98,11 +101,11 @@ class KeptTensors:
             storage.restore()
         for copied in self._copied:
             copied.restore()
-        for tensor, requires_grad, grad in self._gradients:
-            if tensor.requires_grad != requires_grad:
-                tensor.requires_grad_(requires_grad)
-            if tensor.grad is not grad:
-                tensor.grad = grad
+        # Most are as they were, which takes no Python to find out.
+        for place in compress(count(), map(ne, map(_LEARNS, self._leaves), self._learning)):
+            self._leaves[place].requires_grad_(self._learning[place])
+        for place in compress(count(), map(is_not, map(_GRADIENT, self._leaves), self._gradients)):
+            self._leaves[place].grad = self._gradients[place]
 
 
 class _Storage:
@@ -112,12 +115,13 @@ class _Storage:
     the storage itself stays where it is, for all who hold it.
     """
 
-    __slots__ = ("_address", "_alone", "_copy", "_given", "members", "original")
+    __slots__ = ("_address", "_alone", "_copy", "_given", "has_parameter", "members", "original")
 
-    def __init__(self, tensor: Tensor, memory: Tensor) -> None:
-        self.members = [(tensor, memory)]
+    def __init__(self, memory: Tensor) -> None:
+        self.members: list[tuple[Tensor, Tensor]] = []
         """Each tensor over the storage, and the same memory as no parameter: that stays when other memory is put under
         the tensor."""
+        self.has_parameter = False
         self._address = address(memory)
         self._alone = not is_lazy(memory)  # it may be the working copy of a block around this one
         # Copies are in attributes, and not in local variables, which the traceback of an interrupt would hold.
@@ -125,6 +129,11 @@ class _Storage:
         """A lazy copy, like the first tensor, that nobody writes into."""
         self._copy: Tensor | None = None
         self._given: list[StorageReference] = []
+
+    def add(self, tensor: Tensor, memory: Tensor) -> None:
+        """Take in one more tensor over the storage."""
+        self.members.append((tensor, memory))
+        self.has_parameter |= type(tensor) is Parameter
 
     def exchange(self) -> bool:
         """Let the tensors work on a new copy; return whether there is one."""
@@ -143,13 +152,6 @@ class _Storage:
             tensor.data = alike.set_(self._copy.untyped_storage(), *place)
         self._copy = None
         return True
-
-    @property
-    def has_parameter(self) -> bool:
-        return any(isinstance(tensor, Parameter) for tensor, _ in self.members)
-
-    def tensors(self) -> Iterable[Tensor]:
-        return chain.from_iterable(self.members)
 
     def is_written(self) -> bool:
         moved = self._address - address(self.members[0][1])  # other than 0 where others have written into the storage

@@ -19,7 +19,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from lightning_bn.recalibration.spilling import Spilling
-from lightning_bn.torch_internals import in_compiled_call
+from lightning_bn.recalibration.storages import in_compiled_call
 
 Stop = tuple[int, int]
 """Place of a layer, and how often the batch has stopped there before. Stops are gone on from in this order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer, unsaved_by_adapter
+from lightning_bn.modes import no_garbage_collected, old_objects_kept
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.recalibration.collection import OnePass, merged
 from lightning_bn.recalibration.feeding import Forward, all_else_kept, runner, with_the_weights_as_they_are
@@ -241,13 +243,16 @@ def _estimated(
 ) -> tuple[RecalibrationReport, list[StatisticsChange]]:
     """Let the data through the model, and return the report, and the changes to make; nothing is changed yet."""
     collection = _pass(model, chosen, ranks, estimator, options, sharded=sharded)
+    collects = gc.isenabled()
     with (
+        no_garbage_collected(),
         all_else_kept(model, batches) as tensors,
         measured([layer.module for layer in chosen], collection.on_input, one_by_one=not options.exact),
     ):
         try:
             once = run if options.exact else with_the_weights_as_they_are(run, tensors)
-            seen = collection.collect(second_loader(batches), once)
+            with old_objects_kept(collects):  # a forward may leave garbage
+                seen = collection.collect(second_loader(batches), once)
         except BaseException as error:
             # Other ranks of a sharded model wait in a forward, for parameters, and would take a word for these.
             if not sharded:
@@ -255,12 +260,13 @@ def _estimated(
             raise
         seen = merged(seen, ranks)
         changes = agreed_changes(chosen, ranks, estimator, seen)
+        reports = layer_reports(chosen, estimator.old, changes, seen.summary)
     made = [] if options.dry_run else [change for change in changes if change is not None]
     report = RecalibrationReport(
         batches=seen.batches,
         samples=seen.samples,
         skipped=seen.skipped,
-        layers=layer_reports(chosen, estimator.old, changes, seen.summary),
+        layers=reports,
         not_run=tuple(layer.name for layer, change in zip(chosen, changes, strict=True) if change is None),
         stopped_by=seen.stopped_by,
         num_batches=options.num_batches,

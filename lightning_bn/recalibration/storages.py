@@ -1,10 +1,11 @@
-"""Where the values of tensors lie, and who reads them: of storages torch makes little public.
+"""Where the values of tensors lie, who reads them, and whether compiled code calls: of that torch makes little public.
 
 Each function says why nothing public will do, and what it answers where the private part is gone.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,7 +20,8 @@ _is_cow_tensor = getattr(torch._C, "_is_cow_tensor", None)
 _DispatchMode = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDispatchMode", None)
 _weak_reference = getattr(torch.UntypedStorage, "_weak_ref", None)
 _free_weak_reference = getattr(torch.UntypedStorage, "_free_weak_ref", None)
-_HAS_ADDRESS = hasattr(torch._C, "_data_address")
+if None in (_weak_reference, getattr(torch._C, "_data_address", None)):
+    _lazy_clone = None  # with which the others belong
 
 address: Callable[[Tensor], int] = getattr(torch._C, "_data_address", Tensor.data_ptr)
 """Where the values of a tensor begin. The public ``data_ptr()`` counts as a write, and has a lazy copy made."""
@@ -36,9 +38,7 @@ def lazy_copy(tensor: Tensor) -> Tensor | None:
         numpy's, a file), and for storages of one number or none. These may be placeholders that a first batch resizes,
         as observers of a quantisation have; torch fails where a lazy copy is resized and then written.
     """
-    if _lazy_clone is None or _weak_reference is None or not _HAS_ADDRESS:
-        return None
-    if tensor.untyped_storage().nbytes() <= _PLACEHOLDER:
+    if _lazy_clone is None or tensor.untyped_storage().nbytes() <= _PLACEHOLDER:
         return None
     try:
         copy: Tensor = _lazy_clone(tensor)
@@ -100,3 +100,12 @@ def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
                 yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors_in(value)
+
+
+def in_compiled_call() -> bool:
+    """Tell whether torch's wrapper around compiled code is being executed, and keeps state on a stack meanwhile, as
+    torch 2.14 does; where it has no such stack, or calls the wrapper otherwise, the answer is False."""
+    frame = sys._getframe(1) if hasattr(torch._C, "_dynamo_save_local_dispatch_key_set") else None
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        frame = frame.f_back
+    return frame is not None
