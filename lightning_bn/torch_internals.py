@@ -204,22 +204,18 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Tell whether `module` or one below it was given to ``torch.compile``, or compiled in place.
-
-    torch has no public question for either; where these marks are gone, the answer is False.
-    """
+    """Tell whether `module` or one below it was given to ``torch.compile``, or compiled in place: torch has no public
+    question for either; where its marks are gone, the answer is False."""
     return any(map(compiled_methods, all_modules(module)))
 
 
 def compiled_methods(module: nn.Module) -> dict[str, Any]:
     """Return by name what compiled code stands in the place of, in the attributes of `module`: its forward or call, or
     any method, as in the module of ``trainer.fit(torch.compile(module))``; see `is_compiled`."""
-    found = {}
-    if FunctionType in set(map(type, vars(module).values())):
-        for name, value in vars(module).items():
-            if type(value) is FunctionType and hasattr(value, "_torchdynamo_orig_callable"):
-                found[name] = value._torchdynamo_orig_callable
-    return found
+    if FunctionType not in set(map(type, vars(module).values())):  # most have none
+        return {}
+    functions = ((name, value) for name, value in vars(module).items() if type(value) is FunctionType)
+    return {n: each._torchdynamo_orig_callable for n, each in functions if hasattr(each, "_torchdynamo_orig_callable")}
 
 
 def kernel_moments(data: Tensor) -> tuple[Tensor, Tensor]:
