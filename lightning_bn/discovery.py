@@ -201,9 +201,8 @@ def unserved(model: nn.Module, *, constant: bool = False) -> str:
 def _why_unserved(module: nn.Module) -> str | None:
     if isinstance(module, _BatchNorm):
         return _why_not_per_channel(module)
-    buffers = buffers_of(module)
-    statistics = [name for name in buffers if name.endswith(_STATISTICS) and buffers[name] is not None]
-    if not statistics or isinstance(module, _InstanceNorm):
+    names = [name for name, buffer in buffers_of(module).items() if buffer is not None]
+    if not any(name.endswith(_STATISTICS) for name in names) or isinstance(module, _InstanceNorm):
         return None
     if getattr(type(module), "keeps_for_another", False):  # another set of a layer's
         return None
