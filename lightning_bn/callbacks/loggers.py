@@ -79,7 +79,7 @@ def log_files(loggers: Iterable[Logger], files: Iterable[Path]) -> None:
 
 def keeps_files(loggers: Iterable[Logger]) -> bool:
     """Tell whether a logger keeps files with a run."""
-    return any(type(sink).files is not _Sink.files for logger in loggers for sink in _other_sinks(logger))
+    return any(sink.keeps_files for logger in loggers for sink in _other_sinks(logger))
 
 
 def sinks(loggers: Iterable[Logger], prefix: str) -> list[Sink]:
@@ -107,6 +107,8 @@ def _other_sinks(logger: Any) -> list[_Sink]:
 class _Sink:
     """A logger; what it has no place for the journal has."""
 
+    keeps_files = False
+
     def __init__(self, logger: Any) -> None:
         self.logger = logger
 
@@ -124,6 +126,8 @@ class _Sink:
 
 
 class _Wandb(_Sink):
+    keeps_files = True
+
     def text(self, tag: str, markdown: str, step: int) -> None:
         import wandb
 
@@ -141,6 +145,8 @@ class _Wandb(_Sink):
 
 
 class _MLFlow(_Sink):
+    keeps_files = True
+
     def image(self, tag: str, pixels: Pixels, step: int) -> None:
         self.logger.experiment.log_image(self.logger.run_id, pixels, key=tag, step=step)
 
@@ -153,6 +159,8 @@ class _MLFlow(_Sink):
 
 
 class _Comet(_Sink):
+    keeps_files = True
+
     def image(self, tag: str, pixels: Pixels, step: int) -> None:
         self.logger.experiment.log_image(pixels, name=tag, step=step)
 
@@ -179,6 +187,16 @@ class _Aim(_Sink):
         import aim
 
         self.logger.experiment.track(aim.Text(markdown), name=tag, step=step)
+
+    @property
+    def keeps_files(self) -> bool:  # type: ignore[override]  # where they lie is the run's, and may be named later
+        """Whether the run has a store for files: where that is to be, only the user knows."""
+        return self.logger.experiment.artifacts_uri is not None
+
+    def files(self, files: Sequence[Path]) -> None:
+        for file in files if self.keeps_files else ():
+            # A store on another machine has it when the call returns: the page's folder goes away then.
+            self.logger.experiment.log_artifact(str(file), f"lightning_bn/{file.name}", block=True)
 
 
 _SINKS = {

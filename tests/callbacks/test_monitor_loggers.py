@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,8 +81,36 @@ def test_mlflow_on_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert kept == {"batch_norm_report.html", "activation_stats.csv"}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_comet_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers, pictures, verdict, page and table are in the archive that ``comet upload`` sends."""
+    pytest.importorskip("comet_ml")
+    from lightning.pytorch.loggers import CometLogger
+
+    # CometLogger(online=False) of lightning 2.6.6 turns its experiment off.
+    monkeypatch.setenv("COMET_START_ONLINE", "false")
+    monkeypatch.setenv("COMET_LOGGING_CONSOLE", "ERROR")
+    logger = CometLogger(project="watched", offline_directory=str(tmp_path / "offline"))
+    monitor = watched(logger, tmp_path / "root")
+    logger.experiment.end()
+    (archive,) = (tmp_path / "offline").glob("*.zip")
+    with zipfile.ZipFile(archive) as file:
+        messages = [json.loads(line) for line in file.read("messages.json").splitlines()]
+        uploads = [each["payload"] for each in messages if each["type"] == "file_upload"]
+        told = [each for each in uploads if each["metadata"] == {"tag": "activations/layers"}]
+        assert any(monitor.verdict()[0] in file.read(each["file_path"]).decode() for each in told)
+        assets = {each["additional_params"]["fileName"]: each for each in uploads if each["upload_type"] == "asset"}
+        assert set(assets) == {"lightning_bn/batch_norm_report.html", "lightning_bn/activation_stats.csv"}
+        page = file.read(assets["lightning_bn/batch_norm_report.html"]["file_path"])
+    assert page.startswith(b"<!doctype html>")
+    drawn = {each["additional_params"].get("figName") for each in uploads}
+    assert {f"activations_map/{image_names()[name]}" for name in MAPS} <= drawn
+    numbers = {each["payload"]["metric"]["metricName"] for each in messages if each["type"] == "metric_msg"}
+    assert "activations/std/median" in numbers
+
+
 def test_comet() -> None:
-    """Comet, which needs an account, is called as its documentation says."""
+    """Comet is called as its documentation says."""
     calls: list[Any] = []
 
     class Experiment:
@@ -126,13 +156,14 @@ def test_swanlab_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.filterwarnings("ignore")
 def test_aim_on_files(tmp_path: Path) -> None:
     """Numbers, pictures and the verdict are read back from Aim's store, once its index is made: without ``aim up`` that
-    takes ``aim storage reindex``."""
+    takes ``aim storage reindex``. Page and table are artifacts, where the run has a store for these."""
     aim = pytest.importorskip("aim")
     from aim.pytorch_lightning import AimLogger
     from aim.storage.context import Context
 
     quiet = {"system_tracking_interval": None, "capture_terminal_logs": False, "log_system_params": False}
     logger = AimLogger(repo=str(tmp_path), experiment="watched", **quiet)
+    logger.experiment.set_artifacts_uri(f"file://{tmp_path}/artifacts")
     monitor = watched(logger, tmp_path / "root")
     number = logger.version
     logger.experiment.close()
@@ -144,6 +175,9 @@ def test_aim_on_files(tmp_path: Path) -> None:
     for name in MAPS:
         assert run.get_image_sequence(f"activations_map/{image_names()[name]}", everywhere) is not None, name
     assert "activations/std/median" in {metric.name for metric in run.metrics()}
+    assert set(run.artifacts) == {"lightning_bn/batch_norm_report.html", "lightning_bn/activation_stats.csv"}
+    page = Path(run.artifacts["lightning_bn/batch_norm_report.html"].download(str(tmp_path / "down")))
+    assert page.read_text().startswith("<!doctype html>")
 
 
 def test_aim(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,11 +186,13 @@ def test_aim(monkeypatch: pytest.MonkeyPatch) -> None:
         sys.modules, "aim", SimpleNamespace(Image=lambda it: ("image", it), Text=lambda it: ("text", it))
     )
     calls: list[Any] = []
-    experiment = SimpleNamespace(track=lambda value, **where: calls.append((value, where)))
+    experiment = SimpleNamespace(track=lambda value, **where: calls.append((value, where)), artifacts_uri=None)
     (sink,) = sinks([type("AimLogger", (), {"experiment": experiment})()], "activations")
     pixels = np.full((2, 3, 3), 255, dtype=np.uint8)
     sink.image("activations_map/01_std", pixels, 7)
     sink.text("activations/layers", "Healthy", 7)
+    assert not sink.keeps_files
+    sink.files([Path("report.html")])  # nowhere to put it
     assert calls == [
         (("image", pixels), {"name": "activations_map/01_std", "step": 7}),
         (("text", "Healthy"), {"name": "activations/layers", "step": 7}),
