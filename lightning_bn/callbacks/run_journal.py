@@ -95,7 +95,7 @@ class RunJournal:
         """Tell which batch-norm layers are in eval mode in a training step, where that has changed."""
         if self.journal.path is not None:
             asleep = [layer.name for layer in self._norms if not layer.module.training]
-            self.journal.write_changed("modes", "eval", asleep, step=logging_step(trainer))
+            self.journal.write_once("modes", by="eval", step=logging_step(trainer), eval=asleep)
 
     @guarded
     def write(self, trainer: Trainer, kind: str, **fields: Any) -> None:

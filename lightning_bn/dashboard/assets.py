@@ -11,11 +11,6 @@ INSTALL = "pip install 'lightning-bn[dashboard]'"
 """What to run where plotly is missing."""
 
 
-def modules() -> list[Path]:
-    """Return the JavaScript modules."""
-    return sorted(STATIC.glob("*.js"))
-
-
 def plotly_file() -> Path | None:
     """Return plotly.min.js of the installed package, which is not imported for it; None where there is none."""
     found = find_spec("plotly")

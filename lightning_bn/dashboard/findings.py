@@ -12,56 +12,63 @@ _LEVELS = {"error": 0, "warning": 1, "info": 2}
 def findings_of(journal: JournalReader) -> list[dict[str, Any]]:
     """Return what was found: each with ``source``, ``level``, ``title``, ``layers``, ``first``, ``last``, ``past``,
     ``text``, ``why``, ``fix``, ``link``, and ``follows``, the place in the list of the one that it follows from."""
-    places = layer_places(journal)
+    places = {name: place for place, name in enumerate(layer_names(journal))}
     found = [*_episodes(journal), *_guard(journal)]
-    # As the monitor sorts them: what comes first is the cause.
-    found.sort(
-        key=lambda each: (
-            each.pop("urgency")
-            or [each["first"], 0, 0, 1, min((places.get(n, 1 << 30) for n in each["layers"]), default=1 << 30)]
-        )
-    )
+
+    def urgency(each: dict[str, Any]) -> list[int]:
+        place = min((places.get(name, 1 << 30) for name in each["layers"]), default=1 << 30)
+        return each.pop("urgency") or [each["first"], 0, 0, 1, place]
+
+    found.sort(key=urgency)  # as the monitor sorts them: what comes first is the cause
     _group(found)
     return _by_level(found)
 
 
-def layer_places(journal: JournalReader) -> dict[str, int]:
-    """Return the place of each layer in forward order."""
+def layer_names(journal: JournalReader) -> list[str]:
+    """Return the layers in forward order; those that no sample has come last."""
     rows = [samples[-1].rows for samples in journal.samples.values() if samples]
     described = [each["name"] for each in journal.whole("layers").get("layers", [])]
-    return {name: place for place, name in enumerate(dict.fromkeys([*(n for r in rows for n in r), *described]))}
+    return list(dict.fromkeys([*(name for names in rows for name in names), *described]))
+
+
+def described_statistics(journal: JournalReader) -> dict[str, dict[str, Any]]:
+    """Return, by name, what the journal says of each statistic."""
+    return {each["name"]: each for each in journal.whole("statistics").get("statistics", [])}
+
+
+def layers_of(findings: list[dict[str, Any]]) -> tuple[set[str], set[str]]:
+    """Return the layers that are sick, and those that were and have recovered."""
+    episodes = [each for each in findings if each["source"] == "monitor"]
+    sick = {layer for each in episodes if not each["past"] for layer in each["layers"]}
+    return sick, {layer for each in episodes for layer in each["layers"]} - sick
 
 
 def _episodes(journal: JournalReader) -> list[dict[str, Any]]:
-    labels = {each["name"]: each for each in journal.whole("statistics").get("statistics", [])}
+    known = described_statistics(journal)
     newest = {
         (event.get("stage", "train"), event["layer"], event["statistic"], event["first"]): event
         for event in journal.events["episode"]
         if {"layer", "statistic", "first"} <= set(event)
     }
     end = journal.last_step()
-    return [_episode(event, labels.get(event["statistic"], {}), end) for event in newest.values()]
+    return [_episode(event, known.get(event["statistic"], {}), end) for event in newest.values()]
 
 
 def _episode(event: dict[str, Any], statistic: dict[str, Any], end: int) -> dict[str, Any]:
     past = bool(event.get("recovered"))
-    label = statistic.get("label", event["statistic"])
     return {
+        **{name: event.get(name) or statistic.get(name, "") for name in ("why", "fix", "link")},
         "source": "monitor",
         "code": event["statistic"],
         "statistic": event["statistic"],
         "stage": event.get("stage", "train"),
         "level": event.get("level", "warning"),
-        "title": event.get("title") or label,
+        "title": event.get("title") or statistic.get("label", event["statistic"]),
         "layers": [event["layer"]],
         "first": int(event["first"]),
         "last": int(event.get("last", event["first"])) if past else end,
         "past": past,
-        "peak": event.get("peak"),
         "text": _against_limit(event, statistic),
-        "why": event.get("why") or statistic.get("why", ""),
-        "fix": event.get("fix") or statistic.get("fix", ""),
-        "link": event.get("link") or statistic.get("link", ""),
         "cause": event.get("cause"),
         "urgency": event.get("urgency"),  # which older journals lack
         "rule": event.get("rule", ""),
@@ -88,21 +95,15 @@ def _number(value: float) -> str:
 def _guard(journal: JournalReader) -> list[dict[str, Any]]:
     return [
         {
+            **{name: event.get(name, "") for name in ("code", "stage", "title", "where", "why", "fix", "link")},
             "source": "guard",
-            "code": event.get("code", ""),
             "statistic": None,
-            "stage": event.get("stage", ""),
             "level": event.get("level", "warning"),
-            "title": event.get("title", ""),
             "layers": [str(name) for name in event.get("layers", [])],
-            "where": event.get("where", ""),
             "first": event["step"],
             "last": event["step"],
             "past": bool(event.get("mended")),
             "text": event.get("seen", ""),
-            "why": event.get("why", ""),
-            "fix": event.get("fix", ""),
-            "link": event.get("link", ""),
             "cause": event.get("follows"),
             "urgency": None,
             "rule": event.get("code", ""),
@@ -116,14 +117,8 @@ def _group(found: list[dict[str, Any]]) -> None:
     """Say of each finding which earlier one it follows from; one that nothing is known of stands by itself."""
     for place, each in enumerate(found):
         cause = each.pop("cause")
-        each["follows"] = next(
-            (
-                other
-                for other, earlier in enumerate(found[:place])
-                if cause is not None and earlier["follows"] is None and _is(earlier, cause)
-            ),
-            None,
-        )
+        heads = (other for other, earlier in enumerate(found[:place]) if earlier["follows"] is None)
+        each["follows"] = next((other for other in heads if _is(found[other], cause)), None)
 
 
 def _by_level(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -135,10 +130,6 @@ def _by_level(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _is(finding: dict[str, Any], cause: Any) -> bool:
     """A finding's cause is a rule's code; an episode's is the layer, statistic and first step of another."""
-    if isinstance(cause, str):
-        return bool(finding["code"] == cause)
-    return (
-        bool([finding["layers"][0], finding["statistic"], finding["first"]] == list(cause))
-        if finding["layers"]
-        else False
-    )
+    if isinstance(cause, list):
+        return [*finding["layers"][:1], finding["statistic"], finding["first"]] == cause
+    return bool(cause is not None and finding["code"] == cause)

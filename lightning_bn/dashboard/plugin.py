@@ -25,6 +25,7 @@ from lightning_bn.journal.reader import JournalReader
 _TYPES = {".js": "application/javascript", ".css": "text/css"}
 _PATIENCE = 0.2  # seconds that TensorBoard's list of tabs may wait for the first look at the log directory
 _DAY = 86_400
+_LOGGER = logging.getLogger("tensorboard")
 
 
 class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboard has no types
@@ -46,20 +47,13 @@ class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
 
     def get_plugin_apps(self) -> dict[str, Any]:
         """Return what answers each route."""
-        files = {f"/{path.name}": path for path in STATIC.iterdir() if path.suffix in _TYPES}
-        asked = {
-            "/data/runs": self._runs,
-            "/data/summaries": self._summaries,
-            "/data/run": self._run,
-            "/data/grid": self._grid,
-            "/data/layer": self._layer,
-            "/data/channels": self._channels,
+        asked = (self._runs, self._summaries, self._run, self._grid, self._layer, self._channels)
+        answers = {
+            **{f"/{path.name}": partial(_file, path) for path in STATIC.iterdir() if path.suffix in _TYPES},
+            **{f"/data/{answer.__name__[1:]}": answer for answer in asked},
+            "/plotly.min.js": _plotly,
         }
-        return {
-            **{route: _application(partial(_file, path)) for route, path in files.items()},
-            **{route: _application(partial(_json, answer)) for route, answer in asked.items()},
-            "/plotly.min.js": _application(_plotly),
-        }
+        return {route: _application(answer) for route, answer in answers.items()}
 
     def is_active(self) -> bool:
         """Return whether there is a journal, as far as is known: the log directory is searched in the background."""
@@ -81,7 +75,7 @@ class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
         try:
             self._found = bool(self._store.names())
         except Exception:
-            _logger().exception("The log directory can't be searched for journals")
+            _LOGGER.exception("The log directory can't be searched for journals")
 
     def _runs(self, request: Any) -> dict[str, Any]:
         return {"runs": self._store.names(), "searched": [root.path for root in self._roots], "file": FILE_NAME}
@@ -128,22 +122,19 @@ class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
 
 
 def _application(answer: Callable[[Any], Any]) -> Any:
-    """Return a WSGI application that contains whatever goes wrong in `answer`."""
+    """Return a WSGI application that answers with JSON, or the response itself, and contains whatever goes wrong."""
 
     def contained(request: Any) -> Any:
         try:
-            return answer(request)
+            found = answer(request)
+            return found if isinstance(found, wrappers.Response) else _respond(request, found, 200)
         except KeyError:
             return _respond(request, {"error": "There is no such run."}, 404)
         except Exception as error:
-            _logger().exception("The batch norm tab could not answer %s", request.path)
+            _LOGGER.exception("The batch norm tab could not answer %s", request.path)
             return _respond(request, {"error": f"{type(error).__name__}: {error}"}, 500)
 
     return wrappers.Request.application(contained)
-
-
-def _json(answer: Callable[[Any], Any], request: Any) -> Any:
-    return _respond(request, answer(request), 200)
 
 
 def _respond(request: Any, value: Any, code: int) -> Any:
@@ -164,7 +155,3 @@ def _plotly(request: Any) -> Any:
 @cache
 def _compressed(file: Path) -> bytes:
     return gzip.compress(file.read_bytes(), compresslevel=6)
-
-
-def _logger() -> logging.Logger:
-    return logging.getLogger("tensorboard")

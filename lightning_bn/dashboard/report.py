@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_bn.dashboard.assets import INSTALL, STATIC, modules, plotly_file
-from lightning_bn.dashboard.view import MAX_COLUMNS, grid_of, overview_of, summary_of
+from lightning_bn.dashboard.assets import INSTALL, STATIC, plotly_file
+from lightning_bn.dashboard.view import MAX_COLUMNS, grid_of, overview_of, summary_of, vectors_of
 from lightning_bn.journal.lines import FILE_NAME
 from lightning_bn.journal.reader import JournalReader
 
@@ -122,26 +122,16 @@ def _cells(readers: Mapping[str, JournalReader]) -> int:
 
 
 def _channels(reader: JournalReader) -> dict[str, Any]:
-    def plain(kind: str) -> list[dict[str, Any]]:
-        events = reader.events[kind]
-        kept = events[-12:] if kind == "channels" else events[:: max(1, len(events) // 60)]
-        return [
-            {
-                "stage": event.get("stage", "train"),
-                "step": event["step"],
-                "layers": {n: v if isinstance(v, dict) else {"counts": v} for n, v in event.get("layers", {}).items()},
-            }
-            for event in kept
-        ]
-
-    edges = reader.whole("statistics").get("histogram_edges", [])
-    return {"channels": plain("channels"), "histograms": plain("histograms"), "edges": edges}
+    """Return the newest vectors over the channels, and histograms from the whole run."""
+    found = vectors_of(reader)
+    every = max(1, len(found["histograms"]) // 60)
+    return {**found, "channels": found["channels"][-12:], "histograms": found["histograms"][::every]}
 
 
 def _imports() -> dict[str, str]:
     """Return the modules as data addresses, by the names that they import each other by in the file."""
     found = {}
-    for path in modules():
+    for path in sorted(STATIC.glob("*.js")):
         code = re.sub(r'(\bfrom |\bimport )"\./', r'\1"lightning_bn/', path.read_text(encoding="utf-8"))
         found[f"lightning_bn/{path.name}"] = f"data:text/javascript;base64,{base64.b64encode(code.encode()).decode()}"
     return found

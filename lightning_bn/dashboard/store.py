@@ -38,16 +38,12 @@ class OpenJournal:
         if size < self.size:
             self.reader, self.size = JournalReader(), 0
         if size > self.size:
-            self._read_from(self.size)
+            with _open(self.path) as file:
+                file.read(self.size) if is_remote(self.path) else file.seek(self.size)
+                while data := file.read(_BLOCK):
+                    self.size += len(data)
+                    self.reader.feed(data)
         self.changed = changed
-
-    def _read_from(self, start: int) -> None:
-        with _open(self.path) as file:
-            if start:
-                file.read(start) if is_remote(self.path) else file.seek(start)
-            while data := file.read(_BLOCK):
-                self.size += len(data)
-                self.reader.feed(data)
 
 
 class JournalStore:
@@ -113,8 +109,7 @@ def _size_and_time(path: str) -> tuple[int, float]:
     if is_remote(path):
         from tensorboard.compat import tf
 
-        size = int(tf.io.gfile.stat(path).length)
-        return size, 0.0
+        return int(tf.io.gfile.stat(path).length), 0.0
     status = os.stat(path)
     return status.st_size, status.st_mtime
 

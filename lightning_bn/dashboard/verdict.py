@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_bn.dashboard.findings import described_statistics, layers_of
 from lightning_bn.grids import Limits
 from lightning_bn.journal.reader import JournalReader
 
@@ -17,14 +18,13 @@ MEASURE = 'Trainer(callbacks=[CompareAverages({"window 20": Window(20)}, monitor
 def verdict_of(journal: JournalReader, findings: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the verdict as ``level`` (``"error"``, ``"warning"``, ``"past"``, ``"healthy"``, ``"unknown"``) and
     ``text``."""
-    episodes = [each for each in findings if each["source"] == "monitor"]
-    guard = [each for each in findings if each["source"] == "guard" and each["level"] != "info" and not each["past"]]
-    now = [each for each in episodes if not each["past"]]
-    sick = {layer for each in now for layer in each["layers"]}
-    recovered = {layer for each in episodes if each["past"] for layer in each["layers"]} - sick
+    now = [each for each in findings if not each["past"]]
+    guard = [each for each in now if each["source"] == "guard" and each["level"] != "info"]
+    sick, recovered = layers_of(findings)
     parts = []
     if sick:
-        parts.append(f"{_count(len(sick), 'layer')} sick since step {min(each['first'] for each in now):,}")
+        first = min(each["first"] for each in now if each["source"] == "monitor")
+        parts.append(f"{_count(len(sick), 'layer')} sick since step {first:,}")
     if recovered:
         parts.append(f"{_count(len(recovered), 'layer')} recovered" if not sick else f"{len(recovered)} recovered")
     if guard:
@@ -56,14 +56,12 @@ FARTHEST = 10.0
 def nearest_limit(journal: JournalReader) -> dict[str, Any] | None:
     """Return the layer that is nearest to a limit at the newest sample, and how much of the limit it has used."""
     best: dict[str, Any] | None = None
-    statistics = {each["name"]: each for each in journal.whole("statistics").get("statistics", [])}
+    statistics = described_statistics(journal)
     for stage, samples in journal.samples.items():
         for name in samples[-1].statistics if samples else ():
-            column = samples[-1].column(name)
-            if column is None:
+            if (column := samples[-1].column(name)) is None:
                 continue
-            values = column.values
-            used = _used(values, limits_of(statistics.get(name, {})))
+            used = _used(column.values, limits_of(statistics.get(name, {})))
             used[[*samples[-1].warming.get(name, ()), *samples[-1].layout.unjudged.get(name, ())]] = -1
             place = int(used.argmax()) if used.size else 0
             if used.size and used[place] > (best["used"] if best else 0):
@@ -72,7 +70,7 @@ def nearest_limit(journal: JournalReader) -> dict[str, Any] | None:
                     "statistic": name,
                     "label": statistics.get(name, {}).get("label", name),
                     "stage": stage,
-                    "value": float(f"{values[place]:.4g}"),
+                    "value": float(f"{column.values[place]:.4g}"),
                     "used": float(f"{used[place]:.3g}"),
                 }
     return best
@@ -101,25 +99,18 @@ def gap_of(journal: JournalReader) -> dict[str, Any]:
     if averages:
         metrics, monitor = averages[-1].get("metrics", {}), averages[-1].get("monitor")
         rows = {name: metrics.get(name, {}).get(monitor) for name in ("own", "recalibrated", "batch")}
-        return _gap(monitor, rows, "CompareAverages", averages[-1]["step"])
+        return _gap(monitor, rows, "CompareAverages")
     for event in reversed(recalibrations):
         if event.get("before") is not None:
             rows = {"own": event["before"], "recalibrated": event.get("after"), "batch": None}
-            return _gap(event.get("metric"), rows, "BatchNormRecalibration", event["step"])
-    return {"metric": None, "rows": {}, "gap": None, "how": MEASURE}
+            return _gap(event.get("metric"), rows, "BatchNormRecalibration")
+    return _gap(None, {}, "")
 
 
-def _gap(metric: Any, rows: dict[str, Any], source: str, step: int) -> dict[str, Any]:
+def _gap(metric: Any, rows: dict[str, Any], source: str) -> dict[str, Any]:
     known = [value for value in rows.values() if isinstance(value, (int, float))]  # recalibrated, else the batches'
     gap = known[0] - known[1] if len(known) > 1 and rows["own"] is not None else None
-    return {
-        "metric": metric,
-        "rows": rows,
-        "gap": gap,
-        "source": source,
-        "step": step,
-        "how": MEASURE,
-    }
+    return {"metric": metric, "rows": rows, "gap": gap, "source": source, "how": MEASURE}
 
 
 def _count(number: int, what: str) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bn.dashboard.findings import findings_of
+from lightning_bn.dashboard.findings import described_statistics, findings_of, layer_names, layers_of
 from lightning_bn.dashboard.verdict import gap_of, limits_of, nearest_limit, verdict_of
 from lightning_bn.grids import Grid, Limits
 from lightning_bn.journal.reader import JournalReader, grid_of_layers, grids_of_layer
@@ -30,20 +29,23 @@ def overview_of(journal: JournalReader, name: str, directory: str, changed: floa
         directory: in which the journal lies.
         changed: when the file was written last, in seconds since 1970.
     """
-    findings = findings_of(journal)
+    findings, ends = findings_of(journal), journal.events["end"]
     return {
-        **_state(journal, name, directory, changed),
+        "name": name,
+        "directory": directory,
+        "skipped": journal.skipped,
+        "changed": changed,
+        "status": ends[-1].get("status", "finished") if ends else None,
+        "step": journal.last_step(),
+        "samples": {stage: len(samples) for stage, samples in journal.samples.items() if samples},
         "layers": _layers(journal),
         "statistics": _statistics(journal, findings),
         "findings": findings,
         "verdict": verdict_of(journal, findings),
         "gap": gap_of(journal),
         "lanes": _lanes(journal),
-        "recalibrations": _plain(journal, "recalibration"),
+        "recalibrations": journal.events["recalibration"],
         "averages": _averages(journal),
-        "channels": {
-            stage: [e["step"] for e in journal.events["channels"] if e.get("stage") == stage] for stage in _STAGES
-        },
         "rules": {each["code"]: each.get("text", "") for each in journal.events["rule"] if "code" in each},
         "unseen": _unseen(journal),
         "notes": _notes(journal),
@@ -53,8 +55,7 @@ def overview_of(journal: JournalReader, name: str, directory: str, changed: floa
 def summary_of(journal: JournalReader, name: str, changed: float) -> dict[str, Any]:
     """Return a row of the table of runs: how bad it was, how many layers were sick, since when, and the gap."""
     findings = findings_of(journal)
-    episodes = [each for each in findings if each["source"] == "monitor"]
-    sick = {layer for each in episodes if not each["past"] for layer in each["layers"]}
+    sick, recovered = layers_of(findings)
     verdict = verdict_of(journal, findings)
     return {
         "name": name,
@@ -63,9 +64,9 @@ def summary_of(journal: JournalReader, name: str, changed: float) -> dict[str, A
         "verdict": verdict["text"],
         "step": journal.last_step(),
         "sick": len(sick),
-        "recovered": len({layer for each in episodes for layer in each["layers"]} - sick),
+        "recovered": len(recovered),
         "guard": sum(each["source"] == "guard" and each["level"] != "info" for each in findings),
-        "first": min((each["first"] for each in episodes), default=None),
+        "first": min((each["first"] for each in findings if each["source"] == "monitor"), default=None),
         "nearest": nearest_limit(journal),
         "gap": gap_of(journal)["gap"],
     }
@@ -85,13 +86,9 @@ def grid_of(
     if first is not None or last is not None:
         grid = grid.within(first if first is not None else 0, last if last is not None else 2**62)
     thin = grid.thinned(columns, _limits(journal).get(statistic, Limits()))
-    return {
-        "statistic": statistic,
-        "stage": stage,
-        **_plain_grid(thin),
-        "unjudged": _unjudged(journal, stage, statistic, thin.layers),
-        "rates": _rates(journal, stage, thin),
-    }
+    rates = {sample.step: next(iter(sample.rates.values()), None) for sample in journal.samples.get(stage, [])}
+    more = {"unjudged": _unjudged(journal, stage, statistic, thin.layers), "rates": [rates.get(s) for s in thin.first]}
+    return {"statistic": statistic, "stage": stage, **_plain_grid(thin), **more}
 
 
 def layer_of(journal: JournalReader, layer: str, *, columns: int = MAX_COLUMNS) -> dict[str, Any]:
@@ -101,79 +98,59 @@ def layer_of(journal: JournalReader, layer: str, *, columns: int = MAX_COLUMNS) 
     for stage, samples in journal.samples.items():
         for statistic, grid in grids_of_layer(samples, layer).items():
             plain = _plain_grid(grid.thinned(columns, limits.get(statistic, Limits())))
-            found.setdefault(statistic, {})[stage] = {
-                "steps": plain["first"],
-                "values": plain["values"][0],
-                "warming": plain["warming"][0],
-            }
+            of_layer = {"steps": plain["first"], "values": plain["values"][0], "warming": plain["warming"][0]}
+            found.setdefault(statistic, {})[stage] = of_layer
     return found
 
 
 def channels_of(journal: JournalReader, layer: str) -> dict[str, Any]:
     """Return the vectors over the channels of one layer and its histograms, by stage and step."""
-    found: dict[str, Any] = {}
+    vectors = vectors_of(journal)
+    for kind in ("channels", "histograms"):
+        vectors[kind] = [{**each, **each["layers"][layer]} for each in vectors[kind] if layer in each["layers"]]
+    return vectors
+
+
+def vectors_of(journal: JournalReader) -> dict[str, Any]:
+    """Return the same of all layers, by name below ``layers``."""
+    found: dict[str, Any] = {"edges": journal.whole("statistics").get("histogram_edges", [])}
     for kind in ("channels", "histograms"):
         found[kind] = [
-            {"stage": event.get("stage", "train"), "step": event["step"], **_member(event, layer)}
+            {
+                "stage": event.get("stage", "train"),
+                "step": event["step"],
+                "layers": {n: v if isinstance(v, dict) else {"counts": v} for n, v in event["layers"].items()},
+            }
             for event in journal.events[kind]
-            if layer in event.get("layers", {})
         ]
-    found["edges"] = journal.whole("statistics").get("histogram_edges", [])
     return found
-
-
-def _member(event: Mapping[str, Any], layer: str) -> dict[str, Any]:
-    member = event["layers"][layer]
-    return member if isinstance(member, dict) else {"counts": member}
-
-
-def _state(journal: JournalReader, name: str, directory: str, changed: float) -> dict[str, Any]:
-    starts, ends = journal.events["start"], journal.events["end"]
-    return {
-        "name": name,
-        "directory": directory,
-        "known": journal.version_is_known(),
-        "skipped": journal.skipped,
-        "started": starts[0].get("time") if starts else journal.whole("journal").get("time"),
-        "resumed": [each["step"] for each in starts if each.get("resumed")],
-        "changed": changed,
-        "status": ends[-1].get("status", "finished") if ends else None,
-        "step": journal.last_step(),
-        "epoch": max((samples[-1].epoch for samples in journal.samples.values() if samples), default=0),
-        "samples": {stage: len(samples) for stage, samples in journal.samples.items() if samples},
-    }
 
 
 def _layers(journal: JournalReader) -> list[dict[str, Any]]:
     """Return the layers in forward order, with what is known of each; those of the samples that no line describes
     too."""
     described = {each["name"]: each for each in journal.whole("layers").get("layers", [])}
-    newest = [samples[-1].rows for samples in journal.samples.values() if samples]
-    order = dict.fromkeys(name for rows in newest for name in rows) | dict.fromkeys(described)
     # A set of statistics, `bn@night`, a place where a module is called again, `relu#2`, and a width, `relu[64]`, are of
     # the same module.
-    return [{**described.get(name, described.get(_OF_MODULE.split(name)[0], {})), "name": name} for name in order]
+    return [
+        {**described.get(name, described.get(_OF_MODULE.split(name)[0], {})), "name": name}
+        for name in layer_names(journal)
+    ]
 
 
 def _statistics(journal: JournalReader, findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    known = {each["name"]: each for each in journal.whole("statistics").get("statistics", [])}
+    known = described_statistics(journal)
     stages: dict[str, list[str]] = {}
     for stage in _STAGES:
         samples = journal.samples.get(stage, [])
         for name in samples[-1].statistics if samples else ():
             stages.setdefault(name, []).append(stage)
-    episodes = [each for each in findings if each["source"] == "monitor"]
-    return [
-        {
-            "label": name,
-            **known.get(name, {}),
-            "name": name,
-            "stages": of,
-            "sick": len(sick := {n for e in episodes if e["statistic"] == name and not e["past"] for n in e["layers"]}),
-            "past": len({n for e in episodes if e["statistic"] == name for n in e["layers"]} - sick),
-        }
-        for name, of in stages.items()
-    ]
+    found = []
+    for name, of in stages.items():
+        sick, recovered = map(len, layers_of([each for each in findings if each["statistic"] == name]))
+        entry = {"label": name, **known.get(name, {}), "name": name, "stages": of, "sick": sick, "past": recovered}
+        found.append(entry)
+    return found
 
 
 def _lanes(journal: JournalReader) -> dict[str, Any]:
@@ -213,7 +190,6 @@ def _averages(journal: JournalReader) -> dict[str, Any] | None:
         "mode": events[-1].get("mode", "min"),
         "steps": [event["step"] for event in events],
         "values": {n: [event.get("metrics", {}).get(n, {}).get(monitor) for event in events] for n in names},
-        "last": events[-1].get("metrics", {}),
         "recommended": events[-1].get("recommended"),
         "advice": events[-1].get("advice"),
     }
@@ -238,28 +214,15 @@ def _notes(journal: JournalReader) -> list[str]:
     return notes
 
 
-def _plain(journal: JournalReader, kind: str) -> list[dict[str, Any]]:
-    return [{key: value for key, value in event.items() if key != "kind"} for event in journal.events[kind]]
-
-
 def _limits(journal: JournalReader) -> dict[str, Limits]:
-    return {each["name"]: limits_of(each) for each in journal.whole("statistics").get("statistics", [])}
+    return {name: limits_of(each) for name, each in described_statistics(journal).items()}
 
 
 def _unjudged(journal: JournalReader, stage: str, statistic: str, layers: tuple[str, ...]) -> list[int]:
     """Return the places of the layers for which the limits of a statistic do not hold."""
-    names = {
-        sample.rows[place]
-        for sample in journal.samples.get(stage, [])[-1:]
-        for place in sample.layout.unjudged.get(statistic, ())
-    }
+    newest = journal.samples.get(stage, [])[-1:]
+    names = {each.rows[place] for each in newest for place in each.layout.unjudged.get(statistic, ())}
     return [place for place, layer in enumerate(layers) if layer in names]
-
-
-def _rates(journal: JournalReader, stage: str, grid: Grid) -> list[float | None]:
-    """Return the first learning rate at each column."""
-    by_step = {sample.step: next(iter(sample.rates.values()), None) for sample in journal.samples.get(stage, [])}
-    return [by_step.get(int(step)) for step in grid.first]
 
 
 def _plain_grid(grid: Grid) -> dict[str, Any]:

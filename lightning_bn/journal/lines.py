@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from itertools import compress, repeat
+from itertools import compress
 from typing import Any
 
 VERSION = 1
@@ -41,12 +42,11 @@ def encode_numbers(values: Iterable[float], has_value: Iterable[bool] | None = N
         >>> encode_numbers([1 / 3, 0.0, float("nan"), 2e-30], [True, False, True, True])
         '[0.33333,null,"nan",2e-30]'
     """
-    numbers, has = tuple(values), None if has_value is None else bytes(has_value)
-    shown = numbers if has is None else tuple(compress(numbers, has))
-    if math.isfinite(sum(shown)):
-        return _form(b"\1" * len(numbers) if has is None else has) % shown
-    pairs = zip(numbers, repeat(True) if has is None else has)  # noqa: B905
-    return "[" + ",".join([_number(value) if has else "null" for value, has in pairs]) + "]"
+    numbers = tuple(values)
+    has = b"\1" * len(numbers) if has_value is None else bytes(has_value)
+    shown = tuple(compress(numbers, has))
+    text = _form(has) % shown
+    return text if math.isfinite(sum(shown)) else _NO_NUMBER.sub(r'"\g<0>"', text)
 
 
 @lru_cache(maxsize=256)
@@ -55,6 +55,7 @@ def _form(has_value: bytes) -> str:
     return "[" + ",".join("%.5g" if has else "null" for has in has_value) + "]"
 
 
+_NO_NUMBER = re.compile("nan|-?inf")
 _NUMBER = (int, float)
 # What a reader relies on. A damaged byte may leave JSON of another form; such a line is passed over.
 _NEEDED: dict[str, tuple[str, ...]] = {
@@ -87,7 +88,7 @@ def decode(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: a kill cut it short, it is damaged, or it is not of this format.
     """
-    fields = json.loads(line, parse_constant=_refuse, parse_float=_finite)
+    fields = json.loads(line, parse_constant=_finite, parse_float=_finite)
     if not isinstance(fields, dict) or not isinstance(fields.get("kind"), str) or not _is_of_form(fields):
         raise ValueError(f"not a line of a journal: {line[:80]!r}")
     return fields
@@ -109,20 +110,12 @@ def _fits(fields: Any, types: Mapping[str, type | tuple[type, ...]]) -> bool:
     )
 
 
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not JSON")
-
-
 def _finite(text: str) -> float:
-    """Return a number; one beyond the largest becomes infinite, of which JSON has none."""
+    """Return a number; NaN and infinity are not JSON, nor is one beyond the largest, which would become infinite."""
     value = float(text)
     if math.isinf(value):
         raise ValueError(f"{text} is no number that was written")
     return value
-
-
-def _number(value: float) -> str:
-    return f"{value:.5g}" if math.isfinite(value) else f'"{value}"'
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,23 +31,18 @@ _Cells: TypeAlias = dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]]
 _WHOLE = ("journal", "statistics", "layers")
 
 
-@dataclass(frozen=True)
-class JournalRows:
-    """What the rows of samples are, which seldom changes."""
+class JournalRows(NamedTuple):
+    """What the rows of samples are, which seldom changes; by statistic, the rows for which its limits do not hold."""
 
     names: tuple[str, ...]
-    unjudged: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    """By statistic, the rows for which its limits do not hold."""
+    unjudged: Mapping[str, frozenset[int]]
 
 
-@dataclass(frozen=True)
-class JournalColumn:
-    """One statistic of all layers."""
+class JournalColumn(NamedTuple):
+    """One statistic of all layers, (R,): NaN where there is none, and in the rows `nans`, whose value was NaN."""
 
     values: NDArray[np.float32]
-    """(R,); NaN where there is none."""
     nans: tuple[int, ...] = ()
-    """The rows whose value was NaN."""
 
 
 @dataclass(eq=False)
@@ -197,20 +191,15 @@ class JournalReader:
 
 
 def _column(text: bytes, rows: int) -> JournalColumn | None:
-    try:
-        cells = json.loads(b"[" + text + b"]")
-        values = np.array(cells, dtype=np.float32)
-    except (TypeError, ValueError):
-        return None
-    nans = tuple(row for row, cell in enumerate(cells) if cell == "nan") if b'"nan"' in text else ()
-    # Of another shape where a damaged byte made text, or a comma.
-    return JournalColumn(values, nans) if values.shape == (rows,) else None
+    values = _numbers(text)
+    nans = tuple(row for row, cell in enumerate(text.split(b",")) if cell == b'"nan"') if b'"nan"' in text else ()
+    return JournalColumn(values, nans) if values.shape == (rows,) else None  # a damaged byte makes text, or a comma
 
 
 def _nameless(text: bytes) -> JournalRows:
     """Rows of a sample whose line of names is damaged: they have numbers, and the map is there."""
     first = text[text.find(b"[") + 1 : text.find(b"]")]
-    return JournalRows(tuple(f"row {number}" for number in range(1, 2 + first.count(b","))))
+    return JournalRows(tuple(f"row {number}" for number in range(1, 2 + first.count(b","))), {})
 
 
 def _columns_of(samples: Sequence[JournalSample], statistic: str) -> list[JournalColumn | None]:
@@ -262,9 +251,7 @@ def grid_of_layers(samples: Sequence[JournalSample], statistic: str) -> Grid:
 
 def grids_of_layer(samples: Sequence[JournalSample], layer: str) -> dict[str, Grid]:
     """Return, by statistic, the grid of one layer; the other layers' numbers are passed over."""
-    steps: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
-    values: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
-    warming: dict[str, list[NDArray[np.bool_]]] = defaultdict(list)
+    found: dict[str, list[tuple[NDArray[Any], ...]]] = defaultdict(list)
     for layout, block in _alike(samples):
         if layer not in layout.names:
             continue
@@ -274,14 +261,12 @@ def grids_of_layer(samples: Sequence[JournalSample], layer: str) -> dict[str, Gr
         own = np.array([sample.step for sample in block], dtype=np.int64)
         warm = [(at, sample.warming) for at, sample in enumerate(block) if sample.warming]
         for name, (places, numbers) in (_cells_one_by_one(texts, row, rows) if cells is None else cells).items():
-            steps[name].append(own[places])
-            values[name].append(numbers)
-            warming[name].append(np.isin(places, [at for at, by_name in warm if row in by_name.get(name, ())]))
+            warms = np.isin(places, [at for at, by_name in warm if row in by_name.get(name, ())])
+            found[name].append((own[places], numbers, warms))
     grids = {}
-    for name, parts in steps.items():
-        at, all_values = np.concatenate(parts), np.concatenate(values[name])[None]
-        warms = np.concatenate(warming[name])[None]
-        grids[name] = Grid((layer,), at, at, all_values, np.isnan(all_values), warms, len(at))
+    for name, parts in found.items():
+        steps, values, warming = map(np.concatenate, zip(*parts, strict=True))
+        grids[name] = Grid((layer,), steps, steps, values[None], np.isnan(values)[None], warming[None], len(steps))
     return grids
 
 
@@ -300,20 +285,18 @@ def _cells_of_row(texts: Sequence[bytes], row: int, rows: int) -> _Cells | None:
     All texts are read at once: where their commas and brackets are tells where the row's cells are.
     """
     names = _NAMES.findall(texts[0])
-    data = np.frombuffer(b",".join(texts) + b",", dtype=np.uint8)
-    flat = np.flatnonzero((data == ord(",")) | (data == ord("[")) | (data == ord("]")))
+    data = np.frombuffer(b",".join((b"", *texts, b"")), dtype=np.uint8)
+    flat = np.flatnonzero((data == ord(",")) | (data == ord("[")) | (data == ord("]")))[1:]
     shape = (len(texts), len(names), rows + 2)
     if not names or flat.size != math.prod(shape):
         return None
     marks = flat.reshape(shape)
-    # Each statistic is `"name":[cell,...,cell],`.
+    # Each statistic is `,"name":[cell,...,cell],`, of which the first comma is also the last one of that before.
     if np.any(data[marks] != np.frombuffer(b"[" + b"," * (rows - 1) + b"],", dtype=np.uint8)):
         return None
-    heads = np.concatenate(([0], marks[:, :, -1].ravel()[:-1] + 1)).reshape(shape[:2])
     for place, name in enumerate(names):
-        head = np.frombuffer(b'"' + name + b'":', dtype=np.uint8)
-        lengths = marks[:, place, 0] - heads[:, place]
-        if np.any(lengths != head.size) or np.any(data[heads[:, place, None] + np.arange(head.size)] != head):
+        head = np.frombuffer(b',"' + name + b'":', dtype=np.uint8)
+        if np.any(data[marks[:, place, :1] + np.arange(-head.size, 0)] != head):
             return None
     first, last = marks[:, :, row] + 1, marks[:, :, row + 1]
     kept = data[first] != ord("n")  # a null

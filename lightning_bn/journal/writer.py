@@ -42,8 +42,7 @@ class Journal:
     def __init__(self, directory: Path | None) -> None:
         self.path = None if directory is None else directory / FILE_NAME
         self._begun = False
-        self._told: dict[str, str] = {}
-        self._values: dict[str, Any] = {}
+        self._told: dict[str, Any] = {}
         self._head: dict[str, Any] = {}
         self._rows = ""
         self._channels = 0
@@ -51,25 +50,15 @@ class Journal:
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append a line of a kind that `docs/journal.md` tells of."""
-        if self.path is not None:
-            self._append(encode(kind, fields))
+        self._append(encode(kind, fields))
 
-    def write_once(self, kind: str, **fields: Any) -> None:
-        """Append a line unless the last one of its kind that came this way said the same: several callbacks see one
-        epoch."""
-        if self.path is None:
-            return
-        line = encode(kind, fields)
-        if self._told.get(kind) != line:
-            self._told[kind] = line
-            self._append(line)
-
-    def write_changed(self, kind: str, name: str, value: Any, **fields: Any) -> None:
-        """Append a line with `value` under `name` where it differs from that of the last line of its kind; at the start
-        it is as if that had been empty."""
-        if self.path is not None and self._values.get(kind, []) != value:
-            self._values[kind] = value
-            self.write(kind, **fields, **{name: value})
+    def write_once(self, kind: str, *, by: str = "", **fields: Any) -> None:
+        """Append a line unless the last one of its kind that came this way said the same (several callbacks see one
+        epoch), or the same under the name `by`: at the start it is as if that had been empty."""
+        told = fields[by] if by else fields
+        if self.path is not None and self._told.get(kind, []) != told:
+            self._told[kind] = told
+            self.write(kind, **fields)
 
     def write_sample(
         self,
@@ -137,7 +126,7 @@ class Journal:
 
     def forget(self) -> None:
         """Begin as in a new file: nothing was told, and no channels were kept."""
-        self._told, self._values, self._head, self._next_channels = {}, {}, {}, {}
+        self._told, self._head, self._next_channels = {}, {}, {}
 
     def _append(self, line: str) -> None:
         if self.path is None:
