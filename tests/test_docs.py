@@ -73,6 +73,7 @@ def test_the_first_program_of_the_readme_prints_what_stands_below(
     program, *others = BLOCK.findall(text)
     lines = printed(program, tmp_path)
     assert [line for line in shown.splitlines() if line and without_numbers(line) not in lines] == []
+    assert [line for line in lines if "BatchNorm" in line and line not in without_numbers(shown)] == []
     monkeypatch.chdir(tmp_path)
     for other in others:
         exec(compile(other, "README.md", "exec"), {"__name__": "__main__"})

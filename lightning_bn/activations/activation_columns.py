@@ -186,7 +186,7 @@ ACTIVATION_COLUMNS: tuple[Column, ...] = (
         "activation",
         lambda found: found.of_finite(found.total(found.dormant) / found.widths),
         are_functions,
-        label="share of channels that are dormant, next to 0 beside the others",
+        label="share of channels that are dormant (near 0 compared with the others)",
         scale=FRACTION,
         family="silence",
         high=MANY_DORMANT,

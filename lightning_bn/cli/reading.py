@@ -84,7 +84,11 @@ def _print_health(health: CheckpointHealth) -> None:
     for finding in health.findings:
         about = " ".join(part for part in (finding.rule, finding.layer) if part)
         print(f"{coloured(finding.level, finding.level)}: {about + ': ' if about else ''}{finding.text}")
-    print(f"{len(health.layers)} batch-norm layers, {len(health.findings)} findings." + "\n" * bool(health.layers))
+    counts = [
+        f"{len(each)} {what}{'s' * (len(each) != 1)}"
+        for each, what in ((health.layers, "batch-norm layer"), (health.findings, "finding"))
+    ]
+    print(f"{', '.join(counts)}." + "\n" * bool(health.layers))
     worst = {finding.layer: place for place, finding in reversed(list(enumerate(health.findings)))}
     layers = sorted(health.layers, key=lambda layer: worst.get(layer.name, len(worst) + len(health.findings)))
     header = (
