@@ -63,11 +63,11 @@ def meet(boundary: ErrorBoundary, ranks: Ranks, function: Callable[..., object],
 
 def begin_together(boundary: ErrorBoundary, ranks: Ranks, function: Callable[[], object]) -> None:
     """Call `function` within the boundary once all `ranks` have come here; on none, where the observer has failed on
-    one."""
+    one. Where it fails on one rank on the way, all know at the end."""
 
     def begin() -> None:
         ranks.share(None)
-        function()
+        ranks.each(function)
 
     meet(boundary, ranks, begin)
 

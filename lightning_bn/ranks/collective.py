@@ -133,7 +133,7 @@ class Ranks:
             raise
 
     def each(self, function: Callable[[], T]) -> T:
-        """Return what `function`, in which ranks do not meet, returns here, once it has ended on all of them.
+        """Return what `function` returns here, once it has ended on all ranks; where they meet in it, by `share`.
 
         Raises:
             RankError: it failed on another rank; on that one, its own error.

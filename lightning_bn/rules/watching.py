@@ -98,14 +98,11 @@ def watch(
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if is_seen(module):
-            batches.forward(args, kwargs)
-            batches.begin_evaluation(module)
+            batches.begin_call(module, args, kwargs)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if is_seen(module):
-            inspection.trace(output)
-            batches.watch_backward(output)
-            batches.end_evaluation()
+            batches.end_call(output)
 
     def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
@@ -139,45 +136,37 @@ class _Batches:
         self._inspection = inspection
         self._batches = self._steps = 0
         self._backward = False
-        self._stepped = False
         self._evaluated_at = -2  # a model that is evaluated before it is trained is judged too
         self._evaluates = False
 
-    def forward(self, args: Any, kwargs: Any) -> None:
-        """The model is called."""
-        known = self._stepped and self._inspection.observer.knows_input(args, kwargs)
+    def begin_call(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """The model is called; the statistics are judged by the first call of an evaluation."""
+        known = self._steps > 0 and self._inspection.observer.knows_input(args, kwargs)
         if self._backward and not known:
             self._next()
-        self._backward = False
+        self._backward = self._evaluates = False  # a call that raised has no end
+        if not model.training and not torch.is_grad_enabled():
+            since, self._evaluated_at = self._batches - self._evaluated_at, self._batches
+            # In each step there may be a call of a teacher, or for pseudo-labels.
+            if since > 1:
+                self._evaluates = True
+                self._inspection.begin_evaluating_call()
 
-    def begin_evaluation(self, model: nn.Module) -> None:
-        """Have the statistics judged by this call, if it is the first of an evaluation, and not of a training step, as
-        that of a teacher or for pseudo-labels."""
-        self._evaluates = False  # a call that raised has no end
-        if model.training or torch.is_grad_enabled():
-            return
-        since, self._evaluated_at = self._batches - self._evaluated_at, self._batches
-        if since > 1:
-            self._evaluates = True
-            self._inspection.begin_evaluating_call()
-
-    def end_evaluation(self) -> None:
+    def end_call(self, output: Any) -> None:
         """The call has ended."""
-        if self._evaluates:
-            self._evaluates = False
-            self._inspection.end_evaluating_call()
-
-    def watch_backward(self, output: Any) -> None:
-        """Remember when gradients flow through what the model returned."""
+        self._inspection.trace(output)
         first = next((each for each in nested_tensors(output) if each.requires_grad), None)
         if first is not None:
             first.register_hook(self._passed)
+        if self._evaluates:
+            self._evaluates = False
+            self._inspection.end_evaluating_call()
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer of torch's has stepped."""
         if isinstance(optimizer, LBFGS):
             self._inspection.setting = replace(self._inspection.setting, repeats=True)
-        self._steps, self._stepped, self._backward = self._steps + 1, True, False
+        self._steps, self._backward = self._steps + 1, False
         self._next()
 
     def _passed(self, gradient: Any) -> None:

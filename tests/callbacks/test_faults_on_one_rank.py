@@ -49,6 +49,7 @@ RECALIBRATION: dict[tuple[str, str], tuple[int, Any, str]] = {
     ("fit_end", "opens its batches"): (1, Sources, "recalibrated"),
     ("validation", "opens its batches"): (1, Sources, "recalibrated"),
     ("fit_end", "tells what it did"): (1, recalibration, "what_is_missing"),
+    ("validation", "tells what it did"): (1, recalibration, "what_is_missing"),
     ("fit_end", "looks for saved files"): (1, recalibration, "files_of"),
     ("fit_end", "reads the saved file"): (0, Path, "nothing"),
     ("fit_end", "writes the recalibrated copy"): (0, checkpoint_files, "write_atomically"),
