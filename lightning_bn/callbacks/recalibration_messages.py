@@ -183,10 +183,6 @@ def markdown(report: RecalibrationReport) -> str:
     rows = sorted(
         report.as_dict()["layers"], key=lambda row: -max(row["mean_shift_rms"] or 0, row["log_variance_ratio_rms"] or 0)
     )
-    cells = [[_cell(value) for value in row.values()] for row in rows]
+    cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
     header = [name.replace("_", " ") for name in rows[0]]
     return "\n".join([headline, "", *markdown_table(header, cells, left=2)])
-
-
-def _cell(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -76,7 +76,8 @@ def _block(words: Sequence[LastWords], trainer: Trainer) -> list[str]:
         lines = not_healthy(lines)
     path = journal_of(trainer).journal.path
     if path is not None and path.exists():
-        lines.append(f"The whole run, as a page: lightning-bn report {_short(path.parent)}{_missing()}")
+        missing = "" if plotly_file() is not None else f"  ({INSTALL})"
+        lines.append(f"The whole run, as a page: lightning-bn report {_short(path.parent)}{missing}")
     return lines
 
 
@@ -96,10 +97,6 @@ def _short(folder: Path) -> str:
     here = Path.cwd()
     text = str(folder.resolve().relative_to(here) if folder.resolve().is_relative_to(here) else folder)
     return f'"{text}"' if " " in text else text
-
-
-def _missing() -> str:
-    return "" if plotly_file() is not None else f"  ({INSTALL})"
 
 
 def say(lines: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.states import RunningStage
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bn.callbacks.batch_input import SizedBatches
@@ -69,19 +69,12 @@ def validate_once_more(trainer: Trainer, module: LightningModule) -> dict[str, T
         stack.enter_context(extra_pass())
         stack.enter_context(isolated(module, loader))
         stack.enter_context(kept(module=module))
-        stack.enter_context(_kept_broadcast(trainer.strategy.model))
+        # In the first forward after a training step a DDP model gives all ranks the buffers of the first, and notes in
+        # this flag that it has: that is left to the fit's own validation.
+        wrapped = [trainer.strategy.model] if isinstance(trainer.strategy.model, DistributedDataParallel) else []
+        stack.enter_context(kept_attribute(wrapped, "require_forward_param_sync"))
         stack.callback(loader.reset)  # ends the workers
         return validation_metrics(trainer, loader)
-
-
-@contextmanager
-def _kept_broadcast(model: nn.Module | None) -> Iterator[None]:
-    """Leave it to the fit's own validation to give all ranks the buffers of the first.
-
-    A DDP model does so in the first forward after a training step, and notes in this flag that it has.
-    """
-    with kept_attribute([model] if isinstance(model, DistributedDataParallel) else [], "require_forward_param_sync"):
-        yield
 
 
 @contextmanager

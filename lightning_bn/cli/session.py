@@ -350,13 +350,12 @@ def validate_checkpoint(options: Namespace) -> int:
         results["recalibrated"] = session.validate(statistics)
         results["batch statistics"] = session.validate({}, with_batches=True)
     if session.trainer.is_global_zero and options.json:
-        print_json({column: {name: _json(value) for name, value in row.items()} for column, row in results.items()})
+        plain = {  # JSON has no NaN
+            column: {name: value if math.isfinite(value) else None for name, value in row.items()}
+            for column, row in results.items()
+        }
+        print_json(plain)
     elif session.trainer.is_global_zero:
         rows = [(name, *(f"{row[name]:.4g}" for row in results.values())) for name in results["checkpoint"]]
         print_table(("metric", *results), rows)
     return OK
-
-
-def _json(value: float) -> Any:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None

@@ -184,7 +184,9 @@ class Replaced(Rule):
             before = at.setting.classes.get(layer.name)
             if before is None or not layer.synced or layer.name in averaged:
                 continue
-            if not _is_torchs(before) and not isinstance(layer.module, before):
+            # A SyncBatchNorm does all that torch's class does, and Lightning's stand-in for it.
+            is_torchs = before.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
+            if not is_torchs and not isinstance(layer.module, before):
                 classes.setdefault(before, []).append(layer.name)
         for before, names in classes.items():
             yield self._seen(names, f"{before.__name__} has become {{kind}}.", at)
@@ -192,11 +194,6 @@ class Replaced(Rule):
     def _seen(self, names: list[str], event: str, at: Moment) -> Seen:
         kinds = dict.fromkeys(layer.kind for layer in at.layers if layer.name in names)
         return Seen(names, event.format(kind=", ".join(kinds)))
-
-
-def _is_torchs(kind: type[nn.Module]) -> bool:
-    """Whether the class is torch's, or Lightning's stand-in for it: a SyncBatchNorm does all that it does."""
-    return kind.__module__.startswith(("torch.", "lightning.", "pytorch_lightning."))
 
 
 def _holds_idle_averaging(layer: _BatchNorm) -> bool:

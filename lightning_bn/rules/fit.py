@@ -162,7 +162,6 @@ class EvaluatedLayers:
 
     def __init__(self, layers: Sequence[BatchNormLayer], boundary: ErrorBoundary = UNBOUNDED) -> None:
         self._layers = layers
-        self._boundary = boundary
         self._sets = OtherSets(layer.module for layer in layers)
         self.running: dict[int, Tensor] = {}  # (3, C): running mean and variance, affine weight, in the first forward
         self._sums: dict[int, list[tuple[int, int, Tensor]]] = {}  # images, values of a channel in each, `batch_sums`

@@ -43,12 +43,9 @@ class Register:
         rules = [type(rule)() for code, rule in RULES.items() if code not in ignore]
         self._asked = {moment: [rule for rule in rules if hasattr(rule, moment)] for moment in MOMENTS}
         self._fix = set(fix)
-        self._severity: dict[str, dict[str, int]] = {code: {} for code in RULES}  # by rule and layer
-
-    @property
-    def mends(self) -> bool:
+        self.mends = bool(fix)
         """Whether anything is fixed at once."""
-        return bool(self._fix)
+        self._severity: dict[str, dict[str, int]] = {code: {} for code in RULES}  # by rule and layer
 
     def reported(self, code: str) -> Collection[str]:
         """Return the layers or modules that a rule has spoken of, and that stay as they are."""
