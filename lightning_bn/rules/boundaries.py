@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_bn.rules.finding import Fix
 from lightning_bn.rules.modes import as_recalibration
 from lightning_bn.rules.rule import Moment, Rule, Seen
-from lightning_bn.rules.versions import unsure, versions, writes
+from lightning_bn.rules.snapshots import unsure, versions, writes
 from lightning_bn.torch_internals import buffers_of, parameters_of
 
 

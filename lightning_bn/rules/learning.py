@@ -13,8 +13,7 @@ from lightning_bn.discovery import BatchNormLayer, NamedModules, is_inside
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.fixes import modules_of
 from lightning_bn.rules.observer import Observer
-from lightning_bn.rules.snapshots import StatisticsSnapshot
-from lightning_bn.rules.versions import versions
+from lightning_bn.rules.snapshots import StatisticsSnapshot, versions
 from lightning_bn.sharding import local_value
 from lightning_bn.torch_internals import parameters_of
 

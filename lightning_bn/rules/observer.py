@@ -18,7 +18,7 @@ from lightning_bn.discovery import Modes, NamedModules
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary, guarded
 from lightning_bn.layers.settlement import is_deferred
 from lightning_bn.rules.batch_pattern import BatchOutline, BatchPattern, ForwardRecord
-from lightning_bn.rules.versions import unsure, version, versions, writes
+from lightning_bn.rules.snapshots import unsure, version, versions, writes
 from lightning_bn.set_in_use import OtherSets
 from lightning_bn.torch_internals import (
     buffers_of,

@@ -17,8 +17,7 @@ from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import frozen_regions
 from lightning_bn.rules.modes import visits
 from lightning_bn.rules.rule import BatchRecord, Evaluation, Moment, Rule, Seen
-from lightning_bn.rules.snapshots import LayerValues, StatisticsSnapshot, Values, learned
-from lightning_bn.rules.versions import unsure
+from lightning_bn.rules.snapshots import LayerValues, StatisticsSnapshot, Values, learned, unsure
 
 DEAD_ZONE = 0.05
 """BN206: the relative distance from the truth at which 16-bit statistics may stop, ``finfo.eps / (2 * momentum)``."""
