@@ -29,10 +29,9 @@ from lightning_bn.callbacks.checkpoint_files import (
     write_recalibrated_copy,
 )
 from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
-from lightning_bn.callbacks.learning_layers import LearningLayers
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step, why_no_second_pass
 from lightning_bn.callbacks.observing import begin_together, boundary_of, check_logged, meeting, not_logged, observing
-from lightning_bn.callbacks.recalibrated_sets import Sources
+from lightning_bn.callbacks.recalibrated_sets import LearningLayers, Sources
 from lightning_bn.callbacks.recalibration_messages import (
     check_arguments,
     check_fit,

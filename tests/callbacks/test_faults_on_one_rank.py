@@ -22,9 +22,8 @@ from lightning_bn.activations.host_to_sample import SampleBuilder
 from lightning_bn.callbacks import checkpoint_files, recalibration
 from lightning_bn.callbacks.blindness import Blindness
 from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
-from lightning_bn.callbacks.learning_layers import LearningLayers
 from lightning_bn.callbacks.observing import boundary_of
-from lightning_bn.callbacks.recalibrated_sets import Sources
+from lightning_bn.callbacks.recalibrated_sets import LearningLayers, Sources
 from lightning_bn.comparison.followers import Followers
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.error_boundary import RERAISE
