@@ -172,8 +172,3 @@ class Ranks:
         with self.named("while the ranks were telling each other what they have"):
             dist.all_gather_object(answers, message, group=self.group)
         return answers
-
-
-def share(value: T) -> list[T]:
-    """Return the `value` of every rank of the default group, see `Ranks.share`."""
-    return Ranks().share(value)

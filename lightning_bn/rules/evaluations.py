@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.discovery import NamedModules
-from lightning_bn.ranks.collective import share
+from lightning_bn.ranks.collective import Ranks
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import RECALIBRATION
@@ -120,9 +120,13 @@ class RanksApart(Rule):
 
     def begin_evaluation(self, at: Moment) -> Iterator[Seen]:
         if at.setting.own_statistics:
-            values = StatisticsSnapshot(at.layers).values()
-            spread = _apart(share({index: (each.mean, each.var) for index, each in values.items()}))
-            if spread:
+            ranks = Ranks(task="ModeCheck")
+
+            def apart() -> dict[int, float]:
+                values = StatisticsSnapshot(at.layers).values()
+                return _apart(ranks.share({index: (each.mean, each.var) for index, each in values.items()}))
+
+            if spread := ranks.each(apart):
                 event = f"the running means of two ranks are up to {max(spread.values()):.2g} deviations apart."
                 yield Seen(at.named(spread), event)
 
