@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -234,6 +234,12 @@ def ancestors(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield name
+
+
+def listing(names: Sequence[str], shown: int = 3) -> str:
+    """Return `names` in words, the first few of many."""
+    words = [name or "the module itself" for name in names[:shown]]
+    return ", ".join(words) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def is_inside(name: str, top: str) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.episodes import STAGES
-from lightning_bn.discovery import find_unserved
+from lightning_bn.discovery import find_unserved, listing
 
 # Layers whose names a warning has room for.
 MAX_NAMED = 6
@@ -45,7 +43,8 @@ class Blindness:
         if found:
             rank_zero_warn(
                 "ActivationStatsMonitor can't read the running statistics of "
-                f"{_names([str(norm) for norm in found])}. layers={found[0].name!r} looks at the activations."
+                f"{listing([str(norm) for norm in found], MAX_NAMED)}. layers={found[0].name!r} looks at the "
+                "activations."
             )
         return {norm.name: norm.reason for norm in found}
 
@@ -64,17 +63,12 @@ class Blindness:
         told |= {*unseen, *left_out}
         if unseen:
             rank_zero_warn(
-                f"ActivationStatsMonitor sees nothing of {_names(unseen)} in {STAGES[stage]}: no forward called them "
-                "as modules. They are not part of this forward, or run inside compiled or scripted code that is not a "
-                "module of the model's."
+                f"ActivationStatsMonitor sees nothing of {listing(unseen, MAX_NAMED)} in {STAGES[stage]}: no forward "
+                "called them as modules. They are not part of this forward, or run inside compiled or scripted code "
+                "that is not a module of the model's."
             )
         if left_out:
             named = {reason: [name for name in left_out if left_out[name] == reason] for reason in left_out.values()}
-            found = "; ".join(f"{_names(names)} ({reason})" for reason, names in named.items())
+            found = "; ".join(f"{listing(names, MAX_NAMED)} ({reason})" for reason, names in named.items())
             rank_zero_warn(f"ActivationStatsMonitor leaves out what it can't read in {STAGES[stage]}: {found}.")
         return dict.fromkeys(unseen, _NOT_CALLED) | left_out
-
-
-def _names(names: Sequence[str]) -> str:
-    more = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -164,7 +164,7 @@ class ModeCheck(Callback):
         # Lightning puts a module in eval mode before any hook of a validation.
         self._modes = inspection.modes
         if is_overridden("on_validation_model_eval", pl_module):
-            inspection.anchor()  # the hook comes before any of a callback's
+            inspection.fit_test.anchor()  # the hook comes before any of a callback's
         self._batches += 1
         if self._batches % (self.every_n_steps or logging_interval(trainer) or 50) == 0:
             inspection.examine()
@@ -175,7 +175,7 @@ class ModeCheck(Callback):
         inspection.returned()
         inspection.examine()
         inspection.end_epoch()
-        inspection.anchor()
+        inspection.fit_test.anchor()
         self._report(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -189,7 +189,7 @@ class ModeCheck(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
         if not is_overridden("on_validation_model_eval", pl_module):
-            self._look().anchor()
+            self._look().fit_test.anchor()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)

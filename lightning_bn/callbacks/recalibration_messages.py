@@ -18,7 +18,7 @@ from lightning_bn.callbacks.both_lightnings import (
 from lightning_bn.callbacks.checkpoint_files import KINDS
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.loggers import log_markdown
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms, learning, unserved
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, learning, listing, unserved
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.tables import markdown_table
 
@@ -106,7 +106,7 @@ def what_was_repaired(report: RecalibrationReport, before: Sequence[Path], *, ot
         )
     if not before:
         return text
-    files = ", ".join(map(str, before[:4])) + (f" and {len(before) - 4} more" if len(before) > 4 else "")
+    files = listing([str(path) for path in before], 4)
     return (
         f"{text} Saved before that, with the old statistics: {files}. A copy of each with its own: lightning-bn "
         f"recalibrate --config CONFIG --ckpt_path {before[0]}; in the next fit, "

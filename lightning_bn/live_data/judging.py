@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.buffers import running_statistics
-from lightning_bn.discovery import BatchNormLayer, find_batch_norms
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms, listing
 from lightning_bn.live_data.report import DriftReport, LayerDeviation
 from lightning_bn.modes import eager, extra_pass, kept_attribute
 from lightning_bn.recalibration.feeding import Forward, runner
@@ -143,9 +143,9 @@ class Judge:
             self._known[layers] = Chance(layers, [self._spreads[layer] for layer in layers], self.alarm)
         found_out = self._known[layers].judged(list(judged.values()))
         if found_out is None:
-            moved = [self._layers[layer].name for layer in self._known[layers].moved()]
+            moved = [self._layers[layer].name or "the model" for layer in self._known[layers].moved()]
             raise ValueError(
-                f"{self._call}: the running statistics of {_listed(moved)} have moved since the spread was measured: "
+                f"{self._call}: the running statistics of {listing(moved)} have moved since the spread was measured: "
                 "drift is judged by recalibrated statistics alone. After the last training step call "
                 "recalibrate(model, batches, spread=True) again."
             )
@@ -183,11 +183,6 @@ def _no_spread(call: str, tracking: list[BatchNormLayer]) -> str:
 
 def _named(layer: BatchNormLayer) -> str:
     return layer.name or "(the model)"
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(name or "the model" for name in names[:3])
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 # A layer whose input is constant deviates by as much in all draws.

@@ -15,9 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 
-from lightning_bn.discovery import user_name
+from lightning_bn.discovery import listing, user_name
 from lightning_bn.rules.finding import Fix
-from lightning_bn.rules.fixes import listing
 from lightning_bn.rules.observer import Observer, nested_tensors
 from lightning_bn.rules.rule import Moment, Rule, Seen
 

@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.averaging import Averaging
-from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.discovery import BatchNormLayer, listing
 from lightning_bn.layers.batch_norm import AveragedBatchNorm
 from lightning_bn.layers.settlement import is_synchronised
 from lightning_bn.layers.subclasses import has_attached_averaging
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.finding import Fix, Level
-from lightning_bn.rules.fixes import each_of, group_norms, listing
+from lightning_bn.rules.fixes import each_of, group_norms
 from lightning_bn.rules.rule import BatchRecord, Moment, Rule, Seen
 
 OF_KERAS = 0.9

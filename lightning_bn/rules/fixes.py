@@ -156,12 +156,6 @@ def _groups(channels: int) -> int:
     return max((groups for groups in range(1, min(32, channels // 2) + 1) if channels % groups == 0), default=1)
 
 
-def listing(names: Sequence[str], shown: int = 3) -> str:
-    """Return `names` in words, the first few of many."""
-    words = [name or "the module itself" for name in names[:shown]]
-    return ", ".join(words) + (f" and {len(names) - shown} more" if len(names) > shown else "")
-
-
 def learns(module: nn.Module) -> bool:
     """Whether any parameter in the module requires grad."""
     return any(parameter.requires_grad for parameter in module.parameters())

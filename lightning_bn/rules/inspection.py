@@ -76,7 +76,7 @@ class Inspection:
     def _find_layers(self) -> None:
         """Begin anew what knows layers by their places."""
         self.observer = Observer(self.model, self._boundary)
-        self._fit = FitTest(self.observer)
+        self.fit_test = FitTest(self.observer)
         self._unseen = UnseenLayers(self.observer)
         self._copies = Copies(self.observer)
         self._after: Modes | None = None
@@ -89,7 +89,7 @@ class Inspection:
         is to come."""
         self.observer.attach(entries)
         self._adjacency = Adjacency(self.observer) if traces else None
-        self._unseen.begin(self._fit.batches)
+        self._unseen.begin(self.fit_test.batches)
         self._ask("begin", self._now)
 
     def renew(self, entries: Callable[[], Iterable[nn.Module]]) -> bool:
@@ -115,7 +115,7 @@ class Inspection:
     def close(self) -> None:
         """Remove every hook."""
         self.observer.close()
-        self._fit.close()
+        self.fit_test.close()
         if self._adjacency is not None:
             self._adjacency.close()
             self._adjacency = None
@@ -134,7 +134,7 @@ class Inspection:
         be frozen now."""
         self._judged = {}
         self.observer.watch_closely()
-        self._fit.begin_epoch()
+        self.fit_test.begin_epoch()
         self._ask("begin_epoch", self._now)
 
     def begin_batch(self, stage: str, step: int, index: int, batches: float | None = None) -> None:
@@ -150,12 +150,12 @@ class Inspection:
         if training:
             self._ask("begin_batch", self._now)
             self._copies.begin()
-            self._fit.begin_training()
+            self.fit_test.begin_training()
             self._copies.compare()
         else:
             self._evaluating = True
             if stage != "sanity_check":
-                self._fit.begin_batch(index, batches)
+                self.fit_test.begin_batch(index, batches)
         self.observer.begin(self.observer.snapshot() if training and self.modes_from == "start" else None)
 
     def end_batch(self) -> None:
@@ -163,13 +163,13 @@ class Inspection:
         if self.stage != "train":
             self.observer.end()
             self._judge()
-            self._fit.frozen = self._fixed()
-            self._fit.end_batch(self.index)
+            self.fit_test.frozen = self._fixed()
+            self.fit_test.end_batch(self.index)
             self.index = -1
             self.observer.begin()
             return
         self.observer.end_training_batch()
-        self._fit.end_training_batch(self.observer.forwards)
+        self.fit_test.end_training_batch(self.observer.forwards)
         self.trained = True
         self._look_for_export(self._after or self.observer.modes, f"before the end of batch {self.index}")
         after = self._after = self.observer.snapshot()
@@ -200,8 +200,8 @@ class Inspection:
         self._away, self._interrupted = modes, False
         self._ran.begin_evaluation()
         self._evaluating = False
-        self._fit.share = self.setting.share
-        self._fit.begin_evaluation()
+        self.fit_test.share = self.setting.share
+        self.fit_test.begin_evaluation()
         self._ask("begin_evaluation", self._now)
         self._judged.pop(stage, None)
         # Its hooks say nothing: what it wrote shows in a comparison alone.
@@ -223,30 +223,30 @@ class Inspection:
         if not sanity:
             evaluation.other_sets = self._ran.values_of_other_sets(self.observer)
             evaluation.copies = self._copies.stale(self._ran.only_evaluated) if self.trained else ()
-            self._fit.settle()
-            evaluation.fit = self._fit.result
-            if self._fit.layers is not None:
-                channels = self._fit.layers.vanishing()
+            self.fit_test.settle()
+            evaluation.fit = self.fit_test.result
+            if self.fit_test.layers is not None:
+                channels = self.fit_test.layers.vanishing()
                 evaluation.vanishing = {self.observer.layers[i].name: found for i, found in channels.items()}
             self._tell_fit(evaluation)
         self._ask("evaluation", evaluation)
-        self._fit.close()
+        self.fit_test.close()
         self._ask("end_batch", self._now)
 
     def begin_evaluating_call(self) -> None:
         """A call begins, in a loop of which stages are not known, that is the first of an evaluation."""
-        self._fit.alone = not Ranks(task=self.setting.caller).are_several
-        self._fit.frozen = self._fixed()
-        self._fit.begin_evaluation()
-        self._fit.begin_batch(0, 1)
+        self.fit_test.alone = not Ranks(task=self.setting.caller).are_several
+        self.fit_test.frozen = self._fixed()
+        self.fit_test.begin_evaluation()
+        self.fit_test.begin_batch(0, 1)
 
     def end_evaluating_call(self) -> None:
         """Judge by it whether the statistics fit; waits for the device."""
-        self._fit.end_batch(0)
+        self.fit_test.end_batch(0)
         at = self._evaluation()
-        at.stage, at.fit = "evaluation", self._fit.result
+        at.stage, at.fit = "evaluation", self.fit_test.result
         self._tell_fit(at)
-        self._fit.begin_evaluation()
+        self.fit_test.begin_evaluation()
 
     def finish(self) -> None:
         """End a loop of which stages and batches are not known: judge the forwards since the last step, and the
@@ -285,16 +285,12 @@ class Inspection:
         self._ask("exported", self._now, before, when)
         return True
 
-    def anchor(self) -> None:
-        """The weights are those that training has left: an exchange is told from them."""
-        self._fit.anchor()
-
     def left(self) -> None:
         """Look at what a fit leaves, when nobody will exchange weights any more; waits for the device."""
-        self._fit.frozen = self._fixed()
-        self._fit.share = self.setting.share
+        self.fit_test.frozen = self._fixed()
+        self.fit_test.share = self.setting.share
         at = self._evaluation()
-        at.fit = self._fit.after_training()
+        at.fit = self.fit_test.after_training()
         self._tell_fit(at)
         if self.trained:
             at.values = StatisticsSnapshot(self.observer.layers).values()
@@ -305,7 +301,7 @@ class Inspection:
         """Look at the values of the running statistics; waits for the device."""
         last, self._last_check = self._last_check, f"they were sound at step {self.step}"
         if self.trained and self._unseen.places:
-            self._ask("counts", self._batch(), *self._unseen.counted(self._fit.batches))
+            self._ask("counts", self._batch(), *self._unseen.counted(self.fit_test.batches))
         self._ask("examine", self._now)
         if self._register.ask_of_values(self._now, last):
             self._after = None

@@ -62,6 +62,8 @@ class Copies:
     """
 
     def __init__(self, observer: Observer) -> None:
+        self.held: set[int] = set()
+        """Indices of the layers that do not learn."""
         self.written: set[int] = set()
         """Indices of the layers whose weights were written while no optimizer held them."""
         self._observer = observer
@@ -70,11 +72,6 @@ class Copies:
         self._watched: list[tuple[int, int, Mapping[str, Tensor | None]]] = []  # index, version, parameters
         self._decided: set[int] = set()
         self._start: tuple[Tensor, StatisticsSnapshot] | None = None
-
-    @property
-    def held(self) -> set[int]:
-        """Indices of the layers that do not learn."""
-        return set(self._held)
 
     def begin(self) -> None:
         """Training begins: keep what weights and statistics are."""
@@ -92,7 +89,7 @@ class Copies:
 
     def hold(self, frozen: Iterable[int]) -> None:
         """From here on, the layers `frozen`, and no others, do not learn."""
-        frozen = set(frozen)
+        self.held = frozen = set(frozen)
         layers = self._observer.layers
         weights = versions([parameters_of(layer.module) for layer in layers], "weight")
         self._held = {index: self._held.get(index) or (weights[index], _sample(layers[index])) for index in frozen}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from lightning_bn.discovery import BatchNormLayer, ancestors
+from lightning_bn.discovery import BatchNormLayer, ancestors, listing
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.rules import RULES, Finding, Level, Rule
-from lightning_bn.rules.fixes import listing, modules_of
+from lightning_bn.rules.fixes import modules_of
 from lightning_bn.rules.rule import MOMENTS, Moment, Seen
 from lightning_bn.rules.snapshots import StatisticsSnapshot, waiting_sets
 
