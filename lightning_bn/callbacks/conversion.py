@@ -43,19 +43,6 @@ class ConvertBatchNorm(Callback):
         >>> from lightning.pytorch import Trainer
         >>> from lightning_bn import ConvertBatchNorm, Window
         >>> trainer = Trainer(callbacks=[ConvertBatchNorm(Window(20))], logger=False, enable_checkpointing=False)
-
-    In the config of a `LightningCLI`:
-
-    ```yaml
-    trainer:
-      callbacks:
-        - class_path: lightning_bn.ConvertBatchNorm
-          init_args:
-            averaging:
-              class_path: lightning_bn.Window
-              init_args:
-                size: 20
-    ```
     """
 
     __module__ = "lightning_bn"
