@@ -119,13 +119,16 @@ class BatchInput:
         failures: list[str] = []
         last: Exception | None = None
         for style in input_styles(module, batch):
-            try:
-                _try(trainer, module, style, batch)
-                return style
-            except Exception as error:  # a user's forward may raise anything; all of it is passed on below
-                how = " in eval mode" if style.call.startswith("training_step") else ""
-                failures.append(f"{style.call}{how} raised {type(error).__name__}: {error}")
-                last = error
+            # The batch is the fit's own, and the step is about to be run on it.
+            with kept(module=module, batch=batch):
+                try:
+                    module.eval()
+                    _run(trainer, module, style, batch)
+                    return style
+                except Exception as error:  # a user's forward may raise anything; all of it is passed on below
+                    how = " in eval mode" if style.call.startswith("training_step") else ""
+                    failures.append(f"{style.call}{how} raised {type(error).__name__}: {error}")
+                    last = error
         if not module.automatic_optimization:
             failures.append("training_step was not tried, since the module uses manual optimization")
         raise MisconfigurationException(
@@ -140,13 +143,6 @@ def _run(trainer: Trainer, module: LightningModule, style: InputStyle, batch: An
     # are kept in.
     with trainer.precision_plugin.forward_context():
         inside_wrapper(trainer, module, style.run, batch)
-
-
-def _try(trainer: Trainer, module: LightningModule, style: InputStyle, batch: Any) -> None:
-    # The batch is the fit's own, and the step is about to be run on it.
-    with kept(module=module, batch=batch):
-        module.eval()
-        _run(trainer, module, style, batch)
 
 
 def calls_of_parts(module: LightningModule, value: Callable[[str], str] = lambda _: "...") -> str | None:
@@ -171,7 +167,9 @@ def _another_style(trainer: Trainer, module: LightningModule, batch: Any) -> str
     def value(part: str) -> str:
         run = InputStyle(part, lambda module, batch: getattr(module, part)(batch[first] if is_parts else batch))
         try:
-            _try(trainer, module, run, batch)
+            with kept(module=module, batch=batch):
+                module.eval()
+                _run(trainer, module, run, batch)
         except Exception:  # a user's forward may raise anything; the message leaves the argument open
             return "..."
         return f"batch[{first!r}]" if is_parts else "batch"
