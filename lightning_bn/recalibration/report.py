@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -90,29 +90,11 @@ class RecalibrationReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the report as plain numbers, strings, lists and dicts; what is not finite is None, as JSON has no
         NaN."""
-        plain = {
-            name: getattr(self, name)
-            for name in (
-                "batches",
-                "samples",
-                "skipped",
-                "stopped_by",
-                "num_batches",
-                "tolerance",
-                "dry_run",
-                "spilled",
-                "spread_images",
-            )
-        }
-        layers = [{key: _finite_or_none(value) for key, value in asdict(layer).items()} for layer in self.layers]
-        return {
-            **plain,
-            "not_run": list(self.not_run),
-            "gone": list(self.gone),
-            "not_supported": list(self.not_supported),
-            "no_spread": list(self.no_spread),
-            "layers": layers,
-        }
+        found = {each.name: getattr(self, each.name) for each in fields(self) if not each.name.startswith("_")}
+        found["layers"] = [
+            {name: _finite_or_none(value) for name, value in asdict(each).items()} for each in self.layers
+        ]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     def plot(self, ax: Any = None) -> tuple[Any, Any]:
         """Draw how far each layer's statistics were off: rms over channels of the mean's shift, in standard deviations,

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,7 @@ from lightning_bn.recalibration.measuring import measured
 from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_reports
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.selection import Layers, choose, not_supported
-from lightning_bn.recalibration.spread_pass import check_whole, with_spread
+from lightning_bn.recalibration.spread_pass import with_spread
 from lightning_bn.recalibration.transaction import StatisticsChange, commit
 from lightning_bn.sharding import check_each_sees_its_own, check_not_distributed, is_sharded, unwrapped
 from lightning_bn.torch_internals import second_loader
@@ -147,17 +148,14 @@ def recalibrate(
     core = unwrapped(model)
     ranks = Ranks(process_group, task=_CALL, afterwards="The statistics of all ranks are as before.")
     with ranks.told():
-        options.check()
-        _check_batches(batches)
+        options.check(batches)
         chosen = choose(core, layers)
         check_not_distributed(chosen, _CALL)
         if process_group is None:
             check_each_sees_its_own(core, _CALL)
         sharded = is_sharded(core)
-        _check_exact(exact, sharded)
-        if spread:
-            _check_spread(batches)
-            check_whole(core)
+        if sharded:
+            options.check_sharded()
         run = runner(core, forward, device)
     ranks.agree(_common(core, chosen, options, pooled=pooled, sharded=sharded))
     report, changes = _estimated(
@@ -183,15 +181,7 @@ def recalibrate(
     if not spread:
         return report
     try:
-        return with_spread(
-            report,
-            model,
-            batches,
-            forward=forward,
-            num_batches=num_batches,
-            device=device,
-            process_group=process_group,
-        )
+        return with_spread(report, core, chosen, islice(second_loader(batches), num_batches), run, process_group)
     except BaseException:
         report.rollback()
         raise
@@ -289,7 +279,12 @@ class _Options:
     dry_run: bool
     progress: bool
 
-    def check(self) -> None:
+    def check(self, batches: object) -> None:
+        if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+            raise TypeError(
+                "recalibrate(model, batches): batches is an iterable of batches, such as a DataLoader; this is a "
+                f"{type(batches).__name__}. If it is one batch, pass [batch]."
+            )
         if self.num_batches is not None and (
             isinstance(self.num_batches, bool) or not isinstance(self.num_batches, int) or self.num_batches < 1
         ):
@@ -314,28 +309,29 @@ class _Options:
                 "recalibrate(spread=True, dry_run=True): the spread is measured with the new statistics, which a dry "
                 "run does not write. Leave out one of the two."
             )
+        if self.spread and isinstance(batches, Iterator):
+            raise ValueError(
+                f"recalibrate(model, batches, spread=True) reads the batches twice, and this {type(batches).__name__} "
+                "is used up when it is read once. Pass a loader or a list."
+            )
         if self.exact and self.tolerance is not None:
             raise ValueError(
                 f"recalibrate(exact=True, tolerance={self.tolerance!r}): exact needs all batches at once and can't "
                 "stop in between. Pass num_batches=... with exact=True, or tolerance alone."
             )
 
-
-def _check_exact(exact: bool, sharded: bool) -> None:
-    if exact and sharded:
-        raise ValueError(
-            "recalibrate(exact=True): the model's parameters are spread over the ranks (fully_shard, FSDP, tensor "
-            "parallelism or DeepSpeed) and are gathered for one forward at a time, while exact has all batches in "
-            "their forwards at once. Leave out exact=True, and take larger batches."
-        )
-
-
-def _check_spread(batches: object) -> None:
-    if isinstance(batches, Iterator):
-        raise ValueError(
-            f"recalibrate(model, batches, spread=True) reads the batches twice, and this {type(batches).__name__} is "
-            "used up when it is read once. Pass a loader or a list."
-        )
+    def check_sharded(self) -> None:
+        spread = "the model's parameters are spread over the ranks (fully_shard, FSDP, tensor parallelism or DeepSpeed)"
+        if self.exact:
+            raise ValueError(
+                f"recalibrate(exact=True): {spread} and are gathered for one forward at a time, while exact has all "
+                "batches in their forwards at once. Leave out exact=True, and take larger batches."
+            )
+        if self.spread:
+            raise ValueError(
+                f"recalibrate(spread=True): {spread}. Measure the spread on the whole model, loaded in one process: "
+                "recalibrate(model, batches, spread=True, prior=float('inf')) leaves its statistics as they are."
+            )
 
 
 def _common(
@@ -350,14 +346,6 @@ def _common(
         "pooled": pooled,
         **{name: value for name, value in vars(options).items() if name not in ("progress", "memory_budget")},
     }
-
-
-def _check_batches(batches: object) -> None:
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            "recalibrate(model, batches): batches is an iterable of batches, such as a DataLoader; this is a "
-            f"{type(batches).__name__}. If it is one batch, pass [batch]."
-        )
 
 
 def _pass(
