@@ -84,7 +84,7 @@ class ErrorBoundary:
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            self._catch(part, error)
+            self.catch(part, error)
             return None
 
     def attend(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -96,10 +96,11 @@ class ErrorBoundary:
             return function(*args, **kwargs)
         except Exception as error:
             self._absent = True
-            self._catch("", error)
+            self.catch("", error)
             return None
 
-    def _catch(self, part: str, error: Exception) -> None:
+    def catch(self, part: str, error: Exception) -> None:
+        """Report an error that came inside, and go on without the part; raise it again if it is to pass."""
         if isinstance(error, self._intended) or hasattr(error, _THEIRS) or os.environ.get(RERAISE):
             raise error
         if not self.closed:
@@ -173,10 +174,16 @@ def guarded(method: F) -> F:
 
     @wraps(method)
     def safe(self: Any, *args: Any, **kwargs: Any) -> Any:
+        boundary = self._boundary
         # What torch.compile traces is left as it was.
-        if torch.compiler.is_compiling() or self._boundary is UNBOUNDED:
+        if boundary is UNBOUNDED or torch.compiler.is_compiling():
             return method(self, *args, **kwargs)
-        return self._boundary.attempt("", method, self, *args, **kwargs)
+        if boundary.closed:
+            return None
+        try:  # `attempt`, without a call of its own: each layer has hooks
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            boundary.catch("", error)
 
     return cast("F", safe)
 

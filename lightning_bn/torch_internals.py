@@ -34,6 +34,7 @@ _is_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", None) if _unwra
 _is_wrapped_by_transform: Callable[[Tensor], bool] = _is_wrapped or (lambda tensor: False)
 _is_wrapper = getattr(getattr(torch.utils, "_python_dispatch", None), "is_traceable_wrapper_subclass", None)
 _flatten_dense_tensors = getattr(torch._utils, "_flatten_dense_tensors", None)
+_innermost_mode: Callable[[], object] | None = getattr(torch.overrides, "_get_current_function_mode", None)
 _DisableTorchFunction = getattr(torch._C, "DisableTorchFunction", nullcontext)
 
 # Called by every layer in every forward, and so without a Python function around them. What they tell, and what the
@@ -140,6 +141,14 @@ def unseen_by_modes() -> AbstractContextManager[object]:
     return found
 
 
+def innermost_mode() -> object:
+    """Return the `TorchFunctionMode` that was entered last, None where there is none.
+
+    Nothing public says so; without the private function the answer is None, and no mode is taken for the innermost.
+    """
+    return None if _innermost_mode is None else _innermost_mode()
+
+
 def in_backward() -> bool:
     """Tell whether this code runs inside a backward pass.
 
@@ -196,11 +205,10 @@ def is_batched(tensor: Tensor) -> bool:
 
     Nothing public says so; where the functions are gone the answer is False, and reading such a tensor fails by itself.
     """
-    while not any(asks(tensor) for asks in _are_batched):
-        if not _is_wrapped_by_transform(tensor):
-            return False
-        tensor = _unwrapped_once(tensor)
-    return True
+    for asks in _are_batched:  # no generator, since every layer in every sample asks this
+        if asks(tensor):
+            return True
+    return _is_wrapped_by_transform(tensor) and is_batched(_unwrapped_once(tensor))
 
 
 def is_compiled(module: nn.Module) -> bool:

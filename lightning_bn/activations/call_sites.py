@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,6 +103,7 @@ class CallSites:
         self._given, self._gave, self._called = given, gave, called
         self._root = type(model).__name__
         self._functions = ExitStack()  # holds what sees functions, while a forward runs
+        self._mode: FunctionalCalls | None = None  # that
         self._sees_functions = called is not None
         self._step_is_forward = step_is_forward
         named = {user_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
@@ -127,12 +128,15 @@ class CallSites:
         """Count from 1 again: a batch begins."""
         self._forward, self._again = _Track(), _Track()
 
-    def attach(self, hooks: ExitStack, fused: Collection[nn.Module] = ()) -> None:
+    def attach(self, hooks: ExitStack, layers: Iterable[nn.Module], fused: Collection[nn.Module] = ()) -> None:
         """Place the hooks, until `hooks` is closed; none on what torch is to run fused, nor then a mode that sees
         functions, which would prevent it too."""
         self.restart()
         self._sees_functions = self._called is not None and not fused
         hooks.push(self._functions)
+        for layer in layers if self._sees_functions else ():
+            if not _may_call_functions(layer):
+                hooks.callback(layer.register_forward_pre_hook(self._pause_functions).remove)
         for name, module in self._around.items():
             if module in fused:
                 continue
@@ -140,10 +144,20 @@ class CallSites:
             hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
 
-    def of(self, name: str, given: Tensor | None = None, other_set: str | None = None) -> CallSite:
+    @guarded
+    def _pause_functions(self, module: nn.Module, args: Any) -> None:
+        if self._mode is not None:
+            self._mode.pause()
+
+    def resume_functions(self) -> None:
+        """See functions again: one of the layers has run, within which none is looked at."""
+        if self._mode is not None:
+            self._mode.resume()
+
+    def of(self, name: str, given: Tensor | None, other_set: str | None, *, is_again: bool) -> CallSite:
         """Return the place of the call of layer `name` that has just run on `given`, with another set of statistics if
-        it is named. Parts of one batch, as a ghost batch norm cuts it up, are one place."""
-        track = self._again if in_backward() else self._forward
+        it is named, and `in_backward` or not. Parts of one batch, as a ghost batch norm cuts it up, are one place."""
+        track = self._again if is_again else self._forward
         path = self._path(name, track) if name in self._aliases else name
         key = path if other_set is None else CallSite(path, 1, other_set).name
         before = track.calls[key]
@@ -166,7 +180,7 @@ class CallSites:
                 self._given(args, kwargs)
         if self._sees_functions and not track.running:
             self._functions.close()  # of a forward that an interrupt left
-            self._functions.enter_context(FunctionalCalls(self._see_function, self._boundary))
+            self._mode = self._functions.enter_context(FunctionalCalls(self._see_function, self._boundary))
         track.running.append((name, Counter()))
 
     @guarded

@@ -102,7 +102,6 @@ class LayerCollector:
         self._meter: DriftMeter | None = None
         self._observed = frozenset(self._tracking)
         self._is_open = False
-        self._order: dict[CallSite, str] = {}  # of this sample, in the order of the calls, and the module's name
         self._called: set[str] = set()
         self._builder = SampleBuilder(
             self.layers,
@@ -140,7 +139,7 @@ class LayerCollector:
             return
         self._attached.close()
         self._is_placed, self._spared = True, fused
-        self._sites.attach(self._attached, fused)
+        self._sites.attach(self._attached, self.layers.values(), fused)
         for name, layer in self.layers.items():
             if layer in fused:
                 self._called.add(name)
@@ -229,16 +228,15 @@ class LayerCollector:
             if self._meter is not None and self._training and self._is_open:
                 (own,) = self._meter.evaluate([self._readout._replace(tensors=statistics)])
         # As objects, since a layer may have run on one rank alone.
-        ranks = self._ranks.share(
-            (pool, sums, dict(self._order), self._outputs, self._images, (weights, biases, updates, own, statistics))
-        )
+        rank_0 = weights, biases, updates, own, statistics
+        ranks = self._ranks.share((pool, sums, dict(self._readings.order), self._outputs, self._images, rank_0))
         pools = [each for each, *_ in ranks if each is not None]
         merged = merge(pools) if pools else None
         # Each rank's layers see their own batches; the buffers of the first are the ones that are broadcast and saved.
         weights, biases, updates, drift, statistics = ranks[0][-1]
         found = HostMeasurements(
             merged,
-            {place: name for _, _, order, *_ in ranks for place, name in order.items()},
+            {key: name for _, _, order, *_ in ranks for key, name in order.items()},
             frozenset().union(*(outputs for *_, outputs, _, _ in ranks)),
             frozenset().union(*(images for *_, images, _ in ranks)),
             self._shapes,
@@ -250,7 +248,6 @@ class LayerCollector:
         )
         sample = self._builder.build(found, None if reference is None else reference._builder)
         self._readings.clear()
-        self._order = {}
         self._is_open = False
         return sample
 
@@ -314,6 +311,7 @@ class LayerCollector:
 
     @guarded
     def _see(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        self._sites.resume_functions()
         if not self._is_attached or is_extra_pass():
             return
         # A subclass may have its own idea of what its values are.
@@ -326,14 +324,14 @@ class LayerCollector:
         if tensor is None:
             self._leave_out_if_unreadable(name, output)
             return
-        other_set = self._sets.of(self.layers[name])
+        other_set, is_again = self._sets.of(self.layers[name]), in_backward()
         given = first_float(args)
-        given = first_float(kwargs) if given is None else given
-        place = self._sites.of(name, given, other_set)
+        given = first_float(kwargs) if given is None and kwargs else given
+        place = self._sites.of(name, given, other_set, is_again=is_again)
         if self._gradients and tensor.requires_grad:
             # Also in a recomputation: with reentrant checkpointing its graph is the one that backward goes through.
             tensor.register_hook(partial(self._see_gradient, name, place))
-        if in_backward():
+        if is_again:
             return
         self._called.add(name)
         self._see_activation(name, place, tensor)
@@ -341,8 +339,7 @@ class LayerCollector:
             self._readings.take("input", name, CallSite(name, 1), given)
 
     def _see_activation(self, name: str, place: CallSite, tensor: Tensor) -> None:
-        if self._readings.take("activation", name, place, tensor):
-            self._order.setdefault(place, name)
+        if self._readings.take("activation", name, place, tensor) is not None:
             self._newest = [(place, ref(tensor))]
 
     @guarded
@@ -370,12 +367,10 @@ class LayerCollector:
         self._is_given = True
         given = given.float() if given.dtype == torch.uint8 else given
         place = CallSite(INPUT if INPUT not in self.layers else f"({INPUT})", 1)
-        if self._readings.take("given", place.path, place, given):
-            # The first of the rows, whatever was called before it.
-            self._order = {place: place.path, **self._order}
-            # Where the channels come last they are features, of which a batch may well have one value alone.
-            if given.dim() > 2 and self._readings.axis.of(place.path, given) == 1:
-                self._images |= {self._readings.key("given", place.path, place, given)}
+        key = self._readings.take("given", place.path, place, given)
+        # Where the channels come last they are features, of which a batch may well have one value alone.
+        if key is not None and given.dim() > 2 and self._readings.axis.of(place.path, given) == 1:
+            self._images |= {key}
 
     def _see_result(self, result: Any) -> None:
         """Take note of whether the activation that came last is what the model returns."""

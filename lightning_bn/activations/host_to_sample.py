@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from operator import itemgetter
@@ -19,7 +19,7 @@ from lightning_bn.activations.drift import Drift
 from lightning_bn.activations.drift_by_chance import DriftByChance
 from lightning_bn.activations.effective_rank import effective_rank
 from lightning_bn.activations.formulas import distance, summarise_drift
-from lightning_bn.activations.moments_to_pool import Key, Pool
+from lightning_bn.activations.moments_to_pool import Key, Pool, what_of, width_of
 from lightning_bn.activations.pool_to_host import (
     Array,
     Channels,
@@ -30,7 +30,7 @@ from lightning_bn.activations.pool_to_host import (
     silent_numbers,
 )
 from lightning_bn.activations.registry import COLUMNS, DRIFT_STATISTICS, ENTRIES, STATISTICS
-from lightning_bn.activations.sample import ABSENT, KNOWN, SHOWN, WARM_UP, Sample, States
+from lightning_bn.activations.sample import ABSENT, KNOWN, SHOWN, WARM_UP, ByRow, Sample, States
 from lightning_bn.activations.sample_history import ChannelHistory, ZeroStart
 from lightning_bn.activations.sample_rows import Indices, RowLayout, RowNames, lay_out
 from lightning_bn.moments import Moments
@@ -68,7 +68,7 @@ class HostMeasurements:
     """What one sample brought to the host, of all ranks."""
 
     pool: Pool | None
-    order: Mapping[CallSite, str]  # places in forward order, and the module called at each
+    order: Mapping[Key, str]  # of activations in forward order, and the module that each is of
     outputs: frozenset[CallSite]  # whose activation is what the model returns
     images: frozenset[Key]  # inputs of which each channel has several values a sample
     shapes: NormShapes
@@ -130,20 +130,22 @@ class SampleBuilder:
         layout = self._layout(found, keys)
         values = np.full((len(layout.labels), len(COLUMNS)), np.nan)
         states = np.zeros(values.shape, dtype=np.int8)
-        channels: dict[str, tuple[Array, Array]] = {}
+        channels: Callable[[], ByRow] = dict
         norms = self._of_norms([found])
         if norms is not None:
             _fill(values, states, "norm", norms, layout.norms)
-        if (pool := _part(found.pool, "activation", "given")) is not None:
+        if found.pool is not None and (pool := found.pool.part("activation", "given")) is not None:
             centred = layout.flags.is_centred
             activations = Channels.of(
                 pool, layout.flags, partial(self.history.update, centred=centred), _effective_ranks(found, pool)
             )
             _fill(values, states, "activation", activations, layout.activations)
-            labels = [layout.labels[row] for row in layout.activations]
-            channels = _by_row(labels, activations.widths, activations.channel_mean, activations.channel_std)
+            channels = partial(
+                *(_by_row, layout.labels, layout.activations, activations.widths),
+                *(activations.channel_mean, activations.channel_std),
+            )
             self._compare_input(pool, layout, reference, values, states)
-        if (pool := _part(found.pool, "gradient")) is not None:
+        if found.pool is not None and (pool := found.pool.part("gradient")) is not None:
             nothing = np.zeros(len(pool.keys), dtype=bool)
             flags = Flags(*[nothing] * len(fields(Flags)))
             _fill(values, states, "gradient", Channels.of(pool, flags), layout.gradients)
@@ -155,7 +157,7 @@ class SampleBuilder:
             self._mark_beginning(values, states, found.pool, layout)
         rows = dict(zip(layout.keys, layout.labels, strict=True))
         histograms = {rows[key]: counts for (kind, key), counts in found.sums.items() if kind == "histogram"}
-        drift = self._drift_by_row(found, layout) if channels else {}
+        drift = self._drift_by_row(found, layout)
         return Sample(layout.labels, layout.modules, values, states, channels, drift, histograms)
 
     @silent_numbers()
@@ -218,20 +220,18 @@ class SampleBuilder:
             *(ran.ravel(), below_eps.ravel(), young.ravel(), nonfinite.ravel(), np.tile(tracks, times)),
         )
 
-    def _drift_by_row(self, found: HostMeasurements, layout: RowLayout) -> dict[str, tuple[Array, Array]]:
+    def _drift_by_row(self, found: HostMeasurements, layout: RowLayout) -> Callable[[], ByRow]:
         drift = found.drift
         if drift is None or not self._tracks.any():
-            return {}
-        labels = [layout.labels[row] for row in layout.norms[self._tracks]]
-        return _by_row(labels, np.array(found.shapes.widths)[self._tracks], drift.shift, drift.log_ratio)
+            return dict
+        rows, widths = layout.norms[self._tracks], np.array(found.shapes.widths)[self._tracks]
+        return partial(_by_row, layout.labels, rows, widths, drift.shift, drift.log_ratio)
 
     def _compare_input(
         self, pool: Pool, layout: RowLayout, reference: SampleBuilder | None, values: Array, states: States
     ) -> None:
-        for place, key in enumerate(pool.keys):
-            if key.what != "given":
-                continue
-            start = sum(each.width for each in pool.keys[:place])
+        for place in [place for place, what in enumerate(map(what_of, pool.keys)) if what == "given"]:
+            key, start = pool.keys[place], sum(map(width_of, pool.keys[:place]))
             moments = Moments(*pool.channels[:3, start : start + key.width].double().unbind())
             known = self.given.get(key.width)
             self.given[key.width] = moments if known is None else known.merge(moments)
@@ -275,7 +275,7 @@ class SampleBuilder:
         is_new = self._zero_start.update(pool)
         if not is_new.any():
             return
-        what = np.array([key.what for key in pool.keys])
+        what = np.array(list(map(what_of, pool.keys)))
         for kinds, rows, names in (
             (("activation", "given"), layout.activations, SILENT),
             (("gradient",), layout.gradients, ("grad_std",)),
@@ -316,25 +316,10 @@ def _effective_ranks(found: HostMeasurements, pool: Pool) -> Array | None:
     return np.array([effective_rank(grams[k]) if k in grams else np.nan for k in pool.keys]) if grams else None
 
 
-def _part(pool: Pool | None, *kinds: str) -> Pool | None:
-    """The readings of some kinds alone, None where there are none."""
-    if pool is None:
-        return None
-    wanted = [key.what in kinds for key in pool.keys]
-    if all(wanted):
-        return pool
-    keys = tuple(key for key, is_wanted in zip(pool.keys, wanted, strict=True) if is_wanted)
-    if not keys:
-        return None
-    which = torch.tensor(wanted)
-    channels = which.repeat_interleave(torch.tensor([key.width for key in pool.keys]))
-    seen = tuple(number for number, is_wanted in zip(pool.seen, wanted, strict=True) if is_wanted)
-    return Pool(keys, seen, pool.channels[:, channels], pool.layers[:, which])
-
-
-def _by_row(labels: list[str], widths: Indices, one: Array, other: Array) -> dict[str, tuple[Array, Array]]:
-    """Return the rows' parts of two vectors over all channels."""
-    return dict(zip(labels, zip(pieces(one, widths), pieces(other, widths), strict=True), strict=True))
+def _by_row(labels: Sequence[str], rows: Indices, widths: Indices, one: Array, other: Array) -> ByRow:
+    """Return, by the labels of the rows, their parts of two vectors over all channels."""
+    parts = zip(pieces(one, widths), pieces(other, widths), strict=True)
+    return dict(zip([labels[row] for row in rows], parts, strict=True))
 
 
 def _input_drift(now: Moments, training: Moments) -> Array:

@@ -120,17 +120,17 @@ class ActivationStats(Metric):
         data = by_channel(activation.detach(), self.num_channels, self.channel_dim)
         if data.numel() == 0:
             return
-        reading = read(data, bounds=self.bounds)
+        (reading,) = read([data], bounds=self.bounds)
         moments = moments_of(reading)
         self.moments = _stack(_moments(self.moments).merge(moments))
-        self.abs_max = torch.maximum(self.abs_max, torch.maximum(-reading.low, reading.high))
+        self.abs_max = torch.maximum(self.abs_max, reading.extremes.abs().max())
         self.seen = self.seen + reading.positions
         if reading.zeros is not None:
             self.zeros = self.zeros + reading.zeros.to(torch.int64)
         if reading.count is not None:
             self.nonfinite = self.nonfinite + (reading.positions - reading.count.flatten())
         if reading.saturated is not None:
-            self.saturated = self.saturated + reading.saturated
+            self.saturated = self.saturated + reading.saturated.squeeze()
         if self.histogram:
             self.buckets = self.buckets + bucket_counts(data)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, compress
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,10 @@ class Key(NamedTuple):
     width: int  # C, its channels
 
 
+what_of: Callable[[Key], str] = attrgetter("what")
+width_of: Callable[[Key], int] = attrgetter("width")
+
+
 @dataclass(frozen=True)
 class Pool:
     """What many layers were like; a layer's channels follow the ones of the layer before. S channels of L layers in
@@ -39,46 +45,55 @@ class Pool:
 
     def split(self) -> list[Tensor]:
         """Return `channels` by key: views (4, C)."""
-        return list(self.channels.split([key.width for key in self.keys], dim=1))
+        return list(self.channels.split(list(map(width_of, self.keys)), dim=1))
+
+    def part(self, *kinds: str) -> Pool | None:
+        """Return the readings of some kinds alone, None where there are none."""
+        wanted = [what in kinds for what in map(what_of, self.keys)]
+        if not any(wanted) or all(wanted):
+            return self if any(wanted) else None
+        which = torch.tensor(wanted)
+        channels = which.repeat_interleave(torch.tensor(list(map(width_of, self.keys))))
+        keys, seen = tuple(compress(self.keys, wanted)), tuple(compress(self.seen, wanted))
+        return Pool(keys, seen, self.channels[:, channels], self.layers[:, which])
 
 
 @torch.no_grad()
-def flatten(readings: Sequence[tuple[Key, TensorMoments]], device: torch.device) -> Pool:
+def flatten(readings: Sequence[tuple[tuple[Key, ...], TensorMoments]], device: torch.device) -> Pool:
     """Return one pool of all readings, in their order, a key as often as it was read."""
-    keys = tuple(key for key, _ in readings)
-    seen = tuple(reading.positions for _, reading in readings)
     each = [reading for _, reading in readings]
+    widths = [len(reading.variance) for reading in each]
     dtype = wide_dtype(device)
 
-    def together(tensors: list[Tensor]) -> Tensor:
-        here = [tensor if tensor.device == device else tensor.to(device) for tensor in tensors]
-        if len({tensor.dim() for tensor in here}) > 1:
-            here = [tensor.flatten() for tensor in here]
-        return torch.cat(here, dim=min(here[0].dim() - 1, 1)).flatten().to(dtype)
+    is_here = {reading.variance.device for reading in each} == {device}
 
-    widths = [key.width for key in keys]
-    positions, scale = _numbers([(reading.positions, reading.scale) for reading in each], keys, dtype, device)
+    def together(tensors: Sequence[Tensor]) -> Tensor:
+        flat = [tensor if tensor.dim() == 1 else tensor.flatten() for tensor in tensors]
+        return torch.cat(flat if is_here else [tensor.to(device) for tensor in flat]).to(dtype)
+
+    def or_zeros(tensors: Sequence[Tensor | None], sizes: list[int]) -> Tensor:
+        missing = [size for tensor, size in zip(tensors, sizes, strict=True) if tensor is None]
+        filler = iter(torch.zeros(sum(missing), device=device).split(missing) if missing else ())
+        return together([next(filler) if tensor is None else tensor for tensor in tensors])
+
+    # Repeated on the host, by numpy in a quarter of the time that torch takes, and not waited for.
+    numbers = np.array([(reading.positions, reading.scale) for reading in each], dtype=np.float64).T
+    positions, scale = torch.from_numpy(numbers.repeat(widths, axis=1)).to(device, dtype, non_blocking=True)
     centre, variance = together([reading.centre for reading in each]), together([reading.variance for reading in each])
     if all(reading.count is None for reading in each):
         moments = Moments(positions, centre, variance * positions)
     else:
         counts = [torch.full_like(r.variance, r.positions) if r.count is None else r.count for r in each]
-        rest = together(_or_zeros([reading.rest for reading in each], widths, device))
+        rest = or_zeros([reading.rest for reading in each], widths)
         moments = finite_moments(positions, together(counts), centre, rest, variance)
-    zeros = together(_or_zeros([reading.zeros for reading in each], widths, device))
-    low, high = (
-        torch.stack([getattr(reading, name).to(device) for reading in each]).to(dtype) for name in ("low", "high")
-    )
-    saturated = torch.cat(
-        _or_zeros(
-            [None if each.saturated is None else each.saturated.reshape(1) for each in each], [1] * len(each), device
-        )
-    )
+    zeros = or_zeros([reading.zeros for reading in each], widths)
+    extremes = [reading.extremes if is_here else reading.extremes.to(device) for reading in each]
+    saturated = or_zeros([reading.saturated for reading in each], [len(keys) for keys, _ in readings])
     return Pool(
-        keys,
-        seen,
+        tuple(chain.from_iterable(keys for keys, _ in readings)),
+        tuple(chain.from_iterable([reading.positions] * len(keys) for keys, reading in readings)),
         torch.stack((moments.count, moments.mean / scale, moments.m2 / scale.square(), zeros)),
-        torch.stack((low, high, saturated.to(dtype))),
+        torch.cat((torch.cat(extremes, dim=1).to(dtype), saturated[None])),
     )
 
 
@@ -90,10 +105,10 @@ def merge(pools: Sequence[Pool]) -> Pool:
     ``mean = sum(count * mean) / count``, ``m2 = sum(m2 + count * (part mean - mean)**2)``: never a square less a
     square.
     """
-    keys = tuple(key for pool in pools for key in pool.keys)
-    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
-    if len(pools) == 1 and len(places) == len(keys):
+    keys = tuple(chain.from_iterable(pool.keys for pool in pools))
+    if len(pools) == 1 and len({*keys}) == len(keys):
         return pools[0]
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys))}
     seen = [0] * len(places)
     for pool in pools:
         for key, number in zip(pool.keys, pool.seen, strict=True):
@@ -134,20 +149,3 @@ def _channel_places(keys: tuple[Key, ...], places: dict[Key, int]) -> Tensor:
     ends = widths.cumsum(0)
     offset = torch.tensor([starts[places[key]] for key in keys]) - (ends - widths)
     return torch.arange(int(ends[-1])) + offset.repeat_interleave(widths)
-
-
-def _numbers(
-    values: list[tuple[int, float]], keys: tuple[Key, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Numbers that the host knows of each reading, for each of its channels: two vectors (S,)."""
-    # Repeated on the host, by numpy in a quarter of the time that torch takes, and not waited for.
-    numbers = np.repeat(np.array(values, dtype=np.float64).T, [key.width for key in keys], axis=1)
-    positions, scale = torch.from_numpy(numbers).to(device, dtype, non_blocking=True)
-    return positions, scale
-
-
-def _or_zeros(tensors: list[Tensor | None], widths: list[int], device: torch.device) -> list[Tensor]:
-    """The tensors, with zeros of the given widths for the ones that are None: one allocation for all of them."""
-    missing = [width for tensor, width in zip(tensors, widths, strict=True) if tensor is None]
-    filler = iter(torch.zeros(sum(missing), device=device).split(missing) if missing else ())
-    return [(next(filler) if tensor is None else tensor.to(device)) for tensor in tensors]

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_bn.activations.moments_to_pool import Pool
+from lightning_bn.activations.moments_to_pool import Pool, width_of
 
 # The largest of many channels of one layer is a few times as large as their median by chance.
 RUNS_AWAY = 10.0
@@ -87,7 +87,7 @@ class Channels:
                 themselves, and which have fired before; None: the silent ones, and none.
             rank: effective rank of each row, None where none was measured.
         """
-        widths = np.array([key.width for key in pool.keys], dtype=np.int64)
+        widths = np.array(list(map(width_of, pool.keys)), dtype=np.int64)
         positions = np.array(pool.seen, dtype=np.float64)
         count, mean, m2, zeros = pool.channels.double().numpy()
         low, high, saturated = pool.layers.double().numpy()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,27 @@ from lightning_bn.torch_internals import is_batched, is_wrapper
 # in another dimension.
 MAX_WIDTHS = 8
 
+# Bytes of an activation that waits, as a copy, for others of its shape, and of all that wait: kernels take as long for
+# one small tensor as for many.
+SMALL, MAX_WAITING = 2**17, 2**20
+
 # Channels whose readings wait to be put together: a validation has many batches, a training step is below this.
-MAX_WAITING = 2**20
+MAX_CHANNELS = 2**20
+
+# Of how many kinds of tensors, by place and shape, it is remembered how to read them.
+MAX_PLANS = 2**13
+
+_Shape: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device, bool, tuple[float, float] | None]
+
+
+class _Plan(NamedTuple):
+    """How to read a tensor of one kind at one place."""
+
+    key: Key
+    dim: int  # of the channels
+    shape: _Shape  # what is read together: shape by channel, dtype, device; whether zeros count, and the bounds
+    is_small: bool
+    sums: tuple[tuple[str, Callable[[Tensor], Tensor]], ...]  # what else is wanted
 
 
 class Readings:
@@ -52,8 +71,7 @@ class Readings:
         # A model that is wholly on the meta device is measured there, to count what that launches.
         held = [*model.parameters(), *model.buffers()]
         self._is_abstract = bool(held) and all(tensor.is_meta for tensor in held)
-        self._asks: dict[str, tuple[bool, tuple[float, float] | None]] = {}
-        self._known: set[Key] = set()
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
         self._widths: dict[tuple[str, CallSite], set[int]] = {}
         self._too_wide: set[str] = set()
         self.left_out: dict[str, str] = {}
@@ -62,65 +80,111 @@ class Readings:
 
     def clear(self) -> None:
         """Begin the next sample."""
-        self._readings: list[tuple[Key, TensorMoments]] = []
-        self._waiting = 0  # channels in them
+        self._waiting: dict[_Shape, tuple[list[Key], list[Tensor]]] = {}
+        self._bytes = 0  # in them
+        self._readings: list[tuple[tuple[Key, ...], TensorMoments]] = []
+        self._channels = 0  # in them
         self.pool: Pool | None = None  # of the readings before these
+        self.order: dict[Key, str] = {}  # of activations, in the order of the calls, and the module's name
         self.sums: dict[tuple[str, Key], Tensor] = {}  # "histogram": in buckets; "gram": products of channels
 
     def put_together(self) -> None:
         """Make one pool of all that was read since the last time."""
+        for shape in list(self._waiting):
+            self._read_waiting(shape)
         if self._readings:
             device = self._readings[0][1].centre.device if self.pool is None else self.pool.channels.device
             new = flatten(self._readings, device)
             self.pool = merge([new] if self.pool is None else [self.pool, new])
-            self._readings, self._waiting = [], 0
+            self._readings, self._channels = [], 0
 
-    def key(self, what: str, name: str, place: CallSite, tensor: Tensor) -> Key:
-        return Key(what, place, tensor.shape[self.axis.of(name, tensor)] if tensor.dim() > 1 else 1)
-
-    def take(self, what: str, name: str, place: CallSite, tensor: Tensor) -> bool:
-        """Read a tensor, and tell whether that could be done; whatever prevents it, the fit goes on."""
+    def take(self, what: str, name: str, place: CallSite, tensor: Tensor) -> Key | None:
+        """Read a tensor, now or with others, and return whose it is; None if that can't be done: whatever prevents it,
+        the fit goes on."""
         try:
-            reason = self._unreadable(tensor)
-            is_read = reason is None and tensor.numel() > 0 and self._read(what, name, place, tensor)
+            plan = kind = None
+            if not tensor.is_nested and not is_batched(tensor):
+                kind = (what, place, type(tensor), tensor.shape, tensor.dtype, tensor.layout, tensor.device)
+                plan = self._plans.get(kind)
+            if plan is None:
+                if (plan := self._plan(what, name, place, tensor)) is None:
+                    return None
+                if len(self._plans) == MAX_PLANS:
+                    self._plans.clear()
+                self._plans[kind] = plan
+            data = tensor.detach()
+            if plan.dim != 1 or data.dim() < 2:
+                data = by_channel(data, plan.key.width, plan.dim)
+            for sum_of, count in plan.sums:
+                self._add(sum_of, plan.key, count(data))
+            if plan.is_small:
+                keys, tensors = self._waiting.setdefault(plan.shape, ([], []))
+                keys.append(plan.key)
+                tensors.append(data.clone())  # since whatever comes next may write it in place
+                self._bytes += data.nbytes
+            else:
+                self._read((plan.key,), [data], plan.shape)
         except Warning:
             raise  # where the user's filters make errors of warnings
         except Exception as error:
-            first, *_ = str(error).splitlines() or [""]
-            reason, is_read = f"{type(error).__name__}: {first}", False
-        if reason is not None:
-            self.left_out.setdefault(name, f"its gradient: {reason}" if what == "gradient" else reason)
-        if self._waiting > MAX_WAITING:
+            self._leave_out(what, name, error)
+            return None
+        if self._bytes > MAX_WAITING:
+            self._read_waiting(max(self._waiting, key=self._bytes_of))
+        if self._channels > MAX_CHANNELS:
             self.put_together()
-        return is_read
+        if what in ("activation", "given"):
+            self.order.setdefault(plan.key, name)
+        return plan.key
 
-    def _read(self, what: str, name: str, place: CallSite, tensor: Tensor) -> bool:
-        dims = tensor.dim()
+    def _leave_out(self, what: str, name: str, reason: Exception | str) -> None:
+        first, *_ = str(reason).splitlines() or [""]
+        told = f"{type(reason).__name__}: {first}" if isinstance(reason, Exception) else first
+        self.left_out.setdefault(name, f"its gradient: {told}" if what == "gradient" else told)
+
+    def _plan(self, what: str, name: str, place: CallSite, tensor: Tensor) -> _Plan | None:
+        if (reason := self._unreadable(tensor)) is not None:
+            self._leave_out(what, name, reason)
+        if reason is not None or not tensor.numel():
+            return None
         dim = self.axis.of(name, tensor)
-        width = tensor.shape[dim] if dims > 1 else 1
-        key = Key(what, place, width)
-        if key not in self._known:
-            if self._too_many_widths(self._widths.setdefault((what, place), set()), name, tensor):
-                return False
-            self._widths[what, place].add(width)
-            self._known.add(key)
-        data = tensor.detach() if dim == 1 and dims > 1 else by_channel(tensor.detach(), width, dim)
-        # A normalised value is zero by chance alone; of a gradient, nobody asks.
+        width = tensor.shape[dim] if tensor.dim() > 1 else 1
+        widths = self._widths.setdefault((what, place), set())
+        if width not in widths and self._too_many_widths(widths, name, tensor):
+            return None
+        widths.add(width)
         is_activation = what == "activation"
-        zeros, bounds = self._asked(name) if is_activation else (False, None)
-        self._readings.append((key, read(data, zeros=zeros, bounds=bounds)))
-        self._waiting += width
+        sums: list[tuple[str, Callable[[Tensor], Tensor]]] = []
         if is_activation and name in self._histograms:
-            self._add("histogram", key, bucket_counts(data))
+            sums.append(("histogram", bucket_counts))
         if is_activation and (self._ranked is None or name in self._ranked):
-            self._add("gram", key, gram(data))
-        return True
+            sums.append(("gram", gram))
+        # A normalised value is zero by chance alone; of a gradient, nobody asks.
+        asks = (is_function(name, self._layers), bounds_of_row(name, self._layers)) if is_activation else (False, None)
+        shape = tuple(by_channel(tensor, width, dim).shape)
+        is_small = tensor.nbytes <= SMALL
+        return _Plan(Key(what, place, width), dim, (shape, tensor.dtype, tensor.device, *asks), is_small, tuple(sums))
 
-    def _asked(self, name: str) -> tuple[bool, tuple[float, float] | None]:
-        """Whether zeros of a row say something, and its bounds."""
-        if name not in self._asks:
-            self._asks[name] = is_function(name, self._layers), bounds_of_row(name, self._layers)
-        return self._asks[name]
+    def _bytes_of(self, shape: _Shape) -> int:
+        _, tensors = self._waiting[shape]
+        return len(tensors) * tensors[0].nbytes
+
+    def _read_waiting(self, shape: _Shape) -> None:
+        self._bytes -= self._bytes_of(shape)
+        keys, tensors = self._waiting.pop(shape)
+        try:
+            self._read(tuple(keys), tensors, shape)
+        except Warning:
+            raise
+        except Exception as error:
+            for key in keys:
+                self._leave_out(key.what, self.order.pop(key, key.place.path), error)
+
+    def _read(self, keys: tuple[Key, ...], tensors: list[Tensor], shape: _Shape) -> None:
+        *_, zeros, bounds = shape
+        found = read(tensors, zeros=zeros, bounds=bounds)
+        self._readings += [(keys, found[0])] if len(found) == 1 else zip([(key,) for key in keys], found, strict=True)
+        self._channels += len(keys) * keys[0].width
 
     def _add(self, kind: str, key: Key, values: Tensor) -> None:
         known = self.sums.get((kind, key))

@@ -114,9 +114,9 @@ class Report:
         for name, statistic in STATISTICS.items():
             if statistic.mapped and (grid := table.grid("train", name)).layers:
                 self._add(name, draw_grid(grid, statistic), step)
-        if sample.channels:
-            layers = list(sample.channels)
-            means, deviations = zip(*sample.channels.values(), strict=True)
+        if channels := sample.channels:
+            layers = list(channels)
+            means, deviations = zip(*channels.values(), strict=True)
             title = f"Standard deviation of each channel, step {step:,}"
             self._add("channel_std", draw_channels(layers, deviations, _CHANNEL_STD, title), step)
             rows = sample.rows

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from lightning_bn.activations.pool_to_host import Array, Mask
 from lightning_bn.activations.registry import COLUMNS, STATISTICS
 
 States = NDArray[np.int8]
+ByRow: TypeAlias = Mapping[str, tuple[Array, Array]]
 
 _PLACES = [COLUMNS.index(name) for name in STATISTICS]
 _LOW = np.array([statistic.low for statistic in STATISTICS.values()])
@@ -36,13 +39,21 @@ class Sample:
     """(R, len(COLUMNS)); NaN where there is none."""
     states: States = field(default_factory=lambda: np.empty((0, len(COLUMNS)), dtype=np.int8))
     """(R, len(COLUMNS)): `ABSENT`, `KNOWN`, `WARM_UP` or `SHOWN`."""
-    channels: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
-    """By row, mean and *unbiased* standard deviation of each channel, (C,) each."""
-    channel_drift: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
-    """By row of a batch norm, shift of the mean and log ratio of the variances of each channel, (C,) each; NaN where
-    it took no batch in. Only beside `channels`."""
+    of_channels: Callable[[], ByRow] = dict
+    of_drift: Callable[[], ByRow] = dict
     histograms: Mapping[str, Tensor] = field(default_factory=dict)
     """By row, counts in the buckets of `activations.histogram_edges`."""
+
+    @cached_property
+    def channels(self) -> ByRow:
+        """By row, mean and *unbiased* standard deviation of each channel, (C,) each; made where somebody asks."""
+        return self.of_channels()
+
+    @cached_property
+    def channel_drift(self) -> ByRow:
+        """By row of a batch norm, shift of the mean and log ratio of the variances of each channel, (C,) each; NaN
+        where it took no batch in."""
+        return self.of_drift()
 
     @classmethod
     def of(cls, rows: Mapping[str, Mapping[str, float | None]]) -> Sample:
@@ -89,6 +100,9 @@ def dicts(values: Array, states: States) -> Iterator[dict[str, float | None]]:
         yield {name: value if has else None for name, value, has in zip(COLUMNS, numbers, applies, strict=True)}
 
 
-def warm_ups(states: Sequence[int] | States) -> str:
-    """Return the names of the statistics of a row that are in warm-up, with spaces between them."""
-    return " ".join(name for name, state in zip(COLUMNS, states, strict=True) if state == WARM_UP)
+def warm_ups(states: States) -> list[str]:
+    """Return, by row, the names of the statistics that are in warm-up, with spaces between them."""
+    found = [""] * len(states)
+    for row, column in np.argwhere(states == WARM_UP).tolist():
+        found[row] += f" {COLUMNS[column]}" if found[row] else COLUMNS[column]
+    return found

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bn.activations.moments_to_pool import Pool
+from lightning_bn.activations.moments_to_pool import Pool, width_of
 from lightning_bn.activations.pool_to_host import Array, Mask, pieces
 
 
@@ -45,7 +45,7 @@ class ChannelHistory:
             silent: which channels were 0 at every position.
             centred: which rows are fed by a batch norm.
         """
-        widths = np.array([key.width for key in pool.keys], dtype=np.int64)
+        widths = np.array(list(map(width_of, pool.keys)), dtype=np.int64)
         rate, since = self._recall(pool)
         positions = np.repeat(np.array(pool.seen, dtype=np.float64), widths)
         firing = 1 - pool.channels[3].double().numpy() / positions
@@ -98,15 +98,17 @@ class ZeroStart:
     EXCUSED = 2
 
     def __init__(self) -> None:
-        self._samples: dict[Any, int] = {}  # by row, how many samples it has been zero for since the first
+        self._known: dict[Any, int] = {}  # for how many samples a row has been zero since the first; -1: no longer
+        self._newest: tuple[tuple[Any, ...], NDArray[np.int64]] = ((), np.empty(0, dtype=np.int64))  # the same, by key
 
     def update(self, pool: Pool) -> Mask:
         """Take a sample in, and return which of its rows are excused: (K,)."""
+        keys, before = self._newest
+        if keys != pool.keys:
+            self._known.update(zip(keys, before.tolist(), strict=True))
+            before = np.array([self._known.get(key, 0) for key in pool.keys], dtype=np.int64)
         low, high, _ = pool.layers.numpy()
-        zero = (low == 0) & (high == 0)
-        for key, is_zero in zip(pool.keys, zero.tolist(), strict=True):
-            before = self._samples.get(key, 0)
-            self._samples[key] = before + 1 if is_zero and before >= 0 else -1
-        number = np.array([self._samples[key] for key in pool.keys])
+        number = np.where((low == 0) & (high == 0) & (before >= 0), before + 1, -1)
+        self._newest = pool.keys, number
         found: Mask = (number > 0) & (number <= self.EXCUSED)
         return found

@@ -51,7 +51,7 @@ class RowNames:
 
 def lay_out(
     names: RowNames,
-    order: Mapping[CallSite, str],
+    order: Mapping[Key, str],
     keys: Sequence[Key],
     layers: Mapping[str, nn.Module],
     *,
@@ -64,7 +64,7 @@ def lay_out(
 
     Args:
         names: of the rows so far.
-        order: places in forward order, and the module called at each.
+        order: of activations in forward order, and the module that each is of.
         keys: of what was measured.
         layers: by name.
         outputs: places whose activation is what the model returns.
@@ -72,22 +72,22 @@ def lay_out(
         weighted: layers whose weights took a step, in registration order.
         hidden_norms: whether the model has batch norms and none is among `layers`, so that any may feed a row.
     """
-    by_place: dict[CallSite, list[Key]] = {place: [] for place in order}
-    for key in keys:
-        if key.what in ("activation", "given"):
-            by_place[key.place].append(key)
+    by_place: dict[CallSite, list[Key]] = {}
+    for key in sorted(order, key=lambda key: key.what != "given"):  # which is the first of the rows
+        by_place.setdefault(key.place, []).append(key)
+    called = {key.place: name for key, name in order.items()}
     norms = [name for name, layer in layers.items() if isinstance(layer, _BatchNorm)]
     modules = {*order.values()}
     for name in norms:
         if name not in modules:
             by_place[CallSite(name, 1)] = []
-    by_place = _with_weighted(by_place, order, weighted)
+    by_place = _with_weighted(by_place, called, weighted)
     calls: dict[str, int] = {}
     for place in by_place:
         calls[place.name] = max(calls.get(place.name, 0), place.call)
     rows = [key for place, found in by_place.items() for key in found or [Key("activation", place, 0)]]
     labels = tuple(names.label(key, calls[key.place.name]) for key in rows)
-    module_of = [order.get(key.place, key.place.path) for key in rows]
+    module_of = [called.get(key.place, key.place.path) for key in rows]
     row_of = {key: row for row, key in reversed(list(enumerate(rows)))}
     first_row: dict[str, int] = {}
     # Drift is that of the set in place between batches: of a layer's rows, the first with that.
@@ -112,10 +112,10 @@ def lay_out(
 
 
 def _with_weighted(
-    by_place: dict[CallSite, list[Key]], order: Mapping[CallSite, str], weighted: Sequence[str]
+    by_place: dict[CallSite, list[Key]], called: Mapping[CallSite, str], weighted: Sequence[str]
 ) -> dict[CallSite, list[Key]]:
     """Put each layer that has weights and no row before the next one that has both."""
-    modules = {order.get(place, place.path) for place in by_place}
+    modules = {called.get(place, place.path) for place in by_place}
     before: dict[str, list[str]] = {}  # by name of the next layer, "" where none follows
     anchor = ""
     for name in reversed(weighted):
@@ -127,7 +127,7 @@ def _with_weighted(
         return by_place
     found: dict[CallSite, list[Key]] = {}
     for place, keys in by_place.items():
-        found |= {CallSite(name, 1): [] for name in before.pop(order.get(place, place.path), [])}
+        found |= {CallSite(name, 1): [] for name in before.pop(called.get(place, place.path), [])}
         found[place] = keys
     return found | {CallSite(name, 1): [] for name in before.get("", [])}
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import StringIO
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -39,29 +40,25 @@ class _Taken:
     states: States
 
     def rows(self) -> Iterable[dict[str, Any]]:
-        for layer, states, row in zip(self.layers, self.states, dicts(self.values, self.states), strict=True):
-            yield (
-                {"layer": layer, "stage": self.stage, "step": self.step, "epoch": self.epoch}
-                | row
-                | {"warm_up": warm_ups(states)}
-            )
+        table = zip(self.layers, dicts(self.values, self.states), warm_ups(self.states), strict=True)
+        for layer, row, warm in table:
+            yield dict(zip(INDEX, (layer, self.stage, self.step, self.epoch), strict=True)) | row | {"warm_up": warm}
 
     def csv(self) -> str:
         """Return the rows as lines of a CSV file."""
-        form = _form(self.layers, self.states.tobytes())
-        rows = form % tuple(self.values[self.states != ABSENT].tolist())
+        has_value = self.states != ABSENT
+        forms = map(_form, self.layers, map(bytes, has_value), warm_ups(self.states))
+        rows = "".join(forms) % tuple(self.values[has_value].tolist())
         return rows % ((f"{self.stage},{self.step},{self.epoch}",) * len(self.layers))
 
 
-@lru_cache(maxsize=8)
-def _form(layers: tuple[str, ...], states: bytes) -> str:
-    """A format string for the rows of a sample, of which comes one for what is the same in each row: one call for all
-    numbers is many times as fast as one for each."""
+@lru_cache(maxsize=2**12)
+def _form(layer: str, has_value: bytes, warm: str) -> str:
+    """A format string for a row, of which comes one for what is the same in each row: one call for all numbers of a
+    sample is many times as fast as one for each."""
     text = StringIO()
-    writer = csv.writer(text)
-    for layer, row in zip(layers, np.frombuffer(states, dtype=np.int8).reshape(-1, len(COLUMNS)), strict=True):
-        cells = ["" if state == ABSENT else "%.6g" for state in row]
-        writer.writerow((layer.replace("%", "%%%%"), "%%s", *cells, warm_ups(row)))
+    cells = ["%.6g" if has else "" for has in has_value]
+    csv.writer(text).writerow((layer.replace("%", "%%%%"), "%%s", *cells, warm))
     return text.getvalue()
 
 
@@ -71,7 +68,7 @@ class LayerTable:
     def __init__(self) -> None:
         self._samples: list[_Taken] = []
         self._counts: Counter[str] = Counter()
-        self._order: list[str] = []
+        self._set_order([])
         self._episodes = Episodes()
         self._warm_up: int | None = None
         self._judged: set[str] = set()  # layers for which there are limits
@@ -82,10 +79,10 @@ class LayerTable:
         if self._samples and self._samples[-1].layers == layers:
             layers = self._samples[-1].layers  # one tuple for all samples
         else:
-            self._order = _merged(self._order, layers)
+            self._set_order(_merged(self._order, layers))
         self._samples.append(_Taken(stage, step, epoch, layers, sample.values, sample.states))
         self._counts[stage] += 1
-        self._judged.update(layers[row] for row in np.flatnonzero(sample.is_limited()))
+        self._judged.update(compress(layers, sample.is_limited()))
         if stage == "train" and (sample.states == WARM_UP).any():
             self._warm_up = step
         return in_order(self._episodes.take(stage, step, sample), self.places())
@@ -106,12 +103,11 @@ class LayerTable:
     def grid(self, stage: str, name: str) -> Grid:
         """Return one statistic of one stage, without the layers that it applies to nowhere; layers in forward order."""
         samples = [taken for taken in self._samples if taken.stage == stage]
-        places = {layer: place for place, layer in enumerate(self._order)}
-        values = np.full((len(places), len(samples)), np.nan)
+        values = np.full((len(self._order), len(samples)), np.nan)
         states = np.zeros(values.shape, dtype=np.int8)
         column = COLUMNS.index(name)
         for index, taken in enumerate(samples):
-            rows = [places[layer] for layer in taken.layers]
+            rows = [self._places[layer] for layer in taken.layers]
             values[rows, index], states[rows, index] = taken.values[:, column], taken.states[:, column]
         applies: Mask = np.any(is_judged(states), axis=1)
         kept = tuple(layer for layer, does in zip(self._order, applies, strict=True) if does)
@@ -131,8 +127,11 @@ class LayerTable:
         return [each for each in self._episodes.all(self.places()) if stage in (None, each.stage)]
 
     def places(self) -> dict[str, int]:
-        """Return the number of each layer, in forward order over all stages, from 0."""
-        return {layer: place for place, layer in enumerate(self._order)}
+        """Return the number of each layer, in forward order over all stages, from 0; not to be changed."""
+        return self._places
+
+    def _set_order(self, layers: list[str]) -> None:
+        self._order, self._places = layers, {layer: place for place, layer in enumerate(layers)}
 
     def verdict(self) -> list[str]:
         """Return what to tell at the end of a run, as lines of text."""
@@ -153,7 +152,8 @@ class LayerTable:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned, without rows."""
         self._samples = []
-        self._order, self._counts, self._warm_up = list(state["layers"]), Counter(state["samples"]), state["warm_up"]
+        self._set_order(list(state["layers"]))
+        self._counts, self._warm_up = Counter(state["samples"]), state["warm_up"]
         self._episodes.load_state_dict(state["episodes"])
         self._judged = set(state.get("judged", self._order))  # which older checkpoints lack
 

@@ -1,12 +1,14 @@
-"""What one activation is like: a handful of kernels in its own dtype or float32, and nothing that waits for the
+"""What activations are like: a handful of kernels in their own dtype or float32, and nothing that waits for the
 device."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +31,8 @@ _BUCKETED = 2**20
 
 @dataclass(slots=True)  # a frozen one takes several times as long to make
 class TensorMoments:
-    """One activation: what its kernels gave, not yet put together; C channels with `positions` values each.
+    """Activations of K layers side by side: what the kernels gave, not yet put together; C channels in all, with
+    `positions` values each.
 
     ``mean = (centre + rest * positions / count) / scale``; `variance` is the *biased* one around it, of data in which
     each value that is not finite was replaced by `centre`. `moments_of` undoes that, flat for all layers.
@@ -40,34 +43,40 @@ class TensorMoments:
     centre: Tensor  # the same shape, or (C,); NaN where no value is finite
     rest: Tensor | None  # (C,), mean of the data from which `centre` was taken; None: 0
     variance: Tensor  # (C,)
-    low: Tensor  # (), least finite value, or 0
-    high: Tensor  # (), greatest finite value, or 0
+    extremes: Tensor  # (2, K), least and greatest finite value, or 0
     scale: float  # all values were multiplied by it, so that their squares don't overflow
     zeros: Tensor | None  # (C,); None if `zeros=False`
-    saturated: Tensor | None  # (), int64; None without bounds
+    saturated: Tensor | None  # (K,), int64; None without bounds
 
 
-def read(data: Tensor, *, zeros: bool = True, bounds: tuple[float, float] | None = None) -> TensorMoments:
-    """Return the reading of an activation; memory beside it: at most twice its own.
+def read(
+    parts: Sequence[Tensor], *, zeros: bool = True, bounds: tuple[float, float] | None = None
+) -> list[TensorMoments]:
+    """Return the reading of activations of one shape: one of all together, which takes as many kernels as one of them
+    does, or one of each where a value is not finite or next to too large. Memory beside one: at most twice its own.
 
     On the CPU, where a look at a value costs nothing, the fast kernels of `channel_moments` do it unless a value is not
     finite. Elsewhere the centre is the mean, and a second pass sums what is left of the centred data, which is as
     accurate in float32 as a sum in float64. A standard deviation beyond 1e19 is infinite there.
 
     Args:
-        data: (N, C, *spatial), not empty, floating point, of no graph: to switch gradients off costs as much as a
-            kernel.
+        parts: K tensors (N, C, *spatial), not empty, floating point, of no graph: to switch gradients off costs as much
+            as a kernel.
         zeros: whether to count zeros.
-        bounds: the least and the greatest value the layer can give.
+        bounds: the least and the greatest value the layers can give.
     """
+    data = torch.cat(list(parts), dim=1) if len(parts) > 1 else parts[0]
+    extremes = _extremes(data, parts) if _may_look(data) else None
+    largest = 0.0 if extremes is None else _largest(extremes)
+    if len(parts) > 1 and not largest <= _LARGE:
+        return [reading for part in parts for reading in read([part], zeros=zeros, bounds=bounds)]
     positions = data.numel() // data.shape[1]
-    around = (_moments_on_host(data) if _may_look(data) else None) or _masked_moments(data)
-    return TensorMoments(
-        positions,
-        *around,
-        _count_zeros(data, positions) if zeros else None,
-        None if bounds is None else _count_saturated(data, *bounds),
-    )
+    if extremes is not None and math.isfinite(largest):
+        around = _moments_on_host(data, largest, extremes)
+    else:
+        around = _masked_moments(data, len(parts))
+    saturated = None if bounds is None else torch.stack([_count_saturated(part, *bounds) for part in parts])
+    return [TensorMoments(positions, *around, _count_zeros(data, positions) if zeros else None, saturated)]
 
 
 def moments_of(reading: TensorMoments) -> Moments:
@@ -94,16 +103,28 @@ def finite_moments(positions: Tensor, count: Tensor, centre: Tensor, rest: Tenso
     return Moments(count, torch.where(some, centre + rest, 0.0), torch.where(some, m2.clamp(min=0), 0.0))
 
 
-# `TensorMoments`'s count, centre, rest, variance, low, high and scale.
-_Around: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor, Tensor, float]
+# `TensorMoments`'s count, centre, rest, variance, extremes and scale.
+_Around: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor, float]
 
 
-def _moments_on_host(data: Tensor) -> _Around | None:
-    """The moments of an activation on the CPU, None where a value is not finite."""
-    low, high = data.aminmax()
-    largest = max(abs(low.item()), abs(high.item()))
-    if not math.isfinite(largest):
-        return None
+def _extremes(data: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """The least and the greatest value of each part of data, (N, K C, *spatial): (2, K)."""
+    if len(parts) > 1 and data.dtype == torch.float32 and data.device.type == "cpu" and data.is_contiguous():
+        values = data.numpy().reshape(len(data), len(parts), -1)  # numpy takes a third of torch's time
+        return torch.from_numpy(np.stack((values.min((0, 2)), values.max((0, 2)))))
+    # Over the whole of each, which takes torch a fraction of the time along a dimension.
+    low, high = zip(*[part.aminmax() for part in parts], strict=True)
+    return torch.stack((*low, *high)).view(2, -1)
+
+
+def _largest(extremes: Tensor) -> float:
+    """The greatest absolute value, NaN where one is not finite."""
+    low, high = extremes.tolist()
+    return max(-min(low), max(high)) if math.isfinite(sum(low) + sum(high)) else math.nan
+
+
+def _moments_on_host(data: Tensor, largest: float, extremes: Tensor) -> _Around:
+    """The moments of finite activations on the CPU."""
     if largest > _LARGE:
         # By a power of two, which loses no digit.
         scale = 2.0 ** -math.frexp(largest)[1]
@@ -111,10 +132,10 @@ def _moments_on_host(data: Tensor) -> _Around | None:
     else:
         scale = 1.0
         mean, variance = channel_moments(data, largest)
-    return None, mean, None, variance, low, high, scale
+    return None, mean, None, variance, extremes, scale
 
 
-def _masked_moments(data: Tensor) -> _Around:
+def _masked_moments(data: Tensor, parts: int) -> _Around:
     over = [dim for dim in range(data.dim()) if dim != 1]
     dtype = data.dtype if data.dtype in (torch.float32, torch.float64) else torch.float32
     clean = torch.nan_to_num(data, 0.0, 0.0, 0.0)
@@ -122,14 +143,14 @@ def _masked_moments(data: Tensor) -> _Around:
     # These keep the dimensions that they sum over: made flat again for all layers at once, that costs nothing.
     count = torch.eq(data, clean).sum(over, keepdim=True)
     centre = clean.sum(over, keepdim=True, dtype=dtype) / count
-    low, high = torch.aminmax(clean)
+    extremes = _extremes(clean, clean.chunk(parts, dim=1))
     if clean.dtype == dtype:
         centred = torch.sub(data, centre, out=clean)
     else:
         del clean  # before the float32 copy is made, not after it
         centred = data.to(dtype).sub_(centre)
     rest, variance = kernel_moments(centred.nan_to_num_(0.0, 0.0, 0.0))
-    return count, centre, rest, variance, low, high, 1.0
+    return count, centre, rest, variance, extremes, 1.0
 
 
 def _may_look(data: Tensor) -> bool:

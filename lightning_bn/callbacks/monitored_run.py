@@ -208,8 +208,7 @@ class MonitoredRun(Callback):
         self._describe(trainer)
         for moment, sample in zip(moments, samples, strict=True):
             run.sample(stage, moment, sample)
-            number = self._table.samples(stage)
-            run.channels(stage, moment.step, number, sample.channels, sample.channel_drift, sample.histograms)
+            run.channels(stage, moment.step, self._table.samples(stage), sample)
         run.episodes(trainer, describe_episodes(self._table.episodes()))
 
     def _update_report(self, trainer: Trainer, step: int | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,8 +23,6 @@ from lightning_bn.error_boundary import ErrorBoundary, guarded
 from lightning_bn.journal.writer import Journal
 from lightning_bn.layers.settlement import rule_of
 from lightning_bn.rules.page import rule_page
-
-Vectors: TypeAlias = Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 _JOURNALS: WeakKeyDictionary[Any, RunJournal] = WeakKeyDictionary()
 
@@ -122,18 +120,12 @@ class RunJournal:
         )
 
     @guarded
-    def channels(
-        self,
-        stage: str,
-        step: int,
-        samples: int,
-        vectors: Vectors,
-        drift: Vectors,
-        histograms: Mapping[str, Any],
-    ) -> None:
+    def channels(self, stage: str, step: int, samples: int, sample: Sample) -> None:
         """Write means, deviations and drift of all channels, and the histograms, at the samples that are kept."""
-        if not vectors or not self.journal.wants_channels(stage, samples):
+        vectors = sample.channels if self.journal.wants_channels(stage, samples) else {}
+        if not vectors:
             return
+        drift = sample.channel_drift
         layers = {
             layer: {
                 "mean": mean.tolist(),
@@ -144,10 +136,9 @@ class RunJournal:
             for layer, (mean, std) in vectors.items()
         }
         self.journal.write_channels(stage, step, samples, layers)
-        if histograms:
-            self.journal.write(
-                "histograms", stage=stage, step=step, layers={n: each.tolist() for n, each in histograms.items()}
-            )
+        if sample.histograms:
+            counts = {layer: each.tolist() for layer, each in sample.histograms.items()}
+            self.journal.write("histograms", stage=stage, step=step, layers=counts)
 
     @guarded
     def rule(self, trainer: Trainer, code: str) -> None:

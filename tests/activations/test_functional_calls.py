@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import ActivationStatsMonitor
 from lightning_bn.activations.collector import LayerCollector
+from lightning_bn.activations.functional_calls import FunctionalCalls
 from lightning_bn.activations.watched_layers import select_layers
 
 
@@ -154,11 +155,40 @@ def seeded() -> Small:
 
 def test_an_unsampled_step_pays_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of six steps an epoch one is looked at, and only in its forward a mode is on."""
-    entered = []
-    real = TorchFunctionMode.__enter__
-    monkeypatch.setattr(TorchFunctionMode, "__enter__", lambda self: entered.append(type(self).__name__) or real(self))
+    made = []
+    real = FunctionalCalls.__init__
+    monkeypatch.setattr(FunctionalCalls, "__init__", lambda self, *args: made.append(self) or real(self, *args))
     fit(ActivationStatsMonitor(every_n_steps=6, verbose=False), module=seeded(), val=None)
-    assert entered.count("FunctionalCalls") == 2
+    assert len(made) == 2
+
+
+def test_a_mode_of_the_models_own_sees_what_layers_call() -> None:
+    """One that a forward enters stays in place around the layers, inside of which functions are not looked at; what
+    comes behind them is a row."""
+
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with Seeing():
+                inside = self.bn(x).relu()
+            return self.bn(inside).tanh()
+
+    seen: list[str] = []
+    model = Model()
+    collector = LayerCollector(model, select_layers(model), functions=True)
+    collector.attach()
+    model(torch.randn(8, 3))
+    collector.detach()
+    assert [name for name in seen if name in ("batch_norm", "relu")] == ["batch_norm", "relu"]
+    assert [name for name in collector.collect().layers if ":" in name] == ["Model:relu[1]", "Model:tanh[1]"]
 
 
 def test_a_forward_that_fails_leaves_no_mode() -> None:
