@@ -1,0 +1,98 @@
+"""Small activations wait for others of their shape: whatever they are read with, each has its own values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_bn.activations import readings
+from lightning_bn.activations.collector import LayerCollector
+from lightning_bn.activations.watched_layers import select_layers
+
+
+class Scaled(nn.Module):
+    """Layers whose outputs have one shape, each followed by an activation that overwrites it."""
+
+    def __init__(self, scales: list[float]) -> None:
+        super().__init__()
+        self.scales = scales
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3, affine=False) for _ in scales])
+        self.relus = nn.ModuleList([nn.ReLU(inplace=True) for _ in scales])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for scale, norm, relu in zip(self.scales, self.norms, self.relus, strict=True):
+            x = relu(norm(x) * scale + 1.0 - 0.5)
+        return x
+
+
+def oracle(values: Tensor) -> dict[str, float]:
+    """Plain loops in double precision over the finite values; one that is not counts as a 0 in the range."""
+    flat = [float(value) for value in values.double().flatten()]
+    finite = [value for value in flat if math.isfinite(value)]
+    mean = math.fsum(finite) / len(finite)
+    deviation = math.sqrt(math.fsum([(value - mean) ** 2 for value in finite]) / (len(finite) - 1))
+    ends = finite + [0.0] * (len(finite) < len(flat))
+    found = {"mean": mean, "std": deviation, "min": min(ends), "max": max(ends)}
+    return found | {"nonfinite": float(len(flat) - len(finite)), "zeros": float(flat.count(0.0)) / len(flat)}
+
+
+@pytest.mark.parametrize("waiting", [0, 3_000, 2**20], ids=["each by itself", "few together", "all together"])
+@pytest.mark.parametrize("spoil", [None, math.nan, math.inf, 1e20], ids=str)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_each_layer_has_its_own_values(
+    waiting: int, spoil: float | None, form: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside one that is not finite, or next to too large, and though what follows writes each output in place."""
+    monkeypatch.setattr(readings, "MAX_WAITING", waiting)
+    torch.manual_seed(0)
+    model = Scaled([1.0, 30.0, 0.001, 2.0])
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            if spoil is not None and name == "relus.1":
+                output[0, 0, 0, 0] = spoil
+            kept[name] = output.clone()
+
+        return hook
+
+    for name, layer in select_layers(model).items():
+        layer.register_forward_hook(keep(name))
+    collector = LayerCollector(model, select_layers(model))
+    collector.attach()
+    model(torch.randn(4, 3, 6, 6).contiguous(memory_format=form))
+    collector.detach()
+    rows = collector.collect().rows
+    for name, values in kept.items():
+        expected = oracle(values)
+        for column in ("mean", "std", "min", "max", "nonfinite"):
+            assert rows[name][column] == pytest.approx(expected[column], rel=1e-6, abs=1e-7), (name, column)
+        if name.startswith("relus"):
+            assert rows[name]["zero_fraction"] == expected["zeros"]
+
+
+def test_few_bytes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most as many as may, whatever the model's size, and none of an activation that is large by itself."""
+    model = nn.Sequential(*[nn.BatchNorm2d(8) for _ in range(40)])
+    collector = LayerCollector(model, select_layers(model))
+    most = 0
+    real = readings.Readings.take
+
+    def take(self: readings.Readings, *args: Any) -> Any:
+        nonlocal most
+        found = real(self, *args)
+        most = max(most, sum(each.nbytes for _, tensors in self._waiting.values() for each in tensors))
+        return found
+
+    monkeypatch.setattr(readings.Readings, "take", take)
+    for size, limit in ((32, readings.MAX_WAITING), (70, 0)):
+        most = 0
+        collector.attach()
+        model(torch.randn(4, 8, size, size))
+        collector.detach()
+        assert len(collector.collect().layers) == 41  # and the input
+        assert (0 < most <= limit) or most == limit == 0
