@@ -44,20 +44,20 @@ class FunctionalCalls(TorchFunctionMode):
         """See nothing until `resume`, where no other mode was entered after this one: a call that a mode passes on
         takes torch many times as long as one that none sees."""
         if innermost_mode() is self:
-            super().__exit__(None, None, None)
+            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.is_paused = True
 
     def resume(self) -> None:
         """See what is called from here on."""
         if self.is_paused:
             self.is_paused = False
-            super().__enter__()
+            super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         if self.is_paused:
             self.is_paused = False
         else:
-            super().__exit__(*exception)
+            super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -140,10 +140,8 @@ class SampleBuilder:
                 pool, layout.flags, partial(self.history.update, centred=centred), _effective_ranks(found, pool)
             )
             _fill(values, states, "activation", activations, layout.activations)
-            channels = partial(
-                *(_by_row, layout.labels, layout.activations, activations.widths),
-                *(activations.channel_mean, activations.channel_std),
-            )
+            vectors = activations.channel_mean, activations.channel_std
+            channels = partial(_by_row, layout.labels, layout.activations, activations.widths, *vectors)
             self._compare_input(pool, layout, reference, values, states)
         if found.pool is not None and (pool := found.pool.part("gradient")) is not None:
             nothing = np.zeros(len(pool.keys), dtype=bool)

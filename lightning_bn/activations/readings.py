@@ -102,10 +102,11 @@ class Readings:
         """Read a tensor, now or with others, and return whose it is; None if that can't be done: whatever prevents it,
         the fit goes on."""
         try:
-            plan = kind = None
-            if not tensor.is_nested and not is_batched(tensor):
-                kind = (what, place, type(tensor), tensor.shape, tensor.dtype, tensor.layout, tensor.device)
-                plan = self._plans.get(kind)
+            if tensor.is_nested or is_batched(tensor):
+                self._leave_out(what, name, self._unreadable(tensor) or "")
+                return None
+            kind = (what, place, type(tensor), tensor.shape, tensor.dtype, tensor.layout, tensor.device)
+            plan = self._plans.get(kind)
             if plan is None:
                 if (plan := self._plan(what, name, place, tensor)) is None:
                     return None
