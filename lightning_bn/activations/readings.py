@@ -84,6 +84,7 @@ class Readings:
         self._bytes = 0  # in them
         self._readings: list[tuple[tuple[Key, ...], TensorMoments]] = []
         self._channels = 0  # in them
+        self._has_failed = False  # whether some of what waited could not be read
         self.pool: Pool | None = None  # of the readings before these
         self.order: dict[Key, str] = {}  # of activations, in the order of the calls, and the module's name
         self.sums: dict[tuple[str, Key], Tensor] = {}  # "histogram": in buckets; "gram": products of channels
@@ -97,6 +98,10 @@ class Readings:
             new = flatten(self._readings, device)
             self.pool = merge([new] if self.pool is None else [self.pool, new])
             self._readings, self._channels = [], 0
+        if self._has_failed:
+            known = set() if self.pool is None else {*self.pool.keys}
+            self.order = {key: name for key, name in self.order.items() if key in known}
+            self.sums = {each: values for each, values in self.sums.items() if each[1] in known}
 
     def take(self, what: str, name: str, place: CallSite, tensor: Tensor) -> Key | None:
         """Read a tensor, now or with others, and return whose it is; None if that can't be done: whatever prevents it,
@@ -116,8 +121,6 @@ class Readings:
             data = tensor.detach()
             if plan.dim != 1 or data.dim() < 2:
                 data = by_channel(data, plan.key.width, plan.dim)
-            for sum_of, count in plan.sums:
-                self._add(sum_of, plan.key, count(data))
             if plan.is_small:
                 keys, tensors = self._waiting.setdefault(plan.shape, ([], []))
                 keys.append(plan.key)
@@ -125,6 +128,8 @@ class Readings:
                 self._bytes += data.nbytes
             else:
                 self._read((plan.key,), [data], plan.shape)
+            for kind_of_sum, sum_of in plan.sums:
+                self._add(kind_of_sum, plan.key, sum_of(data))
         except Warning:
             raise  # where the user's filters make errors of warnings
         except Exception as error:
@@ -163,7 +168,7 @@ class Readings:
         # A normalised value is zero by chance alone; of a gradient, nobody asks.
         asks = (is_function(name, self._layers), bounds_of_row(name, self._layers)) if is_activation else (False, None)
         shape = tuple(by_channel(tensor, width, dim).shape)
-        is_small = tensor.nbytes <= SMALL
+        is_small = tensor.nbytes <= SMALL and type(tensor) in (Tensor, nn.Parameter)
         return _Plan(Key(what, place, width), dim, (shape, tensor.dtype, tensor.device, *asks), is_small, tuple(sums))
 
     def _bytes_of(self, shape: _Shape) -> int:
@@ -178,8 +183,9 @@ class Readings:
         except Warning:
             raise
         except Exception as error:
+            self._has_failed = True
             for key in keys:
-                self._leave_out(key.what, self.order.pop(key, key.place.path), error)
+                self._leave_out(key.what, self.order.get(key, key.place.path), error)
 
     def _read(self, keys: tuple[Key, ...], tensors: list[Tensor], shape: _Shape) -> None:
         *_, zeros, bounds = shape

@@ -96,3 +96,22 @@ def test_few_bytes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         collector.detach()
         assert len(collector.collect().layers) == 41  # and the input
         assert (0 < most <= limit) or most == limit == 0
+
+
+def test_what_waited_and_cannot_be_read_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each layer of that shape it is said why, and the others have their rows."""
+    real = readings.read
+
+    def read(parts: Any, **options: Any) -> Any:
+        if parts[0].shape[1] == 4:
+            raise NotImplementedError("no kernel for this")
+        return real(parts, **options)
+
+    monkeypatch.setattr(readings, "read", read)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Sigmoid())
+    collector = LayerCollector(model, select_layers(model))
+    collector.attach()
+    model(torch.randn(8, 3))
+    collector.detach()
+    assert list(collector.collect().layers) == ["input", "3"]
+    assert collector.left_out() == dict.fromkeys(("1", "5"), "NotImplementedError: no kernel for this")
