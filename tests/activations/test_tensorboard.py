@@ -263,7 +263,7 @@ def test_a_large_run_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         # So wide that pictures hardly compress, and no wider: thousands of episodes would be another test.
         values = np.where(states == KNOWN, np.exp(0.2 * generator.normal(size=states.shape)), np.nan)
         channels = {layer: (torch.randn(64).numpy(), torch.rand(64).numpy()) for layer in layers}
-        return Sample(tuple(layers), tuple(layers), values, states, channels)
+        return Sample(tuple(layers), tuple(layers), values, states, lambda: channels)
 
     table = LayerTable()
     samples = [sample() for _ in range(200)]
