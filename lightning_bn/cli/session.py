@@ -151,17 +151,13 @@ class _Weights(Callback):
         self._checkpoint = {**checkpoint, "state_dict": {**checkpoint["state_dict"], **statistics}}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._load(pl_module)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._load(pl_module)
-
-    def _load(self, module: LightningModule) -> None:
-        module.on_load_checkpoint(self._checkpoint)
+        pl_module.on_load_checkpoint(self._checkpoint)
         try:
-            module.load_state_dict(self._checkpoint["state_dict"], strict=module.strict_loading)
+            pl_module.load_state_dict(self._checkpoint["state_dict"], strict=pl_module.strict_loading)
         except RuntimeError as error:
             raise RefusedError(f"the checkpoint is not of the config's model. {error}") from error
+
+    on_validation_start = on_fit_start
 
 
 class _Recalibration(Callback):

@@ -196,7 +196,11 @@ class NeverUpdated(Rule):
         groups: tuple[tuple[set[int], Level], ...] = ((set(untouched) - waiting, level), (waiting, "info"))
         for group, level in groups:
             if group:
-                yield self._seen(evaluation, [untouched[index] for index in sorted(group)], level)
+                tracked = _numbers(sorted({untouched[index].tracked for index in group}))
+                event = f"mean is 0 and variance 1 in all channels; num_batches_tracked is {tracked}."
+                code = evaluation.recalibration([layers[index] for index in sorted(group)])
+                fix = Fix(code, "after training", "and run the layer in training mode while it trains")
+                yield Seen(evaluation.named(sorted(group)), f"after training began, {event}", level, fix)
 
     def _of_other_sets(self, evaluation: Evaluation) -> Iterator[Seen]:
         for name, values in evaluation.other_sets.items():
@@ -218,21 +222,6 @@ class NeverUpdated(Rule):
 
     def at_rest(self, at: Moment) -> Iterator[Seen]:
         yield from self._loaded(at, StatisticsSnapshot(at.layers).values().values())
-
-    def _seen(self, evaluation: Evaluation, untouched: list[LayerValues], level: Level) -> Seen:
-        tracked = sorted({each.tracked for each in untouched})
-        layers = [each.layer for each in untouched]
-        return Seen(
-            [layer.name for layer in layers],
-            "after training began, mean is 0 and variance 1 in all channels; num_batches_tracked is "
-            f"{_numbers(tracked)}.",
-            level,
-            Fix(
-                evaluation.recalibration(layers),
-                "after training",
-                "and run the layer in training mode while it trains",
-            ),
-        )
 
     def _loaded(self, at: Moment, among: Iterable[LayerValues]) -> Iterator[Seen]:
         # A class with a forward of its own may keep one of the two alone.
