@@ -1,7 +1,7 @@
 // The validation metric under each average, and which is recommended.
-import { codeBlock, described, h, replace } from "./dom.js";
+import { codeBlock, h, replace } from "./dom.js";
 import { inWords, isNumber, plain } from "./format.js";
-import { CONFIG, axis, colours, layout, stepAxis } from "./theme.js";
+import { axis, colours, drawChart, stepAxis } from "./theme.js";
 import { sortable } from "./table.js";
 
 export function averages(page, holder, width) {
@@ -22,18 +22,15 @@ export function averages(page, holder, width) {
     type: "scatter", mode: averages.steps.length > 1 ? "lines+markers" : "markers", name: plain(name), x: averages.steps, y: averages.values[name].map((value) => (isNumber(value) ? value : null)),
     line: { color: colour.series[index % colour.series.length], width: name === averages.recommended ? 3 : 1.5 }, marker: { size: 4 }, hovertemplate: `${plain(name).replaceAll("%", "&#37;")}: %{y:.4g}<extra></extra>`,
   }));
-  described(plot, inWords(averages.monitor, Object.fromEntries(names.map((name) => [name, { steps: averages.steps, values: averages.values[name] }]))));
-  window.Plotly.react(plot, traces, layout({
+  drawChart(plot, inWords(averages.monitor, Object.fromEntries(names.map((name) => [name, { steps: averages.steps, values: averages.values[name] }]))), traces, {
     width, height: 260, margin: { l: 52, r: 6, t: 8, b: 46 }, showlegend: true, legend: { orientation: "h", y: -0.25 },
     xaxis: stepAxis({ nticks: 6 }), yaxis: axis({ fixedrange: true, nticks: 5 }),
-  }), CONFIG);
+  });
 }
 
 function row(name, { values, mode }) {
   const known = values[name].filter(isNumber);
+  if (!known.length) return { name, mean: null, worst: null, last: null };
   const worst = mode === "min" ? Math.max(...known) : Math.min(...known);
-  const mean = known.reduce((sum, each) => sum + each, 0) / (known.length || 1);
-  return { name, mean: known.length ? mean : null, worst: known.length ? worst : null, last: known.length ? known[known.length - 1] : null };
+  return { name, mean: known.reduce((sum, each) => sum + each, 0) / known.length, worst, last: known[known.length - 1] };
 }
-
-

@@ -1,12 +1,13 @@
 // The channels of a layer: sorted, the dead and the drifting ones marked; its histogram over time.
-import { described, h, replace } from "./dom.js";
+import { h, replace } from "./dom.js";
 import { count, isNumber, plural } from "./format.js";
-import { CONFIG, axis, colours, layout, stepAxis } from "./theme.js";
+import { axis, colours, drawChart, stepAxis } from "./theme.js";
 
 const DRIFT = 1; // running standard deviations, or log ratio: the monitor's limits
 
 export function drawChannels(holder, { channels, histograms, edges }, width, step) {
-  const sample = nearest(channels.filter((each) => each.stage === "train").length ? channels.filter((each) => each.stage === "train") : channels, step);
+  const trained = channels.filter((each) => each.stage === "train");
+  const sample = nearest(trained.length ? trained : channels, step);
   const plot = h("div", { class: "plot" });
   const over = h("div", { class: "plot" });
   const isEmpty = !sample || !(sample.std || sample.mean);
@@ -14,8 +15,8 @@ export function drawChannels(holder, { channels, histograms, edges }, width, ste
   replace(holder,
     isEmpty ? null : h("h3", {}, `Channels, step ${count(sample.step)}`), isEmpty ? null : h("p", { class: "muted" }, words(sample)), isDrawn ? plot : null,
     histograms.length ? h("h3", {}, "Histogram over time") : null, histograms.length ? over : null);
-  if (isDrawn) drawSorted(described(plot, `Standard deviation and mean of each channel at step ${count(sample.step)}: ${words(sample)}.`), sample, width);
-  if (histograms.length) drawHistogram(described(over, `Histogram of the activations at ${plural(histograms.length, "sample")}, steps ${count(histograms[0].step)} to ${count(histograms[histograms.length - 1].step)}.`), histograms, edges, width);
+  if (isDrawn) drawSorted(plot, sample, width);
+  if (histograms.length) drawHistogram(over, histograms, edges, width);
 }
 
 function nearest(samples, step) {
@@ -46,10 +47,10 @@ function drawSorted(plot, sample, width) {
     text: order.map((channel) => `channel ${channel}${dead.has(channel) ? ", dead" : ""}${drifting.has(channel) ? ", drifting" : ""}`), hovertemplate: "%{text}: %{y:.4g}<extra></extra>",
     marker: { size: size > 200 ? 3 : 6, color: shade, symbol, line: { width: 1, color: border } },
   });
-  window.Plotly.react(plot, [trace("standard deviation", "y", sample.std), trace("mean", "y2", sample.mean)], layout({
+  drawChart(plot, `Standard deviation and mean of each channel at step ${count(sample.step)}: ${words(sample)}.`, [trace("standard deviation", "y", sample.std), trace("mean", "y2", sample.mean)], {
     width, height: 190, margin: { l: 48, r: 6, t: 4, b: 22 }, xaxis: axis({ fixedrange: true, anchor: "y2" }),
     yaxis: axis({ domain: [0.54, 1], rangemode: "nonnegative", fixedrange: true, nticks: 4, title: { text: "std", font: { size: 11 } } }), yaxis2: axis({ domain: [0, 0.46], fixedrange: true, nticks: 4, title: { text: "mean", font: { size: 11 } } }),
-  }), CONFIG);
+  });
 }
 
 function drawHistogram(plot, histograms, edges, width) {
@@ -59,7 +60,8 @@ function drawHistogram(plot, histograms, edges, width) {
   });
   const labels = shares[0].map((_, index) => (index === 0 ? `< ${edges[0] ?? ""}` : index === shares[0].length - 1 ? `> ${edges[index - 1] ?? ""}` : String(edges[index] ?? index)));
   const z = labels.map((_, bucket) => shares.map((share) => Math.sqrt(share[bucket] ?? 0)));
-  window.Plotly.react(plot, [{ type: "heatmap", z, x: histograms.map((each) => count(each.step)), y: labels, showscale: false, colorscale: colours().rising, hovertemplate: "step %{x}, %{y}<extra></extra>" }], layout({
+  const told = `Histogram of the activations at ${plural(histograms.length, "sample")}, steps ${count(histograms[0].step)} to ${count(histograms[histograms.length - 1].step)}.`;
+  drawChart(plot, told, [{ type: "heatmap", z, x: histograms.map((each) => count(each.step)), y: labels, showscale: false, colorscale: colours().rising, hovertemplate: "step %{x}, %{y}<extra></extra>" }], {
     width, height: 200, margin: { l: 56, r: 6, t: 4, b: 36 }, xaxis: stepAxis({ type: "category", nticks: 5 }), yaxis: axis({ type: "category", fixedrange: true, nticks: 6 }),
-  }), CONFIG);
+  });
 }

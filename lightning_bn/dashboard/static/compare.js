@@ -1,7 +1,7 @@
 // Two runs by the names of their layers: a map of differences; more of them as a table.
-import { described, h, replace } from "./dom.js";
+import { h, replace } from "./dom.js";
 import { count, isNumber, number, ofLimit, plain } from "./format.js";
-import { CONFIG, axis, colours, layout, stepAxis } from "./theme.js";
+import { axis, colours, drawChart, stepAxis } from "./theme.js";
 import { sortable } from "./table.js";
 
 export async function compare(page, holder, width) {
@@ -60,17 +60,16 @@ function drawDifference(page, holder, ours, theirs, width) {
   replace(holder, h("h3", {}, `${statistic.label}: ${run.name} minus ${state.get("other")}`), found.layers.length ? [plot, tip] : h("p", {}, "The runs share no layer with this statistic."),
     lists.map(([name, names]) => h("p", { class: "muted" }, `Only in ${name}: ${names.slice(0, 12).join(", ")}${names.length > 12 ? ` and ${names.length - 12} more` : ""}`)));
   if (!found.layers.length) return;
-  described(plot, `${statistic.label}: ${run.name} minus ${state.get("other")}, ${found.layers.length} layers by steps ${count(found.first[0])} to ${count(found.first[found.first.length - 1])}.`);
+  const told = `${statistic.label}: ${run.name} minus ${state.get("other")}, ${found.layers.length} layers by steps ${count(found.first[0])} to ${count(found.first[found.first.length - 1])}.`;
   const every = Math.ceil(found.layers.length / 40);
   const rows = found.layers.map((_, row) => row).filter((row) => row % every === 0);
   const reach = Math.max(0, ...found.values.flat().filter(isNumber).map(Math.abs));
-  window.Plotly.react(plot, [{ type: "heatmap", z: found.values, zmin: -(reach || 1), zmax: reach || 1, colorscale: colours().both, hoverinfo: "none", showscale: reach > 0, colorbar: { thickness: 10, title: { text: words, side: "right" }, tickfont: { size: 10 } } }], layout({
+  drawChart(plot, told, [{ type: "heatmap", z: found.values, zmin: -(reach || 1), zmax: reach || 1, colorscale: colours().both, hoverinfo: "none", showscale: reach > 0, colorbar: { thickness: 10, title: { text: words, side: "right" }, tickfont: { size: 10 } } }], {
     width, height: Math.max(140, Math.min(640, 14 * found.layers.length + 40)), margin: { l: 150, r: 60, t: 4, b: 36 },
     xaxis: stepAxis({ tickvals: ticks(found.first.length), ticktext: ticks(found.first.length).map((each) => count(found.first[each])) }), yaxis: axis({ autorange: "reversed", fixedrange: true, tickvals: rows, ticktext: rows.map((row) => shortened(found.layers[row])) }),
-  }), CONFIG);
+  });
   plot.on("plotly_hover", ({ points: [{ pointIndex: [row, column] }] }) => replace(tip, `${found.layers[row]}, step ${count(found.first[column])}: ${number(found.values[row][column])} ${words}`));
   plot.on("plotly_click", ({ points: [{ pointIndex: [row, column] }] }) => state.set({ layer: found.layers[row], step: found.first[column] }));
-  page.difference = found;
 }
 
 const shortened = (name) => plain(name.length > 22 ? `…${name.slice(-21)}` : name || "(the model)");

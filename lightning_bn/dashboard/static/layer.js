@@ -1,7 +1,7 @@
 // One layer: what it is, what to do about it, and its numbers over the run.
-import { breakable, described, h, button, replace } from "./dom.js";
+import { breakable, h, button, replace } from "./dom.js";
 import { code, count, inWords, isNumber, number, isSick, plain, stageName, wrapped } from "./format.js";
-import { CONFIG, axis, colours, layout, stepAxis } from "./theme.js";
+import { axis, colours, drawChart, stepAxis } from "./theme.js";
 import { advice, inStage } from "./findings.js";
 import { drawChannels } from "./channels.js";
 
@@ -99,13 +99,12 @@ export class LayerPanel {
     if (step !== "") shapes.push({ type: "line", yref: "paper", y0: 0, y1: 1, x0: Number(step), x1: Number(step), line: { color: colour.accent, width: 1 } });
     this.chart.hidden = !stages.length;
     if (!stages.length) return;
-    described(this.chart, inWords(`${statistic.label} of ${name}`, own, statistic));
-    window.Plotly.react(this.chart, [...faint, ...stages], layout({
+    drawChart(this.chart, inWords(`${statistic.label} of ${name}`, own, statistic), [...faint, ...stages], {
       width: room(this.charts), height: 230, margin: { l: 48, r: 6, t: 34, b: 36 }, shapes, showlegend: stages.length > 1,
       legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom", font: { size: 11 } },
       title: { text: statistic.label, x: 0, xanchor: "left", y: 0.98, yanchor: "top", font: { size: 12 } },
       xaxis: stepAxis({ nticks: 8 }), yaxis: axis({ fixedrange: true, nticks: 5, ...scaled(statistic) }),
-    }), CONFIG);
+    });
   }
 
   // Every other statistic, small, side by side; what never changed is said in words.
@@ -117,7 +116,6 @@ export class LayerPanel {
     replace(this.same, same.length ? `Unchanged: ${same.map((each) => `${title(each)}: ${number(Object.values(this.series[each.name])[0].values[0])}`).join("; ")}.` : "");
     this.small.hidden = !names.length;
     if (!names.length) return;
-    described(this.small, names.map((each) => inWords(title(each), this.series[each.name], each)).join(" "));
     const width = room(this.charts);
     const across = Math.max(1, Math.min(3, names.length, Math.floor(width / WIDE)));
     const titles = names.map((each) => wrapped(title(each), Math.floor(((width - 54) / across - 8) / LETTER)));
@@ -140,7 +138,8 @@ export class LayerPanel {
       places[`xaxis${x}`] = stepAxis({ domain: [left, right], anchor: `y${y}`, nticks: 5 }); // below the last of its column
       annotations.push({ text: titles[index].map(plain).join("<br>"), align: "left", xref: "paper", yref: "paper", x: left, y: domain[1], xanchor: "left", yanchor: "bottom", showarrow: false, font: { size: 11, color: colours().muted } });
     });
-    window.Plotly.react(this.small, traces, layout({ width, height: high * down + 36, margin: { l: 48, r: 6, t: 0, b: 36 }, annotations, ...places }), { ...CONFIG, staticPlot: true });
+    const words = names.map((each) => inWords(title(each), this.series[each.name], each)).join(" ");
+    drawChart(this.small, words, traces, { width, height: high * down + 36, margin: { l: 48, r: 6, t: 0, b: 36 }, annotations, ...places }, true);
   }
 }
 

@@ -1,7 +1,7 @@
 // What each recalibration changed, layer by layer.
-import { described, h, replace } from "./dom.js";
+import { h, replace } from "./dom.js";
 import { count, isNumber, number, plural } from "./format.js";
-import { CONFIG, axis, colours, layout } from "./theme.js";
+import { axis, colours, drawChart } from "./theme.js";
 import { sortable } from "./table.js";
 
 const COLUMNS = [
@@ -39,9 +39,8 @@ function words({ report, metric, before, after }) {
 function draw(plot, layers, width) {
   const colour = colours();
   const bars = (key, name, index) => ({ type: "bar", name, x: layers.map((_, place) => place), y: layers.map((each) => each[key]), marker: { color: colour.series[index] }, text: layers.map((each) => each.name.replaceAll("<", "&lt;")), textposition: "none", hovertemplate: "%{text}: %{y:.3g}<extra></extra>" });
-  described(plot, "Mean shift and log variance ratio of each layer; the table below has the numbers.");
-  window.Plotly.react(plot, [bars("mean_shift_rms", "mean shift", 0), bars("log_variance_ratio_rms", "log variance ratio", 1)], layout({
+  drawChart(plot, "Mean shift and log variance ratio of each layer; the table below has the numbers.", [bars("mean_shift_rms", "mean shift", 0), bars("log_variance_ratio_rms", "log variance ratio", 1)], {
     width, height: 170, margin: { l: 40, r: 6, t: 24, b: 24 }, showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     xaxis: axis({ fixedrange: true, showticklabels: false, title: { text: "layers in forward order", font: { size: 11, color: colour.muted } } }), yaxis: axis({ fixedrange: true, nticks: 4 }),
-  }), CONFIG);
+  });
 }

@@ -8,12 +8,10 @@ export const DEFAULTS = {
 export class State {
   constructor(address) {
     this.address = address;
-    this.values = { ...DEFAULTS, ...known(address.read()) };
+    const read = () => ({ ...DEFAULTS, ...known(address.read()) });
+    this.values = read();
     this.listeners = [];
-    address.listen(() => {
-      const values = { ...DEFAULTS, ...known(address.read()) };
-      if (Object.keys(DEFAULTS).some((name) => values[name] !== this.values[name])) this._take(values);
-    });
+    address.listen(() => this._take(read()));
   }
 
   get(name) {
@@ -24,9 +22,7 @@ export class State {
   set(changes) {
     const values = { ...this.values };
     for (const [name, value] of Object.entries(changes)) values[name] = value === null || value === undefined ? "" : String(value);
-    if (Object.keys(DEFAULTS).every((name) => values[name] === this.values[name])) return;
-    this._take(values);
-    this.address.write(Object.fromEntries(Object.entries(values).filter(([name, value]) => value !== DEFAULTS[name])));
+    if (this._take(values)) this.address.write(Object.fromEntries(Object.entries(values).filter(([name, value]) => value !== DEFAULTS[name])));
   }
 
   // Steps of a zoom and folded groups go with a statistic and a run; these start anew.
@@ -38,7 +34,8 @@ export class State {
     const before = this.values;
     this.values = values;
     const changed = new Set(Object.keys(DEFAULTS).filter((name) => values[name] !== before[name]));
-    for (const listener of this.listeners) listener(changed);
+    if (changed.size) for (const listener of this.listeners) listener(changed);
+    return changed.size > 0;
   }
 }
 

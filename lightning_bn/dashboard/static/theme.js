@@ -1,4 +1,5 @@
 // Light or dark, and the colours in which plotly draws; page.css has the same as variables.
+import { described } from "./dom.js";
 
 const LIGHT = {
   text: "#1f2328", muted: "#656d76", line: "#d0d7de", paper: "#ffffff", plot: "#ffffff", accent: "#0969da", sick: "#b42318",
@@ -44,7 +45,7 @@ export function stepAxis(extra = {}) {
   return axis({ fixedrange: true, title: { text: "step", standoff: 4, font: { size: 11, color: colours().muted } }, ...extra });
 }
 
-export function layout(extra = {}) {
+function layout(extra = {}) {
   const { text, paper, plot } = colours();
   return {
     paper_bgcolor: paper, plot_bgcolor: plot, font: { family: FONT, size: 12, color: text },
@@ -52,4 +53,7 @@ export function layout(extra = {}) {
   };
 }
 
-export const CONFIG = { displayModeBar: false, responsive: false, doubleClick: false };
+// Draws a chart, with words for who can't see it.
+export function drawChart(plot, words, traces, extra, isStill = false) {
+  return window.Plotly.react(described(plot, words), traces, layout(extra), { displayModeBar: false, responsive: false, doubleClick: false, staticPlot: isStill });
+}
