@@ -66,12 +66,10 @@ _NONE = Drift(np.empty((0, 4)), np.empty((0, 4)), np.empty(0, dtype=bool), np.em
 class DriftMeter:
     """Drift of many batch-norm layers at once, between `start` and `readout`, with as few kernels as for one.
 
-    What the batches in between were like follows from how the running statistics moved: by an exponential average of
-    momentum m, one batch is ``before + (after - before) / m``. An averaging says how much its newest batches weigh
-    (`Averaging.newest_weight`). Where it can't, as a window can't, a layer of this package tells of its batches when it
-    settles them; of any other, somebody hands them in. Drift is measured against the statistics *before* those batches:
-    what an evaluation at that moment would have used. On the device there are a handful of copies; the arithmetic is
-    the host's.
+    By an exponential average of momentum m, one batch is ``before + (after - before) / m``; an averaging says how much
+    its newest batches weigh (`Averaging.newest_weight`). Where it can't, as a window can't, a layer of this package
+    tells of its batches when it settles them; of any other, somebody hands them in. Drift is measured against the
+    statistics *before* those batches. On the device there are a handful of copies; the arithmetic is the host's.
 
     Args:
         layers: which keep running statistics.

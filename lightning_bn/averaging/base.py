@@ -130,8 +130,10 @@ class TrainingState(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainingState:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in self._state_names:
-            setattr(self, name, apply_without_narrowing(fn, getattr(self, name)))
+        for name, held in self.state().items():
+            moved = fn(held)  # where that is a cast to fewer bits, the state keeps its accuracy
+            is_wide = torch.promote_types(moved.dtype, held.dtype) == moved.dtype
+            setattr(self, name, moved if is_wide else held.to(moved.device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -358,13 +360,6 @@ def check_averaging(averaging: object, call: str) -> None:
             f"{call}: averaging is an Averaging such as Window(20), Exponential(0.1) or Cumulative(), not "
             f"{averaging!r}."
         )
-
-
-def apply_without_narrowing(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Return ``fn(tensor)``, or where that is a cast to fewer bits, `tensor` with its accuracy on the device where `fn`
-    would have it."""
-    moved = fn(tensor)
-    return moved if torch.promote_types(moved.dtype, tensor.dtype) == moved.dtype else tensor.to(moved.device)
 
 
 def apply_to_statistics(fn: Callable[[Tensor], Tensor], statistics: Tensor) -> Tensor:

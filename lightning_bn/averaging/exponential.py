@@ -69,8 +69,10 @@ class Exponential(Averaging):
         if momentum is None:
             return _cumulate(running_mean, running_var, batch, self.weight_sums if self.pooled else None)
         if not self.pooled:
-            weight = _debiased(batch.step, momentum) if self.debias else torch.full_like(batch.count, momentum)
-            return _blend(running_mean, running_var, batch, weight)
+            if not self.debias:
+                return _blend(running_mean, running_var, batch, torch.full_like(batch.count, momentum))
+            memory = _memory(batch.step, momentum)  # divided by it, the start never weighs in
+            return _blend(running_mean, running_var, batch, momentum / torch.where(memory == 0, 1.0, memory))
         past = _memory(batch.step - 1, momentum) if self.debias else 1.0
         return _pool(running_mean, running_var, batch, self.weight_sums, past, 1 - momentum, momentum)
 
@@ -197,9 +199,3 @@ def _memory(step: Tensor, momentum: float) -> Tensor:
     # 0.001.
     decay = torch.full_like(step, momentum, dtype=wide_dtype(step.device)).neg().log1p()
     return torch.where(step == 0, 0.0, -torch.expm1(step * decay))
-
-
-def _debiased(step: Tensor, momentum: float) -> Tensor:
-    """The weight of batch number `step` in an exponential average in which the start never weighs in."""
-    memory = _memory(step, momentum)
-    return momentum / torch.where(memory == 0, 1.0, memory)

@@ -33,19 +33,12 @@ class Window(Averaging):
         >>> layer.running_mean, layer.running_var
         (tensor([15.]), tensor([2.]))
 
-    How it works: sums are only ever added up, nothing is subtracted, so nothing drifts and an outlier that has left the
-    window leaves no residue. Time is cut into segments of ``size // 2`` batches, and a window always consists of
-
-    * the batches of the segment that is being written (`newest`, a running total),
-    * all of the segment before (`middle`, a total),
-    * the end of the segment before that, from the oldest batch still inside.
-
-    For the last part a total over each suffix of a segment is needed; they are made one a step, from the back, while
-    the next segment is being written (`turned`). This is a queue of two stacks, turned over in worst-case constant time
-    (Tangwongsan, Hirzel & Schneider 2021, "In-order sliding-window aggregation in worst-case constant time"), and it
-    works for whatever can be merged: sums, and with ``pooled=True`` moments. All indices are tensors, one a channel: a
-    skipped batch must not advance them, only the device knows whether it was skipped, and the channels may be those of
-    several layers.
+    Sums are only ever added up and nothing is subtracted, so nothing drifts and an outlier that has left the window
+    leaves no residue. Time is cut into segments of ``size // 2`` batches; a window is a total of the segment that is
+    being written (`newest`), of the one before (`middle`), and of the end of the one before that, whose totals over
+    suffixes are made one a step, from the back, while the next segment is being written (`turned`): a queue of two
+    stacks (Tangwongsan, Hirzel & Schneider 2021, "In-order sliding-window aggregation in worst-case constant time").
+    Indices are tensors, one a channel: only the device knows whether a batch was skipped, which must not advance them.
     """
 
     __module__ = "lightning_bn"

@@ -62,25 +62,20 @@ class Followers:
         TypeError: a value is not an Averaging.
         ValueError: the model has no layer that keeps running statistics.
 
-    Cost: the moments are those that the layers' own forwards have computed; per average and forward of the model one
-    update, for the channels of all layers together. No activation is read a second time where the kernel keeps a
-    batch's moments.
+    Cost: per average and forward of the model one update, for the channels of all layers together. No activation is
+    read a second time where the kernel keeps a batch's moments.
 
     Example:
-        >>> from lightning_bn import Cumulative, Window
+        >>> from lightning_bn import Window
         >>> layer = nn.BatchNorm1d(1, momentum=0.1)
-        >>> followers = Followers(layer, {"window": Window(1), "all": Cumulative()})
+        >>> followers = Followers(layer, {"window": Window(1)})
         >>> with followers.following():
-        ...     for value in (10.0, 20.0):
-        ...         _ = layer(torch.tensor([[value - 1], [value + 1]]))
+        ...     _ = layer(torch.tensor([[19.0], [21.0]]))
         >>> with followers.applied("window"):
         ...     layer.running_mean.item()
         20.0
-        >>> with followers.applied("all"):
-        ...     layer.running_mean.item()
-        15.0
-        >>> round(layer.running_mean.item(), 4)
-        2.9
+        >>> layer.running_mean.item()
+        2.0
     """
 
     def __init__(
@@ -132,12 +127,14 @@ class Followers:
                 self._flush()
 
     def _side_by_side(self) -> list[_Wide]:
+        """Those layers together whose shadows have the same dtype and device."""
+        alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+        for path, shadow in next(iter(self._shadows.values()), {}).items():
+            mean = running_mean(shadow)
+            alike.setdefault((mean.dtype, mean.device), []).append(path)
+        rows = self._shadows.values()
         return [
-            _Wide(
-                [self._layers[path] for path in paths],
-                [[row[path] for path in paths] for row in self._shadows.values()],
-            )
-            for paths in self._alike()
+            _Wide([self._layers[p] for p in paths], [[r[p] for p in paths] for r in rows]) for paths in alike.values()
         ]
 
     def _renew_if_resized(self, layers: Sequence[_BatchNorm]) -> None:
@@ -156,14 +153,6 @@ class Followers:
             for name, averaging in self._averages.items():
                 self._shadows[name][path] = _shadow(layer, averaging)
             self._wide = self._side_by_side()
-
-    def _alike(self) -> list[list[str]]:
-        """The layers' names, those together whose shadows have the same dtype and device."""
-        alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
-        for path, shadow in next(iter(self._shadows.values()), {}).items():
-            mean = running_mean(shadow)
-            alike.setdefault((mean.dtype, mean.device), []).append(path)
-        return list(alike.values())
 
     def missed(self) -> list[str]:
         """Return the names of layers that took in batches of which nothing was seen here; waits for the device.
@@ -205,7 +194,10 @@ class Followers:
         """Return, by average and layer, all that the averages need to go on."""
         self._flush()
         return {
-            name: {path: _copied(shadow.state_dict()) for path, shadow in row.items()}
+            name: {
+                path: {key: held.detach().clone() for key, held in shadow.state_dict().items()}
+                for path, shadow in row.items()
+            }
             for name, row in self._shadows.items()
         }
 
@@ -376,7 +368,3 @@ def _copy(source: _BatchNorm, target: _BatchNorm) -> None:
     """Write the running statistics of one layer into another's, in place."""
     for buffer, value in zip(running_statistics(target), running_statistics(source), strict=True):
         buffer.copy_(value)
-
-
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in state.items()}

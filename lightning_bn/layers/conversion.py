@@ -202,10 +202,8 @@ def why_unsupported(layer: _BatchNorm) -> str | None:
         return "it keeps no running statistics"
     if layer.num_batches_tracked is None:
         return "it does not count its batches (num_batches_tracked is None)"
-    if isinstance(layer, nn.SyncBatchNorm):
-        return (
-            None  # torch's own, known to follow the pattern; in a process group it can't be tried out by one rank alone
-        )
+    if isinstance(layer, nn.SyncBatchNorm):  # torch's own follows the pattern; one rank alone can't try it out
+        return None
     if "forward" in layer.__dict__:
         return _tried(layer)  # one of its own, of which its class tells nothing
     known = _TRIED.setdefault(type(layer), {})

@@ -290,7 +290,12 @@ class DeferredUpdates(OutermostForward):
         ):
             return
         signature = self._signature()
-        self._groups = self._plan(signature) if any(signature) else []
+        groups = self._plans.get(signature) if any(signature) else []
+        if groups is None or not all(group.is_tied() for group in groups):
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            groups = self._plans[signature] = self._grouped(signature)
+        self._groups = groups
         for group in self._groups:
             group.take_momenta()
         self._facts = facts
@@ -323,14 +328,6 @@ class DeferredUpdates(OutermostForward):
                 rule.follow(mean)
             found.append((rule, mean.dtype, mean.device, len(mean), attributes.get("skip_nonfinite", True)))
         return tuple(found)
-
-    def _plan(self, signature: tuple[Any, ...]) -> list[LayerGroup]:
-        groups = self._plans.get(signature)
-        if groups is None or not all(group.is_tied() for group in groups):
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            groups = self._plans[signature] = self._grouped(signature)
-        return groups
 
     def _grouped(self, signature: tuple[Any, ...]) -> list[LayerGroup]:
         members: dict[tuple[Any, ...], list[tuple[_BatchNorm, Averaging | None]]] = {}

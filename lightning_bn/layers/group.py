@@ -145,7 +145,7 @@ class LayerGroup:
             start = self._masked(self._averaged(collected), collected, before)
         if place >= len(self._wide):
             wide = self._new_rows(updates, start)
-            self._take_momenta(wide)
+            self.take_momenta(wide)
             if self._reuses:
                 self._wide.append(wide)
             return wide
@@ -157,15 +157,12 @@ class LayerGroup:
             wide.writable.copy_(wide.before)
         return wide
 
-    def take_momenta(self) -> None:
-        """Take note of the momenta that the layers have now."""
-        for wide in self._wide:
-            self._take_momenta(wide)
-
-    def _take_momenta(self, wide: WideScratch) -> None:
-        for layer, scratch in zip(self.layers, wide.parts, strict=True):
-            scratch.momentum = None if self.rules else kernel_momentum(layer)
-            scratch.layer_momentum = layer.__dict__["momentum"]
+    def take_momenta(self, *new: WideScratch) -> None:
+        """Take note of the momenta that the layers have now, in `new` rows or else in all that there are."""
+        for wide in new or self._wide:
+            for layer, scratch in zip(self.layers, wide.parts, strict=True):
+                scratch.momentum = None if self.rules else kernel_momentum(layer)
+                scratch.layer_momentum = layer.__dict__["momentum"]
 
     def _new_rows(self, updates: Any, start: Tensor | None) -> WideScratch:
         with torch.inference_mode(False):
@@ -257,10 +254,6 @@ class LayerGroup:
         """Whether the moments of a layer's batch are finite, told by its variances: (L,) bool."""
         largest = torch.zeros(len(self.layers), dtype=var.dtype, device=self.device)
         return largest.scatter_reduce_(0, self._owner, var, "amax") < math.inf  # the maximum of a NaN is NaN
-
-    def split(self, wide: Tensor) -> tuple[Tensor, ...]:
-        """Cut a tensor of all channels into the layers' parts."""
-        return tuple(wide.split(self.sizes))
 
     def widened(self, per_layer: Tensor) -> Tensor:
         """Repeat a number a layer, (L,), for each of its channels, (C,)."""
@@ -375,15 +368,14 @@ class LayerGroup:
 
     def _update_each(self, collected: Collected, before: tuple[Tensor, Tensor], steps: Tensor) -> tuple[Tensor, Tensor]:
         """The same for a rule that is not known to be elementwise: layer by layer, as it was written."""
-        means, variances = [], []
-        running = zip(*(self.split(each) for each in before), strict=True)
         # Copies: a rule may keep what it is given.
-        means_of_batch, variances_of_batch = self.split(collected.mean.clone()), self.split(collected.var.clone())
-        for place, (rule, (old_mean, old_var)) in enumerate(zip(self.rules, running, strict=True)):
-            mean, var = means_of_batch[place], variances_of_batch[place]
-            count = collected.count[place]
+        wide = *before, collected.mean.clone(), collected.var.clone()
+        found = []
+        for place, (rule, *running, mean, var) in enumerate(
+            zip(self.rules, *(each.split(self.sizes) for each in wide), strict=True)
+        ):
             valid = None if collected.valid is None else collected.valid[place]
-            new_mean, new_var = rule.update(old_mean, old_var, Batch(mean, var, count, steps[place], valid))
-            means.append(new_mean)
-            variances.append(new_var)
+            batch = Batch(mean, var, collected.count[place], steps[place], valid)
+            found.append(rule.update(running[0], running[1], batch))
+        means, variances = zip(*found, strict=True)
         return torch.cat(means), torch.cat(variances)

@@ -104,10 +104,9 @@ class StandIns:
 class _HooksAround:
     """Two hooks around a layer's own forward: it runs with other tensors for buffers, and then its own get the average.
 
-    A batch-norm forward that follows torch's pattern calls ``F.batch_norm`` with the module's own buffers and
-    ``momentum``. With zeroed buffers and momentum 1 it leaves the batch's mean and unbiased variance in them, whatever
-    else it does (timm's also drop). The buffers are exchanged, not overwritten: autograd keeps those of the forward for
-    backward, and finds them changed otherwise. A layer that several threads run is run by one of them at a time.
+    A forward that follows torch's pattern calls ``F.batch_norm`` with the module's own buffers and ``momentum``. With
+    zeroed buffers and momentum 1 it leaves the batch's mean and unbiased variance in them, whatever else it does. They
+    are exchanged, not overwritten, since autograd keeps those of the forward. One thread at a time runs the layer.
     """
 
     def __init__(self, layer: _BatchNorm) -> None:

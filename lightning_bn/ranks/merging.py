@@ -101,7 +101,7 @@ class MergedUpdates(DeferredUpdates):
     def take_shift(self, group: LayerGroup, moments: Moments, before: Tensor) -> None:
         """Keep the means that were found, where there was data and it was finite."""
         known = (moments.count > 0) & moments.mean.isfinite()
-        self._shifts.update(zip(group.layers, group.split(torch.where(known, moments.mean, before)), strict=True))
+        self._shifts.update(zip(group.layers, torch.where(known, moments.mean, before).split(group.sizes), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_shifts": {}, "_have_met": False}

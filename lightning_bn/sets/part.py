@@ -52,10 +52,6 @@ class SetPart(nn.Module):
         layer: _BatchNorm = self.__dict__["_layer"]
         return layer
 
-    def give_to(self, layer: _BatchNorm) -> None:
-        """From now on this is a part of `layer`, which has the tensors of the layer before."""
-        self.__dict__["_layer"] = layer
-
     @property
     def is_in_place(self) -> bool:
         """Whether the tensors are in the layer."""
@@ -68,8 +64,9 @@ class SetPart(nn.Module):
             tensor = holder._buffers[name]
             self._buffers[name] = None if tensor is None else tensor.detach().clone()
         for name in _AFFINE if self._affine else ():
-            parameter = holder._parameters[name]
-            self._parameters[name] = None if parameter is None else _cloned(parameter)
+            weight = holder._parameters[name]
+            own = None if weight is None else nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            self._parameters[name] = own
         self._take_averaging(copy.deepcopy(holder._modules.get("averaging")))
 
     def put_in(self, present: SetPart) -> None:
@@ -196,10 +193,6 @@ class SetPart(nn.Module):
 def _exchange(names: Iterable[str], held: dict[str, Any], theirs: dict[str, Any], own: dict[str, Any]) -> None:
     for name in names:
         theirs[name], held[name], own[name] = held[name], own[name], None
-
-
-def _cloned(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
 def _kind(averaging: nn.Module | None) -> tuple[Any, ...] | None:

@@ -255,7 +255,7 @@ class StatisticsSets(nn.Module):
                 continue
             self._layers[path] = new
             for parts in self._parts.values():
-                parts[place].give_to(new)
+                parts[place].__dict__["_layer"] = new
             join_sets(new, self)
             guard_recomputation(new)
         self._places = places_of(numbers.keys() & self._layers.values(), model)
