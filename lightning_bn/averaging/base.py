@@ -82,16 +82,13 @@ class TrainingState(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._untie()
+        self.tie = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "training":  # what .train() and .eval() assign
-            self._untie()
+        if name not in ("training", "tie"):  # what .train() and .eval() assign
+            # Not by __dict__, into which torch.compile before 2.12 can't write. torch allows for no None in its types.
+            super().__setattr__("tie", None)  # type: ignore[arg-type]
         super().__setattr__(name, value)
-
-    def _untie(self) -> None:
-        # Not by __dict__, into which torch.compile before 2.12 can't write. torch allows for no None in its types.
-        super().__setattr__("tie", None)  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
         # A view is saved with the whole of what it is a view of, so one layer's copy would carry the state of all.
@@ -174,7 +171,7 @@ class TrainingState(nn.Module):
             missing_keys.extend(key for key, name in keys.items() if name not in saved and strict)
             self._load(saved, prefix, error_msgs, assign=local_metadata.get("assign_to_params_buffers", False))
         self.__dict__["_of"] = None
-        self._untie()  # so that the next forward tells whose history it is
+        self.tie = None  # so that the next forward tells whose history it is
 
     def _load(self, saved: dict[str, Tensor], prefix: str, error_msgs: list[str], *, assign: bool) -> None:
         for name, value in saved.items():

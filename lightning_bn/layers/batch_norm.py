@@ -15,7 +15,7 @@ from torch.overrides import has_torch_function_unary
 
 from lightning_bn.averaging import Averaging, Batch, Exponential, check_averaging
 from lightning_bn.averaging.base import apply_to_statistics
-from lightning_bn.buffers import next_step, running_mean, running_statistics
+from lightning_bn.buffers import next_step, running_statistics
 from lightning_bn.layers.masks import check_mask, masked_batch_norm
 from lightning_bn.layers.settlement import (
     LISTENERS,
@@ -118,9 +118,9 @@ class AveragedBatchNorm(_BatchNorm):
         ``momentum``."""
         self._modules.pop("averaging", None)  # a module assigned None would stay in the repr
         if averaging is not None:
-            for buffer in running_statistics(self):
+            for buffer in map(self.get_buffer, ("running_mean", "running_var")):
                 buffer.data = buffer.data.to(torch.promote_types(buffer.dtype, torch.float32))
-        self.averaging = None if averaging is None else averaging.for_layer(running_mean(self))
+        self.averaging = None if averaging is None else averaging.for_layer(self.get_buffer("running_mean"))
         # An exponential averaging's, for whoever reads the instance's __dict__, as torch's repr does.
         self.momentum = self.momentum
 

@@ -20,6 +20,7 @@ from lightning_bn.discovery import BatchNormLayer, find_batch_norms, find_unserv
 from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from lightning_bn.layers.deferred import release, settle_together
+from lightning_bn.layers.settlement import ATTACHED
 from lightning_bn.layers.subclasses import StandIns
 from lightning_bn.modes import kept_attribute, out_of_inference_mode
 from lightning_bn.sharding import check_not_distributed
@@ -66,22 +67,18 @@ def convert_batch_norm(module: M, averaging: Averaging | None = None) -> M:
           (averaging): Window(size=20)
         )
     """
+    call = f"convert_batch_norm(module, {averaging!r})"
     if averaging is not None:
-        check_averaging(averaging, f"convert_batch_norm(module, {averaging!r})")
+        check_averaging(averaging, call)
     layers = find_batch_norms(module)
     left_out = [norm for norm in find_unserved(module) if averaging is not None and not norm.is_constant]
-    check_not_distributed(layers, f"convert_batch_norm(module, {averaging!r})")
+    check_not_distributed(layers, call)
     refused = [_listing(layer, reason) for layer in layers if (reason := _refusal(layer.module, averaging))]
     refused += [str(norm) for norm in left_out if isinstance(norm.module, _BatchNorm)]
     if refused:
-        raise TypeError(
-            f"convert_batch_norm(module, {averaging!r}) can't attach the averaging to {'; '.join(refused)}. Nothing "
-            f"was changed."
-        )
+        raise TypeError(f"{call} can't attach the averaging to {'; '.join(refused)}. Nothing was changed.")
     if left_out:
-        warnings.warn(
-            f"convert_batch_norm(module, {averaging!r}) leaves out {'; '.join(map(str, left_out))}.", stacklevel=2
-        )
+        warnings.warn(f"{call} leaves out {'; '.join(map(str, left_out))}.", stacklevel=2)
     elif not layers:
         warnings.warn(
             f"convert_batch_norm({type(module).__name__}(...), {averaging!r}) finds no batch-norm layer, and converts "
@@ -150,17 +147,16 @@ def _has_own_forward(layer: _BatchNorm) -> bool:
 
 def _convert(layer: _BatchNorm, averaging: Averaging | None) -> None:
     ours = None if _has_own_forward(layer) else _OURS.get(type(layer))
-    if ours is not None:
+    if ATTACHED in layer.__dict__:
         subclasses.detach_averaging(layer)
+    if ours is not None:
         # A change of class and not a new module: whoever holds the layer (optimizers, hooks, lists) holds the converted
         # one.
         layer.__class__ = ours
         layer.__dict__["skip_nonfinite"] = True
     if isinstance(layer, AveragedBatchNorm):
         layer.adopt(averaging)
-    elif averaging is None:
-        subclasses.detach_averaging(layer)
-    else:
+    elif averaging is not None:
         subclasses.attach_averaging(layer, averaging)
 
 
