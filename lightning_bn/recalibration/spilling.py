@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import tempfile
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.recalibration.storages import StorageReference, watched
+from lightning_bn.torch_internals import all_modules, buffers_of
 
 # Smaller storages stay in memory.
 _SMALL = 2**14
@@ -93,12 +95,12 @@ class Spilling:
         self.bytes = max(self.bytes, self._file.used)
 
     def _held_by_the_model(self) -> set[int]:
-        own = chain.from_iterable((*vars(each).values(), *each.buffers(False)) for each in self._model.modules())
-        return {
-            value.untyped_storage()._cdata
-            for value in own
-            if isinstance(value, Tensor) and value.layout is torch.strided
-        }
+        # Asked for each waiting job, and so in C: a forward may put another tensor there.
+        modules = all_modules(self._model)
+        values = list(chain.from_iterable(chain(map(dict.values, map(vars, modules)), map(_values, modules))))
+        kinds = {kind for kind in set(map(type, values)) if issubclass(kind, Tensor)}
+        tensors: Iterable[Any] = compress(values, map(kinds.__contains__, map(type, values)))
+        return {each.untyped_storage()._cdata for each in tensors if each.layout is torch.strided}
 
     def close(self) -> None:
         """Read back what somebody still holds."""
@@ -111,6 +113,10 @@ class Spilling:
             reference, slot = self._spilled[key]
             self._file.read(slot, reference.storage())
             del self._spilled[key]
+
+
+def _values(module: nn.Module) -> Iterable[Tensor | None]:
+    return buffers_of(module).values()
 
 
 _Slot = tuple[int, int, "Tensor | None"]

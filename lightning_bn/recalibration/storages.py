@@ -6,7 +6,7 @@ Each function says why nothing public will do, and what it answers where the pri
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -82,24 +82,28 @@ def watched(before: Callable[[Tensor], None], after: Callable[[Tensor], None]) -
         return None
 
     class Watching(_DispatchMode):  # type: ignore[misc, valid-type]
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False  # nothing is compiled inside, and torch would put two functions around each operation
+
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            for tensor in _tensors_in((args, tuple((kwargs or {}).values()))):
-                before(tensor)
+            _each_tensor(args, before)
+            if kwargs:
+                _each_tensor(kwargs.values(), before)
             result = function(*args, **(kwargs or {}))
-            for tensor in _tensors_in((result,)):
-                after(tensor)
+            _each_tensor((result,), after)
             return result
 
     return Watching()
 
 
-def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+def _each_tensor(values: Iterable[Any], call: Callable[[Tensor], None]) -> None:
     for value in values:
         if isinstance(value, Tensor):
             if value.layout is torch.strided:
-                yield value
+                call(value)
         elif isinstance(value, (list, tuple)):
-            yield from _tensors_in(value)
+            _each_tensor(value, call)
 
 
 def in_compiled_call() -> bool:
