@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.discovery import find_batch_norms
-from lightning_bn.torch_internals import all_modules, compiled_methods, is_compiled
+from lightning_bn.torch_internals import is_compiled
 
 
 class _Passes(threading.local):
@@ -51,23 +50,6 @@ def no_garbage_collected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-@contextmanager
-def old_objects_kept(collects: bool) -> Iterator[None]:
-    """Inside of `no_garbage_collected`, let Python look for garbage again if `collects`, but only among what is made
-    inside; nothing if somebody has frozen objects already, which can't be told from others."""
-    freezes = collects and not gc.get_freeze_count()
-    if collects:
-        gc.enable()
-    if freezes:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        gc.disable()
-        if freezes:
-            gc.unfreeze()
 
 
 @contextmanager
@@ -159,24 +141,6 @@ def eager(model: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which a compiled model runs as it was written: the code that was compiled knows nothing of
     later hooks."""
     return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
-
-
-@contextmanager
-def as_written(model: nn.Module) -> Iterator[None]:
-    """Run no compiled code, as in `eager`, and have compiled modules call what they were compiled from: torch 2.14
-    keeps state on a stack from the begin of a compiled module's call to its end, which breaks where calls overlap."""
-    found = [(vars(each), written) for each in all_modules(model) if (written := compiled_methods(each))]
-    compiled = [{name: own[name] for name in written} for own, written in found]
-    # Who compiles nothing need not import dynamo, which takes a second.
-    uses_dynamo = "torch._dynamo" in sys.modules
-    try:
-        for own, written in found:
-            own.update(written)
-        with torch.compiler.set_stance("force_eager") if uses_dynamo else nullcontext():
-            yield
-    finally:
-        for (own, _), methods in zip(found, compiled, strict=True):
-            own.update(methods)
 
 
 def out_of_inference_mode() -> AbstractContextManager[Any]:

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.buffers import running_mean
 from lightning_bn.ranks.collective import Ranks
 from lightning_bn.recalibration.collection import Estimate, PassResult, Tallies, merged_summary, progress_bar
 from lightning_bn.recalibration.lockstep import Lockstep, Stop
-from lightning_bn.recalibration.spilling import Spilling
+from lightning_bn.recalibration.spilling import Spilling, free_memory
 from lightning_bn.recalibration.tally import BatchMoments
 
 
@@ -43,6 +44,8 @@ class ExactPass:
         self._progress = progress
         self._tallies = Tallies(layers, pending=None)
         self._new: dict[int, tuple[Tensor, Tensor]] = {}
+        if budget is None and (free := free_memory(running_mean(layers[0]).device)) is not None:
+            budget = free / 2
         self._spilling = Spilling(budget, model)
         self._lockstep = Lockstep(self._first_of_all_ranks, self._arrived, self._spilling)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.modes import as_written, extra_pass
+from lightning_bn.modes import extra_pass
 from lightning_bn.recalibration.kept_objects import kept
 from lightning_bn.recalibration.kept_tensors import KeptTensors
 from lightning_bn.recalibration.random_states import kept_random_states
+from lightning_bn.torch_internals import all_modules, compiled_methods
 
 Forward = Callable[[Any, Any], Any]
 """``forward(model, batch)``: runs the model on a batch; what it returns is not looked at."""
@@ -137,12 +139,30 @@ def all_else_kept(model: nn.Module, batches: object) -> Iterator[KeptTensors]:
         extra_pass(),
         kept_random_states(batches),
         kept(model=model) as tensors,
-        as_written(model),
+        _as_written(model),
         torch.inference_mode(False),
         torch.no_grad(),
     ):
         model.eval()
         yield tensors
+
+
+@contextmanager
+def _as_written(model: nn.Module) -> Iterator[None]:
+    """Run no compiled code, and have compiled modules call what they were compiled from: torch 2.14
+    keeps state on a stack from the begin of a compiled module's call to its end, which breaks where calls overlap."""
+    found = [(vars(each), written) for each in all_modules(model) if (written := compiled_methods(each))]
+    compiled = [{name: own[name] for name in written} for own, written in found]
+    # Who compiles nothing need not import dynamo, which takes a second.
+    uses_dynamo = "torch._dynamo" in sys.modules
+    try:
+        for own, written in found:
+            own.update(written)
+        with torch.compiler.set_stance("force_eager") if uses_dynamo else nullcontext():
+            yield
+    finally:
+        for (own, _), methods in zip(found, compiled, strict=True):
+            own.update(methods)
 
 
 def with_the_weights_as_they_are(run: Callable[[Any], object], tensors: KeptTensors) -> Callable[[Any], None]:

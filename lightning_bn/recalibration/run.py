@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.buffers import running_mean
 from lightning_bn.discovery import BatchNormLayer, unsaved_by_adapter
-from lightning_bn.modes import no_garbage_collected, old_objects_kept
+from lightning_bn.modes import no_garbage_collected
 from lightning_bn.ranks.collective import Group, Ranks
 from lightning_bn.recalibration.collection import OnePass, merged
 from lightning_bn.recalibration.feeding import Forward, all_else_kept, runner, with_the_weights_as_they_are
@@ -241,14 +240,15 @@ def _estimated(
     ):
         try:
             once = run if options.exact else with_the_weights_as_they_are(run, tensors)
-            with old_objects_kept(collects):  # a forward may leave garbage
+            with _old_objects_kept(collects):  # a forward may leave garbage
                 seen = collection.collect(second_loader(batches), once)
         except BaseException as error:
             # Other ranks of a sharded model wait in a forward, for parameters, and would take a word for these.
             if not sharded:
                 ranks.fail(error)
             raise
-        seen = merged(seen, ranks)
+        if ranks.are_several:
+            seen = merged(seen, ranks)
         changes = agreed_changes(chosen, ranks, estimator, seen)
         reports = layer_reports(chosen, estimator.old, changes, seen.summary)
     made = [] if options.dry_run else [change for change in changes if change is not None]
@@ -266,6 +266,23 @@ def _estimated(
         _changes=tuple(made),
     )
     return report, made
+
+
+@contextmanager
+def _old_objects_kept(collects: bool) -> Iterator[None]:
+    """Inside of `no_garbage_collected`, let Python look for garbage again if `collects`, but only among what is made
+    inside; nothing if somebody has frozen objects already, which can't be told from others."""
+    freezes = collects and not gc.get_freeze_count()
+    if collects:
+        gc.enable()
+    if freezes:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        gc.disable()
+        if freezes:
+            gc.unfreeze()
 
 
 @dataclass(frozen=True)
@@ -368,18 +385,13 @@ def _pass(
             progress=options.progress,
         )
     from lightning_bn.recalibration.exact import ExactPass  # it alone needs greenlet
-    from lightning_bn.recalibration.spilling import free_memory
 
-    budget = options.memory_budget
-    if budget is None:
-        free = free_memory(running_mean(modules[0]).device)
-        budget = None if free is None else free / 2
     return ExactPass(
         modules,
         ranks,
         estimator.of_layer,
         num_batches=options.num_batches,
         progress=options.progress,
-        budget=budget,
+        budget=options.memory_budget,
         model=model,
     )
