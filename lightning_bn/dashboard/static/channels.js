@@ -43,7 +43,7 @@ function drawSorted(plot, sample, width) {
   const symbol = order.map((channel) => (dead.has(channel) ? "x" : drifting.has(channel) ? "diamond" : "circle"));
   const border = order.map((channel) => (dead.has(channel) ? colour.text : shade[0]));
   const trace = (name, axis, fields) => ({
-    type: "scatter", mode: "markers", x: order.map((_, index) => index), y: order.map((channel) => (isNumber(fields?.[channel]) ? fields[channel] : null)), yaxis: axis, name,
+    type: "scatter", mode: "markers", cliponaxis: false, x: order.map((_, index) => index), y: order.map((channel) => (isNumber(fields?.[channel]) ? fields[channel] : null)), yaxis: axis, name,
     text: order.map((channel) => `channel ${channel}${dead.has(channel) ? ", dead" : ""}${drifting.has(channel) ? ", drifting" : ""}`), hovertemplate: "%{text}: %{y:.4g}<extra></extra>",
     marker: { size: size > 200 ? 3 : 6, color: shade, symbol, line: { width: 1, color: border } },
   });
