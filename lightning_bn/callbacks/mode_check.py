@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -186,11 +187,13 @@ class ModeCheck(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = True
 
+    @meeting
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
         if not is_overridden("on_validation_model_eval", pl_module):
-            self._look().fit_test.anchor()
+            self._boundary.attempt("", lambda: self._look().fit_test.anchor())
 
+    @meeting
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
 
@@ -263,7 +266,7 @@ class ModeCheck(Callback):
             accumulated=trainer.accumulate_grad_batches,
             manual=not module.automatic_optimization,
             scheduled=any(isinstance(each, BaseFinetuning) for each in callbacks_of(trainer)),
-            own_statistics=trainer.world_size > 1 and getattr(trainer.model, "broadcast_buffers", True) is False,
+            own_statistics=_has_statistics_of_each_rank(trainer),
             classes=self._classes,
             share=self._share if Ranks(task="ModeCheck").are_several else None,
             optimizers=(lambda: trainer.optimizers) if trainer.state.fn == TrainerFn.FITTING else None,
@@ -285,6 +288,13 @@ class ModeCheck(Callback):
         return self._inspection
 
     def _begin_evaluation(self, trainer: Trainer, module: LightningModule) -> None:
+        begin = partial(self._begin_evaluation_here, trainer, module)
+        if _has_statistics_of_each_rank(trainer):
+            self._meet(trainer, begin)  # for BN306
+        else:
+            self._boundary.attempt("", begin)
+
+    def _begin_evaluation_here(self, trainer: Trainer, module: LightningModule) -> None:
         before, self._modes = self._modes, None
         if trainer.state.fn != TrainerFn.FITTING:
             before = None
@@ -331,3 +341,8 @@ class ModeCheck(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"{_TAG}/{level}s": float(count) for level, count in counts.items()}, step=step)
         log_markdown(trainer.loggers, f"{_TAG}/findings", findings_markdown(self.findings), step)
+
+
+def _has_statistics_of_each_rank(trainer: Trainer) -> bool:
+    """Tell whether DDP leaves each of several ranks its own running statistics."""
+    return trainer.world_size > 1 and getattr(trainer.model, "broadcast_buffers", True) is False

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.discovery import NamedModules
-from lightning_bn.ranks.collective import Ranks
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import RECALIBRATION
@@ -119,23 +118,20 @@ class RanksApart(Rule):
     fix = Fix("plugins=[BatchNormSync()]", "in the Trainer", "or DDPStrategy() with its default broadcast_buffers=True")
 
     def begin_evaluation(self, at: Moment) -> Iterator[Seen]:
-        if at.setting.own_statistics:
-            ranks = Ranks(task="ModeCheck")
-
-            def apart() -> dict[int, float]:
-                values = StatisticsSnapshot(at.layers).values()
-                return _apart(ranks.share({index: (each.mean, each.var) for index, each in values.items()}))
-
-            if spread := ranks.each(apart):
+        if at.setting.own_statistics and at.setting.share is not None:
+            values = StatisticsSnapshot(at.layers).values()
+            if spread := _apart(at.setting.share({index: (each.mean, each.var) for index, each in values.items()})):
                 event = f"the running means of two ranks are up to {max(spread.values()):.2g} deviations apart."
                 yield Seen(at.named(spread), event)
 
 
 def _apart(of_ranks: Sequence[dict[int, tuple[Tensor, Tensor]]]) -> dict[int, float]:
-    """Return, by layer, how many running deviations the means of ranks differ, where any of their statistics do."""
+    """Return, by layer, how many running deviations the means of ranks differ, where any of their statistics do; a rank
+    that has failed sends nothing."""
     apart: dict[int, float] = {}
-    for other in of_ranks[1:]:
-        for index, (mean, var) in of_ranks[0].items():
+    sent = [each for each in of_ranks if each]
+    for other in sent[1:]:
+        for index, (mean, var) in sent[0].items():
             if index in other and not (torch.equal(mean, other[index][0]) and torch.equal(var, other[index][1])):
                 distance = ((mean - other[index][0]) / (var + 1e-5).sqrt()).abs().max().item()
                 apart[index] = max(distance, apart.get(index, 0.0))

@@ -11,12 +11,13 @@ import pytest
 import torch
 from fitting import trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from processes import environment, free_port, results
 from small_data import training_data
 from small_models import Small
 from torch.utils.data import DataLoader
 
-from lightning_bn import ActivationStatsMonitor, BatchNormRecalibration, CompareAverages, Window
+from lightning_bn import ActivationStatsMonitor, BatchNormRecalibration, CompareAverages, ModeCheck, Window
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.activations.host_to_sample import SampleBuilder
 from lightning_bn.callbacks import checkpoint_files, recalibration
@@ -28,6 +29,7 @@ from lightning_bn.comparison.followers import Followers
 from lightning_bn.comparison.scores import Scores
 from lightning_bn.error_boundary import RERAISE
 from lightning_bn.ranks.collective import LostRankError, RankError
+from lightning_bn.rules.inspection import Inspection
 
 PLACES: dict[str, tuple[str, type, str]] = {
     "the monitor begins": ("ActivationStatsMonitor", LayerCollector, "__init__"),
@@ -55,6 +57,8 @@ RECALIBRATION: dict[tuple[str, str], tuple[int, Any, str]] = {
 }
 """By when a `BatchNormRecalibration` acts and what fails in it: the rank, and the name in which class or module."""
 
+CHECKED = ["attach", "begin_batch", "begin_evaluation", "end_evaluation", "left"]
+"""Methods of `Inspection` that fail while each rank has statistics of its own, which ranks compare."""
 
 LATE = ("fit_end", "fails behind the last meeting")
 
@@ -118,9 +122,26 @@ def fitted(folder: Path, name: str | None, rank: int) -> dict[str, Any]:
     return {"weights": module.state_dict(), "said": said}
 
 
+def checked(folder: Path, name: str, rank: int) -> dict[str, Any]:
+    """Fit for two epochs with a `ModeCheck` and buffers of each rank's own; what `name` says fails on the second."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.delenv(RERAISE, raising=False)
+        if rank == 1:
+            patch.setattr(Inspection, name, lambda *_, **__: 1 / 0)
+        torch.manual_seed(0)
+        module = Small()
+        apart = DDPStrategy(broadcast_buffers=False)
+        options = {"devices": 2, "strategy": apart, "max_epochs": 2, "default_root_dir": folder}
+        trainer(ModeCheck(), **options).fit(module, DataLoader(training_data(), 6), DataLoader(training_data(), 6))
+    said = [str(each.message) for each in caught if "has stopped" in str(each.message)]
+    return {"weights": dict(module.named_parameters()), "said": said}
+
+
 def _rank(rank: int, world: int, folder: Path, port: int) -> dict[Any, Any]:
     environment(rank, world, port)
     fits = {name: fitted(folder, name, rank) for name in (None, *PLACES)}
+    fits |= {name: checked(folder, name, rank) for name in CHECKED}
     return fits | {what: recalibrated(folder, what) for what in (("fit_end", ""), LATE, *RECALIBRATION)}
 
 
@@ -140,6 +161,16 @@ def test_both_ranks_train_on(ranks: list[dict[Any, Any]], name: str) -> None:
         assert said.startswith(f"{PLACES[name][0]} has stopped")
     assert "ZeroDivisionError" in ranks[1][name]["said"][0]
     assert "failed on rank 1" in ranks[0][name]["said"][0]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_check_of_statistics_of_each_rank(ranks: list[dict[Any, Any]], name: str) -> None:
+    """No rank waits for what the failed one does not send, and both train on."""
+    for key, value in ranks[0][name]["weights"].items():
+        assert torch.equal(ranks[1][name]["weights"][key], value), key
+    (said,) = ranks[1][name]["said"]
+    assert said.startswith("ModeCheck has stopped")
+    assert "ZeroDivisionError" in said
 
 
 @pytest.mark.parametrize("what", RECALIBRATION, ids=" ".join)
