@@ -78,10 +78,10 @@ class EvaluatedWeights:
         """Whether anything is remembered of this module."""
         return self._known is not None and self._module in (None, module)
 
-    def are_others(self, module: LightningModule) -> bool:
-        """Whether they were exchanged since `remember`, on any rank; False where nothing is remembered. Waits for the
-        device."""
-        return self._known is not None and _on_any_rank(not _same(_sums(module.parameters()), self._known))
+    def are_others(self, module: LightningModule, ranks: Ranks) -> bool:
+        """Whether they were exchanged since `remember`, on any of the `ranks`, which all ask; False where nothing is
+        remembered. Waits for the device."""
+        return self._known is not None and any(ranks.share(not _same(_sums(module.parameters()), self._known)))
 
     def look(self, module: LightningModule, batch: Literal["first", "last"]) -> None:
         """Look at the weights that the next forward runs with, wherever in a step they are put in.
@@ -97,13 +97,14 @@ class EvaluatedWeights:
             see = self._boundary.guard(self._see)
             self._hooks = [each.module.register_forward_pre_hook(see) for each in find_batch_norms(module)]
 
-    def tell_of_others(self, trainer: Trainer, module: LightningModule) -> None:
+    def tell_of_others(self, trainer: Trainer, module: LightningModule, ranks: Ranks) -> None:
         """After a batch that `look` looked at: warn, once, where it ran with other weights and with the statistics of
         those that are remembered. Waits for the device.
 
         Args:
-            trainer: whose ranks meet behind the first batch; they may have different last ones.
+            trainer: whose evaluation it is.
             module: the one that is evaluated.
+            ranks: which meet behind the first batch; they may have different last ones.
         """
         batch, self._looks = self._looks, None
         if batch is None or self._known is None:
@@ -115,7 +116,7 @@ class EvaluatedWeights:
             others = _versions(module) != self._versions
         else:
             others = not _same(seen[0], self._known) and _same(seen[1], self._statistics)
-        if (_on_any_rank(others) if batch == "first" else others) and not self._is_told:
+        if (any(ranks.share(others)) if batch == "first" else others) and not self._is_told:
             self._is_told = True
             rank_zero_warn(_of_others(trainer))
 
@@ -142,11 +143,6 @@ def _of_others(trainer: Trainer) -> str:
         "belong to: they were exchanged in one of its hooks, or since the fit. Put recalibrate(self, batches), with "
         "training batches, behind the exchange."
     )
-
-
-def _on_any_rank(here: bool) -> bool:
-    """Every rank must ask, whatever it found itself: the ranks meet."""
-    return any(Ranks(task="BatchNormRecalibration").share(here))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

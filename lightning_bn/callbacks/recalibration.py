@@ -250,7 +250,7 @@ class BatchNormRecalibration(Callback):
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        self._weights.tell_of_others(trainer, pl_module)
+        self._weights.tell_of_others(trainer, pl_module, self._together(trainer))
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
@@ -318,7 +318,7 @@ class BatchNormRecalibration(Callback):
 
     def _act_on_others(self, trainer: Trainer, module: LightningModule) -> None:
         """Act again where the weights are others than those that were acted on."""
-        if self._weights.are_others(module):
+        if self._weights.are_others(module, self._together(trainer)):
             self._act(trainer, module)
             self._weights.come_late = True
 

@@ -202,11 +202,11 @@ def test_another_order_of_adding_is_no_exchange() -> None:
         torch.set_num_threads(1)
         weights.remember(module)
         torch.set_num_threads(3)
-        assert not weights.are_others(module)
+        assert not weights.are_others(module, Ranks())
     finally:
         torch.set_num_threads(threads)
     module.weight.data[7, 7] += 1e-3
-    assert weights.are_others(module)
+    assert weights.are_others(module, Ranks())
 
 
 @pytest.mark.parametrize("mended", [False, True])
@@ -261,5 +261,5 @@ def test_every_rank_is_asked_whatever_it_found_itself(moved_here: bool, monkeypa
             module.first.weight.add_(1)
     weights.look(module, "first")
     module.eval()(torch.randn(4, 4))
-    weights.tell_of_others(pl.Trainer(logger=False, enable_checkpointing=False), module)
+    weights.tell_of_others(pl.Trainer(logger=False, enable_checkpointing=False), module, Ranks())
     assert asked == [moved_here]
