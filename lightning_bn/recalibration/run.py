@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,7 @@ from lightning_bn.recalibration.measuring import measured
 from lightning_bn.recalibration.outcome import Estimator, agreed_changes, layer_reports
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.selection import Layers, choose, not_supported
-from lightning_bn.recalibration.spread_pass import with_spread
+from lightning_bn.recalibration.spread_pass import check_whole, with_spread
 from lightning_bn.recalibration.transaction import StatisticsChange, commit
 from lightning_bn.sharding import check_each_sees_its_own, check_not_distributed, is_sharded, unwrapped
 from lightning_bn.torch_internals import second_loader
@@ -153,8 +152,14 @@ def recalibrate(
         if process_group is None:
             check_each_sees_its_own(core, _CALL)
         sharded = is_sharded(core)
-        if sharded:
-            options.check_sharded()
+        if exact and sharded:
+            raise ValueError(
+                "recalibrate(exact=True): the model's parameters are spread over the ranks (fully_shard, FSDP, tensor "
+                "parallelism or DeepSpeed) and are gathered for one forward at a time, while exact has all batches in "
+                "their forwards at once. Leave out exact=True, and take larger batches."
+            )
+        if spread:
+            check_whole(core)
         run = runner(core, forward, device)
     ranks.agree(_common(core, chosen, options, pooled=pooled, sharded=sharded))
     report, changes = _estimated(
@@ -180,7 +185,15 @@ def recalibrate(
     if not spread:
         return report
     try:
-        return with_spread(report, core, chosen, islice(second_loader(batches), num_batches), run, process_group)
+        return with_spread(
+            report,
+            model,
+            batches,
+            forward=forward,
+            num_batches=num_batches,
+            device=device,
+            process_group=process_group,
+        )
     except BaseException:
         report.rollback()
         raise
@@ -335,19 +348,6 @@ class _Options:
             raise ValueError(
                 f"recalibrate(exact=True, tolerance={self.tolerance!r}): exact needs all batches at once and can't "
                 "stop in between. Pass num_batches=... with exact=True, or tolerance alone."
-            )
-
-    def check_sharded(self) -> None:
-        spread = "the model's parameters are spread over the ranks (fully_shard, FSDP, tensor parallelism or DeepSpeed)"
-        if self.exact:
-            raise ValueError(
-                f"recalibrate(exact=True): {spread} and are gathered for one forward at a time, while exact has all "
-                "batches in their forwards at once. Leave out exact=True, and take larger batches."
-            )
-        if self.spread:
-            raise ValueError(
-                f"recalibrate(spread=True): {spread}. Measure the spread on the whole model, loaded in one process: "
-                "recalibrate(model, batches, spread=True, prior=float('inf')) leaves its statistics as they are."
             )
 
 

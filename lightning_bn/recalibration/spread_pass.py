@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -12,47 +13,68 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.buffers import running_mean, running_statistics
-from lightning_bn.discovery import BatchNormLayer
+from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.ranks.collective import Group, Ranks
-from lightning_bn.recalibration.feeding import all_else_kept, with_the_weights_as_they_are
+from lightning_bn.recalibration.feeding import Forward, all_else_kept, runner, with_the_weights_as_they_are
 from lightning_bn.recalibration.image_moments import ImageReader
 from lightning_bn.recalibration.measuring import normalises_its_input
 from lightning_bn.recalibration.report import RecalibrationReport
 from lightning_bn.recalibration.spread import DRAWS, LEAST_IMAGES, Spread, has_no_room, spread_of
 from lightning_bn.recalibration.transaction import SpreadChange, commit
+from lightning_bn.sharding import is_sharded, unwrapped
+from lightning_bn.torch_internals import second_loader
 
 
 def with_spread(
     report: RecalibrationReport,
     model: nn.Module,
-    layers: Iterable[BatchNormLayer],
     batches: Iterable[Any],
-    run: Callable[[Any], object],
-    group: Group,
+    *,
+    forward: Forward | None = None,
+    num_batches: int | None = None,
+    device: torch.device | str | None = None,
+    process_group: Group = None,
 ) -> RecalibrationReport:
     """Measure the spread of images at the layers that `report` tells of, and return it with what was kept; its
-    ``rollback()`` undoes both. Nothing is changed by a call that raises.
+    ``rollback()`` undoes both.
 
     Args:
-        report: of a `recalibrate` that was no dry run.
+        report: of a `recalibrate` that was no dry run; likewise the arguments. Nothing is changed by a call that
+            raises.
         model: with the new statistics.
-        layers: those that were to be recalibrated.
         batches: to be read once more.
-        run: runs the model on one of them.
-        group: whose images are taken together.
+        forward: see `recalibrate`, as of what follows.
+        num_batches: likewise.
+        device: likewise.
+        process_group: likewise.
     """
+    core = unwrapped(model)
+    check_whole(core)
     changed = {change.layer for change in report._changes}
-    ranks = Ranks(group, task="recalibrate(model, batches, spread=True)")
-    with all_else_kept(model, batches) as tensors:
+    layers = [layer for layer in find_batch_norms(core) if layer.module in changed]
+    ranks = Ranks(process_group, task="recalibrate(model, batches, spread=True)")
+    run = runner(core, forward, device)
+    with all_else_kept(core, batches) as tensors:
         changes, without = _measured_spreads(
-            [layer for layer in layers if layer.module in changed],
-            ranks,
-            batches,
-            with_the_weights_as_they_are(run, tensors),
+            layers, ranks, islice(second_loader(batches), num_batches), with_the_weights_as_they_are(run, tensors)
         )
     commit(changes)
     images = max((change.new.images for change in changes), default=0)
     return replace(report, _changes=(*report._changes, *changes), spread_images=images, no_spread=without)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose parameters are spread over ranks, which run it in step.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if is_sharded(model):
+        raise ValueError(
+            "recalibrate(spread=True): the model's parameters are spread over the ranks (fully_shard, FSDP, tensor "
+            "parallelism or DeepSpeed). Measure the spread on the whole model, loaded in one process: "
+            "recalibrate(model, batches, spread=True, prior=float('inf')) leaves its statistics as they are."
+        )
 
 
 def _measured_spreads(
