@@ -261,6 +261,6 @@ def _measured(misfit: Misfit, name: str, evaluation: Evaluation) -> str:
     others = len(misfit.layers) - 1
     first = f"the first such layer of {others + 1}" if others else "the only such layer"
     return (
-        f"{stage} normalises even the training images {found.size:.1f}{bound} output deviations off at {name}, "
-        f"{first}{changed}."
+        f"{stage} normalises even the training images otherwise than training did: at {name}, {first}, outputs are "
+        f"{found.size:.1f} standard deviations off{bound}{changed}."
     )
