@@ -34,13 +34,14 @@ _is_wrapped = getattr(_functorch, "is_functorch_wrapped_tensor", None) if _unwra
 _is_wrapped_by_transform: Callable[[Tensor], bool] = _is_wrapped or (lambda tensor: False)
 _is_wrapper = getattr(getattr(torch.utils, "_python_dispatch", None), "is_traceable_wrapper_subclass", None)
 _flatten_dense_tensors = getattr(torch._utils, "_flatten_dense_tensors", None)
-_innermost_mode: Callable[[], object] | None = getattr(torch.overrides, "_get_current_function_mode", None)
 _DisableTorchFunction = getattr(torch._C, "DisableTorchFunction", nullcontext)
 
 # Called by every layer in every forward, and so without a Python function around them. What they tell, and what the
-# answer is where they are gone: `in_backward`, `in_transform`, and ``torch.backends.cudnn.enabled``.
+# answer is where they are gone: `in_backward`, `in_transform`, the `TorchFunctionMode` entered last (None is none), and
+# ``torch.backends.cudnn.enabled``.
 backward_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", None) or (lambda: -1)
 innermost_transform: Callable[[], object] = getattr(_functorch, "peek_interpreter_stack", None) or (lambda: None)
+innermost_mode: Callable[[], object] = getattr(torch.overrides, "_get_current_function_mode", None) or (lambda: None)
 cudnn_enabled: Callable[[], bool] = getattr(torch._C, "_get_cudnn_enabled", None) or (
     lambda: bool(torch.backends.cudnn.enabled)
 )
@@ -139,14 +140,6 @@ def unseen_by_modes() -> AbstractContextManager[object]:
     microseconds for each attribute. Nothing public turns modes off; without the class, hooks are slower."""
     found: AbstractContextManager[object] = _DisableTorchFunction()
     return found
-
-
-def innermost_mode() -> object:
-    """Return the `TorchFunctionMode` that was entered last, None where there is none.
-
-    Nothing public says so; without the private function the answer is None, and no mode is taken for the innermost.
-    """
-    return None if _innermost_mode is None else _innermost_mode()
 
 
 def in_backward() -> bool:

@@ -134,18 +134,13 @@ class BatchNormRecalibration(Callback):
         process_group: Any = None,
     ) -> None:
         check_arguments(when, every_n_epochs, num_batches, tolerance, exact, dataloader, checkpoints)
-        self.when = when
-        self.every_n_epochs = every_n_epochs
-        self.num_batches = num_batches
-        self.tolerance = tolerance
-        self.exact = exact
-        self.spread = spread
-        self.dataloader = dataloader
-        self.sets = sets
+        self.when, self.every_n_epochs = when, every_n_epochs
+        self.num_batches, self.tolerance = num_batches, tolerance
+        self.exact, self.spread = exact, spread
+        self.dataloader, self.sets = dataloader, sets
         self._sources = Sources(dataloader, sets, spread=spread)
         self.forward = forward
-        self.monitor = monitor
-        self.mode = mode
+        self.monitor, self.mode = monitor, mode
         self.checkpoints = tuple(checkpoints)
         self.process_group = process_group
         self.report: RecalibrationReport | None = None
@@ -277,23 +272,22 @@ class BatchNormRecalibration(Callback):
             self._act_on_others(trainer, module)  # which the module's own on_train_end, that came later, may put in
             again = partial(self._recalibrate, trainer, module)
             for path in written:
-                what = f"the recalibrated copy of {path}"
-                self._boundary.attempt(what, write_recalibrated_copy, trainer, module, path, again)
+                part = f"the recalibrated copy of {path}"
+                self._boundary.attempt(part, write_recalibrated_copy, trainer, module, path, again)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         journal_of(trainer).end(trainer, type(exception).__name__)
 
     @meeting
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            # Others than those of on_fit_end, which the module's own may put in.
-            begin_together(self._boundary, self._together(trainer), partial(self._end_with_others, trainer, pl_module))
+        def act() -> None:
+            with on_training_device(trainer, pl_module):
+                self._act_on_others(trainer, pl_module)
+
+        if stage == "fit":  # others than those of on_fit_end, which the module's own may put in
+            begin_together(self._boundary, self._together(trainer), act)
         self._boundary.attempt("", self._weights.stop_waiting)
         journal_of(trainer).end(trainer)
-
-    def _end_with_others(self, trainer: Trainer, module: LightningModule) -> None:
-        with on_training_device(trainer, module):
-            self._act_on_others(trainer, module)
 
     def _last_words(self, trainer: Trainer) -> LastWords | None:
         """What was repaired, and which files don't have it: nothing else says so."""
@@ -326,10 +320,8 @@ class BatchNormRecalibration(Callback):
         with self._together(trainer).told():
             self._layers.take_in(module)
         if not self._layers.names:
-            rank_zero_warn(
-                f"BatchNormRecalibration: {why_none_learns(self._layers.found)}, so their statistics were left as they "
-                "are."
-            )
+            why = why_none_learns(self._layers.found)
+            rank_zero_warn(f"BatchNormRecalibration: {why}, so their statistics were left as they are.")
             return
         before = self._validate(trainer, module)
         if self._boundary.closed:

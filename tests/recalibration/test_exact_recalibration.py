@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from recalibration_models import cnn, everything, full_batch, largest_errors, mlp, statistics
-from states import norms
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -335,54 +334,6 @@ def test_jobs_go_on_only_when_all_have_come(names: str) -> None:
     lockstep.run(job(name, places[name]) for name in names)
     rounds = " ".join(log).split("open ")[1:]
     assert [sorted(found.split()) for found in rounds] == [["0", "a0", "b0"], ["1", "b1"], ["2", "a2", "b2"]]
-
-
-COMPILED: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "as a whole": lambda model: torch.compile(model, backend="eager"),
-    "within another": lambda model: nn.Sequential(torch.compile(model, backend="eager"), nn.Identity()),
-}
-
-
-@pytest.mark.parametrize("budget", [None, 0])
-@pytest.mark.parametrize("how", [*COMPILED, "in place"])
-def test_a_compiled_model_is_measured(how: str, budget: int | None) -> None:
-    """Code that was compiled before knows nothing of the hooks: it runs as it was written, and then as compiled
-    again."""
-    model, data = mlp(2), torch.randn(30, 10)
-    twin, truth = copy.deepcopy(model), full_batch(model, data)
-    compiled = COMPILED.get(how, lambda model: model)(model)
-    if how == "in place":
-        model.compile(backend="eager")
-    compiled(data)
-    compiled.eval()(data)
-    before = [dict(vars(each)) for each in compiled.modules()]
-    recalibrate(compiled, data.split(7), exact=True, memory_budget=budget, progress=False)
-    assert max(largest_errors(statistics(model), truth)) < 1e-4
-    assert before == [dict(vars(each)) for each in compiled.modules()]
-    twin.load_state_dict(model.state_dict())
-    torch.testing.assert_close(compiled(data), twin.eval()(data))
-    assert len(norms(compiled)) == 2
-
-
-def test_a_compiled_function_is_measured_or_refused() -> None:
-    """torch 2.14's wrapper around compiled code can't be left in another order than entered: the error names the
-    argument, and nothing is changed."""
-    model, data = mlp(2), torch.randn(30, 10)
-    truth = full_batch(model, data)
-    run = torch.compile(lambda batch: model(batch), backend="eager")
-    run(data)
-    before = copy.deepcopy(model.state_dict())
-
-    def pass_() -> None:
-        recalibrate(model, data.split(7), exact=True, forward=lambda _, batch: run(batch), progress=False)
-
-    if not hasattr(torch._C, "_dynamo_save_local_dispatch_key_set"):
-        pass_()
-        assert max(largest_errors(statistics(model), truth)) < 1e-4
-        return
-    with pytest.raises(RuntimeError, match=r"exact=True.*compiled function.*forward=lambda"):
-        pass_()
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 class InAThread(nn.Module):
