@@ -49,14 +49,14 @@ class Drift:
     log_ratio: Array = field(default_factory=lambda: np.empty(0))  # (S,), likewise
 
 
-Rules: TypeAlias = list[tuple[Averaging, list[int]]]  # each with the indices of its layers
+LayersByAverage: TypeAlias = list[tuple[Averaging, list[int]]]  # each with the indices of its layers
 
 
 class Readout(NamedTuple):
     """What a `DriftMeter` keeps of a sample until it is evaluated."""
 
     tensors: list[Tensor]
-    rules: Rules
+    rules: LayersByAverage
     handed: list[list[int]]  # layers of each pair of the further tensors, whose batches are known
 
 
@@ -93,7 +93,7 @@ class DriftMeter:
         self._heard: dict[_BatchNorm, int] = {}  # the layers that tell of their batches
         self._end: Callable[[], None] = _nothing
         self._sets = OtherSets(self.layers)
-        self._rules: Rules = []  # of `start` or `statistics`, and their layers
+        self._rules: LayersByAverage = []  # of `start` or `statistics`, and their layers
         self._tells: dict[object, bool] = {}  # by rule, whether the statistics tell what the newest batch was like
         self._widths = np.array([layer.num_features for layer in self.layers], dtype=np.int64)
         self._starts = np.cumsum(self._widths) - self._widths
@@ -110,7 +110,7 @@ class DriftMeter:
         widths: list[int] = self._widths.tolist()
         return list(map(_WIDTH, self.layers)) != widths
 
-    def _by_rule(self) -> Rules:
+    def _by_rule(self) -> LayersByAverage:
         """Layers of one rule together: for a whole model it is a handful of calls, and not as many for each layer."""
         averagings = set(map(_AVERAGING, map(_MODULES, map(vars, self.layers))))
         if averagings == {None} and len(set(map(_MOMENTUM, self.layers))) == 1:
@@ -124,7 +124,7 @@ class DriftMeter:
             indices.append(index)
         return list(found.values())
 
-    def _silent(self, rules: Rules) -> list[int]:
+    def _silent(self, rules: LayersByAverage) -> list[int]:
         """The layers whose buffers don't tell, as their average is a window, pooled or a user's own, or is kept in 16
         bits."""
         sizes = list(map(_SIZE, buffer_of_each(self.layers, "running_mean")))
@@ -336,7 +336,7 @@ class DriftMeter:
         return found
 
     @staticmethod
-    def _newest_weight(rules: Rules, step: Tensor, batches: Tensor) -> Array:
+    def _newest_weight(rules: LayersByAverage, step: Tensor, batches: Tensor) -> Array:
         """Weight of the newest batches in each layer's statistics: (..., L), NaN where the layer's rule can't tell."""
         if len(rules) == 1:  # as in most models: nothing to pick out
             weight = rules[0][0].newest_weight(step, batches)

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_bn.discovery import listing, user_name
 from lightning_bn.rules.finding import Fix
 from lightning_bn.rules.observer import Observer, nested_tensors
-from lightning_bn.rules.rule import Moment, Rule, Seen
+from lightning_bn.rules.rule import Occasion, Rule, Seen
 
 # Where the bias stands among the inputs of a node, and the dimension of its output that it is added along.
 _BIAS_PLACE = {"ConvolutionBackward0": 2, "AddmmBackward0": 0}
@@ -43,7 +43,7 @@ class BiasBeforeBatchNorm(Rule):
         "gradient."
     )
 
-    def graph(self, at: Moment, adjacency: Adjacency) -> Iterator[Seen]:
+    def graph(self, at: Occasion, adjacency: Adjacency) -> Iterator[Seen]:
         biases = adjacency.dead_biases()
         if biases:
             names = list(biases.values())
@@ -70,10 +70,10 @@ class DropoutBeforeBatchNorm(Rule):
     def __init__(self) -> None:
         self._shifts: list[DropoutShift] = []
 
-    def graph(self, at: Moment, adjacency: Adjacency) -> None:
+    def graph(self, at: Occasion, adjacency: Adjacency) -> None:
         self._shifts = adjacency.shifts  # on the device
 
-    def examine(self, at: Moment) -> Iterator[Seen]:
+    def examine(self, at: Occasion) -> Iterator[Seen]:
         shifts, self._shifts = self._shifts, []
         if shifts:
             dropout, _, p, ratio = shifts[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_bn.rules.finding import Fix
 from lightning_bn.rules.modes import as_recalibration
-from lightning_bn.rules.rule import Moment, Rule, Seen
+from lightning_bn.rules.rule import Occasion, Rule, Seen
 from lightning_bn.rules.snapshots import unsure, versions, writes
 from lightning_bn.torch_internals import buffers_of, parameters_of
 
@@ -42,7 +42,7 @@ class MovedBetweenBatches(Rule):
     title = "a forward between two batches moved the running statistics"
     why = "they become a mixture of training batches and of what else was run in training mode."
 
-    def begin(self, at: Moment) -> None:
+    def begin(self, at: Occasion) -> None:
         self._modules = [layer.module for layer in at.layers]
         own = (
             index
@@ -55,20 +55,20 @@ class MovedBetweenBatches(Rule):
         self._left: _State | None = None
         self._counts: Tensor | None = None
 
-    def end_batch(self, at: Moment) -> None:
+    def end_batch(self, at: Occasion) -> None:
         self._left = self._state()
         self._counts = self._count() if self._own else None
 
-    def begin_batch(self, at: Moment) -> Iterator[Seen]:
+    def begin_batch(self, at: Occasion) -> Iterator[Seen]:
         return self._look(at, f"before batch {at.index}")
 
-    def begin_evaluation(self, at: Moment) -> Iterator[Seen]:
+    def begin_evaluation(self, at: Occasion) -> Iterator[Seen]:
         return self._look(at, f"before {at.stage}", before_evaluation=True)
 
-    def end_training(self, at: Moment) -> Iterator[Seen]:
+    def end_training(self, at: Occasion) -> Iterator[Seen]:
         return self._look(at, "after the last batch")
 
-    def _look(self, at: Moment, when: str, *, before_evaluation: bool = False) -> Iterator[Seen]:
+    def _look(self, at: Occasion, when: str, *, before_evaluation: bool = False) -> Iterator[Seen]:
         left, self._left = self._left, None
         counts = [] if left is None else writes(self._modules, self._unsure)
         if left is None or counts == left.counts:  # as between almost all batches

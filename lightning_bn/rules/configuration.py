@@ -15,7 +15,7 @@ from lightning_bn.layers.subclasses import has_attached_averaging
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import each_of, group_norms
-from lightning_bn.rules.rule import BatchRecord, Moment, Rule, Seen
+from lightning_bn.rules.rule import BatchRecord, Occasion, Rule, Seen
 
 OF_KERAS = 0.9
 """BN301: momentum from which on it only makes sense as the weight of the old value, as in Keras (0.99) and TensorFlow
@@ -41,7 +41,7 @@ class ExtremeMomentum(Rule):
         "batch alone."
     )
 
-    def configuration(self, at: Moment) -> Iterator[Seen]:
+    def configuration(self, at: Occasion) -> Iterator[Seen]:
         names = [
             layer.name for layer in at.layers if layer.tracks and layer.module.training and momentum_of(layer) == 0
         ]
@@ -161,7 +161,7 @@ def _ranks(layer: BatchNormLayer, setting: Setting) -> int:
     return setting.ranks if layer.synced or is_synchronised(layer.module) else 1
 
 
-def _with_momentum(at: Moment, names: Sequence[str], momentum: float, note: str = "") -> Fix:
+def _with_momentum(at: Occasion, names: Sequence[str], momentum: float, note: str = "") -> Fix:
     """The code that gives the layers `names` a momentum."""
     if len(names) == 1:
         return Fix(f"{at.path(names[0])}.momentum = {momentum:g}", note=note)
@@ -174,7 +174,7 @@ class Replaced(Rule):
     why = "the conversion makes new layers: an average is no longer called, and what a subclass does besides is gone."
     fix = Fix("callbacks=[..., BatchNormSync()]", "in the Trainer", "instead of sync_batchnorm=True")
 
-    def configuration(self, at: Moment) -> Iterator[Seen]:
+    def configuration(self, at: Occasion) -> Iterator[Seen]:
         averaged = [layer.name for layer in at.layers if _holds_idle_averaging(layer.module)]
         if averaged:
             event = "{kind} holds an averaging that nothing calls: the layer that it was is gone."
@@ -191,7 +191,7 @@ class Replaced(Rule):
         for before, names in classes.items():
             yield self._seen(names, f"{before.__name__} has become {{kind}}.", at)
 
-    def _seen(self, names: list[str], event: str, at: Moment) -> Seen:
+    def _seen(self, names: list[str], event: str, at: Occasion) -> Seen:
         kinds = dict.fromkeys(layer.kind for layer in at.layers if layer.name in names)
         return Seen(names, event.format(kind=", ".join(kinds)))
 

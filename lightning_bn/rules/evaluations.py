@@ -15,7 +15,7 @@ from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import RECALIBRATION
 from lightning_bn.rules.learning import twin
 from lightning_bn.rules.replay import FEW_CHANGE, Misfit
-from lightning_bn.rules.rule import Evaluation, Moment, Rule, Seen
+from lightning_bn.rules.rule import Evaluation, Occasion, Rule, Seen
 from lightning_bn.rules.snapshots import StatisticsSnapshot
 
 
@@ -27,7 +27,7 @@ class StaleCopy(Rule):
         "it no longer has."
     )
 
-    def copies(self, at: Moment, layers: Sequence[str]) -> Iterator[Seen]:
+    def copies(self, at: Occasion, layers: Sequence[str]) -> Iterator[Seen]:
         fix = Fix(
             at.call(at.tops(layers), "train"),
             note="as a mean teacher: it then normalises with the batch, and its statistics follow",
@@ -117,7 +117,7 @@ class RanksApart(Rule):
     )
     fix = Fix("plugins=[BatchNormSync()]", "in the Trainer", "or DDPStrategy() with its default broadcast_buffers=True")
 
-    def begin_evaluation(self, at: Moment) -> Iterator[Seen]:
+    def begin_evaluation(self, at: Occasion) -> Iterator[Seen]:
         if at.setting.own_statistics and at.setting.share is not None:
             values = StatisticsSnapshot(at.layers).values()
             if spread := _apart(at.setting.share({index: (each.mean, each.var) for index, each in values.items()})):

@@ -20,7 +20,7 @@ from lightning_bn.rules.layers_that_ran import LayersThatRan, UnseenLayers
 from lightning_bn.rules.learning import Copies, Learning
 from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.register import Register
-from lightning_bn.rules.rule import BatchRecord, Evaluation, Moment
+from lightning_bn.rules.rule import BatchRecord, Evaluation, Occasion
 from lightning_bn.rules.snapshots import StatisticsSnapshot
 
 # Batches of so many kinds (sizes, parts that learn in turn) may take turns, each of them judged once an epoch.
@@ -125,9 +125,9 @@ class Inspection:
         new, self._told = self.findings[self._told :], len(self.findings)
         return new
 
-    def tell(self, moment: str) -> None:
-        """Something happens that the rules alone need to know of, one of the `MOMENTS`."""
-        self._ask(moment, self._now)
+    def tell(self, occasion: str) -> None:
+        """Something happens that the rules alone need to know of, one of the `OCCASIONS`."""
+        self._ask(occasion, self._now)
 
     def begin_epoch(self) -> None:
         """Begin a training epoch: what could be told of its batches from the last one's is forgotten, as parameters may
@@ -338,8 +338,8 @@ class Inspection:
         return self._now.named(sorted(self._copies.written))
 
     @property
-    def _now(self) -> Moment:
-        return Moment(self.observer, self.setting, self.stage, self.step, self.index, self._copies.held)
+    def _now(self) -> Occasion:
+        return Occasion(self.observer, self.setting, self.stage, self.step, self.index, self._copies.held)
 
     def _judge(self, before: Modes = (), opened: Modes = (), after: Modes = ()) -> None:
         """Show the batch to the rules, unless it is like one of the last of its stage; without modes, its forwards
@@ -377,6 +377,6 @@ class Inspection:
             uses=self._uses,
         )
 
-    def _ask(self, moment: str, at: Moment, *evidence: object) -> None:
-        if self._register.ask(moment, at, *evidence):
+    def _ask(self, occasion: str, at: Occasion, *evidence: object) -> None:
+        if self._register.ask(occasion, at, *evidence):
             self._after = None  # modes were mended

@@ -12,7 +12,7 @@ from lightning_bn.discovery import Modes, NamedModules, UnservedNorm, ancestors,
 from lightning_bn.rules.batch_pattern import ForwardRecord
 from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import RECALIBRATION, allowed, learns
-from lightning_bn.rules.rule import BatchRecord, Evaluation, Moment, Rule, Seen
+from lightning_bn.rules.rule import BatchRecord, Evaluation, Occasion, Rule, Seen
 from lightning_bn.torch_internals import is_compiled
 
 
@@ -23,7 +23,7 @@ class Unseen(Rule):
     why = "what a rule can't see it does not report, and its silence says nothing."
     fix = Fix("fit once without torch.compile, so that every rule applies", "advice")
 
-    def configuration(self, at: Moment) -> Iterator[Seen]:
+    def configuration(self, at: Occasion) -> Iterator[Seen]:
         kinds: dict[str, list[UnservedNorm]] = {}
         for norm in find_unserved(at.model):
             if not norm.is_constant:
@@ -82,11 +82,11 @@ class SubmoduleInEval(Rule):
         learning = batch.learning.parameter if batch.learning is not None else None
         return self._look(batch, eval_regions(batch.observer, modes, learning, idle), set(batch.explained), batch.when)
 
-    def at_rest(self, at: Moment) -> Iterable[Seen]:
+    def at_rest(self, at: Occasion) -> Iterable[Seen]:
         modes = at.observer.snapshot()
         return self._look(at, eval_regions(at.observer, modes), set(), "at rest") if modes[0] else ()
 
-    def _look(self, at: Moment, names: list[str], explained: set[str], when: str) -> Iterator[Seen]:
+    def _look(self, at: Occasion, names: list[str], explained: set[str], when: str) -> Iterator[Seen]:
         setting = at.setting
         names = [
             name
@@ -119,13 +119,13 @@ class ModeChangedInTraining(Rule):
         if batch.after:  # of a batch that an error ended, the modes are not known
             yield from self._changed(batch, batch.before, batch.after, batch.when)
 
-    def exported(self, at: Moment, before: Modes, when: str) -> Iterator[Seen]:
+    def exported(self, at: Occasion, before: Modes, when: str) -> Iterator[Seen]:
         """Look at what an exporter has left: ``Module.train()``, with which most end, thaws frozen parts, and some
         leave the model in eval mode."""
         fix = Fix(f"with exporting({at.setting.root}):", "around the export")
         yield from self._changed(at, before, at.observer.snapshot(), f"{when} an exporter ran the model, and", fix)
 
-    def _changed(self, at: Moment, before: Modes, after: Modes, when: str, fix: Fix | None = None) -> Iterator[Seen]:
+    def _changed(self, at: Occasion, before: Modes, after: Modes, when: str, fix: Fix | None = None) -> Iterator[Seen]:
         observer = at.observer
         for now in (False, True):
             names = [
@@ -162,7 +162,7 @@ class StatisticsWrittenInEvaluation(Rule):
             event = f"num_batches_tracked is higher after {evaluation.stage} than before."
             yield self._seen(evaluation, evaluation.named(evaluation.counted), event)
 
-    def _seen(self, at: Moment, names: list[str], event: str) -> Seen:
+    def _seen(self, at: Occasion, names: list[str], event: str) -> Seen:
         code = at.call(at.tops(names), "eval")
         return Seen(names, event, fix=Fix(code, "at the start of the evaluation step", "and no .train() in it"))
 
@@ -176,7 +176,7 @@ class ModesNotPutBack(Rule):
     )
     mendable = True
 
-    def returned(self, at: Moment, before: Modes, interrupted: bool) -> Iterator[Seen]:
+    def returned(self, at: Occasion, before: Modes, interrupted: bool) -> Iterator[Seen]:
         observer = at.observer
         names = observer.differing(before, observer.snapshot())
         if not names:
@@ -294,7 +294,7 @@ def eval_regions(
     return [top for top, layers in inside.items() if not layers or not layers <= set(idle)]
 
 
-def _trained(at: Moment, tops: list[str]) -> Modes:
+def _trained(at: Occasion, tops: list[str]) -> Modes:
     """Return the modes after `_train`, which are given back at once."""
     before = at.observer.snapshot()
     try:
@@ -304,7 +304,7 @@ def _trained(at: Moment, tops: list[str]) -> Modes:
         at.observer.restore(before)
 
 
-def _train(at: Moment, tops: list[str]) -> None:
+def _train(at: Occasion, tops: list[str]) -> None:
     """Put the modules in train mode and what is below them, but whatever is frozen or may stay in eval mode, with all
     below it."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_bn.rules.finding import Fix
 from lightning_bn.rules.observer import Observer
-from lightning_bn.rules.rule import Moment, Rule, Seen
+from lightning_bn.rules.rule import Occasion, Rule, Seen
 
 MOST_BATCHES = 64
 """Batches of an epoch that are looked at; of a longer one every second, every fourth and so on."""
@@ -61,14 +61,14 @@ class SortedBatches(Rule):
     def __init__(self) -> None:
         self._order = BatchOrder()
 
-    def begin_epoch(self, at: Moment) -> None:
+    def begin_epoch(self, at: Occasion) -> None:
         self._order.begin_epoch()
 
-    def begin_batch(self, at: Moment) -> None:
+    def begin_batch(self, at: Occasion) -> None:
         if isinstance(at.observer, Observer):
             at.observer.on_input = self._order.begin_batch()
 
-    def end_epoch(self, at: Moment) -> Iterator[Seen]:
+    def end_epoch(self, at: Occasion) -> Iterator[Seen]:
         order = self._order.found()
         if order is not None and order.is_sorted:
             yield Seen(

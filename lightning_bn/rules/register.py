@@ -9,7 +9,7 @@ from lightning_bn.discovery import BatchNormLayer, ancestors, listing
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.rules import RULES, Finding, Level, Rule
 from lightning_bn.rules.fixes import modules_of
-from lightning_bn.rules.rule import MOMENTS, Moment, Seen
+from lightning_bn.rules.rule import OCCASIONS, Occasion, Seen
 from lightning_bn.rules.snapshots import StatisticsSnapshot, waiting_sets
 
 LINK = "lightning-bn rules {code}"
@@ -41,7 +41,7 @@ class Register:
         self._boundary = boundary
         self.findings: list[Finding] = []
         rules = [type(rule)() for code, rule in RULES.items() if code not in ignore]
-        self._asked = {moment: [rule for rule in rules if hasattr(rule, moment)] for moment in MOMENTS}
+        self._asked = {occasion: [rule for rule in rules if hasattr(rule, occasion)] for occasion in OCCASIONS}
         self._fix = set(fix)
         self.mends = bool(fix)
         """Whether anything is fixed at once."""
@@ -51,13 +51,13 @@ class Register:
         """Return the layers or modules that a rule has spoken of, and that stay as they are."""
         return () if code in self._fix else self._severity[code].keys()
 
-    def ask(self, moment: str, at: Moment, *evidence: object) -> bool:
-        """Ask the rules that have something to say at one of the `MOMENTS`; returns whether anything was mended."""
-        asked = self._asked[moment]
-        answers = [self._boundary.attempt(f"rule {r.code}", self._ask, r, moment, at, evidence) for r in asked]
+    def ask(self, occasion: str, at: Occasion, *evidence: object) -> bool:
+        """Ask the rules that have something to say on one of the `OCCASIONS`; returns whether anything was mended."""
+        asked = self._asked[occasion]
+        answers = [self._boundary.attempt(f"rule {r.code}", self._ask, r, occasion, at, evidence) for r in asked]
         return any(answers)
 
-    def ask_of_values(self, at: Moment, last: str) -> bool:
+    def ask_of_values(self, at: Occasion, last: str) -> bool:
         """Ask about the values of all sets of running statistics, as `Rule.values`; waits for the device."""
         mended = False
         sets: list[tuple[str | None, Sequence[BatchNormLayer]]] = [(None, at.layers), *waiting_sets(at.layers).items()]
@@ -67,11 +67,11 @@ class Register:
                 mended |= self.ask("values", at, reading.values(), last, in_set)
         return mended
 
-    def _ask(self, rule: Rule, moment: str, at: Moment, evidence: Sequence[object]) -> bool:
-        mended = [self._take(rule, seen, at) for seen in getattr(rule, moment)(at, *evidence) or ()]
+    def _ask(self, rule: Rule, occasion: str, at: Occasion, evidence: Sequence[object]) -> bool:
+        mended = [self._take(rule, seen, at) for seen in getattr(rule, occasion)(at, *evidence) or ()]
         return any(mended)
 
-    def _take(self, rule: Rule, seen: Seen, at: Moment) -> bool:
+    def _take(self, rule: Rule, seen: Seen, at: Occasion) -> bool:
         mended = rule.code in self._fix and seen.mend is not None
         if mended and seen.mend is not None:
             seen.mend()
@@ -93,7 +93,7 @@ class Register:
         return None
 
 
-def _finding(rule: Rule, seen: Seen, at: Moment, mended: bool, cause: str | None) -> Finding:
+def _finding(rule: Rule, seen: Seen, at: Occasion, mended: bool, cause: str | None) -> Finding:
     names = [layer.name for layer in at.layers]
     parts = list(seen.layers)
     if set(seen.layers) <= set(names) and not seen.worst_first:

@@ -41,7 +41,7 @@ class Seen:
 
 
 @dataclass
-class Moment:
+class Occasion:
     """A model and a run, when they are looked at; writes the code of fixes, in which the user calls the model
     `Setting.root`."""
 
@@ -121,7 +121,7 @@ class Moment:
 
 
 @dataclass(kw_only=True)
-class BatchRecord(Moment):
+class BatchRecord(Occasion):
     """What one batch did; in `stage` "train" it may hold several forwards and backwards."""
 
     before: Modes
@@ -162,7 +162,7 @@ class BatchRecord(Moment):
 
 
 @dataclass(kw_only=True)
-class Evaluation(Moment):
+class Evaluation(Occasion):
     """What an evaluation left behind."""
 
     ran: LayersThatRan
@@ -184,7 +184,7 @@ class Evaluation(Moment):
     """The statistics after it of sets that were used in it, of the layers that ran with them."""
 
 
-MOMENTS = {
+OCCASIONS = {
     "configuration": "(at) a model at rest, before a run or in `check`",
     "at_rest": "(at) a model at rest in `check` alone: for what a run shows with more certainty",
     "values": "(at, values, last, in_set) statistics that are not sound; `last`: when they were looked at before; "
@@ -216,7 +216,7 @@ MOMENTS = {
 class Rule:
     """A mistake, and how it is recognised.
 
-    A subclass has a method for each of the `MOMENTS` at which it can see something, and yields one `Seen` for each
+    A subclass has a method for each of the `OCCASIONS` on which it can see something, and yields one `Seen` for each
     cause. Each `Inspection` has rules of its own, so a rule keeps evidence that it alone needs in itself.
     """
 
@@ -230,7 +230,7 @@ class Rule:
 
     def __init_subclass__(cls) -> None:
         unknown = [
-            name for name in vars(cls) if callable(getattr(cls, name)) and name[0] != "_" and name not in MOMENTS
+            name for name in vars(cls) if callable(getattr(cls, name)) and name[0] != "_" and name not in OCCASIONS
         ]
         if unknown:
-            raise TypeError(f"{cls.__name__}.{unknown[0]} would never be called: a rule has {', '.join(MOMENTS)}.")
+            raise TypeError(f"{cls.__name__}.{unknown[0]} would never be called: a rule has {', '.join(OCCASIONS)}.")

@@ -16,7 +16,7 @@ from lightning_bn.rules.evaluations import level_of
 from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import frozen_regions
 from lightning_bn.rules.modes import visits
-from lightning_bn.rules.rule import BatchRecord, Evaluation, Moment, Rule, Seen
+from lightning_bn.rules.rule import BatchRecord, Evaluation, Occasion, Rule, Seen
 from lightning_bn.rules.snapshots import LayerValues, StatisticsSnapshot, Values, learned, unsure
 
 DEAD_ZONE = 0.05
@@ -41,7 +41,7 @@ class FrozenMoves(Rule):
         layers = [layer for index in moved if self._stands_still(batch, layer := batch.layers[index])]
         return self._seen(batch, layers, f"num_batches_tracked rose in {batches} batches")
 
-    def at_rest(self, at: Moment) -> Iterable[Seen]:
+    def at_rest(self, at: Occasion) -> Iterable[Seen]:
         layers = [
             layer
             for layer in at.layers
@@ -53,7 +53,7 @@ class FrozenMoves(Rule):
         frozen = layer.frozen if batch.learning is None else batch.learning.frozen(layer)
         return frozen and layer.name not in batch.averaged and layer.name not in batch.undecided
 
-    def _seen(self, at: Moment, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
+    def _seen(self, at: Occasion, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
         if not layers:
             return
         names = [layer.name for layer in layers]
@@ -139,7 +139,7 @@ class NotFinite(Rule):
         "looks fine."
     )
 
-    def values(self, at: Moment, values: Values, last: str, in_set: str | None) -> Iterator[Seen]:
+    def values(self, at: Occasion, values: Values, last: str, in_set: str | None) -> Iterator[Seen]:
         root = at.setting.root
         bad = {each.layer.name: each.unsound for each in values.values() if each.unsound}
         if bad:
@@ -220,10 +220,10 @@ class NeverUpdated(Rule):
     def ended(self, evaluation: Evaluation) -> Iterator[Seen]:
         return self.evaluation(evaluation)
 
-    def at_rest(self, at: Moment) -> Iterator[Seen]:
+    def at_rest(self, at: Occasion) -> Iterator[Seen]:
         yield from self._loaded(at, StatisticsSnapshot(at.layers).values().values())
 
-    def _loaded(self, at: Moment, among: Iterable[LayerValues]) -> Iterator[Seen]:
+    def _loaded(self, at: Occasion, among: Iterable[LayerValues]) -> Iterator[Seen]:
         # A class with a forward of its own may keep one of the two alone.
         hand_made = set(at.named(unsure(at.layers)))
         found = defaultdict(list)
@@ -260,14 +260,14 @@ class StaleBuffers(Rule):
         ]
         return self._seen(batch, layers, f"{batch.when} it normalised with the batch.")
 
-    def at_rest(self, at: Moment) -> Iterable[Seen]:
+    def at_rest(self, at: Occasion) -> Iterable[Seen]:
         return self._seen(
             at,
             [layer for layer in at.layers if layer.module.training and _stale(layer)],
             "it is in train mode.",
         )
 
-    def _seen(self, at: Moment, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
+    def _seen(self, at: Occasion, layers: list[BatchNormLayer], event: str) -> Iterator[Seen]:
         if layers:
             names = [layer.name for layer in layers]
             yield Seen(
@@ -291,7 +291,7 @@ class TooFewBits(Rule):
         "an update smaller than half the spacing of the dtype rounds to nothing: the average stops short of the truth."
     )
 
-    def configuration(self, at: Moment) -> Iterator[Seen]:
+    def configuration(self, at: Occasion) -> Iterator[Seen]:
         stuck: dict[str, float] = {}
         momentum = 0.1
         for layer in at.layers:

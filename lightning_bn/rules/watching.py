@@ -21,7 +21,7 @@ from lightning_bn.rules.finding import Action
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import nested_tensors
 from lightning_bn.rules.register import Register
-from lightning_bn.rules.rule import Moment
+from lightning_bn.rules.rule import Occasion
 
 
 def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Choices = ()) -> list[Finding]:
@@ -46,7 +46,7 @@ def check(model: nn.Module, *, ignore: Sequence[str] = (), allow_eval: Choices =
     """
     setting = Setting(caller="check", allow_eval=as_patterns(model, allow_eval))
     check_codes(f"check(ignore={list(ignore)})", ignore, RULES)
-    at, register = Moment(NamedModules(model), setting), Register(ignore)
+    at, register = Occasion(NamedModules(model), setting), Register(ignore)
     check_patterns(setting, at.observer.names)
     register.ask("configuration", at)
     register.ask("at_rest", at)

@@ -24,7 +24,7 @@ from lightning_bn.rules.exported import EXPORT_RULES
 from lightning_bn.rules.fixes import expression, group_norms, modules_of
 from lightning_bn.rules.inspection import Inspection
 from lightning_bn.rules.observer import Observer
-from lightning_bn.rules.rule import Moment, Rule, Seen
+from lightning_bn.rules.rule import Occasion, Rule, Seen
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "rules"
 
@@ -241,11 +241,11 @@ class Louder(Rule):
     def __init__(self) -> None:
         self._sizes: list[torch.Tensor] = []
 
-    def begin_batch(self, at: Moment) -> None:
+    def begin_batch(self, at: Occasion) -> None:
         assert isinstance(at.observer, Observer)
         at.observer.on_input = lambda input: self._sizes.append(input.detach().abs().mean())
 
-    def end_epoch(self, at: Moment) -> Iterator[Seen]:
+    def end_epoch(self, at: Occasion) -> Iterator[Seen]:
         if self._sizes[-1] > 2 * self._sizes[0]:
             yield Seen([at.layers[0].name], f"{len(self._sizes)} batches")
 
@@ -270,11 +270,11 @@ def test_a_rule_keeps_its_own_evidence(factor: float, monkeypatch: pytest.Monkey
 
 
 def test_a_method_that_nobody_calls_is_an_error() -> None:
-    """A rule with a moment misspelt would be silent for ever."""
+    """A rule with an occasion misspelt would be silent for ever."""
     with pytest.raises(TypeError, match=r"Late\.end_of_epoch would never be called: a rule has .*end_epoch"):
 
         class Late(Rule):
-            def end_of_epoch(self, at: Moment) -> None: ...
+            def end_of_epoch(self, at: Occasion) -> None: ...
 
 
 class TestEveryRule:
