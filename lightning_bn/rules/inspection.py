@@ -148,6 +148,7 @@ class Inspection:
         self.stage, self.step, self.index = stage, step, index
         training = stage == "train"
         if training:
+            self.observer.on_input = []  # of a batch that was broken off
             self._ask("begin_batch", self._now)
             self._copies.begin()
             self.fit_test.begin_training()

@@ -73,8 +73,8 @@ class Observer(NamedModules):
         self._is_called: bool | None = None  # whether `first_call` had grad
         self.on_leave: Callable[[], None] | None = None
         """Called when an outermost call ends."""
-        self.on_input: Callable[[Tensor], None] | None = None
-        """Called with the input of the first call of each batch; it may not change anything."""
+        self.on_input: list[Callable[[Tensor], None]] = []
+        """Called with the input of the first call of this training batch; they may not change anything."""
         self.pattern = BatchPattern()
         self._calls: list[Hashable] = []
         self._versions: list[int] = []
@@ -146,7 +146,7 @@ class Observer(NamedModules):
     def end(self) -> None:
         """Record nothing until the next `begin`."""
         self.recording = False
-        self.on_input = None  # whoever asked for inputs of training is not asked in an evaluation
+        self.on_input = []
         self._sources = []
 
     def _counts(self) -> list[int]:
@@ -191,8 +191,9 @@ class Observer(NamedModules):
             self._is_called = torch.is_grad_enabled()
             self.first_call = None if input is None or input.requires_grad else (module, args, kwargs)
             self.first_samples = len(input) if input is not None and input.dim() else 0
-        if self.on_input is not None and input is not None and not self._calls:
-            self.on_input(input)
+        if self.on_input and input is not None and not self._calls:
+            for look in self.on_input:
+                look(input)
         self.open_call(input)
         self.at = self.call
         samples = tuple(input.shape[:1]) if input is not None else None

@@ -65,8 +65,9 @@ class SortedBatches(Rule):
         self._order.begin_epoch()
 
     def begin_batch(self, at: Occasion) -> None:
-        if isinstance(at.observer, Observer):
-            at.observer.on_input = self._order.begin_batch()
+        look = self._order.begin_batch()
+        if look is not None and isinstance(at.observer, Observer):
+            at.observer.on_input.append(look)
 
     def end_epoch(self, at: Occasion) -> Iterator[Seen]:
         order = self._order.found()

@@ -243,17 +243,24 @@ class Louder(Rule):
 
     def begin_batch(self, at: Occasion) -> None:
         assert isinstance(at.observer, Observer)
-        at.observer.on_input = lambda input: self._sizes.append(input.detach().abs().mean())
+        at.observer.on_input.append(lambda input: self._sizes.append(input.detach().abs().mean()))
 
     def end_epoch(self, at: Occasion) -> Iterator[Seen]:
         if self._sizes[-1] > 2 * self._sizes[0]:
             yield Seen([at.layers[0].name], f"{len(self._sizes)} batches")
 
 
+class LouderToo(Louder):
+    """Wants the same inputs."""
+
+    code = "BN998"
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_a_rule_keeps_its_own_evidence(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule that is listed needs no other file, and each inspection has evidence of its own."""
-    monkeypatch.setitem(RULES, "BN999", Louder())
+    """A rule that is listed needs no other file, each inspection has evidence of its own, and so has each rule."""
+    for rule in (Louder(), LouderToo()):
+        monkeypatch.setitem(RULES, rule.code, rule)
     for _ in range(2):
         net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
         inspection = Inspection(net, Setting())
@@ -265,8 +272,9 @@ def test_a_rule_keeps_its_own_evidence(factor: float, monkeypatch: pytest.Monkey
             inspection.end_batch()
         inspection.end_epoch()
         inspection.close()
-        told = found.of("BN999", inspection.findings)
-        assert [(each.layers, each.seen) for each in told] == [(("1",), "4 batches")] * (factor > 1)
+        for code in ("BN998", "BN999"):
+            told = found.of(code, inspection.findings)
+            assert [(each.layers, each.seen) for each in told] == [(("1",), "4 batches")] * (factor > 1)
 
 
 def test_a_method_that_nobody_calls_is_an_error() -> None:
