@@ -113,7 +113,7 @@ def _fits(fields: Any, types: Mapping[str, type | tuple[type, ...]]) -> bool:
 def _finite(text: str) -> float:
     """Return a number; NaN and infinity are not JSON, nor is one beyond the largest, which would become infinite."""
     value = float(text)
-    if math.isinf(value):
+    if not math.isfinite(value):
         raise ValueError(f"{text} is no number that was written")
     return value
 

@@ -6,9 +6,11 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 from journals import write_run
 
 from lightning_bn.dashboard.report import report_html
+from lightning_bn.journal.lines import decode
 from lightning_bn.journal.reader import JournalReader, grid_of_layers, grids_of_layer
 
 
@@ -57,3 +59,11 @@ def test_no_damage_ends_the_report(tmp_path: Path) -> None:
             content[dice.randrange(len(content))] = dice.choice((dice.randrange(256), *b'0123x",:[]{}-en'))
         path.write_bytes(content)
         assert "<html" in report_html({"run": path})
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"-Infinity", b"1e999"])
+def test_a_number_that_json_has_not_is_damage(number: bytes) -> None:
+    """What strict JSON does not know was never written; as text, in quotes, it was."""
+    with pytest.raises(ValueError, match=number.decode()):
+        decode(b'{"kind":"note","step":1,"seen":%b}' % number)
+    assert decode(b'{"kind":"note","step":1,"seen":"%b"}' % number)["seen"] == number.decode()
