@@ -34,7 +34,7 @@ class ErrorBoundary:
 
     Args:
         observer: who watches, as the user wrote it.
-        close: removes the observer's hooks; called when it can't go on.
+        close: removes the observer's hooks, and takes in what it has seen so far; called when it can't go on.
         intended: classes of errors that are meant for the user.
 
     Attributes:
@@ -134,12 +134,13 @@ class ErrorBoundary:
             warnings.warn(f"{self.observer} has stopped, and the run goes on without it: {reason}", stacklevel=2)
 
     def _shut(self) -> None:
-        self.closed = True
-        if self._close is not None:
-            try:
+        try:
+            if self._close is not None:
                 self._close()
-            except Exception:  # hooks that are still there do nothing from now on
-                _log.exception("%s could not remove its hooks", self.observer)
+        except Exception:  # hooks that are still there do nothing from now on
+            _log.exception("%s could not remove its hooks", self.observer)
+        finally:
+            self.closed = True  # not before: what waited is taken in by its own attempts
 
     def _report(self, part: str, error: Exception) -> None:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))

@@ -271,8 +271,11 @@ class ActivationStatsMonitor(MonitoredRun):
         self._collectors = {}
 
     def _close(self) -> None:
-        for collector in self._collectors.values():
-            collector.close()
+        try:
+            self._catch_up()
+        finally:
+            for collector in self._collectors.values():
+                collector.close()
 
     @property
     def state_key(self) -> str:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_bn import ActivationStatsMonitor, Cumulative, Window, convert_batch_norm
+from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.callbacks.monitored_run import MAX_WAITING
+from lightning_bn.error_boundary import RERAISE
 
 STEPS = 40
 
@@ -161,6 +163,26 @@ def test_a_fit_that_fails_loses_none(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="nine"):
         fit(tmp_path, Net(), AtStep(fail), alone())
     assert len((tmp_path / "activation_stats.csv").read_text().splitlines()) == 1 + 2 * 9
+
+
+def test_a_monitor_that_fails_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stops it, the samples that it had taken are in the table and in the files; the fit goes on."""
+    monkeypatch.delenv(RERAISE)
+    real, kept = LayerCollector.keep, []
+
+    def keep(self: LayerCollector) -> None:
+        if len(kept) == 9:
+            raise ZeroDivisionError("ten")
+        kept.append(real(self))
+
+    monkeypatch.setattr(LayerCollector, "keep", keep)
+    monitor = alone()
+    with pytest.warns(UserWarning, match="ActivationStatsMonitor has stopped, .*ZeroDivisionError: ten"):
+        fit(tmp_path, Net(), monitor)
+    assert [row["step"] for row in monitor.table()] == [step for step in range(9) for _ in range(2)]
+    assert len((tmp_path / "activation_stats.csv").read_text().splitlines()) == 1 + 2 * 9
+    samples = [line for line in (tmp_path / "lightning_bn.jsonl").read_text().splitlines() if '"kind":"sample"' in line]
+    assert len(samples) == 9
 
 
 def test_samples_far_apart_do_not_wait(tmp_path: Path) -> None:
