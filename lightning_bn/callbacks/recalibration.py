@@ -348,29 +348,29 @@ class BatchNormRecalibration(Callback):
         journal_of(trainer).write(trainer, "recalibration", **facts)
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> RecalibrationReport:
-        given: dict[str, Any] = {
-            "forward": partial(self._input.run, trainer),
-            "num_batches": self.num_batches,
-            "device": module.device,
-            "process_group": self._together(trainer).group,
-        }
+        ranks, forward = self._together(trainer), partial(self._input.run, trainer)
 
         def run(batches: Iterator[Any], layers: list[str]) -> RecalibrationReport:
             return recalibrate(
                 module,
                 self._input.learn_from(trainer, module, batches),
+                forward=forward,
+                num_batches=self.num_batches,
                 tolerance=self.tolerance,
                 exact=self.exact,
                 layers=layers,
+                device=module.device,
                 progress=trainer.progress_bar_callback is not None,
-                **given,
+                process_group=ranks.group,
             )
 
-        with self._together(trainer).told():
+        # Each argument by itself, and none in a dict, so that a type checker sees the call.
+        measure = partial(
+            with_spread, forward=forward, num_batches=self.num_batches, device=module.device, process_group=ranks.group
+        )
+        with ranks.told():
             report = self._sources.recalibrated(trainer, module, self._layers.learning, run)
-            if self.spread:
-                report = self._sources.measured(trainer, module, report, partial(with_spread, **given))
-        return report
+            return self._sources.measured(trainer, module, report, measure) if self.spread else report
 
     def _together(self, trainer: Trainer) -> Ranks:
         if self._ranks is None:
