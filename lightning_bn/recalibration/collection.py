@@ -79,15 +79,23 @@ class Tallies:
         ]
         return torch.stack(errors).max().item() if errors else float("nan")
 
-    def seen(self, stopped_by: str, spilled: int = 0) -> PassResult:
-        """Return the outcome."""
-        closed = [(places, tally.sizes, *tally.close()) for places, tally in self._parts]
-        summary = closed[0][2]
-        if len(closed) > 1:
-            found = [pair for places, sizes, each, _ in closed for pair in zip(places, each.split(sizes), strict=True)]
-            summary = Summary.side_by_side(map(dict(found).__getitem__, range(len(found))))
-        skipped = set().union(*(each for *_, each in closed))
-        return PassResult(summary, self.batches, sum(self._samples.values()), len(skipped), spilled, stopped_by)
+    def seen(self, num_batches: int | None, *, tolerance_met: bool = False, spilled: int = 0) -> PassResult:
+        """Return the outcome of a pass that was to read at most `num_batches`."""
+        summaries: dict[int, Summary] = {}
+        skipped: set[int] = set()
+        for places, tally in self._parts:
+            summary, left_out = tally.close()
+            summaries |= zip(places, summary.split(tally.sizes), strict=True)
+            skipped |= left_out
+        ended = "num_batches" if self.batches == num_batches else "end"
+        return PassResult(
+            Summary.side_by_side(map(summaries.__getitem__, range(len(summaries)))),
+            self.batches,
+            sum(self._samples.values()),
+            len(skipped),
+            spilled,
+            "tolerance" if tolerance_met else ended,
+        )
 
 
 class OnePass:
@@ -138,8 +146,7 @@ class OnePass:
                     self._tallies.batches += 1
                     bar.update()
                     self._met = self._tolerance is not None and self._meets(self._tolerance, bar)
-        ended = "num_batches" if self._tallies.batches == self._num_batches else "end"
-        return self._tallies.seen("tolerance" if self._met else ended)
+        return self._tallies.seen(self._num_batches, tolerance_met=self._met)
 
     def _taken(self, batches: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
         if self._in_step:

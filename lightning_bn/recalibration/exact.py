@@ -69,8 +69,7 @@ class ExactPass:
             batches, self._num_batches, self._layers, self._progress and self._ranks.is_first
         ) as self._bar:
             self._lockstep.run(self._jobs(batches, run))
-        ended = "num_batches" if self._tallies.batches == self._num_batches else "end"
-        return self._tallies.seen(ended, self._spilling.bytes)
+        return self._tallies.seen(self._num_batches, spilled=self._spilling.bytes)
 
     def _jobs(self, batches: Iterable[Any], run: Callable[[Any], object]) -> Iterator[Callable[[], object]]:
         for batch in islice(batches, self._num_batches):
