@@ -43,14 +43,14 @@ class Estimator:
 
     def of_layer(self, place: int, summary: Summary) -> Statistics:
         """Return mean and variance, (C,), for the layer at `place`, in the dtype of its buffers and on their device."""
-        (new,) = _typed(self.of(summary, self._before[place : place + 1]), self.old[place : place + 1])
+        (new,) = _typed(self._of(summary, self._before[place : place + 1]), self.old[place : place + 1])
         return new
 
     def of_all(self, summary: Summary) -> Statistics:
         """Return mean and variance for all layers side by side, (C,), float64."""
-        return self.of(summary, self._before)
+        return self._of(summary, self._before)
 
-    def of(self, summary: Summary, before: list[Statistics]) -> Statistics:
+    def _of(self, summary: Summary, before: list[Statistics]) -> Statistics:
         new = summary.statistics(pooled=self._pooled)
         if not self._prior:
             return new
