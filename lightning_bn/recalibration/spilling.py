@@ -97,7 +97,7 @@ class Spilling:
     def _held_by_the_model(self) -> set[int]:
         # Asked for each waiting job, and so in C: a forward may put another tensor there.
         modules = all_modules(self._model)
-        values = list(chain.from_iterable(chain(map(dict.values, map(vars, modules)), map(_values, modules))))
+        values = list(chain.from_iterable(map(dict.values, chain(map(vars, modules), map(buffers_of, modules)))))
         kinds = {kind for kind in set(map(type, values)) if issubclass(kind, Tensor)}
         tensors: Iterable[Any] = compress(values, map(kinds.__contains__, map(type, values)))
         return {each.untyped_storage()._cdata for each in tensors if each.layout is torch.strided}
@@ -113,10 +113,6 @@ class Spilling:
             reference, slot = self._spilled[key]
             self._file.read(slot, reference.storage())
             del self._spilled[key]
-
-
-def _values(module: nn.Module) -> Iterable[Tensor | None]:
-    return buffers_of(module).values()
 
 
 _Slot = tuple[int, int, "Tensor | None"]
