@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from lightning_bn.callbacks.both_lightnings import LightningModule, Trainer
+from lightning_bn.callbacks.both_lightnings import LightningModule, Trainer, evaluated_batches
 from lightning_bn.discovery import find_batch_norms
 from lightning_bn.error_boundary import UNBOUNDED, ErrorBoundary
 from lightning_bn.ranks.collective import Ranks
@@ -82,6 +82,29 @@ class EvaluatedWeights:
         """Whether they were exchanged since `remember`, on any of the `ranks`, which all ask; False where nothing is
         remembered. Waits for the device."""
         return self._known is not None and any(ranks.share(not _same(_sums(module.parameters()), self._known)))
+
+    def begin_batch(
+        self, trainer: Trainer, module: LightningModule, index: int, loader: int, act_on_others: Callable[[], object]
+    ) -> None:
+        """Look at the weights of the first and of the last batch of an evaluation, if any are remembered.
+
+        Args:
+            trainer: whose evaluation it is.
+            module: the one that is evaluated.
+            index: of the batch in its loader.
+            loader: its index.
+            act_on_others: called before the first batch of a validation in a fit: callbacks that come later, and the
+                module's own hook, may have exchanged the weights since the statistics were estimated.
+        """
+        if not self.are_known(module):
+            return
+        batches = evaluated_batches(trainer)
+        if index == loader == 0:
+            if trainer.state.fn == TrainerFn.FITTING:
+                act_on_others()
+            self.look(module, "first")
+        elif loader == len(batches) - 1 and index == batches[-1] - 1:
+            self.look(module, "last")
 
     def look(self, module: LightningModule, batch: Literal["first", "last"]) -> None:
         """Look at the weights that the next forward runs with, wherever in a step they are put in.

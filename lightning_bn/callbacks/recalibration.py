@@ -18,16 +18,9 @@ from lightning_bn.callbacks.both_lightnings import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    evaluated_batches,
     take_turn_after_weight_averaging,
 )
-from lightning_bn.callbacks.checkpoint_files import (
-    check_kinds,
-    files_from_before,
-    files_of,
-    statistics_in,
-    write_recalibrated_copy,
-)
+from lightning_bn.callbacks.checkpoint_files import check_kinds, files_of, statistics_in, write_recalibrated_copy
 from lightning_bn.callbacks.evaluated_weights import EvaluatedWeights
 from lightning_bn.callbacks.lightning_internals import data_parallel_group, logging_step, why_no_second_pass
 from lightning_bn.callbacks.observing import begin_together, boundary_of, check_logged, meeting, not_logged, observing
@@ -155,6 +148,7 @@ class BatchNormRecalibration(Callback):
         self._input = self._new_input()
         self._layers = LearningLayers()
         self._final = False
+        self._at_first = False  # whether the batch of an evaluation is its first
         self._ranks: Ranks | None = None
 
     @property
@@ -230,22 +224,19 @@ class BatchNormRecalibration(Callback):
             act = self._weights.expect if self._weights.come_late else partial(self._act, trainer, pl_module)
             begin_together(self._boundary, self._together(trainer), act)
 
+    @meeting
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        first, batches = batch_idx == dataloader_idx == 0, evaluated_batches(trainer)
-        last = dataloader_idx == len(batches) - 1 and batch_idx == batches[-1] - 1
-        if not self._weights.are_known(pl_module) or not (first or last):
-            return
-        if first and trainer.state.fn == TrainerFn.FITTING:
-            # Callbacks that come later, and the module's own hook, may have exchanged the weights since.
-            self._act_on_others(trainer, pl_module)
-        self._weights.look(pl_module, "first" if first else "last")
+        self._at_first = batch_idx == dataloader_idx == 0
+        act = partial(self._act_on_others, trainer, pl_module)
+        self._at_batch(trainer, self._weights.begin_batch, trainer, pl_module, batch_idx, dataloader_idx, act)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
+    @meeting
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
-        self._weights.tell_of_others(trainer, pl_module, self._together(trainer))
+        self._at_batch(trainer, self._weights.tell_of_others, trainer, pl_module, self._together(trainer))
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
@@ -293,10 +284,8 @@ class BatchNormRecalibration(Callback):
         """What was repaired, and which files don't have it: nothing else says so."""
         if self.report is None or not self.kept or self._moment is None:
             return None
-        before = files_from_before(trainer, self._moment) if self.when == "fit_end" else []
-        stale = self.when == "fit_end" and self._saved is not None and self._saved <= self._moment
-        others = stale and not trainer.checkpoint_callbacks
-        return LastWords(2, [what_was_repaired(self.report, before, others=others)])
+        since = self._moment if self.when == "fit_end" else None
+        return LastWords(2, [what_was_repaired(trainer, self.report, since, self._saved)])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved = time.time()
@@ -309,6 +298,13 @@ class BatchNormRecalibration(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._count, self._last_step = state_dict["count"], state_dict["last_step"]
+
+    def _at_batch(self, trainer: Trainer, function: Callable[..., object], *arguments: Any) -> None:
+        """Ranks meet at the first batch of an evaluation only: they may have different numbers of batches."""
+        if not self._at_first:
+            self._boundary.attempt("", function, *arguments)
+        elif self.when == "validation" or trainer.state.fn != TrainerFn.FITTING:  # or nothing is known of the weights
+            begin_together(self._boundary, self._together(trainer), partial(function, *arguments))
 
     def _act_on_others(self, trainer: Trainer, module: LightningModule) -> None:
         """Act again where the weights are others than those that were acted on."""

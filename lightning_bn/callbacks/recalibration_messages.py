@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning_bn.callbacks.batch_input import calls_of_parts
@@ -15,7 +14,7 @@ from lightning_bn.callbacks.both_lightnings import (
     Trainer,
     is_overridden,
 )
-from lightning_bn.callbacks.checkpoint_files import KINDS
+from lightning_bn.callbacks.checkpoint_files import KINDS, files_from_before
 from lightning_bn.callbacks.lightning_internals import logging_step
 from lightning_bn.callbacks.loggers import log_markdown
 from lightning_bn.discovery import BatchNormLayer, find_batch_norms, learning, listing, unserved
@@ -78,14 +77,16 @@ def what_is_missing(report: RecalibrationReport) -> list[str]:
     return missing
 
 
-def what_was_repaired(report: RecalibrationReport, before: Sequence[Path], *, others: bool = False) -> str:
+def what_was_repaired(trainer: Trainer, report: RecalibrationReport, since: float | None, saved: float | None) -> str:
     """Return one sentence for the end of a fit.
 
     Args:
+        trainer: whose checkpoint callbacks may have saved before.
         report: the last one.
-        before: checkpoint files with the statistics that were there before it.
-        others: whether somebody else (Ray Train, a callback of one's own) saved the last checkpoint before it.
+        since: when it was made, in seconds since the epoch; None where each checkpoint is saved behind one.
+        saved: when the last checkpoint was made, whoever keeps it.
     """
+    before = [] if since is None else files_from_before(trainer, since)
     ran = [layer for layer in report.layers if layer.batches]
     worst = max(ran, key=lambda layer: layer.shift, default=None)
     moved = ""
@@ -99,6 +100,8 @@ def what_was_repaired(report: RecalibrationReport, before: Sequence[Path], *, ot
         )
     norms = f"{len(ran)} batch norm{'s' * (len(ran) != 1)}"
     text = f"BatchNormRecalibration: the statistics of {norms} were recalibrated{moved}."
+    # Somebody else, Ray Train or a callback of one's own.
+    others = not trainer.checkpoint_callbacks and since is not None and saved is not None and saved <= since
     if not before and others:
         return (
             f"{text} The last checkpoint was saved before that, with the old statistics: with "

@@ -45,6 +45,9 @@ PLACES: dict[str, tuple[str, type, str]] = {
 
 
 RECALIBRATION: dict[tuple[str, str], tuple[int, Any, str]] = {
+    ("validation", "asks for other weights"): (1, EvaluatedWeights, "are_others"),
+    ("validation", "looks at the first batch"): (1, EvaluatedWeights, "look"),
+    ("validation", "tells what it ran with"): (1, EvaluatedWeights, "tell_of_others"),
     ("fit_end", "notes which layers learn"): (1, LearningLayers, "note_modes"),
     ("validation", "looks for the layers"): (1, LearningLayers, "take_in"),
     ("fit_end", "opens its batches"): (1, Sources, "recalibrated"),
