@@ -40,13 +40,13 @@ def is_extra_pass() -> bool:
 
 
 @contextmanager
-def no_garbage_collected() -> Iterator[None]:
+def no_garbage_collected() -> Iterator[bool]:
     """Let Python not look for garbage inside, where thousands of objects are made and none is dropped: it would walk
-    all that the process holds, the more often the larger the model."""
+    all that the process holds, the more often the larger the model. Yields whether it looked before."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        yield was_enabled
     finally:
         if was_enabled:
             gc.enable()

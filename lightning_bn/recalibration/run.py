@@ -245,9 +245,8 @@ def _estimated(
 ) -> tuple[RecalibrationReport, list[StatisticsChange]]:
     """Let the data through the model, and return the report, and the changes to make; nothing is changed yet."""
     collection = _pass(model, chosen, ranks, estimator, options, sharded=sharded)
-    collects = gc.isenabled()
     with (
-        no_garbage_collected(),
+        no_garbage_collected() as collects,
         all_else_kept(model, batches) as tensors,
         measured([layer.module for layer in chosen], collection.on_input, one_by_one=not options.exact),
     ):
@@ -284,13 +283,15 @@ def _estimated(
 @contextmanager
 def _old_objects_kept(collects: bool) -> Iterator[None]:
     """Inside of `no_garbage_collected`, let Python look for garbage again if `collects`, but only among what is made
-    inside; nothing if somebody has frozen objects already, which can't be told from others."""
-    freezes = collects and not gc.get_freeze_count()
-    if collects:
-        gc.enable()
-    if freezes:
-        gc.freeze()
+    inside; among all, if somebody has frozen objects already, which can't be told from others."""
+    if not collects:  # nor is it disabled here at the end: another thread may have enabled it for itself
+        yield
+        return
+    freezes = not gc.get_freeze_count()
     try:
+        if freezes:
+            gc.freeze()
+        gc.enable()
         yield
     finally:
         gc.disable()

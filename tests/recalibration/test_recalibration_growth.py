@@ -101,3 +101,37 @@ def test_the_garbage_collector_is_as_before_and_meanwhile_finds_what_forwards_le
         assert (gc.isenabled(), gc.get_freeze_count()) == (enabled, 0)
     finally:
         (gc.enable if before[0] else gc.disable)()
+
+
+def test_a_collector_that_another_thread_enables_meanwhile_stays_enabled() -> None:
+    """As a pass of its own does when it ends while this one, which began with none, goes on."""
+    before = gc.isenabled()
+
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        model(batch)
+        gc.enable()
+
+    gc.disable()
+    try:
+        recalibrate(mlp(2), [torch.randn(8, 10)], forward=forward, progress=False)
+        assert gc.isenabled()
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_what_somebody_has_frozen_stays_frozen() -> None:
+    """And none of what the pass makes is added to it; the collector looks among all else meanwhile."""
+    gc.freeze()
+    try:
+        frozen, during = gc.get_freeze_count(), []
+        recalibrate(
+            mlp(2),
+            [torch.randn(8, 10)],
+            forward=lambda model, batch: (model(batch), during.append((gc.isenabled(), gc.get_freeze_count()))),
+            progress=False,
+        )
+        assert during[0][0] == gc.isenabled()
+        assert max(during[0][1], gc.get_freeze_count()) <= frozen
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
