@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.discovery import NamedModules
+from lightning_bn.discovery import NamedModules, is_inside
 from lightning_bn.rules.arguments import Setting
 from lightning_bn.rules.finding import Fix, Level
 from lightning_bn.rules.fixes import RECALIBRATION
@@ -65,7 +65,7 @@ def _called(top: str, model: NamedModules, layers: Sequence[str]) -> list[str]:
     if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return [top]
     parts = [f"{top}.{name}" for name, _ in module.named_children()]
-    held = [part for part in parts if any(f"{layer}.".startswith(f"{part}.") for layer in layers)]
+    held = [part for part in parts if any(is_inside(layer, part) for layer in layers)]
     return [called for part in held for called in _called(part, model, layers)]
 
 
