@@ -18,6 +18,7 @@ from lightning_bn.discovery import BatchNormLayer, find_batch_norms
 from lightning_bn.modes import kept_attribute
 from lightning_bn.rules.batch_pattern import ForwardRecord
 from lightning_bn.rules.fit import Effect, EvaluatedLayers, affine_weight
+from lightning_bn.rules.learning import shape_of
 from lightning_bn.rules.observer import Observer
 from lightning_bn.rules.replay import NOT_ASKED, Call, Kept, Misfit, Replay, Replayed, Share, Where, decided, named
 from lightning_bn.rules.snapshots import WeightSamples
@@ -266,7 +267,7 @@ class CopiesBeside:
         for copy, layers in self._found:
             observer = Observer(copy)
             sizes = dict.fromkeys(range(len(observer.layers)), images)
-            kept = {index for index, layer in enumerate(observer.layers) if _shape(layer) in spared}
+            kept = {index for index, layer in enumerate(observer.layers) if shape_of(layer) in spared}
             effects = layers.effects(sizes, kept)
             noticed = {index: each for index, each in effects.items() if each.noticed and index not in kept}
             if noticed:
@@ -286,9 +287,5 @@ class CopiesBeside:
             self._found.append((module, EvaluatedLayers(layers, self._boundary)))
 
 
-def _shape(layer: BatchNormLayer) -> tuple[type, int]:
-    return type(layer.module), layer.module.num_features
-
-
 def _shapes(layers: Iterable[BatchNormLayer]) -> Counter[tuple[type, int]]:
-    return Counter(map(_shape, layers))
+    return Counter(map(shape_of, layers))

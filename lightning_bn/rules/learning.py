@@ -129,12 +129,12 @@ class Copies:
         yet."""
         layers = self._observer.layers
         twins = {
-            _shape(layer)
+            shape_of(layer)
             for index, layer in enumerate(layers)
             if index not in self._held and not learning.frozen(layer)
         }
         names = [layers[index].name for index in self._held]
-        odd = [layers[index].name for index in self._held if _shape(layers[index]) not in twins]
+        odd = [layers[index].name for index in self._held if shape_of(layers[index]) not in twins]
         # A part of the model is a copy as a whole or not at all, together with what is frozen beside it.
         tops = modules_of(names, [layer.name for layer in layers])
         parts = [top for top in tops if not any(is_inside(name, top.rpartition(".")[0] or top) for name in odd)]
@@ -169,7 +169,8 @@ def twin(model: NamedModules, region: str, moving: Iterable[int]) -> str | None:
     return None
 
 
-def _shape(layer: BatchNormLayer) -> tuple[type, int]:
+def shape_of(layer: BatchNormLayer) -> tuple[type, int]:
+    """Return what a layer and its copy have in common: the class and the number of channels."""
     return type(layer.module), layer.module.num_features
 
 
