@@ -39,8 +39,8 @@ class Setting:
     classes: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     """Of the batch-norm layers, before a strategy could replace them; empty if that is unknown."""
     share: Callable[[Any], list[Any]] | None = None
-    """Returns what every rank passes, where there are others; all of them come at the end of an evaluation, and where
-    an exchange of the weights after training is looked for."""
+    """Returns what every rank passes, where there are others; all of them come at the end of an evaluation, where an
+    exchange of the weights after training is looked for, and with `own_statistics` where an evaluation begins."""
     optimizers: Callable[[], Sequence[Optimizer]] | None = None
     """Asked anew each time, since parameters are added while a model is unfrozen; None if that is unknown."""
 
