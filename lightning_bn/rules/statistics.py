@@ -212,7 +212,8 @@ class NeverUpdated(Rule):
                     untouched,
                     f"{evaluation.stage} used the set {name!r}, in which mean is 0 and variance 1 in all channels.",
                     fix=Fix(
-                        f"train in it too, with sets.use({name!r}), or recalibrate(model, batches) inside of that",
+                        f"train in it too, with sets.use({name!r}), or "
+                        f"recalibrate({evaluation.setting.root}, batches) inside of that",
                         "advice",
                     ),
                 )

@@ -123,6 +123,7 @@ def test_an_untrained_set_is_told_by_its_name(windowed: bool) -> None:
     found = [finding for finding in check.findings if finding.code == "BN204"]
     assert found
     assert all("the set 'night'" in str(finding) for finding in found)
+    assert all("recalibrate(self, batches)" in str(finding) for finding in found)
 
 
 def test_an_unused_first_set_is_not_accused() -> None:
