@@ -22,7 +22,6 @@ from lightning_bn.moments import Moments
 from lightning_bn.ranks.synchronization import unsynchronised
 from lightning_bn.recalibration.tally import BatchMoments
 from lightning_bn.set_in_use import OtherSets
-from lightning_bn.torch_internals import buffers_of
 
 OnInput = Callable[[int, BatchMoments], tuple[Tensor, Tensor]]
 """Called with a layer's place in the list and what goes into it; returns the mean and the variance to normalise with,
@@ -97,7 +96,7 @@ def _show(layer: _BatchNorm, args: Any, output: Any, *, mean: Tensor, var: Tenso
 
 
 def _put(layer: _BatchNorm, mean: Tensor, var: Tensor) -> None:
-    own = buffers_of(layer)
+    own = vars(layer).get("_buffers", {})  # not `buffers_of`, which gives a copy where torch has no such dict
     if own.get("running_mean") is None:  # by a layer's own way
         layer.running_mean, layer.running_var = mean, var
     else:  # what torch does when they are assigned takes ten times as long
