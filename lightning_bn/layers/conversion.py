@@ -20,7 +20,6 @@ from lightning_bn.discovery import BatchNormLayer, find_batch_norms, find_unserv
 from lightning_bn.layers import subclasses
 from lightning_bn.layers.batch_norm import AveragedBatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from lightning_bn.layers.deferred import release, settle_together
-from lightning_bn.layers.settlement import ATTACHED
 from lightning_bn.layers.subclasses import StandIns
 from lightning_bn.modes import kept_attribute, out_of_inference_mode
 from lightning_bn.sharding import check_not_distributed
@@ -147,8 +146,7 @@ def _has_own_forward(layer: _BatchNorm) -> bool:
 
 def _convert(layer: _BatchNorm, averaging: Averaging | None) -> None:
     ours = None if _has_own_forward(layer) else _OURS.get(type(layer))
-    if ATTACHED in layer.__dict__:
-        subclasses.detach_averaging(layer)
+    subclasses.detach_averaging(layer)
     if ours is not None:
         # A change of class and not a new module: whoever holds the layer (optimizers, hooks, lists) holds the converted
         # one.

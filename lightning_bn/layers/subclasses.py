@@ -251,8 +251,7 @@ def has_attached_averaging(layer: _BatchNorm) -> bool:
 
 
 def attach_averaging(layer: _BatchNorm, averaging: Averaging) -> None:
-    """Have `averaging` keep the running statistics of `layer` from now on."""
-    detach_averaging(layer)
+    """Have `averaging` keep the running statistics of `layer`, to which none is attached, from now on."""
     for name in ("running_mean", "running_var"):
         buffer = getattr(layer, name)
         layer._buffers[name] = buffer.to(torch.promote_types(buffer.dtype, torch.float32))
