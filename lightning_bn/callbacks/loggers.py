@@ -107,10 +107,13 @@ def _other_sinks(logger: Any) -> list[_Sink]:
 class _Sink:
     """A logger; what it has no place for the journal has."""
 
-    keeps_files = False
-
     def __init__(self, logger: Any) -> None:
         self.logger = logger
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether `files` keeps any."""
+        return type(self).files is not _Sink.files
 
     def image(self, tag: str, pixels: Pixels, step: int) -> None:
         self.logger.log_image(key=tag, images=[pixels], step=step)
@@ -126,8 +129,6 @@ class _Sink:
 
 
 class _Wandb(_Sink):
-    keeps_files = True
-
     def text(self, tag: str, markdown: str, step: int) -> None:
         import wandb
 
@@ -145,8 +146,6 @@ class _Wandb(_Sink):
 
 
 class _MLFlow(_Sink):
-    keeps_files = True
-
     def image(self, tag: str, pixels: Pixels, step: int) -> None:
         self.logger.experiment.log_image(self.logger.run_id, pixels, key=tag, step=step)
 
@@ -159,8 +158,6 @@ class _MLFlow(_Sink):
 
 
 class _Comet(_Sink):
-    keeps_files = True
-
     def image(self, tag: str, pixels: Pixels, step: int) -> None:
         self.logger.experiment.log_image(pixels, name=tag, step=step)
 
@@ -189,8 +186,8 @@ class _Aim(_Sink):
         self.logger.experiment.track(aim.Text(markdown), name=tag, step=step)
 
     @property
-    def keeps_files(self) -> bool:  # type: ignore[override]  # where they lie is the run's, and may be named later
-        """Whether the run has a store for files: where that is to be, only the user knows."""
+    def keeps_files(self) -> bool:
+        """Whether the run has a store for files: where that is to be, only the user knows, who may name it later."""
         return self.logger.experiment.artifacts_uri is not None
 
     def files(self, files: Sequence[Path]) -> None:
