@@ -214,13 +214,12 @@ class DriftMeter:
         several batches since then it is their mean.
 
         Args:
-            readouts: with their tensors on the host.
+            readouts: with their tensors on the host, of one shape; their rules are the same, and so is what was handed
+                in of which layers.
         """
         if not self.layers:
             return [_NONE] * len(readouts)
         first = readouts[0]
-        if any(each[1:] != first[1:] for each in readouts):  # of other rules, or of batches of other layers
-            return [drift for each in readouts for drift in self.evaluate([each])]
         host = [torch.stack(each) for each in zip(*(each.tensors for each in readouts), strict=True)]
         before, after, tracked, now = _moments(host[0]), _moments(host[2]), host[1], host[3]
         batches = now - tracked

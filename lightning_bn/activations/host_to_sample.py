@@ -161,7 +161,8 @@ class SampleBuilder:
     @silent_numbers()
     def build_norms(self, found: Sequence[HostMeasurements]) -> list[Sample]:
         """Return T samples of norms alone, in their order, which together cost hardly more than one."""
-        if not self._norms:
+        norms = self._of_norms(found)
+        if norms is None:
             return [Sample()] * len(found)
         layout = self._layout(found[0], ())
         shape = (len(found), len(layout.labels), len(COLUMNS))
@@ -170,10 +171,8 @@ class SampleBuilder:
         first = np.arange(shape[0])[:, None] * shape[1]
         rows, follows = ((first + each).ravel() for each in (layout.norms, layout.follows))
         flat = values.reshape(-1, shape[2]), states.reshape(-1, shape[2])
-        norms = self._of_norms(found)
-        if norms is not None:
-            _fill(*flat, "norm", norms, rows)
-            self._mark_warm_up(*flat, norms, rows, follows)
+        _fill(*flat, "norm", norms, rows)
+        self._mark_warm_up(*flat, norms, rows, follows)
         return [Sample(layout.labels, layout.modules, *each) for each in zip(values, states, strict=True)]
 
     def _layout(self, found: HostMeasurements, keys: tuple[Key, ...]) -> RowLayout:

@@ -28,7 +28,8 @@ class _Kept(NamedTuple):
 
     def form(self) -> object:
         """What samples have in common that can be evaluated together."""
-        return self.meter, self.shapes, [each.shape for each in (*self.affine, *self.readout.tensors)]
+        tensors = (*self.affine, *self.readout.tensors)
+        return self.meter, self.shapes, self.readout.rules, self.readout.handed, [each.shape for each in tensors]
 
 
 class KeptSamples:
