@@ -156,11 +156,11 @@ class MonitoredRun(Callback):
         if not newest.layers:
             return
         tags = self.prefix if stage == "train" else f"{self.prefix}_{stage}"
-        begun = []
+        own, begun = self._has_own_scalars(collector) if trainer.loggers else None, []
         for moment, sample in zip(moments, samples, strict=True):
             begun += self._table.append(stage, moment.step, moment.epoch, sample)
             if trainer.loggers:
-                found = scalars(sample, self._has_own_scalars(collector), self._table.places())
+                found = scalars(sample, own, self._table.places())
                 numbers = {f"{tags}/{name}": value for name, value in found.items()}
                 for logger in trainer.loggers:
                     part = f"its numbers in {type(logger).__name__}"
