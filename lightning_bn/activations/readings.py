@@ -24,7 +24,7 @@ MAX_WIDTHS = 8
 
 # Bytes of an activation that waits, as a copy, for others of its shape, and of all that wait: kernels take as long for
 # one small tensor as for many.
-SMALL, MAX_WAITING = 2**17, 2**20
+SMALL, MAX_BYTES = 2**17, 2**20
 
 # Channels whose readings wait to be put together: a validation has many batches, a training step is below this.
 MAX_CHANNELS = 2**20
@@ -32,7 +32,7 @@ MAX_CHANNELS = 2**20
 # Of how many kinds of tensors, by place and shape, it is remembered how to read them.
 MAX_PLANS = 2**13
 
-_Shape: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device, bool, tuple[float, float] | None]
+_Form: TypeAlias = tuple[tuple[int, ...], torch.dtype, torch.device, bool, tuple[float, float] | None]
 
 
 class _Plan(NamedTuple):
@@ -40,7 +40,7 @@ class _Plan(NamedTuple):
 
     key: Key
     dim: int  # of the channels
-    shape: _Shape  # what is read together: shape by channel, dtype, device; whether zeros count, and the bounds
+    form: _Form  # what is read together: shape by channel, dtype, device; whether zeros count, and the bounds
     is_small: bool
     sums: tuple[tuple[str, Callable[[Tensor], Tensor]], ...]  # what else is wanted
 
@@ -80,7 +80,7 @@ class Readings:
 
     def clear(self) -> None:
         """Begin the next sample."""
-        self._waiting: dict[_Shape, tuple[list[Key], list[Tensor]]] = {}
+        self._waiting: dict[_Form, tuple[list[Key], list[Tensor]]] = {}
         self._bytes = 0  # in them
         self._readings: list[tuple[tuple[Key, ...], TensorMoments]] = []
         self._channels = 0  # in them
@@ -91,8 +91,8 @@ class Readings:
 
     def put_together(self) -> None:
         """Make one pool of all that was read since the last time."""
-        for shape in list(self._waiting):
-            self._read_waiting(shape)
+        for form in list(self._waiting):
+            self._read_waiting(form)
         if self._readings:
             device = self._readings[0][1].centre.device if self.pool is None else self.pool.channels.device
             new = flatten(self._readings, device)
@@ -122,12 +122,12 @@ class Readings:
             if plan.dim != 1 or data.dim() < 2:
                 data = by_channel(data, plan.key.width, plan.dim)
             if plan.is_small:
-                keys, tensors = self._waiting.setdefault(plan.shape, ([], []))
+                keys, tensors = self._waiting.setdefault(plan.form, ([], []))
                 keys.append(plan.key)
                 tensors.append(data.clone())  # since whatever comes next may write it in place
                 self._bytes += data.nbytes
             else:
-                self._read((plan.key,), [data], plan.shape)
+                self._read((plan.key,), [data], plan.form)
             for kind_of_sum, sum_of in plan.sums:
                 self._add(kind_of_sum, plan.key, sum_of(data))
         except Warning:
@@ -135,7 +135,7 @@ class Readings:
         except Exception as error:
             self._leave_out(what, name, error)
             return None
-        if self._bytes > MAX_WAITING:
+        if self._bytes > MAX_BYTES:
             self._read_waiting(max(self._waiting, key=self._bytes_of))
         if self._channels > MAX_CHANNELS:
             self.put_together()
@@ -171,15 +171,15 @@ class Readings:
         is_small = tensor.nbytes <= SMALL and type(tensor) in (Tensor, nn.Parameter)
         return _Plan(Key(what, place, width), dim, (shape, tensor.dtype, tensor.device, *asks), is_small, tuple(sums))
 
-    def _bytes_of(self, shape: _Shape) -> int:
-        _, tensors = self._waiting[shape]
+    def _bytes_of(self, form: _Form) -> int:
+        _, tensors = self._waiting[form]
         return len(tensors) * tensors[0].nbytes
 
-    def _read_waiting(self, shape: _Shape) -> None:
-        self._bytes -= self._bytes_of(shape)
-        keys, tensors = self._waiting.pop(shape)
+    def _read_waiting(self, form: _Form) -> None:
+        self._bytes -= self._bytes_of(form)
+        keys, tensors = self._waiting.pop(form)
         try:
-            self._read(tuple(keys), tensors, shape)
+            self._read(tuple(keys), tensors, form)
         except Warning:
             raise
         except Exception as error:
@@ -187,8 +187,8 @@ class Readings:
             for key in keys:
                 self._leave_out(key.what, self.order.get(key, key.place.path), error)
 
-    def _read(self, keys: tuple[Key, ...], tensors: list[Tensor], shape: _Shape) -> None:
-        *_, zeros, bounds = shape
+    def _read(self, keys: tuple[Key, ...], tensors: list[Tensor], form: _Form) -> None:
+        *_, zeros, bounds = form
         found = read(tensors, zeros=zeros, bounds=bounds)
         self._readings += [(keys, found[0])] if len(found) == 1 else zip([(key,) for key in keys], found, strict=True)
         self._channels += len(keys) * keys[0].width

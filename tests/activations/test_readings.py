@@ -47,7 +47,7 @@ def test_each_layer_has_its_own_values(
     waiting: int, spoil: float | None, form: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside one that is not finite, or next to too large, and though what follows writes each output in place."""
-    monkeypatch.setattr(readings, "MAX_WAITING", waiting)
+    monkeypatch.setattr(readings, "MAX_BYTES", waiting)
     torch.manual_seed(0)
     model = Scaled([1.0, 30.0, 0.001, 2.0])
     kept: dict[str, Tensor] = {}
@@ -89,7 +89,7 @@ def test_few_bytes_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     monkeypatch.setattr(readings.Readings, "take", take)
-    for size, limit in ((32, readings.MAX_WAITING), (70, 0)):
+    for size, limit in ((32, readings.MAX_BYTES), (70, 0)):
         most = 0
         collector.attach()
         model(torch.randn(4, 8, size, size))
