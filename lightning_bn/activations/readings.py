@@ -121,6 +121,7 @@ class Readings:
             data = tensor.detach()
             if plan.dim != 1 or data.dim() < 2:
                 data = by_channel(data, plan.key.width, plan.dim)
+            sums = [(kind_of_sum, sum_of(data)) for kind_of_sum, sum_of in plan.sums]  # first, as this may fail
             if plan.is_small:
                 keys, tensors = self._waiting.setdefault(plan.form, ([], []))
                 keys.append(plan.key)
@@ -128,8 +129,8 @@ class Readings:
                 self._bytes += data.nbytes
             else:
                 self._read((plan.key,), [data], plan.form)
-            for kind_of_sum, sum_of in plan.sums:
-                self._add(kind_of_sum, plan.key, sum_of(data))
+            for kind_of_sum, values in sums:
+                self._add(kind_of_sum, plan.key, values)
         except Warning:
             raise  # where the user's filters make errors of warnings
         except Exception as error:

@@ -115,3 +115,24 @@ def test_what_waited_and_cannot_be_read_is_left_out(monkeypatch: pytest.MonkeyPa
     collector.detach()
     assert list(collector.collect().layers) == ["input", "3"]
     assert collector.left_out() == dict.fromkeys(("1", "5"), "NotImplementedError: no kernel for this")
+
+
+@pytest.mark.parametrize("small", [0, readings.SMALL], ids=["read at once", "waits"])
+def test_what_is_wanted_besides_and_fails_leaves_the_layer_out(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix of channels by channels may be too large for the device: the others have their rows."""
+
+    def gram(data: Tensor) -> Tensor:
+        if data.shape[1] == 4:
+            raise MemoryError("4 x 4")
+        return real(data)
+
+    real = readings.gram
+    monkeypatch.setattr(readings, "gram", gram)
+    monkeypatch.setattr(readings, "SMALL", small)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.Tanh())
+    collector = LayerCollector(model, select_layers(model), ranked=["1", "3"])
+    collector.attach()
+    model(torch.randn(8, 3))
+    collector.detach()
+    assert list(collector.collect().layers) == ["input", "3"]
+    assert collector.left_out() == {"1": "MemoryError: 4 x 4"}
