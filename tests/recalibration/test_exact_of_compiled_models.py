@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import FunctionType
 
 import pytest
 import torch
 from recalibration_models import full_batch, largest_errors, mlp, statistics
 from states import norms
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_bn import recalibrate
 
@@ -17,6 +18,12 @@ COMPILED: dict[str, Callable[[nn.Module], nn.Module]] = {
     "as a whole": lambda model: torch.compile(model, backend="eager"),
     "within another": lambda model: nn.Sequential(torch.compile(model, backend="eager"), nn.Identity()),
 }
+
+
+def compiled_code(model: nn.Module) -> list[FunctionType]:
+    """The functions in attributes of `model` and of what is below it that torch.compile has made."""
+    values = [value for each in model.modules() for value in vars(each).values() if isinstance(value, FunctionType)]
+    return [value for value in values if hasattr(value, "_torchdynamo_orig_callable")]
 
 
 @pytest.mark.parametrize("budget", [None, 0])
@@ -32,7 +39,15 @@ def test_a_compiled_model_is_measured(how: str, budget: int | None) -> None:
     compiled(data)
     compiled.eval()(data)
     before = [dict(vars(each)) for each in compiled.modules()]
-    recalibrate(compiled, data.split(7), exact=True, memory_budget=budget, progress=False)
+    during: list[list[FunctionType]] = []
+
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        during.append(compiled_code(model))
+        model(batch)
+
+    assert compiled_code(compiled)
+    recalibrate(compiled, data.split(7), forward=forward, exact=True, memory_budget=budget, progress=False)
+    assert during == [[]] * 5
     assert max(largest_errors(statistics(model), truth)) < 1e-4
     assert before == [dict(vars(each)) for each in compiled.modules()]
     twin.load_state_dict(model.state_dict())
