@@ -173,6 +173,7 @@ class ActivationStatsMonitor(MonitoredRun):
         drawn = needs_pictures(trainer.loggers) if self.heatmaps is None else self.heatmaps
         self._report = Report(where, prefix=self.prefix, heatmaps=drawn)
         journal_of(trainer).begin(trainer, pl_module)
+        journal_of(trainer).before_end.append(lambda: self._catch_up())
         self._describe(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

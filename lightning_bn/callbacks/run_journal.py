@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -52,6 +52,8 @@ class RunJournal:
         self.journal = journal
         self.has_mistake = False
         """Whether `ModeCheck` has found a mistake that nothing has mended: no run is called healthy beside one."""
+        self.before_end: list[Callable[[], object]] = []
+        """Write what callbacks of this fit have yet to write; another callback may be the first to tell the end."""
         self._boundary = ErrorBoundary(f"The journal {journal.path}", self._close)
         self._begun = False
         self._norms: list[BatchNormLayer] = []
@@ -175,6 +177,9 @@ class RunJournal:
     @guarded
     def end(self, trainer: Trainer, status: str = "finished") -> None:
         """Tell how a fit ended."""
+        late, self.before_end = self.before_end, []
+        for catch_up in late:
+            catch_up()
         if self._begun or self._waiting:
             waiting, self._waiting = self._waiting, []
             for kind, fields in waiting:

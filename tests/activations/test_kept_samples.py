@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_bn import ActivationStatsMonitor, Cumulative, Window, convert_batch_norm
+from lightning_bn import ActivationStatsMonitor, BatchNormRecalibration, Cumulative, Window, convert_batch_norm
 from lightning_bn.activations.collector import LayerCollector
 from lightning_bn.callbacks.monitored_run import MAX_WAITING
 from lightning_bn.error_boundary import RERAISE
@@ -163,6 +164,22 @@ def test_a_fit_that_fails_loses_none(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="nine"):
         fit(tmp_path, Net(), AtStep(fail), alone())
     assert len((tmp_path / "activation_stats.csv").read_text().splitlines()) == 1 + 2 * 9
+
+
+def test_the_end_comes_last(tmp_path: Path) -> None:
+    """Also where a callback before the monitor is the first to see the exception, the journal has the samples that
+    waited, and the episode that they began, before the one line that says how the fit ended."""
+
+    def fail(step: int, module: Net) -> None:
+        poison(step, module)
+        if step == 9:
+            raise KeyError("nine")
+
+    with pytest.raises(KeyError, match="nine"):
+        fit(tmp_path, Net(), BatchNormRecalibration(), AtStep(fail), alone())
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "lightning_bn.jsonl").read_text().splitlines()]
+    assert kinds[-12:] == [*["sample"] * 9, "rule", "episode", "end"]
+    assert kinds.count("end") == 1
 
 
 def test_a_monitor_that_fails_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
