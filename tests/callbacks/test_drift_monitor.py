@@ -106,6 +106,21 @@ def test_a_fit_measures_and_then_judges(tmp_path: Path) -> None:
     assert resumed.current_epoch == 3
 
 
+def test_the_spread_is_measured_with_the_callbacks_arguments(tmp_path: Path) -> None:
+    """Its `forward` runs the batches a second time, and no more of them than `num_batches`."""
+    seen: list[int] = []
+
+    def forward(module: Net, batch: Any) -> None:
+        seen.append(len(batch[0]))
+        module.net(batch[0])
+
+    measured = BatchNormRecalibration(spread=True, num_batches=3, forward=forward, dataloader=loader(400, 1))
+    trainer(measured, max_epochs=1, default_root_dir=tmp_path).fit(Net(), loader(64, 0), loader(64, 2))
+    assert seen[-6:] == [8] * 6
+    assert measured.report.batches == 3
+    assert measured.report.spread_images == 24
+
+
 def test_a_recalibrated_copy_of_a_file_has_its_own_spread(tmp_path: Path) -> None:
     """And the fit's own module keeps the one that it has."""
     saver = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, save_last=True)
