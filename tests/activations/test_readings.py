@@ -19,13 +19,15 @@ class Scaled(nn.Module):
 
     def __init__(self, scales: list[float]) -> None:
         super().__init__()
-        self.scales = scales
-        self.norms = nn.ModuleList([nn.BatchNorm2d(3, affine=False) for _ in scales])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3) for _ in scales])
         self.relus = nn.ModuleList([nn.ReLU(inplace=True) for _ in scales])
+        for norm, scale in zip(self.norms, scales, strict=True):
+            nn.init.constant_(norm.weight, scale)
+            nn.init.constant_(norm.bias, 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        for scale, norm, relu in zip(self.scales, self.norms, self.relus, strict=True):
-            x = relu(norm(x) * scale + 1.0 - 0.5)
+        for norm, relu in zip(self.norms, self.relus, strict=True):
+            x = relu(norm(x))
         return x
 
 
@@ -64,7 +66,8 @@ def test_each_layer_has_its_own_values(
         layer.register_forward_hook(keep(name))
     collector = LayerCollector(model, select_layers(model))
     collector.attach()
-    model(torch.randn(4, 3, 6, 6).contiguous(memory_format=form))
+    with torch.no_grad():
+        model(torch.randn(4, 3, 6, 6).contiguous(memory_format=form))
     collector.detach()
     rows = collector.collect().rows
     for name, values in kept.items():
