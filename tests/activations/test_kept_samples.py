@@ -100,12 +100,22 @@ def reset(step: int, module: Net) -> None:
         nn.init.zeros_(module.layers[4].weight)
 
 
+def begin(step: int, module: Net) -> None:
+    if step in (0, 9, 12):
+        nn.init.constant_(module.layers[4].weight, 1.0 if step == 9 else 1e-9)
+    if step == 6:
+        module.layers[1].running_mean.fill_(3.0)
+        module.layers[1].num_batches_tracked.zero_()
+    if step == 20:
+        module.layers[1].reset_running_stats()
+
+
 def sleep(step: int, module: Net) -> None:
     module.layers[1].train(step % 3 != 0)
 
 
 @pytest.mark.parametrize("averaging", [None, Window(3), Window(3, pooled=True), Cumulative()], ids=str)
-@pytest.mark.parametrize("change", [nothing, poison, other_momentum, prune, reset, sleep])
+@pytest.mark.parametrize("change", [nothing, poison, other_momentum, prune, reset, begin, sleep])
 def test_together_they_are_what_each_is_by_itself(tmp_path: Path, averaging: Any, change: Any) -> None:
     """Table, verdict and files are those of a monitor that has to tell of an episode as it begins, at every step."""
     if averaging is not None and change in (prune, other_momentum):
