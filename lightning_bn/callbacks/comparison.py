@@ -33,12 +33,13 @@ from lightning_bn.callbacks.observing import (
     not_logged,
     observing,
 )
+from lightning_bn.callbacks.recalibrated_sets import LearningLayers
 from lightning_bn.callbacks.run_journal import journal_of
 from lightning_bn.callbacks.synchronisation import check_plugin_is_applied
 from lightning_bn.callbacks.training_pass import quiet, training_pass, validate_once_more
 from lightning_bn.comparison.followers import Followers
 from lightning_bn.comparison.scores import Scores
-from lightning_bn.discovery import find_batch_norms, in_eval_mode, learning, unserved
+from lightning_bn.discovery import find_batch_norms, unserved
 from lightning_bn.layers.deferred import settle_together
 from lightning_bn.modes import eager
 from lightning_bn.ranks.collective import Ranks
@@ -170,8 +171,8 @@ class CompareAverages(Callback):
                 f"CompareAverages: the training loader {reason}. Give the recalibrated row a loader of its own, "
                 "CompareAverages(..., dataloader=...), or leave it out: recalibrated=False."
             )
-        self._layers = find_batch_norms(pl_module)
-        self._in_eval = in_eval_mode(self._layers)
+        self._layers = LearningLayers()
+        self._layers.look(pl_module)
         self._looked = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -182,7 +183,7 @@ class CompareAverages(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._in_eval = in_eval_mode(self._layers)
+        self._layers.note_modes()
         if not self._looked:
             self._check_sight()
             self._looked = True
@@ -203,7 +204,7 @@ class CompareAverages(Callback):
         for name in self.averages:
             with self._following().applied(name):
                 self._pending[name] = validate_once_more(trainer, pl_module)
-        chosen = self._learning()
+        chosen = self._layers.names
         if self.recalibrated and chosen:
             with self._recalibrated(trainer, pl_module):
                 self._pending[_RECALIBRATED] = validate_once_more(trainer, pl_module)
@@ -276,10 +277,6 @@ class CompareAverages(Callback):
         self._saved = state_dict["followers"]
         self.scores.values = state_dict["values"]
 
-    def _learning(self) -> set[str]:
-        """The names of the layers whose statistics training moves."""
-        return {layer.name for layer in learning(self._layers, self._in_eval)}
-
     def _close(self) -> None:
         self._pending = {}
         self._hooks.close()
@@ -300,7 +297,7 @@ class CompareAverages(Callback):
 
     @contextmanager
     def _recalibrated(self, trainer: Trainer, module: LightningModule) -> Iterator[None]:
-        chosen = self._learning()
+        chosen = self._layers.names
         with ExitStack() as stack:
             with training_pass(trainer, module, self.dataloader) as batches:
                 stack.enter_context(
