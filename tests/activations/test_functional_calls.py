@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fitting import fit
 from small_models import Small
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn import ActivationStatsMonitor
@@ -191,15 +191,39 @@ def test_a_mode_of_the_models_own_sees_what_layers_call() -> None:
     assert [name for name in collector.collect().layers if ":" in name] == ["Model:relu[1]", "Model:tanh[1]"]
 
 
-def test_a_forward_that_fails_leaves_no_mode() -> None:
-    """Neither where it raises, nor where an interrupt leaves it and the hooks are removed."""
+def test_layers_pay_nothing_for_what_they_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mode sees what the model calls itself, and not what happens inside of a layer that has a row."""
+    seen = []
+    real = FunctionalCalls.__torch_function__
+
+    def see(self: FunctionalCalls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        seen.append(func.__name__)
+        return real(self, func, types, args, kwargs)
+
+    monkeypatch.setattr(FunctionalCalls, "__torch_function__", see)
+    model = Net(True, None)
+    collector = LayerCollector(model, select_layers(model), functions=True)
+    collector.attach()
+    model(torch.randn(4, 2, 5, 5))
+    collector.detach()
+    assert "relu" in seen
+    assert "batch_norm" not in seen
+
+
+@pytest.mark.parametrize("where", ["conv", "bn2"])
+def test_a_forward_that_fails_leaves_no_mode(where: str) -> None:
+    """Neither where it raises, nor where an interrupt leaves it and the hooks are removed; inside of a layer that has a
+    row no more than elsewhere, and a mode of the caller's own stays."""
     for error in (RuntimeError, KeyboardInterrupt):
         model = Net(True, None)
         collector = LayerCollector(model, select_layers(model), functions=True)
         collector.attach()
-        handle = model.blocks[1].conv.register_forward_pre_hook(lambda *_, error=error: (_ for _ in ()).throw(error))
-        with pytest.raises(error):
-            model(torch.randn(4, 2, 5, 5))
-        collector.detach()
+        layer = getattr(model.blocks[1], where)
+        handle = layer.register_forward_pre_hook(lambda *_, error=error: (_ for _ in ()).throw(error))
+        with BaseTorchFunctionMode() as own:
+            with pytest.raises(error):
+                model(torch.randn(4, 2, 5, 5))
+            collector.detach()
+            assert torch.overrides._get_current_function_mode_stack() == [own]
         handle.remove()
         assert not torch.overrides._get_current_function_mode_stack()
